@@ -1,0 +1,311 @@
+"""Settings: the network's shape, the table of sizes, and every option of every command.
+
+Pure data and checks on it; nothing here imports torch or touches a file. Command lines and TOML
+files become these dataclasses in `flags.py`. Units stand in names and help texts: `_tokens`,
+`_steps` (optimizer steps), `_seconds`.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + end of text
+DEFAULT_BATCH_TOKENS = 524_288  # 2**19, the "0.5M tokens" of the GPT-3 paper, table 2.1
+WARMUP_FRACTION = 715 / 19_073  # GPT-3 warms up over 375M tokens; here as a share of a 10B run
+
+
+class UserError(ValueError):
+    """Input that a person can correct: one line, saying what is wrong and what to do."""
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the text and the choices that the command line shows."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """Shape of the network. The defaults are GPT-2 (124M).
+
+    Raises:
+        UserError: when the numbers do not fit together.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = GPT2_VOCAB_SIZE
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}={value!r}: use a whole number of at least 1")
+        if self.n_embd % self.n_head:
+            near = max(1, self.n_embd // self.n_head)
+            raise UserError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+                f"use n_embd={near * self.n_head} or {(near + 1) * self.n_head}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout}: use a number from 0 up to, not including, 1")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows the head computes: the next multiple of 128, which matrix units like (50,304)."""
+        return -(-self.vocab_size // 128) * 128
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "GPT2Config":
+        """The config that a checkpoint carries; unknown or missing keys are an error."""
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            odd = ", ".join(sorted(set(values) ^ known))
+            raise UserError(f"the checkpoint's config does not describe a GPT-2: {odd}")
+        return cls(**values)
+
+
+SIZES: dict[str, dict[str, int]] = {
+    # Radford et al. 2019, table 2; parameter counts are those of the released models.
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1,558M
+    # For laptops and tests: the same network, small enough for a CPU.
+    "gpt2-small": {"n_layer": 6, "n_head": 6, "n_embd": 384},  # 30M
+    "gpt2-mini": {"n_layer": 4, "n_head": 4, "n_embd": 256},  # 16M
+    "gpt2-tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128},  # 7M
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The network."""
+
+    size: str = option("gpt2", "a row of the table of sizes", tuple(SIZES))
+    n_layer: int = option(0, "number of blocks; 0: as the size says")
+    n_head: int = option(0, "attention heads per block; 0: as the size says")
+    n_embd: int = option(0, "width of the residual stream; 0: as the size says")
+    block_size: int = option(1024, "context length, in tokens")
+    dropout: float = option(0.0, "probability of dropping an activation while training")
+
+    def shape(self) -> GPT2Config:
+        """The size with what was given instead of it."""
+        given = {k: getattr(self, k) for k in ("n_layer", "n_head", "n_embd") if getattr(self, k)}
+        return GPT2Config(
+            **(SIZES[self.size] | given), block_size=self.block_size, dropout=self.dropout
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Data and batch."""
+
+    data_dir: str = option("fineweb", "folder of shards, as written by `gpt2 prepare`")
+    batch_size: int = option(8, "sequences per micro-batch and rank")
+    grad_accum_steps: int = option(
+        0, "micro-batches per optimizer step and rank; 0: derived from total_batch_tokens"
+    )
+    total_batch_tokens: int = option(
+        0, "tokens per optimizer step over all ranks; 0: 524,288, or what grad_accum_steps gives"
+    )
+    shuffle: bool = option(True, "visit the windows of the training text in random order")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """Optimizer and schedule."""
+
+    max_steps: int = option(19_073, "optimizer steps; the default is 10B tokens of 0.5M each")
+    learning_rate: float = option(6e-4, "peak learning rate of AdamW")
+    min_lr_ratio: float = option(0.1, "last learning rate, as a share of the peak")
+    warmup_steps: int = option(-1, "steps of linear warm-up; -1: 3.75 % of max_steps")
+    weight_decay: float = option(0.1, "decay of matrices and embeddings; never of 1-D parameters")
+    beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
+    beta2: float = option(0.95, "AdamW: decay of the mean of squared gradients")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Validation."""
+
+    eval_every: int = option(250, "steps between evaluations; 0: only at the end")
+    eval_tokens: int = option(10_485_760, "tokens to evaluate on, the same for any batch or rank")
+    early_stop_evals: int = option(0, "stop after this many evaluations without gain; 0: never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Output, checkpoints and logs."""
+
+    out_dir: str = option("out", "folder for checkpoints, metrics.jsonl and plots")
+    save_every: int = option(250, "steps between checkpoints; 0: only at the end")
+    keep_last: int = option(2, "checkpoints to keep for resuming")
+    resume: str = option("auto", "auto: continue the run in out_dir; never; or a state/step_ folder")
+    log_every: int = option(1, "steps between lines on the console and in metrics.jsonl")
+    log_to: str = option("", "also log to these, comma-separated: wandb, tensorboard, trackio")
+    run_name: str = option("", "name of the run in those services; empty: name of out_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemOptions:
+    """Machine."""
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option(
+        "auto", "precision of the matrix products", ("auto", "float32", "bfloat16", "float16")
+    )
+    compile_model: str = option("auto", "torch.compile", ("auto", "True", "False"))
+    seed: int = option(1337, "seed of the weights, the order of the data and dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that `gpt2 train` can be told."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    system: SystemOptions = field(default_factory=SystemOptions)
+
+    def __post_init__(self):
+        self.model.shape()
+        o = self.optim
+        _at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
+        _at_least(1, keep_last=self.output.keep_last, batch_size=self.data.batch_size)
+        _at_least(1, eval_tokens=self.eval.eval_tokens)
+        _at_least(0, eval_every=self.eval.eval_every, save_every=self.output.save_every)
+        _at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
+        _at_least(0, weight_decay=o.weight_decay, learning_rate=o.learning_rate)
+        _at_least(-1, warmup_steps=o.warmup_steps)
+        if o.warmup_steps > o.max_steps:
+            raise UserError(
+                f"warmup_steps={o.warmup_steps} is more than max_steps={o.max_steps}; "
+                "use fewer, or -1 for 3.75 % of max_steps"
+            )
+        for name in ("beta1", "beta2", "min_lr_ratio"):
+            if not 0 <= getattr(o, name) <= 1:
+                raise UserError(f"{name}={getattr(o, name)}: use a number from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Everything that `gpt2 prepare` can be told."""
+
+    source: str = option(
+        "fineweb-edu",
+        "fineweb-edu (sample-10BT), stdlib, or a file, folder or glob of "
+        ".txt, .jsonl (also .gz, .xz, .zst) and .parquet",
+    )
+    out_dir: str = option("", "folder for the shards; empty: fineweb, or data/<name of the source>")
+    shard_tokens: int = option(100_000_000, "tokens per shard")
+    num_workers: int = option(0, "processes that tokenise; 0: one per core")
+    max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
+
+    def __post_init__(self):
+        _at_least(1, shard_tokens=self.shard_tokens)
+        _at_least(0, num_workers=self.num_workers, max_shards=self.max_shards)
+        if self.max_shards == 1:
+            raise UserError("max_shards=1 would leave no training text; use 2 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Everything that `gpt2 sample` can be told."""
+
+    prompt: str = option("", "text to continue; empty: ask for one again and again")
+    max_new_tokens: int = option(100, "tokens to write after the prompt")
+    temperature: float = option(0.8, "0: always the likeliest token; 1: as the model says")
+    top_k: int = option(50, "choose among this many likeliest tokens; 0: all")
+    top_p: float = option(1.0, "choose among the likeliest tokens that sum to this probability")
+    seed: int = option(-1, "the same seed writes the same text; -1: another every time")
+    num_samples: int = option(1, "texts to write for the prompt")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step is cut into micro-batches."""
+
+    batch_size: int
+    block_size: int
+    grad_accum_steps: int
+    world_size: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all ranks together predict in one optimizer step."""
+        return self.batch_size * self.block_size * self.grad_accum_steps * self.world_size
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Windows of block_size tokens in one optimizer step."""
+        return self.batch_size * self.grad_accum_steps * self.world_size
+
+    def __str__(self):
+        return (
+            f"{self.tokens_per_step:,} tokens per step = batch_size {self.batch_size} × "
+            f"block_size {self.block_size} × grad_accum_steps {self.grad_accum_steps} × "
+            f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        )
+
+
+def plan_batch(data: DataOptions, block_size: int, world_size: int) -> BatchPlan:
+    """The only place where tokens per step are computed.
+
+    Raises:
+        UserError: when the total is not a whole number of micro-batches, or both the total and
+            grad_accum_steps are given and disagree. The message names values that work.
+    """
+    _at_least(0, grad_accum_steps=data.grad_accum_steps)
+    _at_least(0, total_batch_tokens=data.total_batch_tokens)
+    micro = data.batch_size * block_size * world_size
+    formula = f"batch_size {data.batch_size} × block_size {block_size} × {world_size} rank(s)"
+    if data.grad_accum_steps:
+        total = micro * data.grad_accum_steps
+        if data.total_batch_tokens not in (0, total):
+            raise UserError(
+                f"total_batch_tokens={data.total_batch_tokens} disagrees with "
+                f"grad_accum_steps={data.grad_accum_steps}: {formula} × {data.grad_accum_steps} = "
+                f"{total}; leave one of them out, or use --total_batch_tokens={total}"
+            )
+        accum = data.grad_accum_steps
+    else:
+        total = data.total_batch_tokens or DEFAULT_BATCH_TOKENS
+        accum, rest = divmod(total, micro)
+        if rest or not accum:
+            near = sorted({max(1, accum) * micro, (accum + 1) * micro})
+            raise UserError(
+                f"total_batch_tokens={total} is not a multiple of {micro} = {formula}; "
+                f"use --total_batch_tokens={' or '.join(map(str, near))}, or another batch_size"
+            )
+    return BatchPlan(data.batch_size, block_size, accum, world_size)
+
+
+def warmup_steps(optim: OptimOptions) -> int:
+    """Steps of warm-up, with -1 resolved."""
+    return round(WARMUP_FRACTION * optim.max_steps) if optim.warmup_steps < 0 else optim.warmup_steps
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """A (nested) dataclass as one flat dict, under the names of the command line."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        flat |= flatten(value) if is_dataclass(value) else {f.name: value}
+    return flat
+
+
+def to_dict(config: GPT2Config) -> dict:
+    """Plain values, as a checkpoint stores them."""
+    return asdict(config)
+
+
+def _at_least(low: int, **values: float):
+    for name, value in values.items():
+        if value < low:
+            raise UserError(f"{name}={value}: use {low} or more")

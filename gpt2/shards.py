@@ -1,0 +1,159 @@
+"""The binary shard format and its manifest. numpy only.
+
+A shard is llm.c's file, which modded-nanogpt reads too: 256 little-endian int32 (magic 20240520,
+version 1, number of tokens, zeros), then that many uint16 tokens. A folder holds
+`<prefix>_val_000000.bin`, `<prefix>_train_000001.bin`, … and `manifest.json` with the sha256 of
+each. Files appear under their names only when they are whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .config import GPT2_VOCAB_SIZE, UserError
+
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 256 * 4
+TOKEN_BYTES = 2
+MANIFEST = "manifest.json"
+SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file whose header has been checked."""
+
+    path: Path
+    tokens: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint16 tokens [start, start + count).
+
+        Reads instead of mapping: a file cut short under a map kills the process without a word.
+
+        Raises:
+            UserError: when the file is shorter than its header said, or an id is no GPT-2 token.
+        """
+        assert 0 <= start and start + count <= self.tokens, (start, count, self.tokens)
+        with open(self.path, "rb") as file:
+            file.seek(HEADER_BYTES + TOKEN_BYTES * start)
+            tokens = np.fromfile(file, dtype="<u2", count=count)
+        if len(tokens) != count:
+            raise UserError(f"{self.path}: ends early (was it changed during the run?); {REDO}")
+        self.check_ids(tokens, start)
+        return tokens
+
+    def check_ids(self, tokens: np.ndarray, start: int):
+        """Raises UserError for a token outside GPT-2's vocabulary, with its place in the file."""
+        if len(tokens) and tokens.max() >= GPT2_VOCAB_SIZE:
+            at = int(np.argmax(tokens >= GPT2_VOCAB_SIZE))
+            raise UserError(
+                f"{self.path}: token {tokens[at]} at offset {start + at} is outside GPT-2's "
+                f"vocabulary of {GPT2_VOCAB_SIZE}; {REDO}"
+            )
+
+
+REDO = "delete it and run `gpt2 prepare` again"
+
+
+def open_shard(path: Path) -> Shard:
+    """Checks a shard's header against the file.
+
+    Raises:
+        UserError: not a shard, another version, or a token count that the file does not have.
+    """
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=3)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    if size < HEADER_BYTES or header[0] != MAGIC:
+        raise UserError(
+            f"{path}: not a token shard (its magic number is not {MAGIC}); "
+            "make shards with `gpt2 prepare`"
+        )
+    if header[1] != VERSION:
+        raise UserError(
+            f"{path}: version {header[1]} of the shard format; only version {VERSION} "
+            "(GPT-2 tokens as uint16) can be read"
+        )
+    expected = HEADER_BYTES + TOKEN_BYTES * int(header[2])
+    if size != expected:
+        held = (size - HEADER_BYTES) // TOKEN_BYTES
+        raise UserError(
+            f"{path}: header says {header[2]} tokens, file holds {held} "
+            f"(truncated download?); {REDO}"
+        )
+    return Shard(path, int(header[2]))
+
+
+def find_shards(folder: str | Path, split: str) -> list[Shard]:
+    """The checked shards of a split ("train" or "val"), in the order of their names.
+
+    Raises:
+        UserError: no such folder, no shard of that split, or a damaged header in any of them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"no data folder {folder}; make one with `python fineweb.py` (FineWeb-Edu) or "
+            f"`gpt2 prepare --source=stdlib --out_dir={folder}`, or name another with --data_dir="
+        )
+    paths = sorted(p for p in folder.glob(f"*_{split}_*.bin") if SHARD_NAME.fullmatch(p.name))
+    if not paths:
+        raise UserError(
+            f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
+        )
+    return [open_shard(path) for path in paths]
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> str:
+    """Writes a shard under its name only when it is whole; returns its sha256."""
+    assert tokens.dtype == np.uint16
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    body = tokens.astype("<u2", copy=False)
+    write_atomically(path, header.tobytes(), body.tobytes())
+    digest = hashlib.sha256(header.tobytes())
+    digest.update(body.tobytes())
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict):
+    """Replaces `manifest.json` in one step."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / MANIFEST, text.encode())
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a folder, or None where there is none.
+
+    Raises:
+        UserError: when the file is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete the folder and prepare again") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
+        raise UserError(f"{path} is not a manifest of shards; use another --out_dir=")
+    return manifest
+
+
+def write_atomically(path: Path, *chunks: bytes):
+    """Writes a file that is either absent (or the old one) or whole, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -143,7 +143,9 @@ class OutputOptions:
     out_dir: str = option("out", "folder for checkpoints, metrics.jsonl and plots")
     save_every: int = option(250, "steps between checkpoints; 0: only at the end")
     keep_last: int = option(2, "checkpoints to keep for resuming")
-    resume: str = option("auto", "auto: continue the run in out_dir; never; or a state/step_ folder")
+    resume: str = option(
+        "auto", "auto: go on with the run in out_dir; never; or a state/step_ folder"
+    )
     log_every: int = option(1, "steps between lines on the console and in metrics.jsonl")
     log_to: str = option("", "also log to these, comma-separated: wandb, tensorboard, trackio")
     run_name: str = option("", "name of the run in those services; empty: name of out_dir")
@@ -182,11 +184,6 @@ class TrainConfig:
         _at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
         _at_least(0, weight_decay=o.weight_decay, learning_rate=o.learning_rate)
         _at_least(-1, warmup_steps=o.warmup_steps)
-        if o.warmup_steps > o.max_steps:
-            raise UserError(
-                f"warmup_steps={o.warmup_steps} is more than max_steps={o.max_steps}; "
-                "use fewer, or -1 for 3.75 % of max_steps"
-            )
         for name in ("beta1", "beta2", "min_lr_ratio"):
             if not 0 <= getattr(o, name) <= 1:
                 raise UserError(f"{name}={getattr(o, name)}: use a number from 0 to 1")
@@ -288,7 +285,9 @@ def plan_batch(data: DataOptions, block_size: int, world_size: int) -> BatchPlan
 
 def warmup_steps(optim: OptimOptions) -> int:
     """Steps of warm-up, with -1 resolved."""
-    return round(WARMUP_FRACTION * optim.max_steps) if optim.warmup_steps < 0 else optim.warmup_steps
+    if optim.warmup_steps >= 0:
+        return optim.warmup_steps
+    return round(WARMUP_FRACTION * optim.max_steps)
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,7 +108,7 @@ def _int(text: str) -> int:
 
 def _float(text: str) -> float:
     value = float(text)
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
 

@@ -39,7 +39,7 @@ class Shard:
         Raises:
             UserError: when the file is shorter than its header said, or an id is no GPT-2 token.
         """
-        assert 0 <= start and start + count <= self.tokens, (start, count, self.tokens)
+        assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
         with open(self.path, "rb") as file:
             file.seek(HEADER_BYTES + TOKEN_BYTES * start)
             tokens = np.fromfile(file, dtype="<u2", count=count)
@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> dict | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete the folder and prepare again") from None
+        raise UserError(f"{path} is damaged ({error}); delete its folder and start over") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
         raise UserError(f"{path} is not a manifest of shards; use another --out_dir=")
     return manifest

@@ -1,0 +1,332 @@
+"""Checkpoints: the only place for torch.save and torch.load.
+
+Two kinds. `out_ckpt.pt` is for using a model: a dict of `model` (tensors under GPT-2's names),
+`config`, `step`, `val_loss`, `format`. `state/step_00000250/` is for continuing a run: the model as
+safetensors, the rest (optimizer, scaler, position in the data, random generators) as tensors and
+plain values, and `manifest.json` with the sha256 of both.
+
+A state is written into `….tmp`, synced to disk, and renamed when whole: the rename is the commit.
+No format notices a flipped bit by itself, so the hashes are compared before anything is loaded.
+Nothing here ever unpickles code: `weights_only=True` everywhere.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import GPT2Config, UserError, to_dict
+from .shards import write_atomically
+
+FORMAT = 1
+MODEL_FILE, STATE_FILE, MANIFEST = "model.safetensors", "train_state.pt", "manifest.json"
+STEP_FOLDER = re.compile(r"step_(\d{8})")
+# What wrappers put before or into names: torch.compile, DistributedDataParallel, FSDP.
+WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)\.")
+
+
+# ---- out_ckpt.pt: a model to use ----------------------------------------------------------------
+
+
+def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
+    """Writes `out_ckpt.pt`, or leaves the old one untouched.
+
+    Raises:
+        UserError: no space or no permission.
+    """
+    content = {
+        "format": FORMAT,
+        "model": {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()},
+        "config": to_dict(model.config),
+        "step": step,
+        "val_loss": val_loss,
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+        raise UserError(_why_not_written(path, error)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_model` wrote.
+
+    Returns:
+        (config, state dict on the CPU, the rest of the file).
+
+    Raises:
+        UserError: no file, a damaged or foreign file, one that would run code, weights that are
+            not numbers.
+    """
+    content = _torch_load(Path(path))
+    wanted = {"model", "config"}
+    if not isinstance(content, dict) or not wanted <= set(content):
+        raise UserError(f"{path}: not a checkpoint of this project (needs {sorted(wanted)})")
+    state = strip_prefixes(content.pop("model"))
+    if not isinstance(content["config"], dict):
+        raise UserError(f"{path}: its config is not a table of settings")
+    config = GPT2Config.from_dict(content.pop("config"))
+    odd = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if odd:
+        raise UserError(f"{path}: NaN or infinity in {odd[0]} ({len(odd)} tensors in all)")
+    return config, state, content
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path):
+    """Gives a model the tensors of a state dict, which must fit exactly.
+
+    Raises:
+        UserError: names and shapes that are missing, unexpected or different.
+    """
+    own = model.state_dict()
+    state = {n: t for n, t in state.items() if n != "lm_head.weight"}  # tied: stored as wte
+    problems = [f"missing {n}" for n in own if n not in state]
+    problems += [f"unexpected {n}" for n in state if n not in own]
+    problems += [
+        f"{n} is {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
+        for n in own
+        if n in state and own[n].shape != state[n].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{source} does not fit the model: {', '.join(problems[:3])}{more}")
+    model.load_state_dict(state, assign=any(t.is_meta for t in own.values()))
+
+
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what torch.compile, DDP and FSDP put into them, in any mix."""
+    return {WRAPPER_PREFIX.sub("", name): tensor for name, tensor in state.items()}
+
+
+# ---- state/step_*/: a run to continue -----------------------------------------------------------
+
+
+@dataclass
+class Resumed:
+    """What a state folder held."""
+
+    path: Path
+    step: int
+    config: GPT2Config
+    model: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_state(
+    out_dir: Path, step: int, model: nn.Module, state: dict[str, Any], keep_last: int
+) -> Path:
+    """Commits `out_dir/state/step_<step>/`, then deletes all but the last `keep_last` states.
+
+    Args:
+        out_dir: the run's folder.
+        step: optimizer steps done.
+        model: its tensors go into a safetensors file.
+        state: everything else, tensors and plain values only.
+        keep_last: how many states stay.
+
+    Raises:
+        UserError: no space or no permission; older states are still there.
+    """
+    final = out_dir / "state" / f"step_{step:08d}"
+    temporary = final.with_name(final.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+        save_file(tensors, temporary / MODEL_FILE)
+        torch.save(state, temporary / STATE_FILE)
+        files = {name: _fingerprint(temporary / name) for name in (MODEL_FILE, STATE_FILE)}
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "config": to_dict(model.config),
+            "files": files,
+        }
+        for name in files:
+            _sync(temporary / name)
+        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _discard(final)  # left by a run that was resumed from an earlier step
+        os.replace(temporary, final)
+        _sync(final.parent)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(_why_not_written(final, error)) from None
+    for old in state_folders(out_dir)[:-keep_last]:
+        _discard(old)
+    return final
+
+
+def state_folders(out_dir: Path) -> list[Path]:
+    """Committed states, oldest first."""
+    return sorted(p for p in (out_dir / "state").glob("step_*") if STEP_FOLDER.fullmatch(p.name))
+
+
+def load_state(path: Path) -> Resumed:
+    """Reads one state after comparing its files with the manifest.
+
+    Raises:
+        UserError: what is damaged or missing.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        step, files = int(manifest["step"]), manifest["files"]
+        for name in (MODEL_FILE, STATE_FILE):  # fixed names: a manifest cannot point elsewhere
+            if _fingerprint(path / name) != files[name]:
+                raise UserError(f"{path}: {name} is damaged (its sha256 differs)")
+        model = load_file(path / MODEL_FILE)
+        config = GPT2Config.from_dict(manifest["config"])
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a whole checkpoint ({_short(error)})") from None
+    return Resumed(path, step, config, model, _torch_load(path / STATE_FILE))
+
+
+def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
+    """The state to continue from.
+
+    Args:
+        out_dir: the run's folder.
+        resume: "auto" for the newest whole state of out_dir, "never" for none, or a folder.
+
+    Returns:
+        (state or None, one line for each damaged state that was passed over).
+
+    Raises:
+        UserError: the named folder is damaged, or every state is: a run that was there is never
+            silently started over.
+    """
+    if resume == "never":
+        return None, []
+    if resume != "auto":
+        return load_state(Path(resume)), []
+    passed_over: list[str] = []
+    for path in reversed(state_folders(out_dir)):
+        try:
+            return load_state(path), passed_over
+        except UserError as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise UserError(
+            f"every checkpoint in {out_dir / 'state'} is damaged: {'; '.join(passed_over)}; "
+            "use --resume=never to start over (what is there is kept), or another --out_dir"
+        )
+    return None, []
+
+
+def archive(out_dir: Path, after_step: int) -> Path | None:
+    """Moves a run's states after a step, and its files if that is none, out of the way.
+
+    Nothing is deleted: it all goes to `out_dir/archive_1`, `_2`, …
+
+    Returns:
+        The folder, or None when there was nothing to move.
+    """
+    moved = [p for p in state_folders(out_dir) if int(p.name[5:]) > after_step]
+    if after_step < 0:
+        names = ("metrics.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png")
+        moved += [out_dir / name for name in names if (out_dir / name).exists()]
+    if not moved:
+        return None
+    number = 1
+    while (folder := out_dir / f"archive_{number}").exists():
+        number += 1
+    for path in moved:
+        target = folder / path.relative_to(out_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    return folder
+
+
+def clean(out_dir: Path) -> list[str]:
+    """Removes what a crash left half written; returns the names."""
+    leftovers = [*out_dir.glob("state/*.tmp"), *out_dir.glob("*.tmp")]
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [path.name for path in leftovers]
+
+
+def check_writable(out_dir: Path):
+    """Fails before the first step instead of at the first save.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe = out_dir / "write_test.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to out_dir={out_dir}: {reason}; use another") from None
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, it is damaged or holds more than tensors and plain values "
+            f"({_short(error)})"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({_short(error)})") from None
+
+
+def _fingerprint(path: Path) -> list[int | str]:
+    with open(path, "rb") as file:
+        return [os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _sync(path: Path):
+    """Asks the disk to keep what was written; folders cannot be asked on Windows."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(folder: Path):
+    """Deletes a state; renamed first, so that half of it never looks whole."""
+    if folder.exists():
+        doomed = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _why_not_written(path: Path, error: Exception) -> str:
+    reason = _short(error)
+    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+    if "unexpected pos" in reason or "PytorchStreamWriter" in reason or "space" in reason:
+        reason = "the disk is full"
+    return f"checkpoint {path} not written: {reason} ({free / 2**30:.2f} GiB free)"
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,160 @@
+"""The command line: `gpt2 COMMAND …`. Each command imports what it needs, and only then.
+
+Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 130 and 143 stopped by
+Ctrl-C or SIGTERM, with everything saved.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import PrepareConfig, SampleConfig, TrainConfig, UserError
+from .flags import parse
+
+USAGE = """usage: gpt2 COMMAND [OPTIONS]
+
+  gpt2 prepare   text -> shards of tokens (FineWeb-Edu, your own files, or --source=stdlib)
+  gpt2 train     shards -> a model; the same command again continues the run
+  gpt2 sample    a model -> text
+  gpt2 plot      metrics.jsonl -> loss.png
+  gpt2 demo      all four on this machine, in a few minutes
+
+`gpt2 COMMAND --help` explains every option. Options are written --name=value; --config=FILE.toml
+reads them from a file."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a console without "×" shows "?" and goes on
+        stream.reconfigure(errors="replace")
+    arguments = sys.argv[1:] if argv is None else argv
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if command not in COMMANDS:
+        return _complain(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
+    try:
+        return COMMANDS[command](rest)
+    except UserError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def train(argv: list[str]) -> int:
+    """`gpt2 train`."""
+    config = parse(TrainConfig, argv, "gpt2 train")
+    from .train import run
+
+    return run(config)
+
+
+def prepare(argv: list[str]) -> int:
+    """`gpt2 prepare`."""
+    config = parse(PrepareConfig, argv, "gpt2 prepare")
+    from .prepare import run
+
+    return run(config)
+
+
+def sample(argv: list[str]) -> int:
+    """`gpt2 sample`."""
+    names = {"checkpoint": "an out_ckpt.pt"}
+    config, (path,) = parse(SampleConfig, argv, "gpt2 sample", names)
+    from .api import GPT2
+    from .generate import check_sampling
+
+    check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    model = GPT2.from_checkpoint(path, config.device)
+    if config.prompt:
+        for number in range(config.num_samples):
+            _write_sample(model, config, config.prompt, number)
+        return 0
+    print("Type a beginning and press Enter; an empty line ends.", flush=True)
+    number = 0
+    while prompt := _ask():
+        _write_sample(model, config, prompt, number)
+        number += 1
+    return 0
+
+
+def plot(argv: list[str]) -> int:
+    """`gpt2 plot`."""
+    _, (folder,) = parse(_NoOptions, argv, "gpt2 plot", {"out_dir": "folder of a run"})
+    from .plot import plot_run
+
+    print(plot_run(Path(folder)))
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    """`gpt2 demo`: prepares the embedded corpus, trains, plots and samples."""
+    parse(_NoOptions, argv, "gpt2 demo")
+    from .runtime import choose_device
+
+    device = choose_device("auto").type
+    recipe = Path(__file__).parent.parent / "configs" / f"demo_{device}.toml"
+    if not recipe.exists():
+        recipe = recipe.with_name("demo_cpu.toml")
+    if not recipe.exists():
+        raise UserError(f"the recipe {recipe} is not here; run `gpt2 demo` from a clone")
+    steps: list[tuple[Callable, list[str]]] = [
+        (prepare, ["--source=stdlib"]),
+        (train, [f"--config={recipe}"]),
+        (plot, ["out/demo"]),
+        (sample, ["out/demo/out_ckpt.pt", "--prompt=def main(", "--seed=1"]),
+    ]
+    for command, arguments in steps:
+        print(f"\n$ gpt2 {command.__name__} {' '.join(arguments)}", flush=True)
+        if code := command(arguments):
+            return code
+    return 0
+
+
+@dataclass(frozen=True)
+class _NoOptions:
+    """No options but those named above."""
+
+
+def _write_sample(model, config: SampleConfig, prompt: str, number: int):
+    """Prints a prompt and, as it is written, what follows."""
+    print(prompt, end="", flush=True)
+    pieces = model.stream(
+        prompt,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed + number if config.seed >= 0 else None,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print("\n", flush=True)
+
+
+def _ask() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def _complain(text: str) -> int:
+    """One line; under torchrun, where most mistakes are found by every rank, from the first."""
+    from .runtime import speaker
+
+    if (prefix := speaker()) is not None:
+        print(f"{prefix}gpt2: error: {text}", file=sys.stderr, flush=True)
+    return 2
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": prepare,
+    "train": train,
+    "sample": sample,
+    "plot": plot,
+    "demo": demo,
+}

@@ -1,0 +1,95 @@
+"""What a training run says: where it stands before the first step, and a line for each step."""
+
+from . import report
+from .checkpoint import Resumed
+from .config import TrainConfig, flatten
+from .data import available_eval_tokens
+from .evaluate import Evaluation
+from .runtime import Runtime
+from .state import TrainState
+
+FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
+MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that say where, not what
+
+
+def log_evaluation(result: Evaluation, state: TrainState, rt: Runtime, log: report.RunLog):
+    """One line on the console, one object in metrics.jsonl."""
+    log.record(
+        state.step,
+        val_loss=result.loss,
+        val_perplexity=result.perplexity,
+        val_bpb=result.bits_per_byte,
+        val_tokens=result.tokens,
+        tokens=state.step * state.plan.tokens_per_step,
+    )
+    if rt.is_main:
+        report.say(
+            report.eval_line(
+                state.step, result.loss, result.perplexity, result.bits_per_byte, result.tokens
+            )
+        )
+
+
+def log_step(values: dict, state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog):
+    """The same for a training step, with the rate since the last line."""
+    rate, state.seconds = state.clock.lap()
+    peak = report.peak_flops(rt.device_name, str(rt.dtype).removeprefix("torch."))
+    achieved = rate * state.model.flops_per_token()
+    values |= {
+        "tokens_per_second": rate,
+        "mfu": achieved / (peak * rt.world_size) if peak else None,
+        "seconds": state.seconds,
+        "tokens": state.step * state.plan.tokens_per_step,
+    }
+    log.record(state.step, **values)
+    if rt.is_main:
+        steps = config.optim.max_steps
+        left = state.clock.seconds_left((steps - state.step) * state.plan.tokens_per_step)
+        line = {"step": state.step} | values
+        report.say(report.console_line(line, max_steps=steps, seconds_left=left))
+
+
+def check_first_loss(loss: float, state: TrainState, rt: Runtime):
+    """Says whether the loss of fresh weights is what theory expects (`GPT.expected_first_loss`).
+
+    Text that often repeats its last token, such as source code with its spaces, lies a little
+    below, because a fresh network slightly prefers the token that it has just read.
+    """
+    if not rt.is_main:
+        return
+    expected = state.model.expected_first_loss()
+    text = f"first loss {loss:.2f}; fresh weights should give {expected:.2f}"
+    if -FIRST_LOSS_BELOW <= loss - expected <= FIRST_LOSS_ABOVE:
+        report.say(f"{text}: as expected")
+    else:
+        report.warn(f"{text}: check the data, the learning rate and the initialisation")
+
+
+def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None):
+    """What is about to happen, and why so."""
+    if not rt.is_main:
+        return
+    c = state.model.config
+    report.say(
+        f"GPT-2 with {state.model.num_parameters():,} parameters: {c.n_layer} layers, "
+        f"{c.n_head} heads, width {c.n_embd}, context {c.block_size}"
+    )
+    for note in rt.notes:
+        report.say(note)
+    report.say(str(state.plan))
+    order = state.loader.order
+    report.say(
+        f"{order.per_epoch * c.block_size:,} training tokens per epoch; "
+        f"{config.optim.max_steps} steps are "
+        f"{config.optim.max_steps * state.plan.sequences_per_step / order.per_epoch:.2f} epochs"
+    )
+    asked = config.eval.eval_tokens
+    have = available_eval_tokens(state.val_shards, asked)
+    fewer = "" if have == asked else f" (all there are; {asked:,} were asked for)"
+    report.say(f"validation on {have:,} tokens{fewer}")
+    if resumed:
+        report.say(f"continuing from {resumed.path}")
+        before, now = resumed.state["settings"], flatten(config)
+        for name in now:
+            if name not in MAY_DIFFER and before.get(name) != now[name]:
+                report.say(f"changed since then: {name} {before.get(name)} -> {now[name]}")

@@ -1,0 +1,117 @@
+"""Files of text to rows: .txt, .jsonl and .parquet, compressed or not, with flat memory.
+
+A row is a document, or None where it holds no text (null, empty, not JSON): a row's number never
+depends on what was skipped.
+"""
+
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+from .config import UserError
+
+Row = tuple[str | None, int]  # a document or None, and how many bytes of the file were read so far
+
+
+def read_rows(path: Path, start: int = 0) -> Iterator[Row]:
+    """Rows of one file from number `start` on, with flat memory (but for a .txt: one document).
+
+    Raises:
+        UserError: damaged, unreadable or without texts; names the file and the row.
+    """
+    import pyarrow as pa
+
+    kind = path.name.lower()
+    if kind.endswith(".parquet"):
+        reader = _parquet_rows
+    else:
+        reader = _txt_rows if ".txt" in kind[-len(".txt.zst") :] else _jsonl_rows
+    number = start
+    try:
+        for row in reader(path, start):
+            yield row
+            number += 1
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{path}: damaged or unreadable after row {number} ({why}); put a whole copy in its "
+            "place or leave it out, and prepare into a new --out_dir="
+        ) from None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Gives (the file itself, its uncompressed bytes)."""
+    import pyarrow as pa
+
+    wrap = {
+        ".gz": lambda file: gzip.GzipFile(fileobj=file),
+        ".xz": lzma.LZMAFile,
+        ".zst": lambda file: io.BufferedReader(pa.CompressedInputStream(file, "zstd")),
+    }.get(path.suffix.lower(), nullcontext)
+    with open(path, "rb") as file, wrap(file) as data:
+        yield file, data
+
+
+def _txt_rows(path: Path, start: int) -> Iterator[Row]:
+    if start == 0:
+        with _open(path) as (file, data):
+            yield data.read().decode("utf-8-sig", "replace") or None, file.tell()
+
+
+def _jsonl_rows(path: Path, start: int) -> Iterator[Row]:
+    number, texts = 0, start
+    with _open(path) as (file, lines):
+        for line in lines:
+            number += not line.isspace()
+            if number > start and not line.isspace():
+                has_text, text = _text_of_json(line)
+                texts += has_text
+                yield text, file.tell()
+    if number and not texts:
+        raise UserError(f"{path}: none of its {number:,} rows is a JSON object with a `text`")
+
+
+def _text_of_json(line: bytes) -> tuple[bool, str | None]:
+    """Whether a line is an object with a `text`, and that text where it is one."""
+    try:
+        value = json.loads(line.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        return False, None
+    if not isinstance(value, dict) or "text" not in value:
+        return False, None
+    text = value["text"]
+    if not isinstance(text, str) or not text:
+        return True, None
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return True, text
+
+
+def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size_bytes, number = path.stat().st_size, 0
+    with pq.ParquetFile(path) as file:
+        if "text" not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            raise UserError(f"{path}: no column `text`; its columns are {names}")
+        for batch in file.iter_batches(1024, columns=["text"]):
+            if number + len(batch) <= start:
+                number += len(batch)
+                continue
+            # as bytes: text that is no UTF-8 is then repaired instead of stopping the run
+            for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+                number += 1
+                if number > start:
+                    text = value.decode("utf-8", "replace") if value else None
+                    yield text, size_bytes * number // file.metadata.num_rows

@@ -1,0 +1,319 @@
+"""The machine: processes, device, precision, compilation, seeds and signals.
+
+The only module that knows torch.distributed and environment variables. Everything above it works
+with a `Runtime` and does not ask whether there is one rank or many, a GPU or none.
+"""
+
+import contextlib
+import datetime
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import SystemOptions, UserError
+
+START_TIMEOUT = datetime.timedelta(minutes=30)  # the first step may compile for minutes
+
+
+@dataclass
+class Runtime:
+    """This process among all processes, and what it computes with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    notes: list[str] = field(default_factory=list)  # what was chosen, and why
+    stop_signal: int = 0  # number of the signal that asked this rank to stop, 0: none
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The name that a table of peak rates is asked for."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in `dtype`, everything delicate in float32."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss in fp16, whose small numbers end at 6e-8; does nothing elsewhere."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def wrap(self, model: nn.Module) -> Callable[..., Tensor]:
+        """The callable to train with. The raw model keeps its plain names for checkpoints."""
+        if self.world_size == 1:
+            return model
+        on_gpu = self.device.type == "cuda"
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if on_gpu else None,
+            gradient_as_bucket_view=True,  # gradients live in the buffers that are sent
+        )
+
+    def accumulate(self, forward: Callable, last: bool) -> contextlib.AbstractContextManager:
+        """Around forward and backward of a micro-batch: gradients are sent on the last only."""
+        if self.world_size == 1 or last:
+            return contextlib.nullcontext()
+        return forward.no_sync()
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Calls a function on rank 0; every rank gets its result, or the UserError it raised."""
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as error:
+                problem = str(error)
+        result, problem = self.broadcast((result, problem))
+        if problem:
+            raise UserError(problem)
+        return result
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, on every rank; changes the tensor."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value of a small picklable object, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value of a small picklable object, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def rng_state(self) -> dict[str, Any]:
+        """State of the random generators of this rank, as plain values and tensors."""
+        state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_rng_state(self, state: dict[str, Any]):
+        """Puts back what `rng_state` gave."""
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def synchronize(self):
+        """Waits until the device has done what it was given, so that clocks tell the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@contextlib.contextmanager
+def start(options: SystemOptions) -> Iterator[Runtime]:
+    """Joins the process group (under torchrun), chooses the device and catches signals."""
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+    )
+    device = choose_device(options.device, local_rank)
+    dtype, reason = choose_dtype(options.dtype, device)
+    rt = Runtime(device, dtype, rank, local_rank, world_size)
+    rt.notes.append(f"device {_describe(device)}, dtype {str(dtype)[6:]}: {reason}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 products on tensor cores
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=START_TIMEOUT)
+        rt.notes.append(f"{world_size} ranks by {backend}")
+    seed(options.seed)
+    try:
+        with _catch_signals(rt):
+            yield rt
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def speaker() -> str | None:
+    """What a rank puts before an error: nothing on rank 0, its number once ranks differ.
+
+    None before the process group exists: until then all ranks find the same mistakes, and one of
+    them is enough to say so.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if not rank:
+        return ""
+    return f"[rank {rank}] " if dist.is_initialized() else None
+
+
+def seed(number: int):
+    """Seeds every generator alike, so that all ranks make the same weights."""
+    random.seed(number)
+    torch.manual_seed(number)
+
+
+def choose_device(requested: str, local_rank: int = 0) -> torch.device:
+    """The device for a request of "auto", "cpu", "cuda", "cuda:1" or "mps".
+
+    Raises:
+        UserError: when that device is not there.
+    """
+    if requested == "auto":
+        if torch.cuda.is_available():
+            requested = "cuda"
+        else:
+            requested = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        raise UserError(f"device={requested}: use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank if device.index is None else device.index
+        if index >= count:
+            raise UserError(
+                f"device={requested}: GPU number {index} is not there, this machine shows {count}; "
+                "use --device=cpu, or fewer processes"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: this machine has no Apple GPU; use --device=cpu")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"device={requested}: use auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The precision of matrix products, and why.
+
+    bf16 only where the hardware has it: torch says that a T4 supports bf16, but emulates it slowly,
+    so emulation is not asked for. fp16 needs the GradScaler that `Runtime.grad_scaler` gives.
+
+    Raises:
+        UserError: float16 on an Apple GPU.
+    """
+    if requested == "float16" and device.type == "mps":
+        raise UserError(
+            "dtype=float16 needs loss scaling, which mps lacks; use float32 or bfloat16"
+        )
+    if requested != "auto":
+        return getattr(torch, requested), "as asked"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16, "this GPU has bf16 units"
+        return torch.float16, "this GPU has no bf16 units; fp16 with loss scaling"
+    if device.type == "cpu" and cpu_has_fast_bfloat16():
+        return torch.bfloat16, "this CPU has bf16 instructions"
+    return torch.float32, f"no fast bf16 on this {device.type}"
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def choose_compile(requested: str, device: torch.device) -> tuple[bool, str]:
+    """Whether to use torch.compile, and why; never an error.
+
+    Asks what can be asked cheaply, then compiles one tiny function: that finds a missing
+    compiler, an old GPU and a broken installation before the model does.
+    """
+    if requested == "False":
+        return False, "as asked"
+    if requested == "auto" and device.type != "cuda":
+        return False, f"on a {device.type} it takes half a minute and gains little"
+    problem = _compile_problem(device)
+    if problem:
+        return False, f"{problem}; going on without"
+    return True, "as asked" if requested == "True" else "faster on this GPU"
+
+
+def _compile_problem(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "torch.compile needs a GPU of compute capability 7.0 or newer"
+    if sys.platform != "win32" and not any(map(shutil.which, ("cc", "gcc", "clang", "g++"))):
+        return "torch.compile needs a C compiler (install gcc)"
+    try:
+        trial = torch.compile(lambda x: x * 2 + 1)
+        trial(torch.ones(8, device=device))
+    except Exception as error:  # noqa: BLE001 - whatever is broken, training must go on without
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"torch.compile does not work here ({first_line[:150]})"
+    return ""
+
+
+def reset_peak_memory(device: torch.device):
+    """Starts the measurement that `peak_memory_bytes` reads."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory that tensors have taken on a GPU; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"{device} ({torch.cuda.get_device_name(device)}, {total / 2**30:.0f} GiB)"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
+    return str(device)
+
+
+@contextlib.contextmanager
+def _catch_signals(rt: Runtime) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop_signal`; a second Ctrl-C, a second later, ends at once.
+
+    A terminal sends Ctrl-C to the whole process group and torchrun passes it on once more, so a
+    repetition within a second is the same request.
+    """
+    first_time = 0.0
+
+    def handle(number: int, _frame: Any):
+        nonlocal first_time
+        if not rt.stop_signal:
+            rt.stop_signal, first_time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - first_time > 1:
+            raise KeyboardInterrupt
+
+    caught = [signal.SIGINT, signal.SIGTERM]
+    try:
+        before = {number: signal.signal(number, handle) for number in caught}
+    except ValueError:  # not the main thread: signals belong to the program that embeds us
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,144 @@
+"""The state of a training run, and its way to disk and back.
+
+What a checkpoint must hold for the run to go on bit for bit: weights, optimizer, scaler, position
+in the data, and the random generators of every rank.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, report
+from .checkpoint import Resumed
+from .config import BatchPlan, GPT2Config, TrainConfig, UserError, flatten, to_dict
+from .data import TrainLoader
+from .model import GPT
+from .runtime import Runtime
+from .shards import Shard
+
+MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
+
+
+@dataclass
+class TrainState:
+    """All that changes while training."""
+
+    model: GPT
+    forward: Callable[..., Tensor]  # the model, or DDP around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: TrainLoader
+    val_shards: list[Shard]
+    plan: BatchPlan
+    clock: report.Throughput
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # of training before this process
+    skipped: int = 0  # steps in a row whose gradient was not finite
+    val_loss: float | None = None
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    stop: bool = False  # agreed by all ranks
+
+
+def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
+    """The state to continue from; what stands in the way of a new run is moved aside."""
+
+    def look() -> str | None:
+        out = out_dir(config)
+        checkpoint.check_writable(out)
+        checkpoint.clean(out)
+        found, damaged = checkpoint.find_state(out, config.output.resume)
+        for line in damaged:
+            report.warn(f"{line}; using an older checkpoint")
+        if found:
+            check_same_shape(found, config.model.shape())
+        moved = checkpoint.archive(out, after_step=found.step if found else -1)
+        if moved:
+            report.say(f"moved files of an earlier run to {moved}")
+        return str(found.path) if found else None
+
+    path = rt.on_main(look)
+    return checkpoint.load_state(Path(path)) if path else None
+
+
+def check_same_shape(found: Resumed, shape: GPT2Config):
+    """Raises UserError when the checkpoint is of another network."""
+    ours, theirs = to_dict(shape), to_dict(found.config)
+    ours["dropout"] = theirs["dropout"]  # may change between runs
+    different = [f"{n} {ours[n]} instead of {theirs[n]}" for n in ours if ours[n] != theirs[n]]
+    if different:
+        raise UserError(
+            f"{found.path} is of another network: you asked for {', '.join(different)}; "
+            "use the same settings, another --out_dir, or --resume=never"
+        )
+
+
+def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
+    """Commits a checkpoint to continue from; a failure only ends the run when it is the last."""
+    content = {
+        "position": state.loader.position,
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "rng": rt.gather(rt.rng_state()),
+        "seconds": state.seconds,
+        "skipped": state.skipped,
+        "val_loss": state.val_loss,
+        "best_val_loss": state.best_val_loss,
+        "evals_without_gain": state.evals_without_gain,
+        "settings": flatten(config),
+    }
+    keep = config.output.keep_last
+    write(
+        rt,
+        lambda: checkpoint.save_state(out_dir(config), state.step, state.model, content, keep),
+        final,
+    )
+
+
+def restore(state: TrainState, resumed: Resumed, rt: Runtime):
+    """Puts back what `save` stored; the loader already stands at its position."""
+    content = resumed.state
+    checkpoint.load_into(state.model, resumed.model, resumed.path)
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.scaler.load_state_dict(content["scaler"])
+    if rt.rank < len(content["rng"]):  # a new rank keeps the generators it was seeded with
+        rt.set_rng_state(content["rng"][rt.rank])
+    state.step = resumed.step
+    for name in ("seconds", "skipped", "val_loss", "best_val_loss", "evals_without_gain"):
+        setattr(state, name, content[name])
+
+
+def export(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
+    """Writes the model for use, `out_ckpt.pt`."""
+    save_model(state, out_dir(config) / MODEL_NAME, rt, final)
+
+
+def export_best(state: TrainState, config: TrainConfig, rt: Runtime):
+    """Writes the model with the lowest validation loss so far, `best_ckpt.pt`."""
+    save_model(state, out_dir(config) / BEST_NAME, rt, final=False)
+
+
+def save_model(state: TrainState, path: Path, rt: Runtime, final: bool):
+    """Writes the model with its step and validation loss."""
+    write(rt, lambda: checkpoint.save_model(path, state.model, state.step, state.val_loss), final)
+
+
+def write(rt: Runtime, function: Callable[[], Any], final: bool):
+    """Writes on rank 0. A full disk is no reason to lose the run, unless it was the last chance."""
+    try:
+        rt.on_main(function)
+    except UserError as error:
+        if final:
+            raise
+        if rt.is_main:
+            report.warn(f"{error}; training goes on, and what was saved before is kept")
+
+
+def out_dir(config: TrainConfig) -> Path:
+    """The run's folder."""
+    return Path(config.output.out_dir)

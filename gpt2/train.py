@@ -1,0 +1,222 @@
+"""The training loop.
+
+One optimizer step is `train_step`; what happens between steps is in `loop`. Which device, how many
+ranks and which precision is the business of `runtime.py`; what a checkpoint holds that of
+`state.py`; what is said on the way that of `messages.py`.
+"""
+
+import math
+
+import torch
+
+from . import flags, report, runtime
+from .checkpoint import Resumed
+from .config import TrainConfig, UserError, flatten, plan_batch
+from .data import TrainLoader, available_eval_tokens, eval_batches
+from .evaluate import evaluate
+from .messages import announce, check_first_loss, log_evaluation, log_step
+from .model import GPT
+from .ops import IGNORE
+from .optim import build_optimizer, learning_rate_at, set_learning_rate
+from .runtime import Runtime
+from .shards import find_shards
+from .state import (
+    MODEL_NAME,
+    TrainState,
+    export,
+    export_best,
+    find_checkpoint,
+    out_dir,
+    restore,
+    save,
+)
+
+MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale
+
+
+def run(config: TrainConfig) -> int:
+    """Trains, or continues, the run in `config.output.out_dir`.
+
+    Returns:
+        Exit code: 0 when finished, 128 + signal when a signal asked to stop (all is saved).
+
+    Raises:
+        UserError: anything that a person can correct; whatever had been saved is still there.
+    """
+    with runtime.start(config.system) as rt:
+        resumed = find_checkpoint(config, rt)
+        state = build(config, rt, resumed)
+        try:
+            with open_log(config, rt, resumed) as log:
+                announce(state, config, rt, resumed)
+                loop(state, config, rt, log)
+        finally:
+            state.loader.close()
+        return 128 + rt.stop_signal if rt.stop_signal else 0
+
+
+def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog):
+    """Steps, and what is due between them, until the last step, a signal or an early stop."""
+    resumed_at, max_steps = state.step, config.optim.max_steps
+    state.clock.start(state.seconds)
+    while True:
+        ends = state.step >= max_steps or state.stop
+        save_due = ends or due(state.step, config.output.save_every)
+        eval_due = not state.stop and (ends or due(state.step, config.eval.eval_every))
+        with state.clock.pause():
+            if save_due and (state.step != resumed_at or not resumed_at):
+                save(state, config, rt, ends)  # before evaluating: a crash there costs nothing
+            if eval_due:
+                ends |= validate(state, config, rt, log)
+            if save_due or ends:
+                export(state, config, rt, ends)
+        if ends:
+            break
+        values = train_step(state, config, rt)
+        if state.step == 1:
+            check_first_loss(values["loss"], state, rt)
+        if due(state.step, config.output.log_every) or state.step == max_steps or state.stop:
+            log_step(values, state, config, rt, log)
+    if rt.is_main:
+        verb = "stopped" if state.step < max_steps else "finished"
+        report.say(f"{verb} at step {state.step}; the model is {out_dir(config) / MODEL_NAME}")
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str, float]:
+    """One optimizer step over all micro-batches of all ranks.
+
+    The loss is the sum over the step's valid tokens divided by their number over all ranks, so its
+    gradient does not depend on how the step is cut into micro-batches and ranks.
+    """
+    lr = learning_rate_at(state.step, config.optim)
+    set_learning_rate(state.optimizer, lr)
+    batches = state.loader.next_step()
+    valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y in batches))
+    loss_sum = torch.zeros((), device=rt.device)
+    for micro, (x, y) in enumerate(batches):
+        with rt.accumulate(state.forward, last=micro == len(batches) - 1):
+            with rt.autocast():
+                loss = state.forward(x, y, reduction="sum")  # nats
+            # DDP takes the mean over ranks of what should be a sum
+            state.scaler.scale(loss * (rt.world_size / valid_tokens)).backward()
+        loss_sum += loss.detach()
+    state.scaler.unscale_(state.optimizer)
+    limit = config.optim.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    stop = torch.tensor(float(bool(rt.stop_signal)), device=rt.device)
+    # one message for all that ranks must agree on, and one wait for the device
+    sums = rt.all_sum(torch.stack([loss_sum / valid_tokens, grad_norm / rt.world_size, stop]))
+    mean_loss, norm, stops = sums.tolist()
+    _update(state, math.isfinite(norm))
+    state.step += 1
+    state.stop = stops > 0
+    state.clock.step(state.plan.tokens_per_step)
+    return {"loss": mean_loss, "lr": lr, "grad_norm": norm}
+
+
+def _update(state: TrainState, finite: bool):
+    """Changes the weights, unless the gradient holds NaN or infinity (on all ranks alike)."""
+    if finite or state.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
+        state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.skipped = 0 if finite else state.skipped + 1
+    if state.skipped >= MAX_SKIPPED_STEPS:
+        raise UserError(
+            f"the gradient was NaN or infinite in {state.skipped} steps in a row, up to step "
+            f"{state.step + 1}; the checkpoints are untouched: continue with a lower "
+            "--learning_rate, or with --dtype=float32"
+        )
+
+
+def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainState:
+    """Model, optimizer and loader, fresh or as a checkpoint left them; checks all that can be."""
+    shape = config.model.shape()
+    plan = plan_batch(config.data, shape.block_size, rt.world_size)
+    train_shards = find_shards(config.data.data_dir, "train")
+    val_shards = find_shards(config.data.data_dir, "val")
+    if not available_eval_tokens(val_shards, config.eval.eval_tokens):
+        raise UserError(f"{config.data.data_dir}: the validation shards hold no text")
+    model = GPT(shape).to(rt.device)  # made on the CPU: the same weights on every device
+    compiled, reason = runtime.choose_compile(config.system.compile_model, rt.device)
+    if compiled:
+        model.compile()  # in place: names in the state dict stay as they are
+    rt.notes.append(f"compile_model {compiled}: {reason}")
+    runtime.seed(config.system.seed + rt.rank)  # from here on only dropout draws
+    loader = TrainLoader(
+        train_shards,
+        plan,
+        seed=config.system.seed,
+        shuffle=config.data.shuffle,
+        rank=rt.rank,
+        position=resumed.state["position"] if resumed else 0,
+        device=rt.device,
+    )
+    state = TrainState(
+        model=model,
+        forward=model,
+        optimizer=build_optimizer(model, config.optim),
+        scaler=rt.grad_scaler(),
+        loader=loader,
+        val_shards=val_shards,
+        plan=plan,
+        clock=report.Throughput(),
+    )
+    if resumed:
+        restore(state, resumed, rt)
+    state.forward = rt.wrap(model)
+    return state
+
+
+def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog) -> bool:
+    """Evaluates, keeps the best model; True when it is time to stop early.
+
+    A run that was interrupted right after an evaluation takes the result from its log.
+    """
+    known = rt.broadcast(log.recorded(state.step))
+    if "val_loss" in known:
+        state.val_loss = known["val_loss"]
+    else:
+        batches = eval_batches(
+            state.val_shards,
+            block_size=state.plan.block_size,
+            batch_size=state.plan.batch_size,
+            eval_tokens=config.eval.eval_tokens,
+            rank=rt.rank,
+            world_size=rt.world_size,
+            device=rt.device,
+        )
+        result = evaluate(state.model, batches, rt)
+        state.val_loss = result.loss
+    improved = state.val_loss < state.best_val_loss
+    state.best_val_loss = min(state.val_loss, state.best_val_loss)
+    state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
+    if "val_loss" not in known:
+        if improved:
+            export_best(state, config, rt)
+        log_evaluation(result, state, rt, log)
+    patience = config.eval.early_stop_evals
+    stop = 0 < patience <= state.evals_without_gain
+    if stop and rt.is_main:
+        report.say(f"no gain in {patience} evaluations: stopping early")
+    return stop
+
+
+def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
+    """metrics.jsonl and the services; also writes the settings as a file that --config= reads."""
+    settings = flatten(config)
+    if rt.is_main:
+        (out_dir(config) / "config.toml").write_text(flags.to_toml(settings), encoding="utf-8")
+    return report.open_run(
+        out_dir(config),
+        config=settings,
+        sinks=config.output.log_to,
+        run_name=config.output.run_name,
+        resume_step=resumed.step if resumed else None,
+        is_main=rt.is_main,
+    )

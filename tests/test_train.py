@@ -1,0 +1,388 @@
+"""The loop: golden losses, exact resume, accumulation, faults, early stop."""
+
+import json
+import math
+import platform
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2 import checkpoint, report, runtime, train
+from gpt2.config import TrainConfig, UserError
+from gpt2.flags import parse
+from gpt2.shards import write_shard
+
+from .conftest import TINY
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+
+
+def config(data_dir, out_dir, *arguments) -> TrainConfig:
+    argv = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *TINY, *arguments]
+    return parse(TrainConfig, argv, "gpt2 train")
+
+
+def metrics(out_dir, name="loss") -> dict[int, float]:
+    rows = report.read_metrics(Path(out_dir) / "metrics.jsonl")
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_model(path)[1]
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_twenty_steps_are_what_they_were(tmp_path):
+    """A refactor keeps every bit; another CPU or torch keeps four digits.
+
+    Delete tests/golden_losses.json and run this twice to make a new one.
+    """
+    number = np.arange(20_000)
+    tokens = ((number * number * 31 + number * 17) % 997).astype(np.uint16)  # the same anywhere
+    write_shard(tmp_path / "n_train_000001.bin", tokens[1000:])
+    write_shard(tmp_path / "n_val_000000.bin", tokens[:1000])
+    assert train.run(config(tmp_path, tmp_path, "--max_steps=20")) == 0
+    losses = list(metrics(tmp_path).values())
+    machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine()]
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps({"machine": machine, "losses": losses}, indent=1) + "\n")
+        pytest.fail("wrote a new golden file")
+    golden = json.loads(GOLDEN.read_text())
+    if golden["machine"] == machine:
+        assert losses == golden["losses"]
+    np.testing.assert_allclose(losses, golden["losses"], rtol=1e-4)
+
+
+def test_loss_falls_and_files_appear(data_dir, tmp_path, capsys):
+    arguments = ["--max_steps=30", "--eval_every=10", "--save_every=10", "--keep_last=2"]
+    assert train.run(config(data_dir, tmp_path, *arguments)) == 0
+    losses = metrics(tmp_path)
+    assert list(losses) == list(range(1, 31))
+    assert losses[30] < losses[1] - 1
+    assert list(metrics(tmp_path, "val_loss")) == [10, 20, 30]
+    states = [p.name for p in checkpoint.state_folders(tmp_path)]
+    assert states == ["step_00000020", "step_00000030"]
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    names = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "tokens"}
+    assert set(row) == names  # no mfu on a CPU
+    assert row["tokens"] == 4 * 32 * 2
+    out = capsys.readouterr().out
+    assert "256 tokens per step = batch_size 4 × block_size 32 × grad_accum_steps 2 × 1 rank" in out
+    assert "validation on 500 tokens" in out
+    assert "fresh weights should give 10.83: as expected" in out
+    settings = parse(TrainConfig, [f"--config={tmp_path}/config.toml"], "gpt2 train")
+    assert settings.optim.max_steps == 30
+
+
+def test_checkpoint_is_what_the_documentation_says(data_dir, tmp_path):
+    train.run(config(data_dir, tmp_path, "--max_steps=2"))
+    content = torch.load(tmp_path / "out_ckpt.pt", weights_only=True)
+    assert set(content) == {"model", "config", "step", "val_loss", "format"}
+    assert content["step"] == 2
+    assert content["val_loss"] == pytest.approx(metrics(tmp_path, "val_loss")[2])
+    assert content["config"]["n_embd"] == 32
+    assert "transformer.wte.weight" in content["model"]
+    assert content["model"]["transformer.h.0.attn.c_attn.weight"].shape == (96, 32)
+    assert content["model"]["transformer.wte.weight"].shape == (50257, 32)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--max_steps=12"], ["--max_steps=12", "--dropout=0.2"], ["--max_steps=7", "--dtype=float16"]],
+)
+def test_interrupted_run_gives_the_same_bits(data_dir, tmp_path, arguments):
+    """12 steps in one go, and 5 + 7 with everything forgotten in between."""
+    arguments = [*arguments, "--save_every=5", "--warmup_steps=3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(config(data_dir, whole, *arguments))
+    train.run(config(data_dir, parts, *arguments))
+    for folder in checkpoint.state_folders(parts)[1:]:  # as if killed after step 5
+        shutil.rmtree(folder)
+    torch.manual_seed(99)
+    assert train.run(config(data_dir, parts, *arguments)) == 0
+    assert same(weights(whole / "out_ckpt.pt"), weights(parts / "out_ckpt.pt"))
+    assert metrics(whole) == metrics(parts)
+    assert metrics(whole, "val_loss") == metrics(parts, "val_loss")
+
+
+@pytest.mark.parametrize("forgotten", ["position", "optimizer", "rng", "scaler"])
+def test_each_part_of_a_checkpoint_matters(data_dir, tmp_path, forgotten, monkeypatch):
+    """What makes the test above able to fail: without this part the bits differ."""
+    arguments = ["--max_steps=8", "--save_every=4", "--dropout=0.1"]
+    if forgotten == "scaler":
+        arguments.append("--dtype=float16")
+        monkeypatch.setattr(
+            torch.amp.GradScaler, "state_dict", _lowered(torch.amp.GradScaler.state_dict)
+        )
+    train.run(config(data_dir, tmp_path, *arguments))
+    whole = weights(tmp_path / "out_ckpt.pt")
+    path = checkpoint.state_folders(tmp_path)[0]
+    found = checkpoint.load_state(path)
+    if forgotten == "position":
+        found.state["position"] = 0
+    elif forgotten == "optimizer":
+        for state in found.state["optimizer"]["state"].values():
+            state["exp_avg"].zero_()
+    elif forgotten == "rng":
+        found.state["rng"] = []
+    monkeypatch.setattr(train, "find_checkpoint", lambda *_: found)
+    monkeypatch.setattr(report, "open_run", _no_log)
+    (tmp_path / "again").mkdir()
+    train.run(config(data_dir, tmp_path / "again", *arguments))
+    assert not same(whole, weights(tmp_path / "again/out_ckpt.pt"))
+
+
+def _lowered(original):
+    return lambda self: original(self) | {"scale": 2.0**-12}
+
+
+def _no_log(*_, **__):
+    import contextlib
+
+    return contextlib.nullcontext(report.RunLog())
+
+
+def test_same_command_on_a_finished_run_changes_nothing(data_dir, tmp_path, capsys):
+    c = config(data_dir, tmp_path, "--max_steps=3")
+    train.run(c)
+    before = (tmp_path / "metrics.jsonl").read_text(), weights(tmp_path / "out_ckpt.pt")
+    assert train.run(c) == 0
+    assert (tmp_path / "metrics.jsonl").read_text() == before[0]
+    assert same(weights(tmp_path / "out_ckpt.pt"), before[1])
+    assert "finished at step 3" in capsys.readouterr().out
+
+
+def test_longer_run_continues_a_finished_one(data_dir, tmp_path, capsys):
+    train.run(config(data_dir, tmp_path, "--max_steps=3"))
+    train.run(config(data_dir, tmp_path, "--max_steps=5"))
+    assert list(metrics(tmp_path)) == [1, 2, 3, 4, 5]
+    assert "changed since then: max_steps 3 -> 5" in capsys.readouterr().out
+
+
+def test_resume_never_keeps_the_old_run_aside(data_dir, tmp_path):
+    train.run(config(data_dir, tmp_path, "--max_steps=3"))
+    old = weights(tmp_path / "out_ckpt.pt")
+    train.run(config(data_dir, tmp_path, "--max_steps=2", "--resume=never", "--seed=5"))
+    assert list(metrics(tmp_path)) == [1, 2]
+    assert same(weights(tmp_path / "archive_1/out_ckpt.pt"), old)
+    assert (tmp_path / "archive_1/state/step_00000003/manifest.json").exists()
+
+
+def test_resume_from_a_named_state(data_dir, tmp_path):
+    arguments = ["--max_steps=6", "--save_every=2", "--keep_last=9"]
+    train.run(config(data_dir, tmp_path / "a", *arguments))
+    path = tmp_path / "a/state/step_00000002"
+    train.run(config(data_dir, tmp_path / "b", *arguments, f"--resume={path}"))
+    assert list(metrics(tmp_path / "b")) == [3, 4, 5, 6]
+    assert same(weights(tmp_path / "a/out_ckpt.pt"), weights(tmp_path / "b/out_ckpt.pt"))
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(data_dir, tmp_path, capsys):
+    arguments = ["--max_steps=6", "--save_every=2"]
+    train.run(config(data_dir, tmp_path, *arguments))
+    whole = weights(tmp_path / "out_ckpt.pt")
+    newest = tmp_path / "state/step_00000006/model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit, which no file format notices
+    newest.write_bytes(data)
+    train.run(config(data_dir, tmp_path, *arguments))
+    assert "sha256" in capsys.readouterr().err
+    assert same(weights(tmp_path / "out_ckpt.pt"), whole)
+
+
+def test_all_checkpoints_damaged_is_an_error(data_dir, tmp_path):
+    train.run(config(data_dir, tmp_path, "--max_steps=4", "--save_every=2"))
+    for path in tmp_path.glob("state/*/train_state.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"every checkpoint .* is damaged"):
+        train.run(config(data_dir, tmp_path, "--max_steps=4"))
+
+
+def test_checkpoint_of_another_network(data_dir, tmp_path):
+    train.run(config(data_dir, tmp_path, "--max_steps=1"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="n_embd 64 instead of 32"):
+        train.run(config(data_dir, tmp_path, "--max_steps=1", "--n_embd=64"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_micro_batches_equal_one_of_twice_the_size(data_dir, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    train.run(config(data_dir, a, "--max_steps=5"))
+    train.run(config(data_dir, b, "--max_steps=5", "--batch_size=8", "--grad_accum_steps=1"))
+    for step, loss in metrics(a).items():
+        assert metrics(b)[step] == pytest.approx(loss, abs=2e-6)
+    other = weights(b / "out_ckpt.pt")
+    for name, tensor in weights(a / "out_ckpt.pt").items():
+        torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=0)
+
+
+def test_not_finite_gradient_is_skipped(data_dir, tmp_path, monkeypatch):
+    """One bad step changes no weight; the next good one does."""
+    seen = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def poisoned(parameters, limit):
+        parameters = list(parameters)
+        if len(seen) in (2, 3):
+            parameters[0].grad[0, 0] = math.nan
+        seen.append(parameters[0].detach().clone())
+        return original(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    train.run(config(data_dir, tmp_path, "--max_steps=6"))
+    assert torch.equal(seen[2], seen[3])
+    assert torch.equal(seen[3], seen[4])
+    assert not torch.equal(seen[4], seen[5])
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "out_ckpt.pt").values())
+    rows = report.read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in rows if "nonfinite" in r] == [3, 4]
+
+
+def test_endless_nan_ends_the_run_and_keeps_the_checkpoint(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MAX_SKIPPED_STEPS", 3)
+    original = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def poisoned(parameters, limit):
+        calls.append(1)
+        norm = original(parameters, limit)
+        return norm * math.inf if len(calls) > 4 else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    with pytest.raises(UserError, match="3 steps in a row, up to step 7"):
+        train.run(config(data_dir, tmp_path, "--max_steps=20", "--save_every=4"))
+    assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000004"]
+
+
+def test_full_disk_does_not_end_the_run(data_dir, tmp_path, monkeypatch, capsys):
+    original = checkpoint.save_file
+
+    def full(tensors, path):
+        if "step_00000002" in str(path):
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert train.run(config(data_dir, tmp_path, "--max_steps=4", "--save_every=2")) == 0
+    assert "not written: the disk is full" in capsys.readouterr().err
+    assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000004"]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_full_disk_at_the_last_save_is_an_error(data_dir, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="disk is full"):
+        train.run(config(data_dir, tmp_path, "--max_steps=2"))
+
+
+def test_save_comes_before_evaluation(data_dir, tmp_path, monkeypatch):
+    def crash(*_):
+        raise RuntimeError("evaluation crashed")
+
+    monkeypatch.setattr(train, "evaluate", crash)
+    with pytest.raises(RuntimeError, match="evaluation crashed"):
+        train.run(config(data_dir, tmp_path, "--max_steps=2"))
+    assert checkpoint.load_state(tmp_path / "state/step_00000002").step == 2
+
+
+def test_early_stop_and_best_model(data_dir, tmp_path, monkeypatch, capsys):
+    results = iter([5.0, 4.0, 4.5, 4.2, 4.1, 3.0])
+    original = train.evaluate
+
+    def scripted(model, batches, rt):
+        found = original(model, batches, rt)
+        return type(found)(next(results) * found.tokens, found.tokens, found.text_bytes)
+
+    monkeypatch.setattr(train, "evaluate", scripted)
+    arguments = ["--max_steps=20", "--eval_every=2", "--early_stop_evals=3", "--save_every=0"]
+    assert train.run(config(data_dir, tmp_path, *arguments)) == 0
+    assert list(metrics(tmp_path, "val_loss")) == [2, 4, 6, 8, 10]
+    assert "no gain in 3 evaluations: stopping early" in capsys.readouterr().out
+    _, _, rest = checkpoint.load_model(tmp_path / "best_ckpt.pt")
+    assert (rest["step"], rest["val_loss"]) == (4, pytest.approx(4.0))
+    assert checkpoint.load_model(tmp_path / "out_ckpt.pt")[2]["step"] == 10
+
+
+def test_fewer_validation_tokens_than_asked_for(data_dir, tmp_path, capsys):
+    train.run(config(data_dir, tmp_path, "--max_steps=1", "--eval_tokens=1000000"))
+    out = capsys.readouterr().out
+    assert "validation on 3,999 tokens (all there are; 1,000,000 were asked for)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data_dir=/nowhere"], "no data folder"),
+        (["--total_batch_tokens=1000", "--grad_accum_steps=0"], "not a multiple of 128"),
+        (["--total_batch_tokens=1000"], "disagrees"),
+        (["--block_size=100000"], "too few for one window"),
+        (["--device=cuda:7"], "is not there"),
+        (["--device=tpu"], "use auto, cpu"),
+        (["--resume=/nowhere"], "not a whole checkpoint"),
+        (["--log_to=wandbb"], "did you mean"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_step(data_dir, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        train.run(config(data_dir, tmp_path, *arguments))
+    assert not (tmp_path / "state").exists()
+
+
+def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write to out_dir"):
+        train.run(config(data_dir, tmp_path / "file"))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_missing_and_damaged_shards(data_dir, tmp_path, split):
+    shutil.copytree(data_dir, tmp_path / "d")
+    paths = sorted((tmp_path / "d").glob(f"*_{split}_*"))
+    paths[0].write_bytes(paths[0].read_bytes()[:-2])
+    with pytest.raises(UserError, match="header says .* file holds"):
+        train.run(config(tmp_path / "d", tmp_path / "out"))
+    for path in paths:
+        path.unlink()
+    with pytest.raises(UserError, match=f"holds no .*_{split}_"):
+        train.run(config(tmp_path / "d", tmp_path / "out"))
+
+
+def test_token_outside_the_vocabulary(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "d")
+    bad = np.full(1000, 50257, dtype=np.uint16)
+    write_shard(tmp_path / "d/text_train_000001.bin", bad)
+    with pytest.raises(UserError, match="token 50257 at offset"):
+        train.run(config(tmp_path / "d", tmp_path / "out", "--max_steps=300"))
+
+
+def test_bf16_and_fp16_train_on_a_cpu(data_dir, tmp_path):
+    for dtype in ("bfloat16", "float16"):
+        out = tmp_path / dtype
+        train.run(config(data_dir, out, "--max_steps=8", f"--dtype={dtype}"))
+        losses = metrics(out)
+        assert losses[8] < losses[1] - 0.3
+
+
+@pytest.mark.slow
+def test_compiled_run_equals_the_plain_one(data_dir, tmp_path):
+    if runtime.choose_compile("True", torch.device("cpu"))[0] is False:
+        pytest.skip(runtime.choose_compile("True", torch.device("cpu"))[1])
+    for flag in ("True", "False"):
+        out = tmp_path / flag
+        train.run(config(data_dir, out, "--max_steps=4", f"--compile_model={flag}"))
+    compiled, plain = metrics(tmp_path / "True"), metrics(tmp_path / "False")
+    assert compiled == pytest.approx(plain, abs=1e-3)
+    names = weights(tmp_path / "True/out_ckpt.pt").keys()
+    assert names == weights(tmp_path / "False/out_ckpt.pt").keys()
+    raw = torch.load(tmp_path / "True/out_ckpt.pt", weights_only=True)["model"]
+    assert not any("_orig_mod" in name for name in raw)

@@ -22,8 +22,14 @@ def head_logits(x: Tensor, weight: Tensor, padded_rows: int) -> Tensor:
     return F.linear(x, padded)[..., :rows]
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, reduction: str):
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, reduction: str
+) -> Tensor:
     """Cross-entropy of the tied head in nats, computed in float32 over the V real ids.
+
+    Under torch.compile this is the plain form, whose softmax the compiler fuses into few passes.
+    Uncompiled it goes through the rows in chunks: the N × V logits, by far the largest tensor of a
+    step, are never stored whole, and each chunk stays near the processor.
 
     Args:
         x: (N, C), output of the last LayerNorm.
@@ -32,8 +38,63 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, redu
         padded_rows: P, see `head_logits`.
         reduction: "sum", "mean" over the targets that count, or "none" for (N,).
     """
+    if torch.compiler.is_compiling() or reduction == "none":
+        return head_loss_reference(x, weight, targets, padded_rows, reduction)
+    loss = _ChunkedHeadLoss.apply(x, weight, targets, padded_rows)
+    return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
+
+
+def head_loss_reference(
+    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, reduction: str
+) -> Tensor:
+    """The same, all rows at once."""
     logits = head_logits(x, weight, padded_rows)
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction=reduction)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+
+
+class _ChunkedHeadLoss(torch.autograd.Function):
+    """Sum of cross-entropies whose gradient, softmax - one-hot, is used up as soon as it is there.
+
+    Forward computes both gradients along with the loss (scaled by 1; backward multiplies by what
+    comes in), so backward needs no logits.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int) -> Tensor:
+        kind, rows = x.device.type, weight.shape[0]
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        inputs = x.to(dtype)
+        head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if needs_grad:
+            grad_x = torch.empty_like(inputs)
+            grad_head = torch.zeros_like(head, dtype=exact)
+        total = torch.zeros((), dtype=exact, device=x.device)
+        chunk = x.shape[1]  # then a chunk's logits are as large as the gradient that it adds to
+        for start in range(0, len(x), chunk):
+            part, target = inputs[start : start + chunk], targets[start : start + chunk, None]
+            counts = target != IGNORE
+            target = target.clamp(min=0)
+            logits = (part @ head.t()).to(exact)
+            logits[:, rows:] = float("-inf")
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += ((log_sum - logits.gather(1, target)) * counts).sum()
+            if needs_grad:
+                grad = logits.sub_(log_sum).exp_()  # softmax, in place
+                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))
+                grad = grad.mul_(counts).to(dtype)
+                grad_x[start : start + chunk] = grad @ head
+                grad_head += grad.t() @ part
+        if needs_grad:
+            ctx.save_for_backward(grad_x.to(x.dtype), grad_head[:rows].to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * upstream, grad_weight * upstream, None, None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:

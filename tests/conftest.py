@@ -18,10 +18,19 @@ from gpt2.shards import write_shard
 from gpt2.tokenizer import gpt2_tokenizer
 
 ROOT = Path(__file__).parent.parent
-TINY = (
-    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --grad_accum_steps=2 "
-    "--eval_tokens=500 --dtype=float32 --device=cpu --learning_rate=1e-3 --warmup_steps=2"
-).split()
+TINY = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=32",
+    "--batch_size=4",
+    "--grad_accum_steps=2",
+    "--eval_tokens=500",
+    "--dtype=float32",
+    "--device=cpu",
+    "--learning_rate=1e-3",
+    "--warmup_steps=2",
+]
 
 
 @pytest.fixture(autouse=True)

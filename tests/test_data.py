@@ -1,5 +1,7 @@
 """Order, coverage and exact position of the batches."""
 
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_each_window_once_per_epoch(shards, shuffle, batch, accum):
     all_windows = windows_of(shards, 10)
     plan = BatchPlan(batch, 10, accum, 1)
     steps = 2 * len(all_windows) // plan.sequences_per_step + 1
-    seen = sum(collect(shards, plan, steps, shuffle=shuffle), [])
+    seen = [w for step in collect(shards, plan, steps, shuffle=shuffle) for w in step]
     one, two = seen[: len(all_windows)], seen[len(all_windows) : 2 * len(all_windows)]
     assert sorted(one) == sorted(two) == all_windows
     assert (one == all_windows) is not shuffle
@@ -118,8 +120,7 @@ def test_shard_cut_short_during_the_run(tmp_path):
     path.write_bytes(path.read_bytes()[:1100])
     loader = TrainLoader(shards, BatchPlan(4, 16, 1, 1), seed=0)
     with pytest.raises(UserError, match="ends early"):
-        for _ in range(100):
-            loader.next_step()
+        collections.deque((loader.next_step() for _ in range(100)), maxlen=0)
     loader.close()
 
 

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from gpt2.ops import causal_attention, causal_attention_reference, head_logits, head_loss
+from gpt2.ops import (
+    causal_attention,
+    causal_attention_reference,
+    head_logits,
+    head_loss,
+    head_loss_reference,
+)
 
 
 @pytest.mark.parametrize(("new", "total"), [(8, 8), (1, 8), (3, 8), (1, 1)])
@@ -26,18 +32,48 @@ def test_head_equals_plain_product(rows, padded):
     torch.testing.assert_close(logits, x @ weight.t(), atol=1e-5, rtol=1e-5)
 
 
-def test_head_loss_and_gradients_equal_plain():
-    torch.manual_seed(0)
-    x = torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("implementation", [head_loss, head_loss_reference])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("n", [1, 16, 45])  # less than, exactly and more than one chunk of 16 rows
+def test_head_loss_and_gradients_equal_the_formula(implementation, reduction, n):
+    x = torch.randn(n, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(100, 16, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 100, (9,))
-    targets[2] = -1
-    loss = head_loss(x, weight, targets, 128, "sum")
-    ours = torch.autograd.grad(loss, (x, weight))
-    logprobs = (x @ weight.t()).log_softmax(-1)
+    targets = torch.randint(0, 100, (n,))
+    targets[1::5] = -1
+    upstream = torch.randn(n if reduction == "none" else (), dtype=torch.float64)
+    loss = implementation(x, weight, targets, 128, reduction)
+    ours = torch.autograd.grad(loss, (x, weight), upstream)
     keep = targets >= 0
-    plain = -logprobs[keep].gather(1, targets[keep, None]).sum()
-    theirs = torch.autograd.grad(plain, (x, weight))
-    torch.testing.assert_close(loss.double(), plain, rtol=1e-6, atol=0)
+    logprobs = (x @ weight.t()).log_softmax(-1)
+    each = -logprobs.gather(1, targets.clamp(min=0)[:, None])[:, 0] * keep
+    plain = {"sum": each.sum(), "mean": each.sum() / keep.sum(), "none": each}[reduction]
+    theirs = torch.autograd.grad(plain, (x, weight), upstream)
+    torch.testing.assert_close(loss, plain)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b)
+
+
+def test_chunked_head_loss_in_bf16_is_as_exact_as_the_plain_form():
+    """Both against double precision; also without gradients, where nothing is kept."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 64, requires_grad=True)
+    weight = (torch.randn(1000, 64) * 0.1).requires_grad_()
+    targets = torch.randint(0, 1000, (300,))
+    exact = head_loss_reference(x.double(), weight.double(), targets, 1024, "sum")
+    exact_grads = torch.autograd.grad(exact, (x, weight))
+    errors = {}
+    for implementation in (head_loss, head_loss_reference):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = implementation(x, weight, targets, 1024, "sum")
+        assert loss.dtype is torch.float32
+        grads = torch.autograd.grad(loss, (x, weight))
+        assert [g.dtype for g in grads] == [torch.float32, torch.float32]
+        errors[implementation] = [
+            ((g - e).norm() / e.norm()).item() for g, e in zip(grads, exact_grads, strict=True)
+        ]
+        assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    for ours, plain in zip(errors[head_loss], errors[head_loss_reference], strict=True):
+        assert ours < max(1.2 * plain, 5e-3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        without = head_loss(x, weight, targets, 1024, "sum")
+    assert without.item() == pytest.approx(exact.item(), rel=1e-4)

@@ -1,5 +1,6 @@
 """Schedule and parameter groups."""
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ def test_schedule_against_the_formula():
     assert rates[100] == pytest.approx(0.1)
     expected = 0.1 + 0.45 * (1 + math.cos(math.pi * 30 / 90))
     assert rates[40] == pytest.approx(expected)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_no_warmup():

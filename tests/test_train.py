@@ -349,7 +349,7 @@ def test_missing_and_damaged_shards(data_dir, tmp_path, split):
     shutil.copytree(data_dir, tmp_path / "d")
     paths = sorted((tmp_path / "d").glob(f"*_{split}_*"))
     paths[0].write_bytes(paths[0].read_bytes()[:-2])
-    with pytest.raises(UserError, match="header says .* file holds"):
+    with pytest.raises(UserError, match=r"header says .* file holds"):
         train.run(config(tmp_path / "d", tmp_path / "out"))
     for path in paths:
         path.unlink()

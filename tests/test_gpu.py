@@ -1,0 +1,151 @@
+"""What only a CUDA device can show: `pytest -m gpu`. Skipped without one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from gpt2 import checkpoint, runtime, train
+from gpt2.config import GPT2Config, TrainConfig
+from gpt2.flags import parse
+from gpt2.generate import generate
+from gpt2.hf import from_hf
+from gpt2.model import GPT
+from gpt2.ops import (
+    causal_attention,
+    causal_attention_reference,
+    head_loss,
+    head_loss_reference,
+)
+
+from .conftest import ROOT, TINY
+from .test_train import metrics, weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+SMALL = [a for a in TINY if not a.startswith(("--device", "--dtype"))]
+
+
+def run(data_dir, out_dir, *arguments):
+    argv = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *SMALL, *arguments]
+    return train.run(parse(TrainConfig, argv, "gpt2 train"))
+
+
+def error(found, exact) -> float:
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def test_full_size_logits_equal_hugging_face_in_float32():
+    torch.manual_seed(0)
+    hf = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    )
+    hf = hf.eval().cuda()
+    model = GPT(GPT2Config()).cuda()
+    model.load_state_dict(from_hf(hf.state_dict()))
+    idx = torch.randint(0, 50257, (2, 1024), device="cuda")
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), hf(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_attention_in_bf16_against_float64():
+    q, k, v = torch.randn(3, 2, 12, 1024, 64, device="cuda", dtype=torch.float64)
+    exact = causal_attention_reference(q, k, v)
+    found = causal_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert error(found, exact) < 1e-2
+
+
+@pytest.mark.parametrize("implementation", [head_loss, head_loss_reference])
+def test_head_loss_in_bf16_against_float64(implementation):
+    x = torch.randn(2048, 768, device="cuda", requires_grad=True)
+    weight = (torch.randn(50257, 768, device="cuda") * 0.02).requires_grad_()
+    targets = torch.randint(0, 50257, (2048,), device="cuda")
+    exact = head_loss_reference(x.double(), weight.double(), targets, 50304, "sum")
+    exact_grads = torch.autograd.grad(exact, (x, weight))
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = implementation(x, weight, targets, 50304, "sum")
+    grads = torch.autograd.grad(loss, (x, weight))
+    assert error(loss, exact) < 1e-4
+    for found, wanted in zip(grads, exact_grads, strict=True):
+        assert error(found, wanted) < 1e-2
+
+
+def test_chunked_head_takes_less_memory():
+    x = torch.randn(16384, 768, device="cuda", requires_grad=True)
+    weight = torch.randn(50257, 768, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 50257, (16384,), device="cuda")
+    peaks = []
+    for implementation in (head_loss, head_loss_reference):
+        runtime.reset_peak_memory(x.device)
+        with torch.autocast("cuda", torch.bfloat16):
+            implementation(x, weight, targets, 50304, "sum").backward()
+        peaks.append(runtime.peak_memory_bytes(x.device))
+        x.grad = weight.grad = None
+    assert peaks[0] < peaks[1] / 4
+
+
+def test_gpu_run_equals_the_cpu_run(data_dir, tmp_path):
+    """Float32 without TF32 would be exact; with it, losses agree to 2e-2 over ten steps."""
+    for device in ("cpu", "cuda"):
+        run(data_dir, tmp_path / device, "--max_steps=10", f"--device={device}", "--dtype=float32")
+    assert metrics(tmp_path / "cuda") == pytest.approx(metrics(tmp_path / "cpu"), abs=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", ["True", "False"])
+def test_trains_in_half_precision(data_dir, tmp_path, dtype, compiled, capsys):
+    arguments = ["--max_steps=30", f"--dtype={dtype}", f"--compile_model={compiled}"]
+    assert run(data_dir, tmp_path, *arguments) == 0
+    losses = metrics(tmp_path)
+    assert losses[30] < losses[1] - 0.7
+    assert f"compile_model {compiled}" in capsys.readouterr().out
+    raw = torch.load(tmp_path / "out_ckpt.pt", weights_only=True)["model"]
+    assert not any("_orig_mod" in name for name in raw)
+    assert "mfu" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_interrupted_run_goes_on_where_it_was(data_dir, tmp_path, dtype):
+    """GPUs add in any order, so weights agree to 1e-3 and not to the bit."""
+    arguments = ["--max_steps=10", "--save_every=5", "--keep_last=9", f"--dtype={dtype}"]
+    arguments += ["--dropout=0.1", "--compile_model=False"]
+    run(data_dir, tmp_path, *arguments)
+    whole, losses = weights(tmp_path / "out_ckpt.pt"), metrics(tmp_path)
+    checkpoint._discard(checkpoint.state_folders(tmp_path)[-1])
+    run(data_dir, tmp_path, *arguments)
+    assert metrics(tmp_path) == pytest.approx(losses, abs=1e-3)
+    for name, tensor in weights(tmp_path / "out_ckpt.pt").items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-3, rtol=0, msg=name)
+
+
+def test_cached_generation_equals_uncached():
+    torch.manual_seed(0)
+    model = GPT(GPT2Config(n_layer=2, n_head=4, n_embd=64, block_size=64, vocab_size=500)).cuda()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    cached = generate(model, [[1, 2], [3]], 100, temperature=0)
+    assert cached == generate(model, [[1, 2], [3]], 100, temperature=0, use_cache=False)
+
+
+def test_native_bf16_is_chosen_where_it_is():
+    device = runtime.choose_device("auto")
+    dtype, _ = runtime.choose_dtype("auto", device)
+    newer = torch.cuda.get_device_capability() >= (8, 0)
+    assert dtype is (torch.bfloat16 if newer else torch.float16)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_equal_one_with_twice_the_accumulation(data_dir, tmp_path):
+    common = ["train_gpt2.py", f"--data_dir={data_dir}", *SMALL, "--max_steps=10"]
+    common += ["--dtype=float32", "--compile_model=True"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common]
+    one = [*common, "--grad_accum_steps=4"]
+    for name, command in (("two", two), ("one", one)):
+        command = [sys.executable, *command, f"--out_dir={tmp_path / name}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-3)
+    assert metrics(tmp_path / "two", "val_loss") == pytest.approx(
+        metrics(tmp_path / "one", "val_loss"), abs=1e-3
+    )

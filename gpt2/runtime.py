@@ -5,6 +5,7 @@ with a `Runtime` and does not ask whether there is one rank or many, a GPU or no
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
 import random
@@ -146,6 +147,8 @@ def start(options: SystemOptions) -> Iterator[Runtime]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 products on tensor cores
+    else:
+        _keep_freed_memory()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=START_TIMEOUT)
@@ -157,6 +160,20 @@ def start(options: SystemOptions) -> Iterator[Runtime]:
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _keep_freed_memory():
+    """Asks glibc to reuse large blocks instead of giving them back to the system.
+
+    By default every tensor over 32 MB is mapped anew, and its pages are cleared one by one when
+    they are first touched: on two cores that took half the time of a training step. The numbers
+    do not change. Other systems' allocators are left as they are.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def speaker() -> str | None:

@@ -91,8 +91,11 @@ def plot(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
-    """`gpt2 demo`: prepares the embedded corpus, trains, plots and samples."""
-    parse(_NoOptions, argv, "gpt2 demo")
+    """`gpt2 demo`: prepares the embedded corpus, trains, plots and samples.
+
+    Options are those of `gpt2 train` and change its recipe.
+    """
+    parse(TrainConfig, argv, "gpt2 demo")  # a mistake is found before the work begins
     from .runtime import choose_device
 
     device = choose_device("auto").type
@@ -103,7 +106,7 @@ def demo(argv: list[str]) -> int:
         raise UserError(f"the recipe {recipe} is not here; run `gpt2 demo` from a clone")
     steps: list[tuple[Callable, list[str]]] = [
         (prepare, ["--source=stdlib"]),
-        (train, [f"--config={recipe}"]),
+        (train, [f"--config={recipe}", "--out_dir=out/demo", *argv]),
         (plot, ["out/demo"]),
         (sample, ["out/demo/out_ckpt.pt", "--prompt=def main(", "--seed=1"]),
     ]

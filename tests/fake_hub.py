@@ -1,11 +1,16 @@
 """A Hugging Face Hub on this machine: just what `gpt2 prepare` asks for FineWeb-Edu."""
 
 import hashlib
+import io
 import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from gpt2.sources import FINEWEB_FOLDER, FINEWEB_REPOSITORY, FINEWEB_REVISION
 
@@ -21,9 +26,26 @@ class FakeHub:
         self.requests: list[str] = []
         self.url = ""
 
+    def environment(self, home: Path) -> dict[str, str]:
+        """Variables that make huggingface_hub ask this Hub, and keep its files in `home`."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+
     def downloads(self) -> list[str]:
         """Paths of the files that were fetched, in order."""
         return [line.split(FILES)[1] for line in self.requests if line.startswith(f"GET {FILES}")]
+
+
+def parquet_bytes(texts: list[str]) -> bytes:
+    """A parquet file with a text column, and another one."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": texts, "score": [3.5] * len(texts)}), buffer)
+    return buffer.getvalue()
 
 
 @contextmanager

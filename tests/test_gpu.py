@@ -143,8 +143,8 @@ def test_two_gpus_equal_one_with_twice_the_accumulation(data_dir, tmp_path):
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common]
     one = [*common, "--grad_accum_steps=4"]
     for name, command in (("two", two), ("one", one)):
-        command = [sys.executable, *command, f"--out_dir={tmp_path / name}"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        arguments = [*command, f"--out_dir={tmp_path / name}"]
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
     assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-3)
     assert metrics(tmp_path / "two", "val_loss") == pytest.approx(
         metrics(tmp_path / "one", "val_loss"), abs=1e-3

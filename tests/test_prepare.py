@@ -3,7 +3,6 @@
 import errno
 import gzip
 import hashlib
-import io
 import json
 import os
 import random
@@ -25,7 +24,7 @@ from gpt2.shards import find_shards, read_manifest
 from gpt2.sources import FINEWEB_FOLDER
 from gpt2.tokenizer import gpt2_tokenizer
 
-from .fake_hub import fake_hub
+from .fake_hub import fake_hub, parquet_bytes
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -504,12 +503,6 @@ def test_killed_worker_is_one_line():
 # ---- FineWeb-Edu
 
 
-def parquet_bytes(texts):
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"text": texts, "score": [3.5] * len(texts)}), buffer)
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def hub_files():
     texts = make_texts(360, seed=5)
@@ -520,12 +513,11 @@ def hub_files():
     return files, [text for number in range(3) for text in texts[number::3]]
 
 
-def run_fineweb(tmp_path, url, **options):
+def run_fineweb(tmp_path, hub, **options):
     options = {"out_dir": "", "num_workers": 1, "shard_tokens": 3000} | options
-    quiet = {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "h")}
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | hub.environment(tmp_path / "h")
     return subprocess.run(
-        command(tmp_path, source="fineweb-edu", **options), env=env | quiet, cwd=tmp_path,
+        command(tmp_path, source="fineweb-edu", **options), env=env, cwd=tmp_path,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -535,14 +527,14 @@ def test_fineweb_edu(tmp_path, hub_files):
     stream = ids(texts)
     out_dir = tmp_path / "fineweb"
     with fake_hub(files) as hub:
-        first = run_fineweb(tmp_path, hub.url, max_shards=2)
+        first = run_fineweb(tmp_path, hub, max_shards=2)
         assert (first.returncode, first.stderr) == (0, "")
         hub.requests.clear()
-        again = run_fineweb(tmp_path, hub.url)
+        again = run_fineweb(tmp_path, hub)
         assert (again.returncode, again.stderr) == (0, "")
         assert len(hub.downloads()) == 3 - read_manifest(out_dir)["shards"][1]["next"]["part"]
         hub.requests.clear()
-        assert "already complete" in run_fineweb(tmp_path, hub.url).stdout
+        assert "already complete" in run_fineweb(tmp_path, hub).stdout
         assert hub.requests == []  # a finished folder needs no network
     assert tokens(out_dir, "val") == stream[:3000]
     assert tokens(out_dir, "train") == stream[3000:]
@@ -558,20 +550,21 @@ def test_fineweb_edu_damaged_on_the_way(tmp_path, hub_files):
     whole = files[last]
     with fake_hub(files) as hub:
         files[last] = bytes(len(whole))
-        broken = run_fineweb(tmp_path, hub.url)
+        broken = run_fineweb(tmp_path, hub)
         assert broken.returncode == 1
         assert "002_00000.parquet: damaged" in broken.stderr
         assert len(broken.stderr.splitlines()) == 1
         files[last] = whole
-        assert run_fineweb(tmp_path, hub.url).returncode == 0
+        assert run_fineweb(tmp_path, hub).returncode == 0
     assert tokens(tmp_path / "fineweb", "train") == ids(texts)[3000:]
 
 
 def test_fineweb_edu_that_is_not_there(tmp_path):
     with fake_hub({}) as hub:
-        empty = run_fineweb(tmp_path, hub.url)
+        empty = run_fineweb(tmp_path, hub)
         assert "no parquet files" in empty.stderr
-        gone = run_fineweb(tmp_path, f"{hub.url}/elsewhere")
+        hub.url += "/elsewhere"
+        gone = run_fineweb(tmp_path, hub)
     assert gone.returncode == 1
     assert gone.stderr.startswith("error: cannot reach the Hugging Face Hub: ")
     assert "run the same command again to continue, or use --source=PATH" in gone.stderr

@@ -107,7 +107,9 @@ def damaged_files():
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"), [*damaged_files()], ids=lambda v: v if isinstance(v, str) else ""
+    ("name", "content", "message"),
+    [*damaged_files()],
+    ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_damaged_files_give_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -204,5 +206,8 @@ def test_standard_library(tmp_path):
     assert source == find("stdlib", tmp_path)
     texts = [text for index in range(len(names)) for text, _ in source.rows(index)]
     assert len(texts) == len(names) > 200
+    assert any("\n\tdef " in text for text in texts)  # one level of indentation is one token
+    sources = [t for n, t in zip(names, texts, strict=True) if n.endswith(".py")]
+    assert not any("\n    def " in text for text in sources)
     assert "Return the absolute value" in texts[names.index("builtin/builtins")]
     assert list(source.rows(0, 1)) == []

@@ -64,7 +64,7 @@ def test_loss_falls_and_files_appear(data_dir, tmp_path, capsys):
     assert train.run(config(data_dir, tmp_path, *arguments)) == 0
     losses = metrics(tmp_path)
     assert list(losses) == list(range(1, 31))
-    assert losses[30] < losses[1] - 1
+    assert losses[30] < losses[1] - 0.5  # a tenth of an epoch
     assert list(metrics(tmp_path, "val_loss")) == [10, 20, 30]
     states = [p.name for p in checkpoint.state_folders(tmp_path)]
     assert states == ["step_00000020", "step_00000030"]
@@ -370,7 +370,7 @@ def test_bf16_and_fp16_train_on_a_cpu(data_dir, tmp_path):
         out = tmp_path / dtype
         train.run(config(data_dir, out, "--max_steps=8", f"--dtype={dtype}"))
         losses = metrics(out)
-        assert losses[8] < losses[1] - 0.3
+        assert losses[8] < losses[1] - 0.1
 
 
 @pytest.mark.slow

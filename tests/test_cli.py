@@ -1,0 +1,129 @@
+"""The commands as a person meets them: in a process of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gpt2 import cli
+
+from .conftest import ROOT, TINY, run_python
+from .test_train import metrics, same, weights
+
+
+def complain(capsys, *argv) -> str:
+    assert cli.main(list(argv)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("gpt2: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian'; use one of prepare, train"),
+        (["train", "--data_dir=/nowhere"], "no data folder /nowhere; make one with"),
+        (["train", "--grad_acum_steps=8"], "did you mean --grad_accum_steps"),
+        (["sample", "missing.pt", "--prompt=a"], "missing.pt: no such checkpoint"),
+        (["sample", "missing.pt", "--prompt=a", "--top_p=2"], "top_p=2.0: use a number above 0"),
+        (["sample"], "checkpoint"),
+        (["plot", "/nowhere"], "metrics.jsonl"),
+        (["prepare", "--source=/nowhere.txt"], "no such file, folder or glob"),
+        (["demo", "--max_stepz=2"], "did you mean --max_steps"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
+    assert message in complain(capsys, *argv)
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["help"]])
+def test_help_names_every_command(capsys, argv):
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"gpt2 {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    run_python(
+        "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY, "--max_steps=3"
+    )
+    return out
+
+
+def test_sample(trained):
+    arguments = ["-m", "gpt2", "sample", trained / "out_ckpt.pt", "--max_new_tokens=8", "--seed=1"]
+    once = run_python(*arguments, "--prompt=Hello world,", "--num_samples=2").stdout
+    assert once.count("Hello world,") == 2
+    assert once == run_python(*arguments, "--prompt=Hello world,", "--num_samples=2").stdout
+
+
+def test_sample_asks_without_a_prompt(trained):
+    done = run_python(
+        "-m", "gpt2", "sample", trained / "out_ckpt.pt", "--max_new_tokens=4", input="one\ntwo\n\n"
+    )
+    assert "one" in done.stdout
+    assert "two" in done.stdout
+
+
+def test_console_that_knows_only_ascii(trained, data_dir):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = run_python(
+        "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={trained}", *TINY, "--max_steps=3",
+        env=environment,
+    )  # fmt: skip
+    assert "batch_size 4 ? block_size 32" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ on Windows")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_the_same_command_goes_on(data_dir, tmp_path, number, code):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = ["train_gpt2.py", f"--data_dir={data_dir}", *TINY, "--max_steps=25", "--save_every=0"]
+    run_python(*command, f"--out_dir={whole}")
+    process = subprocess.Popen(
+        [sys.executable, *command, f"--out_dir={out}"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    for line in process.stdout:
+        if line.startswith("step") and " 3/25" in line:
+            process.send_signal(number)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == code, rest
+    assert "stopped at step" in rest
+    stopped = max(metrics(out))
+    assert 3 <= stopped < 25
+    run_python(*command, f"--out_dir={out}")
+    assert same(weights(out / "out_ckpt.pt"), weights(whole / "out_ckpt.pt"))
+    assert metrics(out) == metrics(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL on Windows")
+def test_kill_9_and_the_same_command(data_dir, tmp_path):
+    """Killed three times at moments nobody chose, the run ends with the undisturbed one's bits."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = ["train_gpt2.py", f"--data_dir={data_dir}", *TINY, "--max_steps=60", "--save_every=5"]
+    run_python(*command, f"--out_dir={whole}")
+    kills = 0
+    for delay in (0.3, 0.75, 0.5, 0.0):
+        process = subprocess.Popen(
+            [sys.executable, *command, f"--out_dir={out}"], stdout=subprocess.PIPE, text=True,
+            cwd=ROOT,
+        )  # fmt: skip
+        for line in process.stdout:
+            if delay and line.startswith("step"):
+                time.sleep(delay)
+                process.kill()
+                kills += 1
+                break
+        process.communicate(timeout=100)
+    assert kills == 3
+    assert process.returncode == 0
+    assert same(weights(out / "out_ckpt.pt"), weights(whole / "out_ckpt.pt"))
+    assert metrics(out) == metrics(whole)

@@ -1,0 +1,113 @@
+"""Every command and every Python block of the README runs, with small numbers where needed."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2.sources import FINEWEB_FOLDER
+
+from .conftest import ROOT, TINY
+from .fake_hub import fake_hub, parquet_bytes
+
+README = (ROOT / "README.md").read_text("utf-8")
+SMALL = [*TINY, "--max_steps=2"]
+NO_BATCH = [a for a in SMALL if not a.startswith(("--grad_accum", "--batch_size"))]
+# What is added to a command to make it small. None: it only installs, or is what runs this test.
+ADDED: dict[str, list[str] | None] = {
+    "make demo": None,
+    "make test": None,
+    "python -m pip install -e .": None,
+    "python -m gpt2 demo": [*SMALL, "--block_size=32"],
+    'python -m pip install -e ".[dev]" && python -m pytest -n auto': None,
+    "python fineweb.py": ["--shard_tokens=3000"],
+    "python train_gpt2.py": SMALL,
+    "python train_gpt2.py --compile_model=True --dtype=bfloat16 --grad_accum_steps=8": [
+        a for a in SMALL if not a.startswith(("--grad_accum", "--dtype"))
+    ] + ["--out_dir=out/compiled"],
+    "python train_gpt2.py --config=configs/gpt2_124m.toml --learning_rate=1e-3": [
+        *NO_BATCH, "--total_batch_tokens=2048", "--out_dir=out/recipe",
+    ],
+    "gpt2 plot out/": [],
+    'gpt2 sample out/out_ckpt.pt --prompt="Hello world,"': ["--max_new_tokens=5"],
+    "gpt2 prepare --source=my_texts --out_dir=data/mine": [],
+    "gpt2 train --data_dir=data/mine --out_dir=out/mine --size=gpt2-mini --block_size=256": SMALL,
+    "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
+}  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, text) -> Path:
+    """A copy of what git tracks, in which the commands run one after the other."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=False,
+                            capture_output=True, text=True).stdout.split()  # fmt: skip
+    for name in listed:
+        if not name.startswith(("tests/", "docs/")) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "my_texts").mkdir()
+    (folder / "my_texts/one.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def run(command: list[str], folder: Path, **environment):
+    words = {"python": [sys.executable], "gpt2": [sys.executable, "-m", "gpt2"]}
+    words["torchrun"] = [sys.executable, "-m", "torch.distributed.run"]
+    env = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    done = subprocess.run([*words[command[0]], *command[1:]], cwd=folder, env=env, timeout=170,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_command_of_the_readme_is_known():
+    assert commands() == list(ADDED)
+
+
+@pytest.mark.slow
+def test_commands_and_python_of_the_readme(clone, text, tmp_path):
+    """In one test, since they build on one another."""
+    texts = [text[i : i + 4000] for i in range(0, 40_000, 4000)]
+    with fake_hub({f"{FINEWEB_FOLDER}/000_00000.parquet": parquet_bytes(texts)}) as hub:
+        for command in commands():
+            if ADDED[command] is not None:
+                small = [*shlex.split(command), *ADDED[command]]
+                run(small, clone, **hub.environment(tmp_path))
+    for path in ("fineweb/edufineweb_val_000000.bin", "fineweb/edufineweb_train_000001.bin",
+                 "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",
+                 "out/loss.png", "out/two/out_ckpt.pt", "out/mine/out_ckpt.pt"):  # fmt: skip
+        assert (clone / path).exists(), path
+    for code in blocks("python"):
+        run(["python", "-c", code], clone)
+
+
+def test_files_and_links_of_the_readme_exist():
+    links = re.findall(r"\]\(([^)#]+?)\)", README)
+    assert len(links) > 3
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
+                for h in re.findall(r"^##* (.*)$", README, re.MULTILINE)}  # fmt: skip
+    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+        assert anchor in headings, anchor
+
+
+def test_make_demo_runs_the_demo():
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True,
+                           check=False)  # fmt: skip
+    if shown.returncode == 127:
+        pytest.skip("no make here")
+    assert "gpt2 demo" in shown.stdout

@@ -255,7 +255,7 @@ def archive(out_dir: Path, after_step: int) -> Path | None:
 
 def clean(out_dir: Path) -> list[str]:
     """Removes what a crash left half written; returns the names."""
-    leftovers = [*out_dir.glob("state/*.tmp"), *out_dir.glob("*.tmp")]
+    leftovers = [*out_dir.glob("state/step_*.tmp"), *out_dir.glob("*_ckpt.pt.tmp")]
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return [path.name for path in leftovers]

@@ -237,7 +237,7 @@ def split_small(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
 def _make_folder(job: Job):
     try:
         job.out_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in job.out_dir.glob("*.tmp"):
+        for leftover in job.out_dir.glob(f"{job.manifest['prefix']}_*.bin.tmp"):
             leftover.unlink()
     except OSError as error:
         raise UserError(

@@ -48,6 +48,8 @@ class TrainState:
 def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     """The state to continue from; what stands in the way of a new run is moved aside."""
 
+    kept: list[Resumed] = []  # what rank 0 has read need not be read twice
+
     def look() -> str | None:
         out = out_dir(config)
         checkpoint.check_writable(out)
@@ -57,13 +59,16 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
             report.warn(f"{line}; using an older checkpoint")
         if found:
             check_same_shape(found, config.model.shape())
+            kept.append(found)
         moved = checkpoint.archive(out, after_step=found.step if found else -1)
         if moved:
             report.say(f"moved files of an earlier run to {moved}")
         return str(found.path) if found else None
 
     path = rt.on_main(look)
-    return checkpoint.load_state(Path(path)) if path else None
+    if not path:
+        return None
+    return kept[0] if kept else checkpoint.load_state(Path(path))
 
 
 def check_same_shape(found: Resumed, shape: GPT2Config):

@@ -6,6 +6,7 @@ ranks and which precision is the business of `runtime.py`; what a checkpoint hol
 """
 
 import math
+import signal
 
 import torch
 
@@ -52,7 +53,9 @@ def run(config: TrainConfig) -> int:
                 loop(state, config, rt, log)
         finally:
             state.loader.close()
-        return 128 + rt.stop_signal if rt.stop_signal else 0
+        if not state.stop or state.step >= config.optim.max_steps:
+            return 0
+        return 128 + (rt.stop_signal or signal.SIGTERM)  # another rank may have got the signal
 
 
 def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog):
@@ -64,10 +67,12 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
         save_due = ends or due(state.step, config.output.save_every)
         eval_due = not state.stop and (ends or due(state.step, config.eval.eval_every))
         with state.clock.pause():
-            if save_due and (state.step != resumed_at or not resumed_at):
+            if save_due and state.step > resumed_at:
                 save(state, config, rt, ends)  # before evaluating: a crash there costs nothing
-            if eval_due:
-                ends |= validate(state, config, rt, log)
+            if eval_due and validate(state, config, rt, log):
+                ends = True
+                if not save_due:
+                    save(state, config, rt, ends)
             if save_due or ends:
                 export(state, config, rt, ends)
         if ends:
@@ -108,7 +113,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str,
     state.scaler.unscale_(state.optimizer)
     limit = config.optim.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    stop = torch.tensor(float(bool(rt.stop_signal)), device=rt.device)
+    stop = torch.full((), float(bool(rt.stop_signal)), device=rt.device)
     # one message for all that ranks must agree on, and one wait for the device
     sums = rt.all_sum(torch.stack([loss_sum / valid_tokens, grad_norm / rt.world_size, stop]))
     mean_loss, norm, stops = sums.tolist()

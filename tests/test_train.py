@@ -311,6 +311,7 @@ def test_early_stop_and_best_model(data_dir, tmp_path, monkeypatch, capsys):
     _, _, rest = checkpoint.load_model(tmp_path / "best_ckpt.pt")
     assert (rest["step"], rest["val_loss"]) == (4, pytest.approx(4.0))
     assert checkpoint.load_model(tmp_path / "out_ckpt.pt")[2]["step"] == 10
+    assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000010"]
 
 
 def test_fewer_validation_tokens_than_asked_for(data_dir, tmp_path, capsys):

@@ -314,8 +314,11 @@ def test_end_at_any_rename(tmp_path, corpus, undisturbed, monkeypatch, at):
         with pytest.raises(Killed):
             run(corpus, tmp_path / "out", shard_tokens=1500)
     assert list((tmp_path / "out").glob("*.tmp"))
-    (tmp_path / "out" / "of an older version.bin.tmp").write_text("")
+    prefix = read_manifest(undisturbed)["prefix"]
+    (tmp_path / "out" / f"{prefix}_train_000999.bin.tmp").write_text("of an older version")
+    (tmp_path / "out" / "mine.tmp").write_text("not ours to delete")
     run(corpus, tmp_path / "out", shard_tokens=1500)
+    (tmp_path / "out" / "mine.tmp").unlink()
     assert content(tmp_path / "out") == content(undisturbed)
 
 

@@ -131,11 +131,12 @@ class GPT2(GPT):
         if text:
             # an empty prompt begins a new document
             end_of_text = gpt2_tokenizer().end_of_text
-            return [gpt2_tokenizer().encode(p) or [end_of_text] for p in several], many, True
-        rows = [list(p) for p in several]
+            rows = [gpt2_tokenizer().encode(p) or [end_of_text] for p in several]
+        else:
+            rows = [list(p) for p in several]
         if any(not 0 <= i < self.config.vocab_size for row in rows for i in row):
             raise UserError(f"token ids must be from 0 to {self.config.vocab_size - 1}")
-        return rows, many, False
+        return rows, many, text
 
 
 def _without_start(row: list[int]) -> list[int]:

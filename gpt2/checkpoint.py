@@ -10,6 +10,7 @@ No format notices a flipped bit by itself, so the hashes are compared before any
 Nothing here ever unpickles code: `weights_only=True` everywhere.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,7 +61,8 @@ def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
         raise UserError(_why_not_written(path, error)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
@@ -77,10 +79,17 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     wanted = {"model", "config"}
     if not isinstance(content, dict) or not wanted <= set(content):
         raise UserError(f"{path}: not a checkpoint of this project (needs {sorted(wanted)})")
-    state = strip_prefixes(content.pop("model"))
-    if not isinstance(content["config"], dict):
-        raise UserError(f"{path}: its config is not a table of settings")
-    config = GPT2Config.from_dict(content.pop("config"))
+    state, settings = content.pop("model"), content.pop("config")
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise UserError(f"{path}: its `model` is not a table of tensors")
+    state = strip_prefixes(state)
+    if not isinstance(settings, dict) or not all(
+        isinstance(value, int | float) for value in settings.values()
+    ):
+        raise UserError(f"{path}: its `config` is not a table of numbers")
+    config = GPT2Config.from_dict(settings)
     odd = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if odd:
         raise UserError(f"{path}: NaN or infinity in {odd[0]} ({len(odd)} tensors in all)")
@@ -166,8 +175,9 @@ def save_state(
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(_why_not_written(final, error)) from None
-    for old in state_folders(out_dir)[:-keep_last]:
-        _discard(old)
+    with contextlib.suppress(OSError):  # what cannot be deleted now is deleted next time
+        for old in state_folders(out_dir)[:-keep_last]:
+            _discard(old)
     return final
 
 
@@ -229,54 +239,6 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
     return None, []
 
 
-def archive(out_dir: Path, after_step: int) -> Path | None:
-    """Moves a run's states after a step, and its files if that is none, out of the way.
-
-    Nothing is deleted: it all goes to `out_dir/archive_1`, `_2`, …
-
-    Returns:
-        The folder, or None when there was nothing to move.
-    """
-    moved = [p for p in state_folders(out_dir) if int(p.name[5:]) > after_step]
-    if after_step < 0:
-        names = ("metrics.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png")
-        moved += [out_dir / name for name in names if (out_dir / name).exists()]
-    if not moved:
-        return None
-    number = 1
-    while (folder := out_dir / f"archive_{number}").exists():
-        number += 1
-    for path in moved:
-        target = folder / path.relative_to(out_dir)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    return folder
-
-
-def clean(out_dir: Path) -> list[str]:
-    """Removes what a crash left half written; returns the names."""
-    leftovers = [*out_dir.glob("state/step_*.tmp"), *out_dir.glob("*_ckpt.pt.tmp")]
-    for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return [path.name for path in leftovers]
-
-
-def check_writable(out_dir: Path):
-    """Fails before the first step instead of at the first save.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        probe = out_dir / "write_test.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to out_dir={out_dir}: {reason}; use another") from None
-
-
 # ---- helpers ------------------------------------------------------------------------------------
 
 
@@ -313,7 +275,7 @@ def _sync(path: Path):
 def _discard(folder: Path):
     """Deletes a state; renamed first, so that half of it never looks whole."""
     if folder.exists():
-        doomed = folder.with_name(folder.name + ".tmp")
+        doomed = folder.with_name(folder.name + ".old.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

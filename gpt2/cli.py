@@ -27,7 +27,8 @@ reads them from a file."""
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):  # a console without "×" shows "?" and goes on
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else argv
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
@@ -95,8 +96,10 @@ def demo(argv: list[str]) -> int:
 
     Options are those of `gpt2 train` and change its recipe.
     """
-    parse(TrainConfig, argv, "gpt2 demo")  # a mistake is found before the work begins
+    config = parse(TrainConfig, argv, "gpt2 demo")  # a mistake is found before the work begins
+    out_dir = config.output.out_dir if config.output.out_dir != "out" else "out/demo"
     from .runtime import choose_device
+    from .shards import read_manifest
 
     device = choose_device("auto").type
     recipe = Path(__file__).parent.parent / "configs" / f"demo_{device}.toml"
@@ -106,10 +109,12 @@ def demo(argv: list[str]) -> int:
         raise UserError(f"the recipe {recipe} is not here; run `gpt2 demo` from a clone")
     steps: list[tuple[Callable, list[str]]] = [
         (prepare, ["--source=stdlib"]),
-        (train, [f"--config={recipe}", "--out_dir=out/demo", *argv]),
-        (plot, ["out/demo"]),
-        (sample, ["out/demo/out_ckpt.pt", "--prompt=def main(", "--seed=1"]),
+        (train, [f"--config={recipe}", *argv, f"--out_dir={out_dir}"]),
+        (plot, [out_dir]),
+        (sample, [f"{out_dir}/out_ckpt.pt", "--prompt=def main(", "--seed=1"]),
     ]
+    if (read_manifest(Path("data/stdlib")) or {}).get("complete"):
+        del steps[0]  # perhaps of another version of Python, which is as good
     for command, arguments in steps:
         print(f"\n$ gpt2 {command.__name__} {' '.join(arguments)}", flush=True)
         if code := command(arguments):
@@ -146,11 +151,11 @@ def _ask() -> str:
 
 
 def _complain(text: str) -> int:
-    """One line; under torchrun, where most mistakes are found by every rank, from the first."""
-    from .runtime import speaker
+    """One line; under torchrun, where every rank finds the same mistakes, from the first."""
+    from .runtime import is_first_rank
 
-    if (prefix := speaker()) is not None:
-        print(f"{prefix}gpt2: error: {text}", file=sys.stderr, flush=True)
+    if is_first_rank():
+        print(f"gpt2: error: {text}", file=sys.stderr, flush=True)
     return 2
 
 

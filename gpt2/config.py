@@ -184,9 +184,12 @@ class TrainConfig:
         _at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
         _at_least(0, weight_decay=o.weight_decay, learning_rate=o.learning_rate)
         _at_least(-1, warmup_steps=o.warmup_steps)
-        for name in ("beta1", "beta2", "min_lr_ratio"):
-            if not 0 <= getattr(o, name) <= 1:
-                raise UserError(f"{name}={getattr(o, name)}: use a number from 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(o, name) < 1:
+                raise UserError(f"{name}={getattr(o, name)}: use a number from 0 up to below 1")
+        if not 0 <= o.min_lr_ratio <= 1:
+            raise UserError(f"min_lr_ratio={o.min_lr_ratio}: use a number from 0 to 1")
+        check_seed(self.system.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +225,10 @@ class SampleConfig:
     seed: int = option(-1, "the same seed writes the same text; -1: another every time")
     num_samples: int = option(1, "texts to write for the prompt")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self):
+        check_seed(max(0, self.seed))
+        _at_least(1, num_samples=self.num_samples)
 
 
 @dataclass(frozen=True)
@@ -302,6 +309,12 @@ def flatten(config: Any) -> dict[str, Any]:
 def to_dict(config: GPT2Config) -> dict:
     """Plain values, as a checkpoint stores them."""
     return asdict(config)
+
+
+def check_seed(seed: int):
+    """Raises UserError for a number that the random generators do not take."""
+    if not 0 <= seed < 2**63 - 2**32:  # room for a number per rank and sample
+        raise UserError(f"seed={seed}: use a whole number from 0 to 9e18")
 
 
 def _at_least(low: int, **values: float):

@@ -135,8 +135,8 @@ class TrainLoader:
                     if not self._put(batch):
                         return
                 position += plan.sequences_per_step
-        except (UserError, OSError) as error:
-            self._put(error)  # raised again where the batch is asked for
+        except Exception as error:  # noqa: BLE001 - raised again where the batch is asked for
+            self._put(error)
 
     def _put(self, item: Batch | Exception) -> bool:
         while not self._closed.is_set():
@@ -181,11 +181,12 @@ def eval_batches(
 
     Together the ranks predict exactly `available_eval_tokens` tokens, each once and with the same
     context, whatever the batch size and the number of ranks. The last window may be short; it and
-    the last batch are filled up with targets that do not count, so that all shapes are equal.
+    the last batch are filled up with targets that do not count, so that all shapes are equal and
+    all ranks have equally many batches.
     """
     windows = list(_eval_windows(shards, block_size, eval_tokens))
     mine = windows[rank::world_size]
-    for first in range(0, len(mine), batch_size):
+    for first in range(0, len(windows[::world_size]), batch_size):
         rows = np.zeros((batch_size, block_size), dtype=np.int64)
         targets = np.full((batch_size, block_size), IGNORE, dtype=np.int64)
         for i, (shard, start, count) in enumerate(mine[first : first + batch_size]):

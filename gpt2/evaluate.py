@@ -13,6 +13,8 @@ from .ops import IGNORE
 from .runtime import Runtime
 from .tokenizer import gpt2_tokenizer
 
+ASK_EVERY = 8  # batches between two looks for a signal
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -42,13 +44,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation:
+def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation | None:
     """Loss of a model over this rank's batches, summed over ranks.
 
     Args:
         model: in any mode, which it is in again afterwards.
-        batches: (inputs, targets), each (B, T) int64; ranks may have different numbers of them.
+        batches: (inputs, targets), each (B, T) int64; equally many on every rank.
         rt: this process.
+
+    Returns:
+        The sums, or None when a signal asked any rank to stop on the way.
     """
     was_training = model.training
     model.eval()
@@ -57,7 +62,9 @@ def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation:
     nats = torch.zeros((), device=rt.device)
     counts = torch.zeros(2, dtype=torch.int64, device=rt.device)
     try:
-        for x, y in batches:
+        for number, (x, y) in enumerate(batches):
+            if number % ASK_EVERY == 0 and rt.stop_requested():
+                return None
             with rt.autocast():
                 nats += model(x, y, reduction="sum")
             counts[0] += (y != IGNORE).sum()

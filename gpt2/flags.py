@@ -101,7 +101,7 @@ def _int(text: str) -> int:
         return int(text)
     except ValueError:
         value = float(text)  # 1e6 is a whole number too
-        if value != int(value):
+        if not math.isfinite(value) or value != int(value):
             raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
         return int(value)
 
@@ -151,7 +151,7 @@ def _expand_config_files(arguments: list[str], names: list[str]) -> list[str]:
 
 def _read_toml(path: str, names: list[str]) -> list[str]:
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--config={path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -161,7 +161,8 @@ def _read_toml(path: str, names: list[str]) -> list[str]:
         if not isinstance(value, bool | int | float | str):
             raise UserError(f"{path}: {name} must be a plain value (no tables, no lists)")
         argument = _normalise(f"--{name}={value}")
-        _check_name(argument, names, where=f"{path}: ")
+        settings = [n for n in names if n not in ("-h", "--help", "--config")]
+        _check_name(argument, settings, where=f"{path}: ")
         arguments.append(argument)
     return arguments
 

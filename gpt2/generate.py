@@ -7,6 +7,7 @@ same tokens.
 Shapes: `B` sequences, `V` vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,8 +21,8 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
     """Raises UserError for settings that mean nothing."""
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens}: use 0 or more")
-    if temperature < 0:
-        raise UserError(f"temperature={temperature}: use 0 (always the likeliest token) or more")
+    if temperature and not 1e-3 <= temperature < math.inf:
+        raise UserError(f"temperature={temperature}: use 0 (always the likeliest token) or 0.001…")
     if top_k < 0:
         raise UserError(f"top_k={top_k}: use 0 (all tokens) or more")
     if not 0 < top_p <= 1:

@@ -20,7 +20,7 @@ def log_evaluation(result: Evaluation, state: TrainState, rt: Runtime, log: repo
         val_perplexity=result.perplexity,
         val_bpb=result.bits_per_byte,
         val_tokens=result.tokens,
-        tokens=state.step * state.plan.tokens_per_step,
+        tokens=state.loader.position * state.plan.block_size,
     )
     if rt.is_main:
         report.say(
@@ -39,7 +39,7 @@ def log_step(values: dict, state: TrainState, config: TrainConfig, rt: Runtime, 
         "tokens_per_second": rate,
         "mfu": achieved / (peak * rt.world_size) if peak else None,
         "seconds": state.seconds,
-        "tokens": state.step * state.plan.tokens_per_step,
+        "tokens": state.loader.position * state.plan.block_size,
     }
     log.record(state.step, **values)
     if rt.is_main:
@@ -93,3 +93,8 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
         for name in now:
             if name not in MAY_DIFFER and before.get(name) != now[name]:
                 report.say(f"changed since then: {name} {before.get(name)} -> {now[name]}")
+        if resumed.state["windows"] != order.windows:
+            report.warn(
+                "the training shards are not those of the checkpoint: their order is new, and "
+                "what was read in this epoch may come again"
+            )

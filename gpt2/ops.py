@@ -40,6 +40,8 @@ def head_loss(
     """
     if torch.compiler.is_compiling() or reduction == "none":
         return head_loss_reference(x, weight, targets, padded_rows, reduction)
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()  # else their gradients would be prepared
     loss = _ChunkedHeadLoss.apply(x, weight, targets, padded_rows)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
@@ -67,7 +69,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         exact = torch.promote_types(dtype, torch.float32)
         inputs = x.to(dtype)
         head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_grad = any(ctx.needs_input_grad)
         if needs_grad:
             grad_x = torch.empty_like(inputs)
             grad_head = torch.zeros_like(head, dtype=exact)

@@ -34,7 +34,6 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
     notes: list[str] = field(default_factory=list)  # what was chosen, and why
     stop_signal: int = 0  # number of the signal that asked this rank to stop, 0: none
@@ -96,6 +95,11 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def stop_requested(self) -> bool:
+        """Whether a signal has asked any rank to stop; all ranks must ask together."""
+        asked = torch.full((), float(bool(self.stop_signal)), device=self.device)
+        return self.all_sum(asked).item() > 0
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value of a small picklable object, on every rank."""
         if self.world_size == 1:
@@ -127,11 +131,6 @@ class Runtime:
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
 
-    def synchronize(self):
-        """Waits until the device has done what it was given, so that clocks tell the truth."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 @contextlib.contextmanager
 def start(options: SystemOptions) -> Iterator[Runtime]:
@@ -142,7 +141,7 @@ def start(options: SystemOptions) -> Iterator[Runtime]:
     )
     device = choose_device(options.device, local_rank)
     dtype, reason = choose_dtype(options.dtype, device)
-    rt = Runtime(device, dtype, rank, local_rank, world_size)
+    rt = Runtime(device, dtype, rank, world_size)
     rt.notes.append(f"device {_describe(device)}, dtype {str(dtype)[6:]}: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -176,16 +175,9 @@ def _keep_freed_memory():
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def speaker() -> str | None:
-    """What a rank puts before an error: nothing on rank 0, its number once ranks differ.
-
-    None before the process group exists: until then all ranks find the same mistakes, and one of
-    them is enough to say so.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if not rank:
-        return ""
-    return f"[rank {rank}] " if dist.is_initialized() else None
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 under torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def seed(number: int):
@@ -238,6 +230,8 @@ def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str
         raise UserError(
             "dtype=float16 needs loss scaling, which mps lacks; use float32 or bfloat16"
         )
+    if requested == "float32" and device.type == "cuda":
+        return torch.float32, "as asked (products in TF32 where the GPU has it)"
     if requested != "auto":
         return getattr(torch, requested), "as asked"
     if device.type == "cuda":
@@ -284,17 +278,6 @@ def _compile_problem(device: torch.device) -> str:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"torch.compile does not work here ({first_line[:150]})"
     return ""
-
-
-def reset_peak_memory(device: torch.device):
-    """Starts the measurement that `peak_memory_bytes` reads."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory that tensors have taken on a GPU; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _describe(device: torch.device) -> str:

@@ -4,6 +4,7 @@ What a checkpoint must hold for the run to go on bit for bit: weights, optimizer
 in the data, and the random generators of every rank.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, report
+from . import checkpoint, report, rundir
 from .checkpoint import Resumed
 from .config import BatchPlan, GPT2Config, TrainConfig, UserError, flatten, to_dict
 from .data import TrainLoader
@@ -42,33 +43,55 @@ class TrainState:
     val_loss: float | None = None
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
+    evaluated_at: int = -1  # the step of the last evaluation
     stop: bool = False  # agreed by all ranks
 
 
 def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
-    """The state to continue from; what stands in the way of a new run is moved aside."""
+    """The state to continue from, or None for a new run; changes nothing but our leftovers."""
 
     kept: list[Resumed] = []  # what rank 0 has read need not be read twice
 
     def look() -> str | None:
         out = out_dir(config)
-        checkpoint.check_writable(out)
-        checkpoint.clean(out)
+        rundir.check_writable(out)
+        with _as_user_error():
+            rundir.clean(out)
         found, damaged = checkpoint.find_state(out, config.output.resume)
         for line in damaged:
             report.warn(f"{line}; using an older checkpoint")
         if found:
             check_same_shape(found, config.model.shape())
             kept.append(found)
-        moved = checkpoint.archive(out, after_step=found.step if found else -1)
-        if moved:
-            report.say(f"moved files of an earlier run to {moved}")
         return str(found.path) if found else None
 
     path = rt.on_main(look)
     if not path:
         return None
     return kept[0] if kept else checkpoint.load_state(Path(path))
+
+
+def make_way(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
+    """Moves aside what an earlier run left beyond the state to continue from."""
+
+    def move():
+        out = out_dir(config)
+        own = resumed and resumed.path.resolve().parent == (out / "state").resolve()
+        back = config.output.resume not in ("auto", "never")
+        with _as_user_error():
+            moved = rundir.archive(out, resumed.step if own else -1, going_back=back)
+        if moved:
+            report.say(f"moved files of an earlier run to {moved}")
+
+    rt.on_main(move)
+
+
+@contextlib.contextmanager
+def _as_user_error():
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror or error}") from None
 
 
 def check_same_shape(found: Resumed, shape: GPT2Config):
@@ -95,6 +118,8 @@ def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
         "val_loss": state.val_loss,
         "best_val_loss": state.best_val_loss,
         "evals_without_gain": state.evals_without_gain,
+        "evaluated_at": state.evaluated_at,
+        "windows": state.loader.order.windows,
         "settings": flatten(config),
     }
     keep = config.output.keep_last
@@ -109,12 +134,21 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime):
     """Puts back what `save` stored; the loader already stands at its position."""
     content = resumed.state
     checkpoint.load_into(state.model, resumed.model, resumed.path)
+    options = [
+        {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
+    ]
     state.optimizer.load_state_dict(content["optimizer"])
-    state.scaler.load_state_dict(content["scaler"])
+    for group, asked in zip(state.optimizer.param_groups, options, strict=True):
+        group.update(asked)  # only the moments come from the checkpoint: options may change
+    if content["scaler"] and state.scaler.is_enabled():  # empty unless that run was fp16
+        state.scaler.load_state_dict(content["scaler"])
     if rt.rank < len(content["rng"]):  # a new rank keeps the generators it was seeded with
         rt.set_rng_state(content["rng"][rt.rank])
     state.step = resumed.step
-    for name in ("seconds", "skipped", "val_loss", "best_val_loss", "evals_without_gain"):
+    for name in (
+        *("seconds", "skipped", "val_loss"),
+        *("best_val_loss", "evals_without_gain", "evaluated_at"),
+    ):
         setattr(state, name, content[name])
 
 

@@ -13,7 +13,7 @@ import torch
 from . import flags, report, runtime
 from .checkpoint import Resumed
 from .config import TrainConfig, UserError, flatten, plan_batch
-from .data import TrainLoader, available_eval_tokens, eval_batches
+from .data import Batch, TrainLoader, available_eval_tokens, eval_batches
 from .evaluate import evaluate
 from .messages import announce, check_first_loss, log_evaluation, log_step
 from .model import GPT
@@ -21,12 +21,14 @@ from .ops import IGNORE
 from .optim import build_optimizer, learning_rate_at, set_learning_rate
 from .runtime import Runtime
 from .shards import find_shards
+from .sinks import check_names
 from .state import (
     MODEL_NAME,
     TrainState,
     export,
     export_best,
     find_checkpoint,
+    make_way,
     out_dir,
     restore,
     save,
@@ -48,8 +50,10 @@ def run(config: TrainConfig) -> int:
         resumed = find_checkpoint(config, rt)
         state = build(config, rt, resumed)
         try:
+            make_way(config, rt, resumed)
             with open_log(config, rt, resumed) as log:
                 announce(state, config, rt, resumed)
+                adopt_evaluation(state, config, rt, log, resumed)
                 loop(state, config, rt, log)
         finally:
             state.loader.close()
@@ -62,34 +66,47 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
     resumed_at, max_steps = state.step, config.optim.max_steps
     state.clock.start(state.seconds)
-    while True:
-        ends = state.step >= max_steps or state.stop
-        save_due = ends or due(state.step, config.output.save_every)
-        eval_due = not state.stop and (ends or due(state.step, config.eval.eval_every))
-        with state.clock.pause():
-            if save_due and state.step > resumed_at:
-                save(state, config, rt, ends)  # before evaluating: a crash there costs nothing
-            if eval_due and validate(state, config, rt, log):
-                ends = True
-                if not save_due:
-                    save(state, config, rt, ends)
-            if save_due or ends:
-                export(state, config, rt, ends)
-        if ends:
-            break
+    while not between_steps(state, config, rt, log, resumed_at):
         values = train_step(state, config, rt)
         if state.step == 1:
             check_first_loss(values["loss"], state, rt)
         if due(state.step, config.output.log_every) or state.step == max_steps or state.stop:
             log_step(values, state, config, rt, log)
     if rt.is_main:
+        if out_of_patience(state, config):
+            report.say(f"no gain in {state.evals_without_gain} evaluations: stopping early")
         verb = "stopped" if state.step < max_steps else "finished"
         report.say(f"{verb} at step {state.step}; the model is {out_dir(config) / MODEL_NAME}")
+
+
+def between_steps(
+    state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog, resumed_at: int
+) -> bool:
+    """Saves, evaluates and exports where that is due; True when the run is at its end."""
+    last = state.step >= config.optim.max_steps
+    ends = last or state.stop or out_of_patience(state, config)
+    save_due = ends or due(state.step, config.output.save_every)
+    eval_due = last or due(state.step, config.eval.eval_every)
+    with state.clock.pause():
+        if save_due and state.step > resumed_at:
+            save(state, config, rt, ends)  # before evaluating: a crash there costs nothing
+        if eval_due and not state.stop and state.evaluated_at != state.step:
+            validate(state, config, rt, log)
+            if not ends and (state.stop or out_of_patience(state, config)):
+                return between_steps(state, config, rt, log, resumed_at)
+        if save_due:
+            export(state, config, rt, ends)
+    return ends
 
 
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after this one."""
     return every > 0 and step > 0 and step % every == 0
+
+
+def out_of_patience(state: TrainState, config: TrainConfig) -> bool:
+    """Whether so many evaluations brought no gain that it is time to stop."""
+    return 0 < config.eval.early_stop_evals <= state.evals_without_gain
 
 
 def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str, float]:
@@ -100,7 +117,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str,
     """
     lr = learning_rate_at(state.step, config.optim)
     set_learning_rate(state.optimizer, lr)
-    batches = state.loader.next_step()
+    batches = next_batches(state, rt)
     valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y in batches))
     loss_sum = torch.zeros((), device=rt.device)
     for micro, (x, y) in enumerate(batches):
@@ -122,6 +139,16 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str,
     state.stop = stops > 0
     state.clock.step(state.plan.tokens_per_step)
     return {"loss": mean_loss, "lr": lr, "grad_norm": norm}
+
+
+def next_batches(state: TrainState, rt: Runtime) -> list[Batch]:
+    """The step's micro-batches; a damaged shard is named by the rank that meets it."""
+    try:
+        return state.loader.next_step()
+    except UserError as error:
+        if not rt.is_main:  # rank 0's errors are told by the command line
+            report.error(f"[rank {rt.rank}] {error}")
+        raise
 
 
 def _update(state: TrainState, finite: bool):
@@ -147,6 +174,7 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     val_shards = find_shards(config.data.data_dir, "val")
     if not available_eval_tokens(val_shards, config.eval.eval_tokens):
         raise UserError(f"{config.data.data_dir}: the validation shards hold no text")
+    check_names(config.output.log_to)
     model = GPT(shape).to(rt.device)  # made on the CPU: the same weights on every device
     compiled, reason = runtime.choose_compile(config.system.compile_model, rt.device)
     if compiled:
@@ -178,45 +206,54 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     return state
 
 
-def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog) -> bool:
-    """Evaluates, keeps the best model; True when it is time to stop early.
+def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog):
+    """Evaluates, logs and keeps the best model; a signal on the way leaves it for the next run."""
+    batches = eval_batches(
+        state.val_shards,
+        block_size=state.plan.block_size,
+        batch_size=state.plan.batch_size,
+        eval_tokens=config.eval.eval_tokens,
+        rank=rt.rank,
+        world_size=rt.world_size,
+        device=rt.device,
+    )
+    result = evaluate(state.model, batches, rt)
+    if result is None:
+        state.stop = True
+        return
+    if note_evaluation(state, result.loss):
+        export_best(state, config, rt)
+    log_evaluation(result, state, rt, log)
 
-    A run that was interrupted right after an evaluation takes the result from its log.
-    """
-    known = rt.broadcast(log.recorded(state.step))
-    if "val_loss" in known:
-        state.val_loss = known["val_loss"]
-    else:
-        batches = eval_batches(
-            state.val_shards,
-            block_size=state.plan.block_size,
-            batch_size=state.plan.batch_size,
-            eval_tokens=config.eval.eval_tokens,
-            rank=rt.rank,
-            world_size=rt.world_size,
-            device=rt.device,
-        )
-        result = evaluate(state.model, batches, rt)
-        state.val_loss = result.loss
-    improved = state.val_loss < state.best_val_loss
-    state.best_val_loss = min(state.val_loss, state.best_val_loss)
+
+def note_evaluation(state: TrainState, loss: float) -> bool:
+    """Takes down a validation loss of this step; True when it is the best so far."""
+    improved = loss < state.best_val_loss
+    state.val_loss, state.evaluated_at = loss, state.step
+    state.best_val_loss = loss if improved else state.best_val_loss
     state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
-    if "val_loss" not in known:
-        if improved:
-            export_best(state, config, rt)
-        log_evaluation(result, state, rt, log)
-    patience = config.eval.early_stop_evals
-    stop = 0 < patience <= state.evals_without_gain
-    if stop and rt.is_main:
-        report.say(f"no gain in {patience} evaluations: stopping early")
-    return stop
+    return improved
+
+
+def adopt_evaluation(
+    state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog, resumed: Resumed | None
+):
+    """Takes from the log an evaluation that the interrupted run made after its last save."""
+    known = rt.broadcast(log.recorded(state.step))
+    asked = available_eval_tokens(state.val_shards, config.eval.eval_tokens)
+    if not resumed or "val_loss" not in known or state.evaluated_at == state.step:
+        return
+    same_data = resumed.state["settings"]["data_dir"] == config.data.data_dir
+    if same_data and known.get("val_tokens") == asked:
+        note_evaluation(state, known["val_loss"])
 
 
 def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
     """metrics.jsonl and the services; also writes the settings as a file that --config= reads."""
     settings = flatten(config)
     if rt.is_main:
-        (out_dir(config) / "config.toml").write_text(flags.to_toml(settings), encoding="utf-8")
+        own = {name: value for name, value in settings.items() if name != "resume"}
+        (out_dir(config) / "config.toml").write_text(flags.to_toml(own), encoding="utf-8")
     return report.open_run(
         out_dir(config),
         config=settings,

@@ -14,7 +14,7 @@ from .conftest import ROOT, run_python
 FLOORS = {
     0: "config flags model ops tokenizer shards sources readers",
     1: "runtime data optim hf sinks workers",
-    2: "checkpoint evaluate generate report plot",
+    2: "checkpoint evaluate generate report plot rundir",
     3: "api state messages train prepare cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from gpt2 import checkpoint
+from gpt2 import checkpoint, rundir
 from gpt2.config import GPT2Config, UserError
 from gpt2.model import GPT
 
@@ -115,7 +115,14 @@ def test_truncated_model_file(model, tmp_path):
         checkpoint.load_model(path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, {"model": {}, "config": 3}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *[[1, 2], {"weights": {}}, {"model": {}, "config": 3}, {"model": 3, "config": {}}],
+        *[{"model": {"a": 1}, "config": {}}, {"model": {1: torch.ones(1)}, "config": {}}],
+        {"model": {}, "config": {**vars(SHAPE), "dropout": "a"}},
+    ],
+)
 def test_foreign_content(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt"):
@@ -151,6 +158,17 @@ def test_state_round_trip_and_retention(model, tmp_path):
     assert (found.step, found.config, found.state["number"]) == (4, SHAPE, 4)
     assert all(torch.equal(found.model[n], t) for n, t in model.state_dict().items())
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_same_step_may_be_saved_again(model, tmp_path):
+    save(tmp_path, model, 5)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(7)
+    save(tmp_path, model, 5)
+    found, damaged = checkpoint.find_state(tmp_path, "auto")
+    assert not damaged
+    assert (found.model["transformer.ln_f.bias"] == 7).all()
+    assert len(list((tmp_path / "state").iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train_state.pt"])
@@ -209,14 +227,14 @@ def test_clean_removes_what_a_crash_left(model, tmp_path):
     save(tmp_path, model, 1)
     (tmp_path / "state/step_00000002.tmp").mkdir()
     (tmp_path / "out_ckpt.pt.tmp").write_bytes(b"half")
-    assert sorted(checkpoint.clean(tmp_path)) == ["out_ckpt.pt.tmp", "step_00000002.tmp"]
+    assert sorted(rundir.clean(tmp_path)) == ["out_ckpt.pt.tmp", "step_00000002.tmp"]
     assert checkpoint.find_state(tmp_path, "auto")[0].step == 1
 
 
 KILLED = """
 import sys, torch
 from pathlib import Path
-from gpt2 import checkpoint
+from gpt2 import checkpoint, rundir
 from gpt2.config import GPT2Config
 from gpt2.model import GPT
 model = GPT(GPT2Config(n_layer=2, n_head=2, n_embd=64, block_size=8, vocab_size=20000))

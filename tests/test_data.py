@@ -114,6 +114,17 @@ def test_bad_token_reaches_the_caller(tmp_path):
     loader.close()
 
 
+def test_any_error_of_the_thread_reaches_the_caller(shards, monkeypatch):
+    def broken(*_):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(TrainLoader, "_read", broken)
+    loader = TrainLoader(shards, BatchPlan(1, 16, 1, 1), seed=0)
+    with pytest.raises(MemoryError, match="too large"):
+        loader.next_step()
+    loader.close()
+
+
 def test_shard_cut_short_during_the_run(tmp_path):
     shards = write(tmp_path, "train", 1000)
     path = shards[0].path

@@ -2,15 +2,18 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from gpt2 import checkpoint
+from gpt2.shards import write_shard
 
 from .conftest import ROOT, TINY, run_python
 from .test_train import metrics, same, weights
@@ -143,6 +146,19 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(data_dir, tmp_path):
     found, _ = checkpoint.find_state(tmp_path, "auto")
     assert found.step == int(stopped[1])
     assert len(found.state["rng"]) == 2
+
+
+def test_error_on_one_rank_is_told(data_dir, tmp_path):
+    """A bad token that only rank 1 reads: windows 4 to 7 of the unshuffled first step."""
+    tokens = np.full(33 * 64, 5, dtype=np.uint16)
+    tokens[32 * 5 : 32 * 6] = 60000
+    write_shard(tmp_path / "bad_train_000001.bin", tokens)
+    shutil.copy(data_dir / "text_val_000000.bin", tmp_path / "bad_val_000000.bin")
+    arguments = ["--max_steps=2", "--shuffle=False", "--grad_accum_steps=1"]
+    done = run_python(*command(2, tmp_path, tmp_path / "out", *arguments), check=False)
+    assert done.returncode != 0
+    assert "error: [rank 1]" in done.stderr
+    assert "token 60000 at offset" in done.stderr
 
 
 def _children(pid: int) -> list[int]:

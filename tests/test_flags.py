@@ -59,7 +59,9 @@ def test_value_as_a_word_of_its_own():
         ("--learning_rate=nan", "not a finite number"),
         ("--shuffle=perhaps", "neither True nor False"),
         ("--batch_size=0", "batch_size=0: use 1 or more"),
-        ("--beta2=1.5", "from 0 to 1"),
+        ("--beta2=1", "below 1"),
+        ("--max_steps=inf", "not a whole number"),
+        ("--seed=-1", "seed=-1: use a whole number"),
         ("stray", "unrecognized arguments: stray"),
         ("--config=missing.toml", "No such file"),
     ],
@@ -88,6 +90,7 @@ def test_toml_file_and_override(tmp_path):
         ("[model]\nn_layer = 2", "plain value"),
         ("batch_size = [1]", "plain value"),
         ("batch_size", "not a TOML file"),
+        ('config = "other.toml"', "unknown option --config"),
     ],
 )
 def test_mistakes_in_toml_files(tmp_path, content, message):

@@ -96,7 +96,15 @@ def test_sampling_follows_the_probabilities():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "bad",
+    [
+        {"temperature": 1e-40},
+        {"temperature": float("nan")},
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
 )
 def test_settings_that_mean_nothing(model, bad):
     with pytest.raises(UserError, match=next(iter(bad))):

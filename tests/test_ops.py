@@ -53,7 +53,7 @@ def test_head_loss_and_gradients_equal_the_formula(implementation, reduction, n)
         torch.testing.assert_close(a, b)
 
 
-def test_chunked_head_loss_in_bf16_is_as_exact_as_the_plain_form():
+def test_chunked_head_loss_in_bf16_is_as_exact_as_the_plain_form(monkeypatch):
     """Both against double precision; also without gradients, where nothing is kept."""
     torch.manual_seed(0)
     x = torch.randn(300, 64, requires_grad=True)
@@ -74,6 +74,7 @@ def test_chunked_head_loss_in_bf16_is_as_exact_as_the_plain_form():
         assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
     for ours, plain in zip(errors[head_loss], errors[head_loss_reference], strict=True):
         assert ours < max(1.2 * plain, 5e-3)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # where gradients would begin
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         without = head_loss(x, weight, targets, 1024, "sum")
     assert without.item() == pytest.approx(exact.item(), rel=1e-4)

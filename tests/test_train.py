@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -318,6 +319,109 @@ def test_fewer_validation_tokens_than_asked_for(data_dir, tmp_path, capsys):
     train.run(config(data_dir, tmp_path, "--max_steps=1", "--eval_tokens=1000000"))
     out = capsys.readouterr().out
     assert "validation on 3,999 tokens (all there are; 1,000,000 were asked for)" in out
+
+
+def test_early_stopped_run_stays_stopped(data_dir, tmp_path):
+    """Also the third time; and goes on when it is given more patience."""
+    arguments = ["--max_steps=12", "--eval_every=2", "--save_every=0", "--learning_rate=0"]
+    for _ in range(3):
+        train.run(config(data_dir, tmp_path, *arguments, "--early_stop_evals=2"))
+        assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000006"]
+        assert list(metrics(tmp_path, "val_loss")) == [2, 4, 6]
+    train.run(config(data_dir, tmp_path, *arguments, "--early_stop_evals=3"))
+    assert list(metrics(tmp_path, "val_loss")) == [2, 4, 6, 8]
+
+
+def scripted_losses(monkeypatch, *losses):
+    results, original = iter(losses), train.evaluate
+
+    def scripted(model, batches, rt):
+        found = original(model, batches, rt)
+        return type(found)(next(results) * found.tokens, found.tokens, found.text_bytes)
+
+    monkeypatch.setattr(train, "evaluate", scripted)
+
+
+def best(out_dir) -> tuple[int, float]:
+    rest = checkpoint.load_model(out_dir / "best_ckpt.pt")[2]
+    return rest["step"], pytest.approx(rest["val_loss"])
+
+
+def test_extended_run_remembers_its_last_evaluation(data_dir, tmp_path, monkeypatch):
+    scripted_losses(monkeypatch, 4.0, 5.0)
+    train.run(config(data_dir, tmp_path, "--max_steps=3", "--eval_every=0"))
+    train.run(config(data_dir, tmp_path, "--max_steps=5", "--eval_every=0"))
+    assert best(tmp_path) == (3, 4.0)
+
+
+def test_nan_in_validation_is_never_the_best(data_dir, tmp_path, monkeypatch):
+    scripted_losses(monkeypatch, 3.0, math.nan, 6.0)
+    train.run(config(data_dir, tmp_path, "--max_steps=6", "--eval_every=2"))
+    assert best(tmp_path) == (2, 3.0)
+
+
+def test_signal_during_evaluation_ends_it(data_dir, tmp_path, monkeypatch):
+    original = train.eval_batches
+
+    def interrupted(*args, **kwargs):
+        for number, batch in enumerate(original(*args, **kwargs)):
+            if number == 3:
+                signal.raise_signal(signal.SIGTERM)
+            assert number < 12, "evaluation went on"
+            yield batch
+
+    monkeypatch.setattr(train, "eval_batches", interrupted)
+    arguments = ["--max_steps=4", "--eval_every=2", "--eval_tokens=3999"]
+    assert train.run(config(data_dir, tmp_path, *arguments)) == 143
+    assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000002"]
+    monkeypatch.undo()
+    assert train.run(config(data_dir, tmp_path, *arguments)) == 0
+    assert list(metrics(tmp_path, "val_loss")) == [2, 4]
+
+
+def test_changed_optimizer_options_take_effect(data_dir, tmp_path):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    train.run(config(data_dir, plain, "--max_steps=3", "--learning_rate=1e-2"))
+    shutil.copytree(plain, other)
+    longer = ["--max_steps=6", "--learning_rate=1e-2"]
+    train.run(config(data_dir, plain, *longer))
+    train.run(config(data_dir, other, *longer, "--weight_decay=5"))
+    assert not same(weights(plain / "out_ckpt.pt"), weights(other / "out_ckpt.pt"))
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32")])
+def test_run_goes_on_in_another_precision(data_dir, tmp_path, dtypes):
+    for steps, dtype in zip((2, 3), dtypes, strict=True):
+        assert (
+            train.run(config(data_dir, tmp_path, f"--max_steps={steps}", f"--dtype={dtype}")) == 0
+        )
+
+
+def test_going_back_keeps_a_copy_of_what_it_writes_anew(data_dir, tmp_path):
+    arguments = ["--max_steps=6", "--save_every=2", "--keep_last=9"]
+    train.run(config(data_dir, tmp_path, *arguments))
+    log = (tmp_path / "metrics.jsonl").read_text()
+    path = tmp_path / "state/step_00000002"
+    train.run(config(data_dir, tmp_path, *arguments, f"--resume={path}"))
+    assert (tmp_path / "archive_1/metrics.jsonl").read_text() == log
+    assert (tmp_path / "archive_1/state/step_00000006/manifest.json").exists()
+    assert same(weights(tmp_path / "archive_1/out_ckpt.pt"), weights(tmp_path / "out_ckpt.pt"))
+
+
+def test_mistake_with_resume_never_moves_nothing(data_dir, tmp_path):
+    train.run(config(data_dir, tmp_path, "--max_steps=2"))
+    for wrong in ("--data_dir=/nowhere", "--log_to=wandbb"):
+        with pytest.raises(UserError):
+            train.run(config(data_dir, tmp_path, "--max_steps=2", "--resume=never", wrong))
+        assert not (tmp_path / "archive_1").exists()
+
+
+def test_new_shards_are_noticed(data_dir, tmp_path, capsys):
+    shutil.copytree(data_dir, tmp_path / "d")
+    train.run(config(tmp_path / "d", tmp_path / "out", "--max_steps=2"))
+    shutil.copy(tmp_path / "d/text_train_000001.bin", tmp_path / "d/text_train_000003.bin")
+    train.run(config(tmp_path / "d", tmp_path / "out", "--max_steps=3"))
+    assert "shards are not those of the checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -106,10 +106,6 @@ class TrainLoader:
         self.position += self.plan.sequences_per_step
         return batches
 
-    def epoch(self) -> float:
-        """Passes over the training text so far."""
-        return self.position / self.order.per_epoch
-
     def close(self):
         """Ends the thread."""
         self._closed.set()

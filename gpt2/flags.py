@@ -157,11 +157,11 @@ def _read_toml(path: str, names: list[str]) -> list[str]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
     arguments = []
+    settings = [n for n in names if n not in ("-h", "--help", "--config")]
     for name, value in table.items():
         if not isinstance(value, bool | int | float | str):
             raise UserError(f"{path}: {name} must be a plain value (no tables, no lists)")
         argument = _normalise(f"--{name}={value}")
-        settings = [n for n in names if n not in ("-h", "--help", "--config")]
         _check_name(argument, settings, where=f"{path}: ")
         arguments.append(argument)
     return arguments

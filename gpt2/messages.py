@@ -20,7 +20,7 @@ def log_evaluation(result: Evaluation, state: TrainState, rt: Runtime, log: repo
         val_perplexity=result.perplexity,
         val_bpb=result.bits_per_byte,
         val_tokens=result.tokens,
-        tokens=state.loader.position * state.plan.block_size,
+        tokens=state.tokens,
     )
     if rt.is_main:
         report.say(
@@ -39,7 +39,7 @@ def log_step(values: dict, state: TrainState, config: TrainConfig, rt: Runtime, 
         "tokens_per_second": rate,
         "mfu": achieved / (peak * rt.world_size) if peak else None,
         "seconds": state.seconds,
-        "tokens": state.loader.position * state.plan.block_size,
+        "tokens": state.tokens,
     }
     log.record(state.step, **values)
     if rt.is_main:

@@ -95,10 +95,13 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def stop_flag(self) -> Tensor:
+        """1 when a signal has asked this rank to stop, else 0, on the device."""
+        return torch.full((), float(bool(self.stop_signal)), device=self.device)
+
     def stop_requested(self) -> bool:
         """Whether a signal has asked any rank to stop; all ranks must ask together."""
-        asked = torch.full((), float(bool(self.stop_signal)), device=self.device)
-        return self.all_sum(asked).item() > 0
+        return self.all_sum(self.stop_flag()).item() > 0
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value of a small picklable object, on every rank."""

@@ -23,6 +23,10 @@ from .runtime import Runtime
 from .shards import Shard
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
+COUNTERS = (  # fields of TrainState that a checkpoint holds as they are
+    *("seconds", "skipped", "val_loss", "best_val_loss"),
+    *("evals_without_gain", "evaluated_at"),
+)
 
 
 @dataclass
@@ -46,10 +50,14 @@ class TrainState:
     evaluated_at: int = -1  # the step of the last evaluation
     stop: bool = False  # agreed by all ranks
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that all ranks have trained on, whatever the batch was at each step."""
+        return self.loader.position * self.plan.block_size
+
 
 def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     """The state to continue from, or None for a new run; changes nothing but our leftovers."""
-
     kept: list[Resumed] = []  # what rank 0 has read need not be read twice
 
     def look() -> str | None:
@@ -113,12 +121,7 @@ def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "rng": rt.gather(rt.rng_state()),
-        "seconds": state.seconds,
-        "skipped": state.skipped,
-        "val_loss": state.val_loss,
-        "best_val_loss": state.best_val_loss,
-        "evals_without_gain": state.evals_without_gain,
-        "evaluated_at": state.evaluated_at,
+        **{name: getattr(state, name) for name in COUNTERS},
         "windows": state.loader.order.windows,
         "settings": flatten(config),
     }
@@ -145,10 +148,7 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime):
     if rt.rank < len(content["rng"]):  # a new rank keeps the generators it was seeded with
         rt.set_rng_state(content["rng"][rt.rank])
     state.step = resumed.step
-    for name in (
-        *("seconds", "skipped", "val_loss"),
-        *("best_val_loss", "evals_without_gain", "evaluated_at"),
-    ):
+    for name in COUNTERS:
         setattr(state, name, content[name])
 
 

@@ -130,10 +130,9 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str,
     state.scaler.unscale_(state.optimizer)
     limit = config.optim.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    stop = torch.full((), float(bool(rt.stop_signal)), device=rt.device)
     # one message for all that ranks must agree on, and one wait for the device
-    sums = rt.all_sum(torch.stack([loss_sum / valid_tokens, grad_norm / rt.world_size, stop]))
-    mean_loss, norm, stops = sums.tolist()
+    parts = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
+    mean_loss, norm, stops = rt.all_sum(torch.stack(parts)).tolist()
     _update(state, math.isfinite(norm))
     state.step += 1
     state.stop = stops > 0

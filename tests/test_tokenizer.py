@@ -155,3 +155,10 @@ def test_loads_without_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "False"
+
+
+def test_documents_with_a_lone_surrogate_are_encoded_too():
+    tokens, lengths = encode_documents(["a\ud800b", "é"])
+    expected = [50256, *gpt2_tokenizer().encode("a\ufffdb"), 50256, *gpt2_tokenizer().encode("é")]
+    assert tokens.tolist() == expected
+    assert lengths.tolist() == [len(expected) - 2, 2]

@@ -38,6 +38,14 @@ ADDED: dict[str, list[str] | None] = {
     "gpt2 prepare --source=my_texts --out_dir=data/mine": [],
     "gpt2 train --data_dir=data/mine --out_dir=out/mine --size=gpt2-mini --block_size=256": SMALL,
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
+    "python fineweb.py --source=data/raw --out_dir=data/corpus": [],
+    "python train_gpt2.py --config=configs/gpt2_124m.toml --data_dir=data/corpus --out_dir=out/h200 "
+    "--max_steps=480 --eval_every=50 --save_every=100": [
+        *NO_BATCH, "--total_batch_tokens=2048",
+    ],
+    "gpt2 plot out/h200": [],
+    'gpt2 sample out/h200/out_ckpt.pt --prompt="The history of the city begins" --seed=1337 '
+    "--max_new_tokens=120": ["--max_new_tokens=5"],
 }  # fmt: skip
 
 
@@ -59,8 +67,9 @@ def clone(tmp_path_factory, text) -> Path:
         if not name.startswith(("tests/", "docs/")) and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    (folder / "my_texts").mkdir()
-    (folder / "my_texts/one.txt").write_text(text, encoding="utf-8")
+    for name in ("my_texts", "data/raw"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "one.txt").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -88,7 +97,8 @@ def test_commands_and_python_of_the_readme(clone, text, tmp_path):
                 run(small, clone, **hub.environment(tmp_path))
     for path in ("fineweb/edufineweb_val_000000.bin", "fineweb/edufineweb_train_000001.bin",
                  "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",
-                 "out/loss.png", "out/two/out_ckpt.pt", "out/mine/out_ckpt.pt"):  # fmt: skip
+                 "out/loss.png", "out/two/out_ckpt.pt", "out/mine/out_ckpt.pt",
+                 "out/h200/loss.png"):  # fmt: skip
         assert (clone / path).exists(), path
     for code in blocks("python"):
         run(["python", "-c", code], clone)

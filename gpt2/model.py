@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GPT2Config
-from .ops import causal_attention, head_logits, head_loss
+from .ops import causal_attention, gelu, head_logits, head_loss, to_residual_stream
 
 INIT_STD = 0.02
 
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -158,7 +158,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         assert start + T <= self.config.block_size, (start, T, self.config.block_size)
         positions = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
+        x = to_residual_stream(self.transformer.wte(idx) + self.transformer.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, cache)

@@ -4,6 +4,10 @@ Shapes: `N` rows (batch × time), `C` channels, `V` vocabulary, `P` vocabulary p
 of 128.
 """
 
+import functools
+import importlib.util
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,9 +31,8 @@ def head_loss(
 ) -> Tensor:
     """Cross-entropy of the tied head in nats, computed in float32 over the V real ids.
 
-    Under torch.compile this is the plain form, whose softmax the compiler fuses into few passes.
-    Uncompiled it goes through the rows in chunks: the N × V logits, by far the largest tensor of a
-    step, are never stored whole, and each chunk stays near the processor.
+    Goes through the rows in chunks: the N × V logits, by far the largest tensor of a step, are
+    never stored whole.
 
     Args:
         x: (N, C), output of the last LayerNorm.
@@ -38,11 +41,13 @@ def head_loss(
         padded_rows: P, see `head_logits`.
         reduction: "sum", "mean" over the targets that count, or "none" for (N,).
     """
-    if torch.compiler.is_compiling() or reduction == "none":
+    if reduction == "none":
         return head_loss_reference(x, weight, targets, padded_rows, reduction)
-    if not torch.is_grad_enabled():
-        x, weight = x.detach(), weight.detach()  # else their gradients would be prepared
-    loss = _ChunkedHeadLoss.apply(x, weight, targets, padded_rows)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss = _HeadLoss.apply(x, weight, targets, padded_rows, needs_grad)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
 
@@ -55,48 +60,121 @@ def head_loss_reference(
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
-class _ChunkedHeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies whose gradient, softmax - one-hot, is used up as soon as it is there.
+class _HeadLoss(torch.autograd.Function):
+    """Sum of cross-entropies whose gradients are computed along with it.
 
-    Forward computes both gradients along with the loss (scaled by 1; backward multiplies by what
-    comes in), so backward needs no logits.
+    They are those of a gradient of 1; backward multiplies by what comes in.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int) -> Tensor:
-        kind, rows = x.device.type, weight.shape[0]
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        inputs = x.to(dtype)
-        head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
-        needs_grad = any(ctx.needs_input_grad)
-        if needs_grad:
-            grad_x = torch.empty_like(inputs)
-            grad_head = torch.zeros_like(head, dtype=exact)
-        total = torch.zeros((), dtype=exact, device=x.device)
-        chunk = x.shape[1]  # then a chunk's logits are as large as the gradient that it adds to
-        for start in range(0, len(x), chunk):
-            part, target = inputs[start : start + chunk], targets[start : start + chunk, None]
-            counts = target != IGNORE
-            target = target.clamp(min=0)
-            logits = (part @ head.t()).to(exact)
-            logits[:, rows:] = float("-inf")
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += ((log_sum - logits.gather(1, target)) * counts).sum()
-            if needs_grad:
-                grad = logits.sub_(log_sum).exp_()  # softmax, in place
-                grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=exact))
-                grad = grad.mul_(counts).to(dtype)
-                grad_x[start : start + chunk] = grad @ head
-                grad_head += grad.t() @ part
-        if needs_grad:
-            ctx.save_for_backward(grad_x.to(x.dtype), grad_head[:rows].to(weight.dtype))
-        return total
+    def forward(  # noqa: PLR0917 - autograd calls it by position
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool
+    ) -> Tensor:
+        loss, grad_x, grad_weight = _head_loss_and_gradients(
+            x, weight, targets, padded_rows, needs_grad
+        )
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * upstream, grad_weight * upstream, None, None
+        return (grad_x * upstream).to(grad_x.dtype), grad_weight * upstream, None, None, None
+
+
+@torch.library.custom_op("gpt2::head_loss_and_gradients", mutates_args=())
+def _head_loss_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient of x, gradient of weight); the gradients are empty without needs_grad.
+
+    One operation to the compiler, which would otherwise store all logits.
+    """
+    (n, width), rows, dtype = x.shape, weight.shape[0], x.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
+    grad_x = torch.empty_like(x) if needs_grad else x.new_empty(0)
+    grad_head = torch.zeros_like(head, dtype=exact) if needs_grad else x.new_empty(0)
+    total = torch.zeros((), dtype=exact, device=x.device)
+    # On a CPU a chunk's logits are as large as the gradient that it adds to; a GPU needs larger
+    # products to be busy, and never holds more than a quarter of a large batch's logits.
+    chunk = max(2048, n // 4) if x.is_cuda else width
+    for start in range(0, n, chunk):
+        part, target = x[start : start + chunk], targets[start : start + chunk]
+        loss, grad = _loss_and_gradient_of_logits(part @ head.t(), target, rows, needs_grad)
+        total += loss
+        if needs_grad:
+            grad_x[start : start + chunk] = grad @ head
+            _add_product(grad_head, grad.t(), part)
+    return total, grad_x, grad_head[:rows].to(weight.dtype)
+
+
+@_head_loss_and_gradients.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool):
+    exact = torch.promote_types(x.dtype, torch.float32)
+    grads = (torch.empty_like(x), torch.empty_like(weight))
+    if not needs_grad:
+        grads = (x.new_empty(0), weight.new_empty(0))
+    return x.new_empty((), dtype=exact), *grads
+
+
+def _loss_and_gradient_of_logits(
+    logits: Tensor, target: Tensor, vocab: int, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of (n, P) logits, and its gradient, softmax - one-hot."""
+    if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
+        from .kernels import cross_entropy_
+
+        return cross_entropy_(logits, target, vocab, needs_grad), logits
+    dtype, target = logits.dtype, target[:, None]
+    counts = target != IGNORE
+    target = target.clamp(min=0)
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    logits[:, vocab:] = float("-inf")
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    loss = ((log_sum - logits.gather(1, target)) * counts).sum()
+    if needs_grad:
+        logits = logits.sub_(log_sum).exp_()
+        logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
+        logits = logits.mul_(counts).to(dtype)
+    return loss, logits
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor):
+    """total += a @ b, in the precision of total."""
+    if a.dtype == total.dtype or not total.is_cuda:
+        total += a @ b
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """PyTorch brings Triton along on Linux, and not on Windows."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form of GELU (Hendrycks & Gimpel 2016), elementwise.
+
+    Compiled, it is written by the identity ½ (1 + tanh u) = σ(2u): compilers turn tanh into some
+    thirty instructions, and the sigmoid into a few.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    u = math.sqrt(2 / math.pi) * (exact + 0.044715 * exact * exact * exact)
+    return (exact * torch.sigmoid(2 * u)).to(x.dtype)
+
+
+def to_residual_stream(x: Tensor) -> Tensor:
+    """The residual stream is bf16 where products are: half the traffic, and what llm.c does.
+
+    In fp16 it stays float32, whose range it may need.
+    """
+    kind = x.device.type
+    in_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return x.bfloat16() if in_bf16 else x
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:

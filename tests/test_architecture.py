@@ -12,7 +12,7 @@ from gpt2.config import PrepareConfig, SampleConfig, TrainConfig, flatten
 from .conftest import ROOT, run_python
 
 FLOORS = {
-    0: "config flags model ops tokenizer shards sources readers",
+    0: "config flags model ops kernels tokenizer shards sources readers",
     1: "runtime data optim hf sinks workers",
     2: "checkpoint evaluate generate report plot rundir",
     3: "api state messages train prepare cli __main__",

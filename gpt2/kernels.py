@@ -1,0 +1,67 @@
+"""Triton kernels. Imported on CUDA devices only, where PyTorch brings Triton along.
+
+Each is tested against its plain form in `ops` (`pytest -m gpu`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x · log2 e); GPUs have 2^x in hardware
+BLOCK, WARPS = 2048, 4  # columns at a time, and warps per row: the fastest on an H200
+
+
+@triton.jit
+def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
+    logits, targets, losses, vocab: tl.constexpr, padded: tl.constexpr, needs_grad: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    """One program per row: its loss, and in place of its logits their gradient."""
+    row = tl.program_id(0).to(tl.int64)  # row · padded does not fit into 32 bits
+    logits += row * padded
+    target = tl.load(targets + row)
+    counts = target >= 0
+    # First pass: every lane keeps the maximum of its columns, and the sum of 2^(x - maximum).
+    columns = tl.arange(0, block)
+    top = tl.full((block,), -1e30, tl.float32)
+    total = tl.zeros((block,), tl.float32)
+    for start in range(0, padded, block):
+        at = start + columns
+        # The mask ends at a multiple of 128, so that loads stay 16 bytes wide.
+        x = tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32)
+        x = tl.where(at < vocab, x * LOG2_E, -float("inf"))
+        new_top = tl.maximum(top, x)
+        total = total * tl.exp2(top - new_top) + tl.exp2(x - new_top)
+        top = new_top
+    peak = tl.max(top, 0)
+    log_sum = peak + tl.log2(tl.sum(total * tl.exp2(top - peak), 0))
+    wanted = tl.load(logits + tl.maximum(target, 0)).to(tl.float32) * LOG2_E
+    tl.store(losses + row, tl.where(counts, (log_sum - wanted) / LOG2_E, 0.0))
+    # Second pass: softmax - one-hot. The row is still in the cache.
+    if needs_grad:
+        for start in range(0, padded, block):
+            at = start + columns
+            x = tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32)
+            x = tl.where(at < vocab, x * LOG2_E, -float("inf"))
+            gradient = tl.exp2(x - log_sum) - tl.where(at == target, 1.0, 0.0)
+            gradient = tl.where(counts, gradient, 0.0).to(logits.dtype.element_ty)
+            tl.store(logits + at, gradient, mask=at < padded)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool) -> Tensor:
+    """Sum of the cross-entropies in nats; with needs_grad the logits become its gradient.
+
+    The softmax is computed in two passes, the first with a running maximum (Milakov & Gimelshein
+    2018, "Online normalizer calculation for softmax", algorithm 3).
+
+    Args:
+        logits: (N, P) contiguous, of which the first `vocab` columns count.
+        targets: (N,) int64, negative where nothing is predicted.
+    """
+    rows, padded = logits.shape
+    losses = torch.empty(rows, device=logits.device, dtype=torch.float32)
+    _cross_entropy[(rows,)](
+        logits, targets, losses, vocab, padded, needs_grad, BLOCK, num_warps=WARPS
+    )
+    return losses.sum()

@@ -9,6 +9,7 @@ import math
 import signal
 
 import torch
+from torch import Tensor
 
 from . import flags, report, runtime
 from .checkpoint import Resumed
@@ -130,10 +131,13 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str,
     state.scaler.unscale_(state.optimizer)
     limit = config.optim.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    # one message for all that ranks must agree on, and one wait for the device
+    # one message for all that ranks must agree on, and one wait for the device, which meanwhile
+    # changes the weights
     parts = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
-    mean_loss, norm, stops = rt.all_sum(torch.stack(parts)).tolist()
-    _update(state, math.isfinite(norm))
+    parts = rt.all_sum(torch.stack(parts))
+    _update(state, skip=~parts[1].isfinite())
+    mean_loss, norm, stops = parts.tolist()
+    _count_skipped(state, math.isfinite(norm))
     state.step += 1
     state.stop = stops > 0
     state.clock.step(state.plan.tokens_per_step)
@@ -150,12 +154,16 @@ def next_batches(state: TrainState, rt: Runtime) -> list[Batch]:
         raise
 
 
-def _update(state: TrainState, finite: bool):
-    """Changes the weights, unless the gradient holds NaN or infinity (on all ranks alike)."""
-    if finite or state.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
-        state.scaler.step(state.optimizer)
+def _update(state: TrainState, skip: Tensor):
+    """Changes the weights, unless `skip` (on the device): the gradient holds NaN or infinity."""
+    if not state.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
+        state.optimizer.found_inf = skip.float()  # what fused optimizers look at, without a wait
+    state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
+
+
+def _count_skipped(state: TrainState, finite: bool):
     state.skipped = 0 if finite else state.skipped + 1
     if state.skipped >= MAX_SKIPPED_STEPS:
         raise UserError(

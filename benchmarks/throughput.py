@@ -1,0 +1,246 @@
+"""Tokens per second of whole training steps, beside other people's GPT-2 on the same machine.
+
+    python benchmarks/throughput.py
+    python benchmarks/throughput.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt
+
+Every contender runs in a process of its own, one after the other, on the same random tokens, and
+makes whole steps: batch from disk, forward, backward, clipping, fused AdamW. The number is the
+median of the steps after a warm-up; a step ends when the device has finished it. Ours is the loop
+of `gpt2 train` itself; theirs is their network and optimizer as they configure it, in bf16
+autocast, compiled on a GPU, in the loop that their training scripts have.
+"""
+
+import argparse
+import ast
+import contextlib
+import inspect
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gpt2 import runtime, train  # noqa: E402
+from gpt2.config import GPT2_VOCAB_SIZE, SIZES, TrainConfig  # noqa: E402
+from gpt2.flags import parse  # noqa: E402
+from gpt2.shards import HEADER_BYTES, write_shard  # noqa: E402
+
+SHARD_TOKENS = 4_000_000
+Step = Callable[[], float]  # one optimizer step; returns its loss
+
+
+@contextlib.contextmanager
+def ours(options: argparse.Namespace, data_dir: Path):
+    """The step of `gpt2 train`."""
+    argv = [
+        f"--data_dir={data_dir}", f"--size={options.size}", f"--block_size={options.block_size}",
+        f"--batch_size={options.batch_size}", f"--grad_accum_steps={options.grad_accum_steps}",
+        f"--device={options.device}", "--dtype=bfloat16", *options.extra,
+    ]  # fmt: skip
+    config = parse(TrainConfig, argv, "benchmark")
+    with runtime.start(config.system) as rt:
+        state = train.build(config, rt, None)
+        try:
+            yield lambda: train.train_step(state, config, rt)["loss"]
+        finally:
+            state.loader.close()
+
+
+@contextlib.contextmanager
+def theirs(options: argparse.Namespace, data_dir: Path, source: Path, optimizer_arguments: dict):
+    """The step of a clone whose file `source` defines GPT and GPTConfig."""
+    names = classes_of(source)
+    shape = SIZES[options.size] | {"block_size": options.block_size, "vocab_size": 50304}
+    torch.manual_seed(1337)
+    torch.set_float32_matmul_precision("high")
+    model = names["GPT"](names["GPTConfig"](**shape)).to(options.device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, **optimizer_arguments)
+    forward = torch.compile(model) if options.device == "cuda" else model
+    tokens = np.memmap(next(data_dir.glob("*_train_*")), np.uint16, "r", offset=HEADER_BYTES)
+    B, T, accum = options.batch_size, options.block_size, options.grad_accum_steps
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        starts = np.random.randint(len(tokens) - T - 1, size=B)
+        rows = np.stack([tokens[i : i + T + 1] for i in starts]).astype(np.int64)
+        x, y = (torch.from_numpy(np.ascontiguousarray(t)) for t in (rows[:, :-1], rows[:, 1:]))
+        if options.device != "cuda":
+            return x, y
+        return tuple(t.pin_memory().to("cuda", non_blocking=True) for t in (x, y))
+
+    def step() -> float:
+        total = 0.0
+        for _ in range(accum):
+            x, y = batch()
+            with torch.autocast(options.device, torch.bfloat16):
+                loss = forward(x, y)[1] / accum
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total.item()
+
+    yield step
+
+
+def classes_of(source: Path) -> dict:
+    """Imports and classes of a file, without what it does when it is run as a script."""
+    tree = ast.parse(source.read_text("utf-8"))
+    wanted = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom | ast.ClassDef)]
+    own = {path.stem for path in source.parent.glob("*.py")}  # their helpers are not needed
+    tree.body = [n for n in wanted if getattr(n, "module", None) not in own]
+    module = ModuleType(source.stem)
+    module.master_process = False  # build-nanogpt prints with it
+    sys.modules[module.__name__] = module  # where dataclasses look
+    exec(compile(tree, str(source), "exec"), module.__dict__)  # the caller chose the clone
+    return vars(module)
+
+
+def contenders(options: argparse.Namespace) -> dict[str, Callable]:
+    """Name -> what gives its step, for those that can run."""
+    found: dict[str, Callable] = {"ours": ours}
+    if options.nanogpt:
+        path, arguments = options.nanogpt / "model.py", {"betas": (0.9, 0.95)}
+        found["nanoGPT"] = lambda o, d: theirs(o, d, path, arguments | {"device_type": o.device})
+    if options.build_nanogpt:
+        script = options.build_nanogpt / "train_gpt2.py"
+        found["build-nanogpt"] = lambda o, d: theirs(o, d, script, {"device_type": o.device})
+    return found
+
+
+def measure(step: Step, options: argparse.Namespace) -> dict:
+    """Runs the steps of one contender."""
+    on_gpu = options.device == "cuda"
+    began = time.perf_counter()
+    first_loss = step()
+    first_step_seconds = time.perf_counter() - began
+    for _ in range(options.warmup):
+        step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(options.steps):
+        began = time.perf_counter()
+        loss = step()  # its loss is a number on the CPU: the device has done most of the step
+        seconds.append(time.perf_counter() - began)
+    assert math.isfinite(loss), loss
+    tokens = options.batch_size * options.block_size * options.grad_accum_steps
+    median = statistics.median(seconds)
+    return {
+        "tokens_per_second": tokens / median,
+        "ms_per_65536_tokens": 65_536_000 * median / tokens,
+        "fastest_tokens_per_second": tokens / min(seconds),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "first_step_seconds": first_step_seconds,
+        "first_loss": first_loss,
+    }
+
+
+def make_data(folder: Path):
+    """Shards of random tokens."""
+    generator = np.random.default_rng(0)
+    for name in ("random_val_000000.bin", "random_train_000001.bin"):
+        tokens = generator.integers(GPT2_VOCAB_SIZE, size=SHARD_TOKENS, dtype=np.uint16)
+        write_shard(folder / name, tokens)
+
+
+def show(rows: list[dict], options: argparse.Namespace):
+    """Prints a table, and writes JSON lines and a bar chart into --out_dir."""
+    print(f"\n{'':16s} {'tokens/s':>10s} {'ms/65,536':>10s} {'peak GiB':>9s} {'first step':>11s}")
+    for row in rows:
+        peak = f"{row['peak_gib']:.1f}" if row["peak_gib"] else "-"
+        rate, ms = row["tokens_per_second"], row["ms_per_65536_tokens"]
+        first = row["first_step_seconds"]
+        print(f"{row['name']:16s} {rate:10,.0f} {ms:10.1f} {peak:>9s} {first:9.1f} s")
+    if not options.out_dir:
+        return
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (options.out_dir / "throughput.jsonl").write_text(lines, encoding="utf-8")
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.5 * len(rows)), layout="constrained")
+    bars = axes.barh([r["name"] for r in rows], [r["tokens_per_second"] / 1e3 for r in rows])
+    axes.bar_label(bars, fmt="%.0fk" if options.device == "cuda" else "%.2fk", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("thousand tokens per second")
+    axes.set_title(f"{rows[0]['machine']}, {rows[0]['setting']}", fontsize=9)
+    figure.savefig(options.out_dir / "throughput.png", dpi=120)
+
+
+def describe(options: argparse.Namespace) -> dict:
+    """What was measured, on what."""
+    machine = "CPU"
+    if options.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    setting = (
+        f"{options.size}, {options.grad_accum_steps} × {options.batch_size} × {options.block_size} "
+        f"tokens a step, bf16, torch {torch.__version__}"
+    )
+    return {"machine": machine, "setting": setting, "threads": torch.get_num_threads()}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what it does not know goes to `gpt2 train`."""
+    made = argparse.ArgumentParser(
+        description=inspect.cleandoc(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--nanogpt", type=Path, help="a clone of github.com/karpathy/nanoGPT")
+    made.add_argument("--build_nanogpt", type=Path, help="a clone of karpathy/build-nanogpt")
+    made.add_argument("--size", default="gpt2", choices=SIZES)
+    made.add_argument("--batch_size", type=int, help="sequences; 64 on a GPU, 2 on a CPU")
+    made.add_argument("--block_size", type=int, help="tokens; 1024 on a GPU, 512 on a CPU")
+    made.add_argument("--grad_accum_steps", type=int, default=1)
+    made.add_argument("--steps", type=int, default=20, help="steps to measure")
+    made.add_argument("--warmup", type=int, default=10, help="steps before, not counting the first")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--only", help="one contender, in this process")
+    made.add_argument("--out_dir", type=Path, help="also write throughput.jsonl and .png there")
+    return made
+
+
+def main() -> int:
+    """Runs all contenders, or with --only one of them."""
+    options, options.extra = parser().parse_known_args()
+    on_gpu = options.device == "cuda"
+    options.batch_size = options.batch_size or (64 if on_gpu else 2)
+    options.block_size = options.block_size or (1024 if on_gpu else 512)
+    if options.only:
+        with tempfile.TemporaryDirectory() as folder:
+            make_data(Path(folder))
+            with contenders(options)[options.only](options, Path(folder)) as step:
+                row = {"name": options.only, **describe(options), **measure(step, options)}
+        print(json.dumps(row))
+        return 0
+    rows = []
+    for name in contenders(options):
+        command = [sys.executable, __file__, *sys.argv[1:], f"--only={name}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            print(f"{name}: failed, see above", file=sys.stderr)
+            return 1
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{name}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+    show(rows, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

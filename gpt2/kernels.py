@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x · log2 e); GPUs have 2^x in hardware
-# Sizes of blocks and numbers of warps are the fastest of those tried on an H200.
+BLOCK, WARPS = 2048, 4  # columns at a time, and warps per row: the fastest on an H200
 
 
 @triton.jit
@@ -61,63 +61,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool
     """
     rows, padded = logits.shape
     losses = torch.empty(rows, device=logits.device, dtype=torch.float32)
-    _cross_entropy[(rows,)](logits, targets, losses, vocab, padded, needs_grad, 2048, num_warps=4)
-    return losses.sum()
-
-
-@triton.jit
-def _sigmoid_of_gelu(x):
-    """σ(2u) with u = √(2/π) (x + 0.044715 x³), so that gelu(x) = ½ x (1 + tanh u) = x σ(2u)."""
-    return tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-
-
-@triton.jit
-def _bias_gelu(  # noqa: PLR0917 - Triton launches by position
-    h, bias, y, numel, width: tl.constexpr, block: tl.constexpr
-):
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < numel
-    x = tl.load(h + at, mask=inside).to(tl.float32) + tl.load(bias + at % width, mask=inside)
-    tl.store(y + at, (x * _sigmoid_of_gelu(x)).to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _bias_gelu_backward(  # noqa: PLR0917 - Triton launches by position
-    h, bias, grad_y, grad_h, sums, rows, width: tl.constexpr, rows_each: tl.constexpr,
-    block_rows: tl.constexpr, block_columns: tl.constexpr,
-):  # fmt: skip
-    """One program per block of columns and `rows_each` rows; also sums them for the bias."""
-    columns = tl.program_id(0) * block_columns + tl.arange(0, block_columns)
-    first = tl.program_id(1).to(tl.int64) * rows_each
-    b = tl.load(bias + columns, mask=columns < width)[None, :]
-    total = tl.zeros((block_rows, block_columns), tl.float32)
-    for start in range(0, rows_each, block_rows):
-        row = (first + start + tl.arange(0, block_rows))[:, None]
-        at = row * width + columns[None, :]
-        inside = (row < rows) & (columns < width)[None, :]
-        x = tl.load(h + at, mask=inside, other=0.0).to(tl.float32) + b
-        s = _sigmoid_of_gelu(x)
-        slope = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
-        gradient = tl.load(grad_y + at, mask=inside, other=0.0).to(tl.float32) * slope
-        tl.store(grad_h + at, gradient.to(grad_h.dtype.element_ty), mask=inside)
-        total += gradient
-    tl.store(sums + tl.program_id(1) * width + columns, tl.sum(total, 0), mask=columns < width)
-
-
-def bias_gelu(h: Tensor, bias: Tensor) -> Tensor:
-    """gelu(h + bias) in its tanh form; h (…, C) contiguous, bias (C,) float32."""
-    y, numel = torch.empty_like(h), h.numel()
-    _bias_gelu[(triton.cdiv(numel, 4096),)](h, bias, y, numel, len(bias), 4096, num_warps=8)
-    return y
-
-
-def bias_gelu_backward(h: Tensor, bias: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of h and bias, in one pass over h and grad_y."""
-    width, rows = len(bias), h.numel() // len(bias)
-    rows_each, block_columns = 1024, 128
-    parts = triton.cdiv(rows, rows_each)
-    grad_h, sums = torch.empty_like(h), torch.empty(parts, width, device=h.device)
-    _bias_gelu_backward[(triton.cdiv(width, block_columns), parts)](
-        h, bias, grad_y, grad_h, sums, rows, width, rows_each, 32, block_columns, num_warps=8
+    _cross_entropy[(rows,)](
+        logits, targets, losses, vocab, padded, needs_grad, BLOCK, num_warps=WARPS
     )
-    return grad_h, sums.sum(0)
+    return losses.sum()

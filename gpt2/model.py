@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GPT2Config
-from .ops import causal_attention, head_logits, head_loss, linear_gelu, to_residual_stream
+from .ops import causal_attention, gelu, head_logits, head_loss, to_residual_stream
 
 INIT_STD = 0.02
 
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = self.c_proj(linear_gelu(x, self.c_fc.weight, self.c_fc.bias))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 

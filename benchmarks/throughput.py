@@ -13,6 +13,7 @@ autocast, compiled on a GPU, in the loop that their training scripts have.
 import argparse
 import ast
 import contextlib
+import importlib.util
 import inspect
 import json
 import math
@@ -28,13 +29,10 @@ from types import ModuleType
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from gpt2 import runtime, train  # noqa: E402
-from gpt2.config import GPT2_VOCAB_SIZE, SIZES, TrainConfig  # noqa: E402
-from gpt2.flags import parse  # noqa: E402
-from gpt2.shards import HEADER_BYTES, write_shard  # noqa: E402
+from gpt2 import runtime, train
+from gpt2.config import GPT2_VOCAB_SIZE, SIZES, TrainConfig
+from gpt2.flags import parse
+from gpt2.shards import HEADER_BYTES, write_shard
 
 SHARD_TOKENS = 4_000_000
 Step = Callable[[], float]  # one optimizer step; returns its loss
@@ -60,11 +58,11 @@ def ours(options: argparse.Namespace, data_dir: Path):
 @contextlib.contextmanager
 def theirs(options: argparse.Namespace, data_dir: Path, source: Path, optimizer_arguments: dict):
     """The step of a clone whose file `source` defines GPT and GPTConfig."""
-    names = classes_of(source)
+    names = classes_of(source, data_dir)
     shape = SIZES[options.size] | {"block_size": options.block_size, "vocab_size": 50304}
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high")
-    model = names["GPT"](names["GPTConfig"](**shape)).to(options.device)
+    model = names.GPT(names.GPTConfig(**shape)).to(options.device)
     optimizer = model.configure_optimizers(0.1, 6e-4, **optimizer_arguments)
     forward = torch.compile(model) if options.device == "cuda" else model
     tokens = np.memmap(next(data_dir.glob("*_train_*")), np.uint16, "r", offset=HEADER_BYTES)
@@ -94,17 +92,20 @@ def theirs(options: argparse.Namespace, data_dir: Path, source: Path, optimizer_
     yield step
 
 
-def classes_of(source: Path) -> dict:
-    """Imports and classes of a file, without what it does when it is run as a script."""
+def classes_of(source: Path, folder: Path) -> ModuleType:
+    """A file's imports and classes as a module, without what it does when it is run as a script."""
     tree = ast.parse(source.read_text("utf-8"))
     wanted = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom | ast.ClassDef)]
     own = {path.stem for path in source.parent.glob("*.py")}  # their helpers are not needed
     tree.body = [n for n in wanted if getattr(n, "module", None) not in own]
-    module = ModuleType(source.stem)
+    part = folder / "contender.py"
+    part.write_text(ast.unparse(tree), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(part.stem, part)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[part.stem] = module  # where dataclasses look
+    spec.loader.exec_module(module)
     module.master_process = False  # build-nanogpt prints with it
-    sys.modules[module.__name__] = module  # where dataclasses look
-    exec(compile(tree, str(source), "exec"), module.__dict__)  # the caller chose the clone
-    return vars(module)
+    return module
 
 
 def contenders(options: argparse.Namespace) -> dict[str, Callable]:

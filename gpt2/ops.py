@@ -4,7 +4,6 @@ Shapes: `N` rows (batch × time), `C` channels, `V` vocabulary, `P` vocabulary p
 of 128.
 """
 
-import functools
 import importlib.util
 import math
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -1  # a target that is not predicted
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # on Linux it comes with PyTorch
 
 
 def head_logits(x: Tensor, weight: Tensor, padded_rows: int) -> Tensor:
@@ -122,7 +122,7 @@ def _loss_and_gradient_of_logits(
     logits: Tensor, target: Tensor, vocab: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies of (n, P) logits, and its gradient, softmax - one-hot."""
-    if logits.is_cuda and logits.dtype != torch.float64 and _has_triton():
+    if logits.is_cuda and logits.dtype != torch.float64 and HAS_TRITON:
         from .kernels import cross_entropy_
 
         return cross_entropy_(logits, target, vocab, needs_grad), logits
@@ -146,12 +146,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor):
         total += a @ b
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    """PyTorch brings Triton along on Linux, and not on Windows."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from gpt2 import checkpoint, runtime, train
@@ -16,6 +17,7 @@ from gpt2.model import GPT
 from gpt2.ops import (
     causal_attention,
     causal_attention_reference,
+    gelu,
     head_loss,
     head_loss_reference,
 )
@@ -69,6 +71,37 @@ def test_head_loss_in_bf16_against_float64(implementation):
     assert error(loss, exact) < 1e-4
     for found, wanted in zip(grads, exact_grads, strict=True):
         assert error(found, wanted) < 1e-2
+
+
+def test_compiled_gelu_in_bf16_against_float64():
+    x = torch.randn(2, 1024, 3072, device="cuda", requires_grad=True)
+    upstream = torch.randn_like(x)
+    exact = F.gelu(x.double(), approximate="tanh")
+    (exact_grad,) = torch.autograd.grad(exact, x, upstream.double())
+    found = torch.compile(gelu)(x.bfloat16())
+    (grad,) = torch.autograd.grad(found, x, upstream.bfloat16())
+    assert error(found, exact) < 1e-2
+    assert error(grad, exact_grad.bfloat16()) < 1e-2
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_head_loss_ignores_and_leaves_out_padding(compiled):
+    """Also rows of which nothing counts, in float32 against float64."""
+    x = torch.randn(5000, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1001, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 1001, (5000,), device="cuda")
+    targets[::7] = -1
+    exact = head_loss_reference(x.double(), weight.double(), targets, 1024, "sum")
+    exact_grads = torch.autograd.grad(exact, (x, weight))
+    function = torch.compile(head_loss) if compiled else head_loss
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    loss = function(x, weight, targets, 1024, "sum")
+    grads = torch.autograd.grad(loss, (x, weight))
+    assert error(loss, exact) < 1e-6
+    for found, wanted in zip(grads, exact_grads, strict=True):
+        assert error(found, wanted) < 1e-5
+    with torch.no_grad():
+        assert error(function(x, weight, targets, 1024, "sum"), exact) < 1e-6
 
 
 def test_chunked_head_takes_less_memory():

@@ -38,9 +38,11 @@ ADDED: dict[str, list[str] | None] = {
     "gpt2 prepare --source=my_texts --out_dir=data/mine": [],
     "gpt2 train --data_dir=data/mine --out_dir=out/mine --size=gpt2-mini --block_size=256": SMALL,
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
+    # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
+    "python benchmarks/throughput.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
     "python fineweb.py --source=data/raw --out_dir=data/corpus": [],
-    "python train_gpt2.py --config=configs/gpt2_124m.toml --data_dir=data/corpus --out_dir=out/h200 "
-    "--max_steps=480 --eval_every=50 --save_every=100": [
+    "python train_gpt2.py --config=configs/gpt2_124m.toml --data_dir=data/corpus "
+    "--out_dir=out/h200 --max_steps=480 --eval_every=50 --save_every=100": [
         *NO_BATCH, "--total_batch_tokens=2048",
     ],
     "gpt2 plot out/h200": [],

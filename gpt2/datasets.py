@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def parse_mix(text: str) -> list[tuple[str, float]]:
         if not 0 < weight <= 1e9:
             raise UserError(f"--data_dir={text}: use a weight above 0 and up to 1e9, not {number}")
         if not folder:
-            raise UserError(f"--data_dir={text}: a folder is missing before :{number}")
+            raise UserError(f"--data_dir={text}: the name of a folder is missing")
         parts.append((folder, weight))
     return parts
 
@@ -111,8 +112,9 @@ def build_mixture(
 
 
 def split_eval_tokens(datasets: list[Dataset], eval_tokens: int) -> list[int]:
-    """Tokens of each dataset that validation predicts: its share, or all there are."""
-    asked = [max(1, round(eval_tokens * dataset.share)) for dataset in datasets]
+    """Tokens of each dataset that validation predicts: its share (or all there are), at least 1."""
+    ends = [0, *(round(eval_tokens * upto) for upto in accumulate(d.share for d in datasets))]
+    asked = [max(1, end - begin) for begin, end in pairwise(ends)]
     return [available_eval_tokens(d.val, n) for d, n in zip(datasets, asked, strict=True)]
 
 
@@ -175,8 +177,8 @@ def continue_mix(
             now.append(_only_known(dataset, old["shards"], path))
             if added := len(dataset.identity) - len(old["shards"]):
                 notes.append(
-                    f"{dataset.name}: {added} shards have been added since {path} was saved; they "
-                    "are left out (--resume=never starts over with all)"
+                    f"{dataset.name}: shards that were added since {path} was saved are left out "
+                    f"({added}); --resume=never starts over with all"
                 )
         else:
             now.append(dataset)

@@ -86,7 +86,7 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
         report.say(line)
     asked = config.eval.eval_tokens
     have = sum(split_eval_tokens(state.datasets, asked))
-    fewer = "" if have == asked else f" (all there are; {asked:,} were asked for)"
+    fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
     report.say(f"validation on {have:,} tokens{fewer}")
     if resumed:
         report.say(f"continuing from {resumed.path}")

@@ -17,7 +17,7 @@ from .config import UserError
 from .shards import Shard
 from .tokenizer import END_OF_TEXT
 
-PIECE_TOKENS = 2**23  # read at a time when looking for documents: 16 MiB
+PIECE_TOKENS = 2**20  # read at a time when looking for documents
 
 
 class WindowOrder:

@@ -67,6 +67,7 @@ def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("", "the name of a folder is missing"),
         ("a:0.8,b", "'b' has no weight; a mix is written"),
         ("a,b", "'a' has no weight"),
         ("a:0.8,", "'' has no weight"),
@@ -74,7 +75,7 @@ def test_a_folder_may_have_any_name(tmp_path, monkeypatch):
         ("a:-1,b:1", "not -1"),
         ("a:nan,b:1", "not nan"),
         ("a:inf,b:1", "not inf"),
-        (":0.5,b:0.5", "a folder is missing before :0.5"),
+        (":0.5,b:0.5", "the name of a folder is missing"),
     ],
 )
 def test_mistakes_in_a_mix(text, message):
@@ -91,6 +92,9 @@ def test_shares_and_validation_tokens(folders):
     assert split_eval_tokens([first, second], 1000) == [750, 250]
     assert split_eval_tokens([first, second], 1) == [1, 1]
     assert split_eval_tokens([first, second], 10**6) == [3999, 599]  # all there are
+    shutil.copytree(real, real.parent / "third")
+    thirds = open_datasets(f"{real}:1,{numbers}:1,{real.parent / 'third'}:1")
+    assert split_eval_tokens(thirds, 1000) == [333, 334, 333]
     (only,) = open_datasets(str(real))
     assert (only.share, split_eval_tokens([only], 77)) == (1.0, [77])
 
@@ -179,7 +183,7 @@ def test_added_shards_are_left_out(folders, tmp_path, capsys):
     shutil.copy(folders[0] / "text_train_000001.bin", folders[0] / "text_train_000000.bin")
     run(folders[0], tmp_path / "two", steps=4)
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
-    assert "real: 1 shards have been added since" in capsys.readouterr().out
+    assert "real: shards that were added since" in capsys.readouterr().out
     run(folders[0], tmp_path / "two", "--resume=never", steps=4)
     assert metrics(tmp_path / "one") != metrics(tmp_path / "two")
 

@@ -36,6 +36,10 @@ class Dataset:
         """Name of the folder, which tells a dataset from others."""
         return os.path.basename(os.path.abspath(self.folder))
 
+    def name_of(self, shard: Shard) -> str:
+        """Where a shard is, as seen from the folder."""
+        return Path(os.path.relpath(shard.path, self.folder)).as_posix()
+
 
 @dataclass(frozen=True)
 class MixStart:
@@ -127,8 +131,8 @@ def identify(dataset: Dataset) -> Identity:
     Raises:
         UserError: a damaged shard.
     """
-    shards = sorted([*dataset.train, *dataset.val], key=lambda shard: shard.path.name)
-    return [[shard.path.name, shard.tokens, _hash_of_samples(shard)] for shard in shards]
+    shards = [*dataset.train, *dataset.val]
+    return sorted([dataset.name_of(s), s.tokens, _hash_of_samples(s)] for s in shards)
 
 
 def remember(datasets: list[Dataset], mixture: Mixture, position: int) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def continue_mix(
             now.append(dataset)
             old = next((k for k in known if k["shards"] == dataset.identity), None)
             if not old:
-                notes.append(f"{dataset.name}: new to this run, read from its beginning")
+                notes.append(f"{dataset.name}: not in {path}, so it is read from its beginning")
         before.append(old)
     if before == known and [d.share for d in datasets] == [old["share"] for old in known]:
         return now, MixStart(stored["began"], [old["before"] for old in known]), notes
@@ -205,8 +209,8 @@ def _only_known(dataset: Dataset, shards: Identity, path: Path) -> Dataset:
     names = {shard[0] for shard in shards}
     return replace(
         dataset,
-        train=[shard for shard in dataset.train if shard.path.name in names],
-        val=[shard for shard in dataset.val if shard.path.name in names],
+        train=[shard for shard in dataset.train if dataset.name_of(shard) in names],
+        val=[shard for shard in dataset.val if dataset.name_of(shard) in names],
         identity=shards,
     )
 

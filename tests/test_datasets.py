@@ -192,7 +192,7 @@ def test_changed_text_under_another_name_is_new_text(folders, tmp_path, capsys):
     run(folders[0], tmp_path / "out", steps=2)
     change(folders[0] / "text_train_000001.bin")
     run(folders[0].rename(tmp_path / "changed"), tmp_path / "out", steps=4)
-    assert "changed: new to this run, read from its beginning" in capsys.readouterr().out
+    assert "step_00000002, so it is read from its beginning" in capsys.readouterr().out
     data = checkpoint.load_state(checkpoint.state_folders(tmp_path / "out")[-1]).state["data"]
     assert (data["began"], data["datasets"][0]["before"]) == (16, 0)
 

@@ -17,9 +17,9 @@ class UserError(ValueError):
     """Input that a person can correct: one line, saying what is wrong and what to do."""
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with the text and the choices that the command line shows."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: tuple[str, ...] = (), alias: str = "") -> Any:
+    """A dataclass field with the text, the choices and a second name for the command line."""
+    return field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,12 @@ class ModelOptions:
 class DataOptions:
     """Data and batch."""
 
-    data_dir: str = option("fineweb", "folder of shards, as written by `gpt2 prepare`")
+    data_dir: str = option(
+        "fineweb",
+        "folder of shards, as written by `gpt2 prepare`, or several with their weights: "
+        "fineweb:0.8,code:0.2",
+        alias="data",
+    )
     batch_size: int = option(8, "sequences per micro-batch and rank")
     grad_accum_steps: int = option(
         0, "micro-batches per optimizer step and rank; 0: derived from total_batch_tokens"
@@ -111,6 +116,12 @@ class DataOptions:
         0, "tokens per optimizer step over all ranks; 0: 524,288, or what grad_accum_steps gives"
     )
     shuffle: bool = option(True, "visit the windows of the training text in random order")
+    window_start: str = option(
+        "anywhere",
+        "where windows of block_size tokens begin: anywhere (one after another), or document "
+        "(with a document, unless it is longer than a window)",
+        ("anywhere", "document"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

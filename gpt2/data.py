@@ -1,71 +1,26 @@
 """Batches from shards: one global order that ranks slice, prefetched, with an exact position.
 
-Each shard is cut into windows of block_size + 1 tokens, one block_size apart; the first block_size
-tokens are the input, the last block_size the targets. An epoch visits every window once: shards in
-a random order, and windows in a random order within each shard. The order follows from (seed,
-epoch) alone by a counter-based generator, so that the number of windows consumed by all ranks
+The order (`order.py`) is a pure function, so that the number of windows consumed by all ranks
 together is the whole state. No rank can fall behind another, and a run may go on with another
 number of ranks.
 
 Shapes: `B` sequences per micro-batch, `T` block_size.
 """
 
-import functools
 import queue
 import threading
 from collections.abc import Iterator
-from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .config import BatchPlan, UserError
+from .config import BatchPlan
 from .ops import IGNORE
+from .order import Mixture
 from .shards import Shard
 
 Batch = tuple[Tensor, Tensor]  # (inputs, targets), each (B, T) int64
-
-
-class WindowOrder:
-    """Where the g-th window of the run is, for g = 0, 1, 2, … without end."""
-
-    def __init__(self, shards: list[Shard], block_size: int, seed: int, shuffle: bool):
-        self.windows = [max(0, (shard.tokens - 1) // block_size) for shard in shards]
-        self.per_epoch = sum(self.windows)
-        if not self.per_epoch:
-            held = sum(shard.tokens for shard in shards)
-            raise UserError(
-                f"{shards[0].path.parent}: {held} training tokens are too few for one window of "
-                f"block_size={block_size}; use a smaller --block_size, or more text"
-            )
-        self.seed, self.shuffle = seed, shuffle
-        self._shards_of = functools.lru_cache(maxsize=2)(self._order_of_shards)
-        self._windows_of = functools.lru_cache(maxsize=2)(self._order_of_windows)
-
-    def locate(self, g: int) -> tuple[int, int]:
-        """(shard, window in that shard) of the g-th window."""
-        epoch, place = divmod(g, self.per_epoch)
-        order, ends = self._shards_of(epoch)
-        turn = int(np.searchsorted(ends, place, side="right"))
-        shard = order[turn]
-        within = place - (ends[turn] - self.windows[shard])
-        return shard, int(self._windows_of(epoch, shard)[within])
-
-    def _order_of_shards(self, epoch: int) -> tuple[list[int], list[int]]:
-        count = len(self.windows)
-        order = self._generator(epoch, 0).permutation(count) if self.shuffle else range(count)
-        order = [int(shard) for shard in order]
-        return order, list(accumulate(self.windows[shard] for shard in order))
-
-    def _order_of_windows(self, epoch: int, shard: int) -> np.ndarray:
-        count = self.windows[shard]
-        if not self.shuffle:
-            return np.arange(count)
-        return self._generator(epoch, shard + 1).permutation(count)
-
-    def _generator(self, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 32) + stream]))
 
 
 class TrainLoader:
@@ -77,20 +32,17 @@ class TrainLoader:
 
     def __init__(
         self,
-        shards: list[Shard],
+        order: Mixture,
         plan: BatchPlan,
         *,
-        seed: int,
-        shuffle: bool = True,
         rank: int = 0,
         position: int = 0,
         device: torch.device | str = "cpu",
         prefetch: int = 4,
     ):
-        self.shards, self.plan, self.rank = shards, plan, rank
+        self.order, self.plan, self.rank = order, plan, rank
         self.position = position
         self.device = torch.device(device)
-        self.order = WindowOrder(shards, plan.block_size, seed, shuffle)
         self._queue: queue.Queue = queue.Queue(prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, daemon=True)
@@ -127,8 +79,7 @@ class TrainLoader:
                 # Micro-batch m of rank r: r and m only decide who computes which part of a step.
                 for micro in range(plan.grad_accum_steps):
                     first = (micro * plan.world_size + self.rank) * plan.batch_size
-                    batch = self._read(range(position + first, position + first + plan.batch_size))
-                    if not self._put(batch):
+                    if not self._put(self._read(position + first)):
                         return
                 position += plan.sequences_per_step
         except Exception as error:  # noqa: BLE001 - raised again where the batch is asked for
@@ -143,12 +94,11 @@ class TrainLoader:
                 continue
         return False
 
-    def _read(self, windows: range) -> Batch:
-        T = self.plan.block_size
-        rows = np.empty((len(windows), T + 1), dtype=np.int64)
-        for row, g in zip(rows, windows, strict=True):
-            shard, window = self.order.locate(g)
-            row[:] = self.shards[shard].read(window * T, T + 1)
+    def _read(self, first: int) -> Batch:
+        B, T = self.plan.batch_size, self.plan.block_size
+        rows = np.empty((B, T + 1), dtype=np.int64)
+        for row, (shard, start) in zip(rows, self.order.locate(first, B), strict=True):
+            row[:] = shard.read(start, T + 1)
         return _to_batch(rows, pin=self.device.type == "cuda")
 
 

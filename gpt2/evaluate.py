@@ -75,6 +75,12 @@ def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation | 
     return Evaluation(rt.all_sum(nats).item(), tokens, text_bytes)
 
 
+def together(parts: Iterable[Evaluation]) -> Evaluation:
+    """The evaluation of several texts as one: each counts by its tokens."""
+    sums = [(part.nats, part.tokens, part.text_bytes) for part in parts]
+    return Evaluation(*(sum(column) for column in zip(*sums, strict=True)))
+
+
 @functools.cache
 def _bytes_per_token() -> torch.Tensor:
     return torch.from_numpy(gpt2_tokenizer().bytes_per_token())

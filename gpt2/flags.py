@@ -93,7 +93,8 @@ def _add_option(parser: Any, f: dataclasses.Field):
         extra |= {"nargs": "?", "const": "True"}
     default = f.default if f.default != "" else "empty"
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-    parser.add_argument(f"--{f.name}", type=convert, default=f.default, help=text, **extra)
+    flags = [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]
+    parser.add_argument(*flags, type=convert, default=f.default, help=text, **extra)
 
 
 def _int(text: str) -> int:

@@ -3,8 +3,8 @@
 from . import report
 from .checkpoint import Resumed
 from .config import TrainConfig, flatten
-from .data import available_eval_tokens
-from .evaluate import Evaluation
+from .datasets import split_eval_tokens
+from .evaluate import Evaluation, together
 from .runtime import Runtime
 from .state import TrainState
 
@@ -12,22 +12,27 @@ FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
 MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that say where, not what
 
 
-def log_evaluation(result: Evaluation, state: TrainState, rt: Runtime, log: report.RunLog):
-    """One line on the console, one object in metrics.jsonl."""
+def log_evaluation(
+    parts: dict[str, Evaluation], state: TrainState, rt: Runtime, log: report.RunLog
+):
+    """One line on the console, one object in metrics.jsonl, over all datasets together."""
+    result = together(parts.values())
+    several = parts if len(parts) > 1 else {}
     log.record(
         state.step,
         val_loss=result.loss,
         val_perplexity=result.perplexity,
         val_bpb=result.bits_per_byte,
         val_tokens=result.tokens,
+        **{f"val_loss_{name}": part.loss for name, part in several.items()},
         tokens=state.tokens,
     )
     if rt.is_main:
-        report.say(
-            report.eval_line(
-                state.step, result.loss, result.perplexity, result.bits_per_byte, result.tokens
-            )
+        line = report.eval_line(
+            state.step, result.loss, result.perplexity, result.bits_per_byte, result.tokens
         )
+        each = "".join(f" | {name} {part.loss:.4f}" for name, part in several.items())
+        report.say(line + each)
 
 
 def log_step(values: dict, state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog):
@@ -77,15 +82,11 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     for note in rt.notes:
         report.say(note)
     report.say(str(state.plan))
-    order = state.loader.order
-    report.say(
-        f"{order.per_epoch * c.block_size:,} training tokens per epoch; "
-        f"{config.optim.max_steps} steps are "
-        f"{config.optim.max_steps * state.plan.sequences_per_step / order.per_epoch:.2f} epochs"
-    )
+    for line in describe_data(state, config.optim.max_steps):
+        report.say(line)
     asked = config.eval.eval_tokens
-    have = available_eval_tokens(state.val_shards, asked)
-    fewer = "" if have == asked else f" (all there are; {asked:,} were asked for)"
+    have = sum(split_eval_tokens(state.datasets, asked))
+    fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
     report.say(f"validation on {have:,} tokens{fewer}")
     if resumed:
         report.say(f"continuing from {resumed.path}")
@@ -93,8 +94,21 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
         for name in now:
             if name not in MAY_DIFFER and before.get(name) != now[name]:
                 report.say(f"changed since then: {name} {before.get(name)} -> {now[name]}")
-        if resumed.state["windows"] != order.windows:
-            report.warn(
-                "the training shards are not those of the checkpoint: their order is new, and "
-                "what was read in this epoch may come again"
-            )
+
+
+def describe_data(state: TrainState, max_steps: int) -> list[str]:
+    """A line for each dataset: its share, and how often the run will read it."""
+    lines = []
+    windows = max_steps * state.plan.sequences_per_step
+    for dataset, order in zip(state.datasets, state.loader.order.orders, strict=True):
+        share = f"{dataset.name}: {dataset.share:.1%} of the tokens; " if dataset.share < 1 else ""
+        held = sum(shard.tokens for shard in dataset.train)
+        longer = ""
+        if order.window_start == "document":
+            times = order.tokens_per_epoch / held
+            longer = f" ({times:.2f} times those of the shards: windows begin with documents)"
+        lines.append(
+            f"{share}{order.tokens_per_epoch:,} training tokens per epoch{longer}; "
+            f"{max_steps} steps are {windows * dataset.share / order.per_epoch:.2f} epochs"
+        )
+    return lines

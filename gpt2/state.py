@@ -7,7 +7,7 @@ in the data, and the random generators of every rank.
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,18 @@ from . import checkpoint, report, rundir
 from .checkpoint import Resumed
 from .config import BatchPlan, GPT2Config, TrainConfig, UserError, flatten, to_dict
 from .data import TrainLoader
+from .datasets import (
+    Dataset,
+    MixStart,
+    build_mixture,
+    continue_mix,
+    identify,
+    open_datasets,
+    remember,
+)
 from .model import GPT
+from .order import Mixture
 from .runtime import Runtime
-from .shards import Shard
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
 COUNTERS = (  # fields of TrainState that a checkpoint holds as they are
@@ -38,7 +47,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loader: TrainLoader
-    val_shards: list[Shard]
+    datasets: list[Dataset]
     plan: BatchPlan
     clock: report.Throughput
     step: int = 0  # optimizer steps done
@@ -114,6 +123,34 @@ def check_same_shape(found: Resumed, shape: GPT2Config):
         )
 
 
+def order_data(
+    config: TrainConfig, rt: Runtime, resumed: Resumed | None
+) -> tuple[list[Dataset], Mixture]:
+    """The datasets, and the order of their windows: from the beginning or as a checkpoint goes on.
+
+    Raises:
+        UserError: what is wrong with the datasets, or not as it was when the checkpoint was saved.
+    """
+    datasets = open_datasets(config.data.data_dir)
+    identities = rt.on_main(lambda: [identify(dataset) for dataset in datasets])
+    datasets = [replace(d, identity=i) for d, i in zip(datasets, identities, strict=True)]
+    start = MixStart()
+    if resumed and "data" in resumed.state:
+        position = resumed.state["position"]
+        stored = resumed.state["data"]
+        datasets, start, notes = continue_mix(datasets, stored, position, resumed.path)
+        rt.notes.extend(notes)
+    elif resumed:
+        rt.notes.append(
+            f"{resumed.path} does not say which shards it was trained on: it is of an older "
+            "version, whose order was another; what was read in this epoch may come again"
+        )
+    if config.data.window_start == "document" and rt.is_main:
+        report.say("looking for the beginnings of documents in the training shards")
+    shape, seed = config.model.shape(), config.system.seed
+    return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start)
+
+
 def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
     """Commits a checkpoint to continue from; a failure only ends the run when it is the last."""
     content = {
@@ -122,7 +159,7 @@ def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
         "scaler": state.scaler.state_dict(),
         "rng": rt.gather(rt.rng_state()),
         **{name: getattr(state, name) for name in COUNTERS},
-        "windows": state.loader.order.windows,
+        "data": remember(state.datasets, state.loader.order, state.loader.position),
         "settings": flatten(config),
     }
     keep = config.output.keep_last

@@ -14,14 +14,14 @@ from torch import Tensor
 from . import flags, report, runtime
 from .checkpoint import Resumed
 from .config import TrainConfig, UserError, flatten, plan_batch
-from .data import Batch, TrainLoader, available_eval_tokens, eval_batches
-from .evaluate import evaluate
+from .data import Batch, TrainLoader, eval_batches
+from .datasets import split_eval_tokens
+from .evaluate import evaluate, together
 from .messages import announce, check_first_loss, log_evaluation, log_step
 from .model import GPT
 from .ops import IGNORE
 from .optim import build_optimizer, learning_rate_at, set_learning_rate
 from .runtime import Runtime
-from .shards import find_shards
 from .sinks import check_names
 from .state import (
     MODEL_NAME,
@@ -30,6 +30,7 @@ from .state import (
     export_best,
     find_checkpoint,
     make_way,
+    order_data,
     out_dir,
     restore,
     save,
@@ -177,10 +178,7 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     """Model, optimizer and loader, fresh or as a checkpoint left them; checks all that can be."""
     shape = config.model.shape()
     plan = plan_batch(config.data, shape.block_size, rt.world_size)
-    train_shards = find_shards(config.data.data_dir, "train")
-    val_shards = find_shards(config.data.data_dir, "val")
-    if not available_eval_tokens(val_shards, config.eval.eval_tokens):
-        raise UserError(f"{config.data.data_dir}: the validation shards hold no text")
+    datasets, mixture = order_data(config, rt, resumed)
     check_names(config.output.log_to)
     model = GPT(shape).to(rt.device)  # made on the CPU: the same weights on every device
     compiled, reason = runtime.choose_compile(config.system.compile_model, rt.device)
@@ -189,10 +187,8 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     rt.notes.append(f"compile_model {compiled}: {reason}")
     runtime.seed(config.system.seed + rt.rank)  # from here on only dropout draws
     loader = TrainLoader(
-        train_shards,
+        mixture,
         plan,
-        seed=config.system.seed,
-        shuffle=config.data.shuffle,
         rank=rt.rank,
         position=resumed.state["position"] if resumed else 0,
         device=rt.device,
@@ -203,7 +199,7 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
         optimizer=build_optimizer(model, config.optim),
         scaler=rt.grad_scaler(),
         loader=loader,
-        val_shards=val_shards,
+        datasets=datasets,
         plan=plan,
         clock=report.Throughput(),
     )
@@ -215,22 +211,26 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
 
 def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog):
     """Evaluates, logs and keeps the best model; a signal on the way leaves it for the next run."""
-    batches = eval_batches(
-        state.val_shards,
-        block_size=state.plan.block_size,
-        batch_size=state.plan.batch_size,
-        eval_tokens=config.eval.eval_tokens,
-        rank=rt.rank,
-        world_size=rt.world_size,
-        device=rt.device,
-    )
-    result = evaluate(state.model, batches, rt)
-    if result is None:
-        state.stop = True
-        return
-    if note_evaluation(state, result.loss):
+    parts = {}
+    counts = split_eval_tokens(state.datasets, config.eval.eval_tokens)
+    for dataset, eval_tokens in zip(state.datasets, counts, strict=True):
+        batches = eval_batches(
+            dataset.val,
+            block_size=state.plan.block_size,
+            batch_size=state.plan.batch_size,
+            eval_tokens=eval_tokens,
+            rank=rt.rank,
+            world_size=rt.world_size,
+            device=rt.device,
+        )
+        result = evaluate(state.model, batches, rt)
+        if result is None:
+            state.stop = True
+            return
+        parts[dataset.name] = result
+    if note_evaluation(state, together(parts.values()).loss):
         export_best(state, config, rt)
-    log_evaluation(result, state, rt, log)
+    log_evaluation(parts, state, rt, log)
 
 
 def note_evaluation(state: TrainState, loss: float) -> bool:
@@ -247,7 +247,7 @@ def adopt_evaluation(
 ):
     """Takes from the log an evaluation that the interrupted run made after its last save."""
     known = rt.broadcast(log.recorded(state.step))
-    asked = available_eval_tokens(state.val_shards, config.eval.eval_tokens)
+    asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
     if not resumed or "val_loss" not in known or state.evaluated_at == state.step:
         return
     same_data = resumed.state["settings"]["data_dir"] == config.data.data_dir

@@ -13,7 +13,7 @@ from .conftest import ROOT, run_python
 
 FLOORS = {
     0: "config flags model ops kernels tokenizer shards sources readers",
-    1: "runtime data optim hf sinks workers",
+    1: "runtime data datasets order optim hf sinks workers",
     2: "checkpoint evaluate generate report plot rundir",
     3: "api state messages train prepare cli __main__",
 }

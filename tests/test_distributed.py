@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gpt2 import checkpoint
+from gpt2.datasets import SAMPLE_TOKENS
 from gpt2.shards import write_shard
 
 from .conftest import ROOT, TINY, run_python
@@ -149,12 +150,17 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(data_dir, tmp_path):
 
 
 def test_error_on_one_rank_is_told(data_dir, tmp_path):
-    """A bad token that only rank 1 reads: windows 4 to 7 of the unshuffled first step."""
-    tokens = np.full(33 * 64, 5, dtype=np.uint16)
-    tokens[32 * 5 : 32 * 6] = 60000
+    """A bad token that only rank 1 reads: in windows 4 to 7 of an unshuffled step of eight.
+
+    It lies beyond the first of the samples that rank 0 reads before the first step.
+    """
+    tokens = np.full(4 * SAMPLE_TOKENS, 5, dtype=np.uint16)
+    step = SAMPLE_TOKENS // (8 * 32) + 1
+    first = (step * 8 + 5) * 32
+    tokens[first : first + 32] = 60000
     write_shard(tmp_path / "bad_train_000001.bin", tokens)
     shutil.copy(data_dir / "text_val_000000.bin", tmp_path / "bad_val_000000.bin")
-    arguments = ["--max_steps=2", "--shuffle=False", "--grad_accum_steps=1"]
+    arguments = [f"--max_steps={step + 2}", "--shuffle=False", "--grad_accum_steps=1"]
     done = run_python(*command(2, tmp_path, tmp_path / "out", *arguments), check=False)
     assert done.returncode != 0
     assert "error: [rank 1]" in done.stderr

@@ -37,6 +37,7 @@ ADDED: dict[str, list[str] | None] = {
     'gpt2 sample out/out_ckpt.pt --prompt="Hello world,"': ["--max_new_tokens=5"],
     "gpt2 prepare --source=my_texts --out_dir=data/mine": [],
     "gpt2 train --data_dir=data/mine --out_dir=out/mine --size=gpt2-mini --block_size=256": SMALL,
+    "gpt2 train --data_dir=fineweb:0.8,data/mine:0.2 --out_dir=out/mix": SMALL,
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
     "python benchmarks/throughput.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,

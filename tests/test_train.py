@@ -430,14 +430,6 @@ def test_mistake_with_resume_never_moves_nothing(data_dir, tmp_path):
         assert not (tmp_path / "archive_1").exists()
 
 
-def test_new_shards_are_noticed(data_dir, tmp_path, capsys):
-    shutil.copytree(data_dir, tmp_path / "d")
-    train.run(config(tmp_path / "d", tmp_path / "out", "--max_steps=2"))
-    shutil.copy(tmp_path / "d/text_train_000001.bin", tmp_path / "d/text_train_000003.bin")
-    train.run(config(tmp_path / "d", tmp_path / "out", "--max_steps=3"))
-    assert "shards are not those of the checkpoint" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -24,7 +24,7 @@ from gpt2.shards import find_shards, read_manifest
 from gpt2.sources import FINEWEB_FOLDER
 from gpt2.tokenizer import gpt2_tokenizer
 
-from .fake_hub import fake_hub, parquet_bytes
+from .fake_hub import Trouble, fake_hub, parquet_bytes
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -550,25 +550,36 @@ def test_fineweb_edu(tmp_path, hub_files):
 def test_fineweb_edu_damaged_on_the_way(tmp_path, hub_files):
     files, texts = hub_files
     last = f"{FINEWEB_FOLDER}/002_00000.parquet"
-    whole = files[last]
+    wrong = Trouble(body=bytes(len(files[last])))
     with fake_hub(files) as hub:
-        files[last] = bytes(len(whole))
+        hub.trouble["002_"] = [wrong, wrong]
         broken = run_fineweb(tmp_path, hub)
         assert broken.returncode == 1
-        assert "002_00000.parquet: damaged" in broken.stderr
+        assert "002_00000.parquet of HuggingFaceFW/fineweb-edu: its sha256 is " in broken.stderr
         assert len(broken.stderr.splitlines()) == 1
-        files[last] = whole
-        assert run_fineweb(tmp_path, hub).returncode == 0
+        hub.trouble["002_"] = [wrong]
+        again = run_fineweb(tmp_path, hub)
+        assert again.returncode == 0
+        assert "downloading it again" in again.stdout
     assert tokens(tmp_path / "fineweb", "train") == ids(texts)[3000:]
 
 
+def test_fineweb_edu_damaged_at_the_hub(tmp_path, hub_files):
+    files, _ = hub_files
+    files[f"{FINEWEB_FOLDER}/002_00000.parquet"] = b"no such format" * 50
+    with fake_hub(files) as hub:
+        broken = run_fineweb(tmp_path, hub)
+    assert broken.returncode == 1
+    assert "002_00000.parquet: damaged" in broken.stderr
+    assert len(broken.stderr.splitlines()) == 1
+
+
 def test_fineweb_edu_that_is_not_there(tmp_path):
-    with fake_hub({}) as hub:
+    with fake_hub({f"{FINEWEB_FOLDER}/README.md": b""}) as hub:
         empty = run_fineweb(tmp_path, hub)
-        assert "no parquet files" in empty.stderr
+        assert "no parquet files and no .jsonl files in sample/10BT" in empty.stderr
         hub.url += "/elsewhere"
         gone = run_fineweb(tmp_path, hub)
     assert gone.returncode == 1
-    assert gone.stderr.startswith("error: cannot reach the Hugging Face Hub: ")
-    assert "run the same command again to continue, or use --source=PATH" in gone.stderr
+    assert gone.stderr.startswith("error: the Hub has no dataset HuggingFaceFW/fineweb-edu")
     assert len(gone.stderr.splitlines()) == 1

@@ -74,7 +74,8 @@ class FakeHub:
             return 200, headers, body
         if path.startswith(f"{api}/revision/"):
             if path.rpartition("/revision/")[2] in ("main", self.revision):
-                return 200, {}, json.dumps({"sha": self.revision}).encode()
+                info = {"id": self.repository, "sha": self.revision, "siblings": []}
+                return 200, {}, json.dumps(info).encode()
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         if path.startswith(f"{api}/tree/{self.revision}"):
             folder = path.removeprefix(f"{api}/tree/{self.revision}").strip("/")

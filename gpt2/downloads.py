@@ -110,9 +110,9 @@ class Downloads:
             return found
         path, part = self._folder / file.name, self._part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
         self._say(f"downloading {file.name}, {file.size_bytes / 1e9:.2f} GB")
         for last in (False, True):
+            part.touch()
             self.dataset.download(file, part)
             problem = _problem(part, file)
             if not problem:

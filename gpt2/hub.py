@@ -136,6 +136,7 @@ class Dataset:
                     if self._stop.is_set():
                         raise Stopped
                     out.write(chunk)
+                    out.flush()  # what has come is kept, whatever ends the process
                     if out.tell() > file.size_bytes:
                         return
         if size_of(target) < file.size_bytes:

@@ -21,7 +21,7 @@ from .config import PrepareConfig, UserError
 from .lock import locked
 from .plan import check_room, forecast, limit_name, limit_text, make_plan
 from .report import say
-from .shards import SHARD_NAME, open_shard, read_manifest, write_manifest, write_shard
+from .shards import MANIFEST, SHARD_NAME, open_shard, read_manifest, write_manifest, write_shard
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
 from .tokenizer import END_OF_TEXT, gpt2_tokenizer
 from .workers import Batch, Position, encode_rows
@@ -57,7 +57,7 @@ class Job:
         self.manifest["skipped_rows"] = skipped
         for total in ("documents", "tokens"):
             self.manifest[total] = sum(shard[total] for shard in self.shards)
-        with _writing(self.out_dir):
+        with _writing(self.out_dir / MANIFEST):
             write_manifest(self.out_dir, self.manifest)
 
     def add_shard(self, tokens: np.ndarray, following: Position | None):

@@ -126,10 +126,11 @@ def forecast(config: PrepareConfig, source: Source, out_dir: Path, shards: list[
     speed, per_token = measure(source, config.num_workers)
     plan = make_plan(config, source, out_dir, shards, per_token)
     revision = source.revision and f" at {source.revision}"
-    download = "nothing"
+    download, beside = "nothing", ""
     if plan.download_bytes:
         minutes = _minutes(plan.download_bytes * 8 / 1e8)
         download = f"{_gb(plan.download_bytes)}, {minutes} at 100 Mbit/s"
+        beside = ", while files are downloaded"
     return (
         f"source       {config.source}{revision}\n"
         f"to read      {plan.parts:,} of {len(source.parts):,} files\n"
@@ -139,7 +140,7 @@ def forecast(config: PrepareConfig, source: Source, out_dir: Path, shards: list[
         f"{len(shards)} are finished\n"
         f"disk         about {_gb(plan.need_bytes)} needed at once, {_gb(plan.free_bytes)} free\n"
         f"time         about {_minutes(plan.tokens / speed)} to tokenise, at {speed:,.0f} tokens/s "
-        "on this machine, beside the download\n"
+        f"on this machine{beside}\n"
         "a dry run: nothing was downloaded or written"
     )
 

@@ -181,7 +181,7 @@ def _local_parts(spec: str) -> Iterator[Part]:
         found, path = [path], path.parent
     else:
         if spec.startswith(f"{FINEWEB_EDU}/"):
-            raise UserError(f"--source={spec}: there is {', '.join(FINEWEB_FOLDERS)}")
+            raise UserError(f"--source={spec}: use one of {', '.join(FINEWEB_FOLDERS)}")
         raise UserError(
             f"--source={spec}: no such file, folder or glob; or use {FINEWEB_EDU}, {STDLIB}, or "
             "hf:OWNER/NAME for a dataset of the Hugging Face Hub"

@@ -112,53 +112,57 @@ def parquet_bytes(texts: list[str]) -> bytes:
     return buffer.getvalue()
 
 
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub = self.server.hub
+        first = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].split("-")[0])
+        place = f"+{first}" if first else ""
+        hub.requests.append(f"{self.command} {unquote(urlsplit(self.path).path)}{place}")
+        status, headers, body = hub.answer(self.path, first)
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            status, headers, body = 401, {"X-Error-Code": "GatedRepo"}, b"{}"
+        waiting = next((t for part, t in hub.trouble.items() if part in self.path and t), [])
+        trouble = waiting.pop(0) if waiting else Trouble()
+        if trouble.status:
+            status, headers, body = trouble.status, trouble.headers, b"{}"
+        self.send(status, headers, body if trouble.body is None else trouble.body, trouble)
+
+    def send(self, status, headers, body, trouble):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            stops = [n for n in (trouble.cut_after, trouble.stall_after) if n >= 0]
+            self.wfile.write(body[: min(stops, default=len(body))])
+            self.wfile.flush()
+            if trouble.stall_after >= 0:
+                self.server.hub.over.wait(60)
+            self.close_connection = bool(stops)
+
+    def log_message(self, *args):
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    hub: FakeHub
+
+    def handle_error(self, *args):
+        """A client that was killed is no fault of ours."""
+
+
 @contextmanager
 def fake_hub(
     files: dict[str, bytes], repository: str = FINEWEB_REPOSITORY, revision: str = FINEWEB_REVISION
 ):
     """Serves until the block ends; gives a FakeHub."""
-    hub = FakeHub(files, repository, revision)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self):
-            self.do_GET()
-
-        def do_GET(self):
-            first = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].split("-")[0])
-            place = f"+{first}" if first else ""
-            hub.requests.append(f"{self.command} {unquote(urlsplit(self.path).path)}{place}")
-            status, headers, body = hub.answer(self.path, first)
-            if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-                status, headers, body = 401, {"X-Error-Code": "GatedRepo"}, b"{}"
-            waiting = next((t for part, t in hub.trouble.items() if part in self.path and t), [])
-            trouble = waiting.pop(0) if waiting else Trouble()
-            if trouble.status:
-                status, headers, body = trouble.status, trouble.headers, b"{}"
-            self.send(status, headers, body if trouble.body is None else trouble.body, trouble)
-
-        def send(self, status, headers, body, trouble):
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                stops = [n for n in (trouble.cut_after, trouble.stall_after) if n >= 0]
-                self.wfile.write(body[: min(stops, default=len(body))])
-                self.wfile.flush()
-                if trouble.stall_after >= 0:
-                    hub.over.wait(60)
-                self.close_connection = bool(stops)
-
-        def log_message(self, *args):
-            pass
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, *args):
-            """A client that was killed is no fault of ours."""
-
-    server = Server(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.hub = hub = FakeHub(files, repository, revision)
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

@@ -34,7 +34,7 @@ def hold(folder):
 def test_second_process_is_refused_until_the_first_ends(tmp_path):
     folder = tmp_path / "new" / "folder"
     process = hold(folder)
-    with pytest.raises(UserError, match="another process is making shards in .*folder; wait"):
+    with pytest.raises(UserError, match=r"another process is making shards in .*folder; wait"):
         locked(folder).__enter__()
     process.communicate()
     assert list(folder.iterdir()) == []

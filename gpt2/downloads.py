@@ -62,7 +62,7 @@ class Downloads:
                 path.unlink(missing_ok=True)
             raise
         if ours and not self.keep:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def close(self):
         """Ends what is being downloaded; a stalled connection is left to end by itself."""

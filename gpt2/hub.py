@@ -82,7 +82,7 @@ class Dataset:
         """
         from huggingface_hub import constants
 
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             return self._find_in_cache(path)
         api = f"{constants.ENDPOINT}/api/datasets/{self.repository}"
         if not COMMIT.fullmatch(self.revision):

@@ -291,7 +291,8 @@ def _check_same(old: dict, new: dict, out_dir: Path):
 
 def _announce(text: str):
     """Says something beside the progress bar, from any thread."""
-    with tqdm.external_write_mode():
+    # nolock: Ctrl-C between taking and giving back the lock would be another error
+    with tqdm.external_write_mode(nolock=True):
         say(text)
 
 

@@ -74,7 +74,8 @@ class FakeHub:
             return 200, headers, body
         if path.startswith(f"{api}/revision/"):
             if path.rpartition("/revision/")[2] in ("main", self.revision):
-                info = {"id": self.repository, "sha": self.revision, "siblings": []}
+                names = [{"rfilename": name} for name in self.files]
+                info = {"id": self.repository, "sha": self.revision, "siblings": names}
                 return 200, {}, json.dumps(info).encode()
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         if path.startswith(f"{api}/tree/{self.revision}"):

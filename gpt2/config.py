@@ -209,19 +209,35 @@ class PrepareConfig:
 
     source: str = option(
         "fineweb-edu",
-        "fineweb-edu (sample-10BT), stdlib, or a file, folder or glob of "
+        "fineweb-edu (its sample-10BT), fineweb-edu/sample-100BT, fineweb-edu/sample-350BT, "
+        "fineweb-edu/default (all of it); hf:OWNER/NAME[@REVISION][/FOLDER], the parquet or .jsonl "
+        "files of a dataset on the Hugging Face Hub; stdlib; or a file, folder or glob of "
         ".txt, .jsonl (also .gz, .xz, .zst) and .parquet",
     )
     out_dir: str = option("", "folder for the shards; empty: fineweb, or data/<name of the source>")
+    keep_downloads: bool = option(False, "leave downloaded files in <out_dir>/downloads")
+    dry_run: bool = option(
+        False, "say what would be done, in tokens, bytes and minutes; do nothing"
+    )
     shard_tokens: int = option(100_000_000, "tokens per shard")
     num_workers: int = option(0, "processes that tokenise; 0: one per core")
     max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
+    max_tokens: int = option(
+        0, "stop after this many tokens, rounded up to whole shards (two or more); 0: no limit"
+    )
 
     def __post_init__(self):
         _at_least(1, shard_tokens=self.shard_tokens)
         _at_least(0, num_workers=self.num_workers, max_shards=self.max_shards)
+        _at_least(0, max_tokens=self.max_tokens)
         if self.max_shards == 1:
             raise UserError("max_shards=1 would leave no training text; use 2 or more")
+
+    @property
+    def shard_limit(self) -> int:
+        """Shards after which to stop, by max_shards and max_tokens; 0: no limit."""
+        by_tokens = self.max_tokens and max(2, -(-self.max_tokens // self.shard_tokens))
+        return min(filter(None, (self.max_shards, by_tokens)), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,26 +5,29 @@ two shards is cut into equal pieces, the first of them for validation; a smaller
 20th document to validation. `manifest.json` records after each shard where the next one begins.
 """
 
+import copy
 import errno
 import math
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from .config import PrepareConfig, UserError
+from .lock import locked
+from .plan import check_room, forecast, limit_name, limit_text, make_plan
 from .report import say
-from .shards import SHARD_NAME, open_shard, read_manifest, write_manifest, write_shard
-from .sources import FINEWEB_EDU, Source, find_source, prefix_of
+from .shards import MANIFEST, SHARD_NAME, open_shard, read_manifest, write_manifest, write_shard
+from .sources import Source, default_folder, find_source, normal_name, prefix_of
 from .tokenizer import END_OF_TEXT, gpt2_tokenizer
 from .workers import Batch, Position, encode_rows
 
 FORMAT = 1  # of the manifest
-DOWNLOADS = ".download"
+DOWNLOADS = "downloads"
 VAL_EVERY = 20  # a small source gives every 20th document, 5 %, to validation
 LEAST_TOKENS = 64
 
@@ -36,8 +39,8 @@ class Job:
     out_dir: Path
     source: Source
     manifest: dict
-    max_shards: int
-    num_workers: int
+    found: dict | None  # the manifest in the folder when it was looked at
+    config: PrepareConfig
 
     @property
     def shards(self) -> list[dict]:
@@ -46,15 +49,15 @@ class Job:
 
     @property
     def enough(self) -> bool:
-        """Whether nothing is left to do: the source is used up or max_shards are finished."""
-        return self.manifest["complete"] or 0 < self.max_shards <= len(self.shards)
+        """Whether nothing is left to do: the source is used up or the limit is reached."""
+        return self.manifest["complete"] or 0 < self.config.shard_limit <= len(self.shards)
 
     def save(self, skipped: int):
         """Writes the manifest."""
         self.manifest["skipped_rows"] = skipped
         for total in ("documents", "tokens"):
             self.manifest[total] = sum(shard[total] for shard in self.shards)
-        with _writing(self.out_dir):
+        with _writing(self.out_dir / MANIFEST):
             write_manifest(self.out_dir, self.manifest)
 
     def add_shard(self, tokens: np.ndarray, following: Position | None):
@@ -68,8 +71,7 @@ class Job:
         entry = {"name": name, "split": split, "tokens": len(tokens), "documents": documents}
         self.shards.append(entry | {"sha256": sha256, "next": following and asdict(following)})
         self.save(following.skipped if following else 0)
-        with tqdm.external_write_mode():
-            say(f"{name}: {len(tokens):,} tokens, {documents:,} documents")
+        _announce(f"{name}: {len(tokens):,} tokens, {documents:,} documents")
 
 
 def run(config: PrepareConfig) -> int:
@@ -81,15 +83,27 @@ def run(config: PrepareConfig) -> int:
     job = None
     try:
         job = open_job(config)
+        if config.dry_run and not job.enough:
+            say(forecast(config, job.source, job.out_dir, job.shards))
+            return 0
         if job.enough:
-            say("already complete" if job.manifest["complete"] else "max_shards are finished")
+            say(
+                "already complete"
+                if job.manifest["complete"]
+                else f"{limit_name(config)} are finished"
+            )
         else:
-            make_shards(job)
+            with _started(job):
+                try:
+                    make_shards(job)
+                finally:
+                    job.source.close()
+                if not config.keep_downloads:
+                    shutil.rmtree(job.out_dir / DOWNLOADS, ignore_errors=True)
     except KeyboardInterrupt:
         finished = f": {len(job.shards)} shards are finished" if job else ""
         say(f"interrupted{finished}; run the same command to continue")
         return 130
-    shutil.rmtree(job.out_dir / DOWNLOADS, ignore_errors=True)
     say(_summary(job))
     return 0
 
@@ -100,16 +114,17 @@ def open_job(config: PrepareConfig) -> Job:
     Raises:
         UserError: unusable source or folder, or the folder holds other shards.
     """
-    prefix = prefix_of(config.source)
-    default = "fineweb" if config.source == FINEWEB_EDU else f"data/{prefix}"
-    out_dir = Path(config.out_dir or default)
-    old = read_manifest(out_dir) or {}
-    source = find_source(config.source, out_dir / DOWNLOADS, old.get("files"))
+    names = {"source": normal_name(config.source), "prefix": prefix_of(config.source)}
+    out_dir = Path(config.out_dir or default_folder(config.source))
+    found = read_manifest(out_dir)
+    old = copy.deepcopy(found or {})
+    if old:  # before the Hub is asked
+        _check_same(old, names, out_dir)
+    source = find_source(config.source, out_dir / DOWNLOADS, old, config.keep_downloads, _announce)
     tokenizer = gpt2_tokenizer()
     manifest = {
         "format": FORMAT,
-        "source": Path(config.source).as_posix(),
-        "prefix": prefix,
+        **names,
         **source.identity(),
         "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "sha256")},
         "shard_tokens": config.shard_tokens,
@@ -119,21 +134,19 @@ def open_job(config: PrepareConfig) -> Job:
     elif any(SHARD_NAME.fullmatch(path.name) for path in out_dir.glob("*.bin")):
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0, "skipped_rows": 0, "complete": False, "shards": []}
-    job = Job(out_dir, source, old or manifest, config.max_shards, config.num_workers)
+    job = Job(out_dir, source, old or manifest, found, config)
     _keep_intact(job)
-    if not job.enough:
-        _make_folder(job)
     return job
 
 
 def make_shards(job: Job):
-    """Reads, encodes and writes until the source is used up or max_shards are finished."""
+    """Reads, encodes and writes until the source is used up or the limit is reached."""
     cutter = _Cutter(job)
     total_bytes = sum(part.size_bytes for part in job.source.parts)
-    limit = job.max_shards * job.manifest["shard_tokens"] or math.inf
+    limit = job.config.shard_limit * job.manifest["shard_tokens"] or math.inf
     done = job.manifest["tokens"]
     bar = tqdm(unit=" tokens", unit_scale=True, initial=done, disable=None, dynamic_ncols=True)
-    with bar, closing(encode_rows(job.source, cutter.start, job.num_workers)) as stream:
+    with bar, closing(encode_rows(job.source, cutter.start, job.config.num_workers)) as stream:
         for batch, tokens, lengths in stream:
             cutter.add(batch, tokens, lengths)
             done += len(tokens)
@@ -188,7 +201,7 @@ class _Cutter:
         if not job.shards:
             shards = self._small_shards()
             total = len(shards)
-            for tokens in shards[: job.max_shards or None]:
+            for tokens in shards[: job.config.shard_limit or None]:
                 job.add_shard(tokens, None)
         elif self._filled:
             total += 1
@@ -234,16 +247,20 @@ def split_small(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
     return tokens[in_val], tokens[~in_val]
 
 
-def _make_folder(job: Job):
-    try:
-        job.out_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in job.out_dir.glob(f"{job.manifest['prefix']}_*.bin.tmp"):
-            leftover.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--out_dir={job.out_dir}: cannot write there ({error.strerror}); use another folder"
-        ) from None
-    job.save(job.manifest["skipped_rows"])
+@contextmanager
+def _started(job: Job) -> Iterator[None]:
+    """Checks that there is room, makes the folder and keeps other processes out of it."""
+    plan = make_plan(job.config, job.source, job.out_dir, job.shards)
+    check_room(plan, job.out_dir)
+    job.source = replace(job.source, needed_parts=plan.first_part + plan.parts)
+    with locked(job.out_dir):
+        if read_manifest(job.out_dir) != job.found:
+            raise UserError(f"another process has just made shards in {job.out_dir}; run it again")
+        with _writing(job.out_dir):
+            for leftover in job.out_dir.glob(f"{job.manifest['prefix']}_*.bin.tmp"):
+                leftover.unlink()
+        job.save(job.manifest["skipped_rows"])
+        yield
 
 
 def _keep_intact(job: Job):
@@ -272,6 +289,13 @@ def _check_same(old: dict, new: dict, out_dir: Path):
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
 
 
+def _announce(text: str):
+    """Says something beside the progress bar, from any thread."""
+    # nolock: Ctrl-C between taking and giving back the lock would be another error
+    with tqdm.external_write_mode(nolock=True):
+        say(text)
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -288,7 +312,7 @@ def _writing(path: Path) -> Iterator[None]:
 def _summary(job: Job) -> str:
     done, note = job.manifest, ""
     if not done["complete"]:
-        note = f"stopped at max_shards={job.max_shards}; a larger one continues\n"
+        note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
     elif job.shards[-1]["tokens"] < done["shard_tokens"]:
         note = "the last shard is partial by design: it holds what was left\n"
     return (

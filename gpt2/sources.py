@@ -1,10 +1,9 @@
-"""Where text comes from: FineWeb-Edu, the standard library, or files of one's own.
+"""Where text comes from: FineWeb-Edu, other datasets of the Hub, the standard library, own files.
 
 A source is an ordered list of parts (files). A part has rows: the one document of a .txt file, the
 lines of a .jsonl file, the rows of a .parquet file.
 """
 
-import errno
 import glob
 import importlib
 import inspect
@@ -14,14 +13,27 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import unquote
 
 from .config import UserError
+from .downloads import Downloads
+from .hub import Dataset, File
 from .readers import Row, read_rows
 
 FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"
 FINEWEB_REPOSITORY, FINEWEB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
 FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+FINEWEB_FOLDERS = {
+    FINEWEB_EDU: FINEWEB_FOLDER,
+    f"{FINEWEB_EDU}/sample-100BT": "sample/100BT",
+    f"{FINEWEB_EDU}/sample-350BT": "sample/350BT",
+    f"{FINEWEB_EDU}/default": "data",
+}
+HUB_SPEC = re.compile(
+    r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]+))?"
+)
 ENDING = re.compile(r"\.(?:parquet|(?:txt|jsonl)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
 INDENTATION = re.compile(r"^(?: {4})+", re.MULTILINE)
 ACCEPTED = ".txt, .jsonl (both also .gz, .xz, .zst) and .parquet"
@@ -32,11 +44,12 @@ STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tes
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file of a source: a path, or a text, or (with neither) something to download."""
+class Part(File):
+    """One file of a source: a path, or a text, or (with neither) something to download.
 
-    name: str  # relative, with forward slashes: the same on every machine
-    size_bytes: int
+    The name is relative, with forward slashes: the same on every machine.
+    """
+
     path: Path | None = None
     text: str = ""
 
@@ -48,11 +61,14 @@ class Source:
     prefix: str
     revision: str
     parts: tuple[Part, ...]
-    download: Callable[[Part], Path] | None = None
+    downloads: Downloads | None = None
+    needed_parts: int = sys.maxsize  # parts after these are not downloaded ahead of their use
 
     def identity(self) -> dict:
         """What must be the same for a half-finished folder of shards to be continued."""
-        return {"revision": self.revision, "files": {p.name: p.size_bytes for p in self.parts}}
+        hashes = {p.name: p.sha256 for p in self.parts if p.sha256}
+        files = {"files": {p.name: p.size_bytes for p in self.parts}}
+        return {"revision": self.revision} | files | ({"files_sha256": hashes} if hashes else {})
 
     def rows(self, index: int, start: int = 0) -> Iterator[Row]:
         """Rows of a part from number `start` on; a downloaded file is deleted after its last one.
@@ -66,37 +82,69 @@ class Source:
         elif part.path:
             yield from read_rows(part.path, start)
         else:
-            assert self.download is not None
-            path = self.download(part)
-            try:
+            assert self.downloads is not None
+            ahead = self.parts[index + 1 : self.needed_parts][:1]
+            with self.downloads.open(part, *ahead) as path:
                 yield from read_rows(path, start)
-            except UserError:  # damaged: the next run must not find it again
-                path.unlink()
-                raise
-            path.unlink()
+
+    def close(self):
+        """Ends what is being downloaded."""
+        if self.downloads:
+            self.downloads.close()
+
+
+def normal_name(spec: str) -> str:
+    """One spelling of what `--source=` names, for the manifest."""
+    return FINEWEB_EDU if spec == f"{FINEWEB_EDU}/sample-10BT" else Path(spec).as_posix()
 
 
 def prefix_of(spec: str) -> str:
     """The first part of the shards' names: letters, digits, dots and dashes."""
-    if spec == FINEWEB_EDU:
+    if normal_name(spec) in FINEWEB_FOLDERS:
         return "edufineweb"
-    name = (_folder_of_glob(spec) if _is_glob(spec) else Path(spec)).resolve().name
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", ENDING.sub("", name)).strip("-.") or "text"
+    if spec.startswith("hf:"):
+        name = _hub_spec(spec)[0].partition("/")[2]
+    else:
+        name = (_folder_of_glob(spec) if _is_glob(spec) else Path(spec)).resolve().name
+    return _plain(ENDING.sub("", name)) or "text"
 
 
-def find_source(spec: str, download_dir: Path, known_files: dict[str, int] | None) -> Source:
+def default_folder(spec: str) -> str:
+    """Where shards go without an `--out_dir=`: fineweb, or data/NAME."""
+    if normal_name(spec) == FINEWEB_EDU:
+        return "fineweb"
+    if normal_name(spec) in FINEWEB_FOLDERS:
+        return f"data/{_plain(spec)}"
+    if spec.startswith("hf:"):
+        path = _plain(_hub_spec(spec)[2])
+        return f"data/{prefix_of(spec)}{path and '-'}{path}"
+    return f"data/{prefix_of(spec)}"
+
+
+def find_source(
+    spec: str,
+    download_dir: Path,
+    known: dict | None = None,
+    keep_downloads: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Source:
     """The source that `--source=` names.
 
     Args:
-        spec: fineweb-edu, stdlib, or a file, folder or glob.
+        spec: fineweb-edu, another dataset of the Hub, stdlib, or a file, folder or glob.
         download_dir: folder for files of the Hub while they are read.
-        known_files: name -> bytes of the Hub's files where an earlier run has listed them.
+        known: the `identity` that an earlier run found: the Hub is not asked again.
+        keep_downloads: leave the files there.
+        say: is told what a download waits for.
 
     Raises:
         UserError: nothing usable there, or the Hub cannot be reached.
     """
-    if spec == FINEWEB_EDU:
-        return _fineweb_edu(download_dir, known_files)
+    if spec.startswith("hf:") or normal_name(spec) in FINEWEB_FOLDERS:
+        dataset, files = _hub_files(spec, known, say)
+        parts = tuple(Part(file.name, file.size_bytes, file.sha256) for file in files)
+        downloads = Downloads(dataset, download_dir, keep_downloads, say)
+        return Source(prefix_of(spec), dataset.revision, parts, downloads)
     if spec == STDLIB:
         parts = tuple(_standard_library())
         return Source(STDLIB, f"Python {platform.python_version()}", parts)
@@ -104,6 +152,11 @@ def find_source(spec: str, download_dir: Path, known_files: dict[str, int] | Non
         return Source(prefix_of(spec), "", tuple(_local_parts(spec)))
     except OSError as error:
         raise UserError(f"--source={spec}: {error.strerror or error}") from None
+
+
+def _plain(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")
 
 
 def _is_glob(spec: str) -> bool:
@@ -127,14 +180,17 @@ def _local_parts(spec: str) -> Iterator[Part]:
     elif spec and path.is_file():
         found, path = [path], path.parent
     else:
+        if spec.startswith(f"{FINEWEB_EDU}/"):
+            raise UserError(f"--source={spec}: use one of {', '.join(FINEWEB_FOLDERS)}")
         raise UserError(
-            f"--source={spec}: no such file, folder or glob; or use {FINEWEB_EDU} or {STDLIB}"
+            f"--source={spec}: no such file, folder or glob; or use {FINEWEB_EDU}, {STDLIB}, or "
+            "hf:OWNER/NAME for a dataset of the Hugging Face Hub"
         )
     found = [file for file in found if ENDING.search(file.name) and file.is_file()]
     if not found:
         raise UserError(f"--source={spec}: nothing to read; give {ACCEPTED} files")
     for name, file in sorted((file.relative_to(path).as_posix(), file) for file in found):
-        yield Part(name, file.stat().st_size, file)
+        yield Part(name, file.stat().st_size, path=file)
 
 
 def _standard_library() -> Iterator[Part]:
@@ -165,41 +221,46 @@ def _standard_library() -> Iterator[Part]:
         yield Part(f"builtin/{name}", len(text.encode()), text=text)
 
 
-def _fineweb_edu(download_dir: Path, known_files: dict[str, int] | None) -> Source:
-    where = {"repo_id": FINEWEB_REPOSITORY, "repo_type": "dataset", "revision": FINEWEB_REVISION}
+def _hub_spec(spec: str) -> tuple[str, str, str]:
+    """(repository, revision, path) of hf:OWNER/NAME[@REVISION][/PATH].
 
-    def listing() -> dict[str, int]:
-        from huggingface_hub import HfApi
-
-        tree = HfApi().list_repo_tree(path_in_repo=FINEWEB_FOLDER, **where)
-        return {file.path: file.size for file in tree if file.path.endswith(".parquet")}
-
-    def download(part: Part) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        return Path(_ask_hub(lambda: hf_hub_download(filename=part.name, local_dir=download_dir,
-                                                     **where)))  # fmt: skip
-
-    files = known_files or _ask_hub(listing)
-    if not files:
-        raise UserError(f"{FINEWEB_REPOSITORY} has no parquet files in {FINEWEB_FOLDER}")
-    parts = tuple(Part(name, files[name]) for name in sorted(files))
-    return Source(prefix_of(FINEWEB_EDU), FINEWEB_REVISION, parts, download)
-
-
-def _ask_hub(call: Callable):
-    """Runs a call of huggingface_hub; its many errors become one line."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The base is httpx's HTTPError in huggingface_hub 1, and httpx2's in 2.
-    network_error = HfHubHTTPError.__bases__[0]
-    try:
-        return call()
-    except (OSError, ValueError, RuntimeError, network_error) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise UserError("disk full while downloading; finished shards are kept") from None
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+    Raises:
+        UserError: another spelling.
+    """
+    match = HUB_SPEC.fullmatch(spec.rstrip("/"))
+    if not match:
         raise UserError(
-            f"cannot reach the Hugging Face Hub: {why}; run the same command again to continue, "
-            "or use --source=PATH"
-        ) from None
+            f"--source={spec}: write hf:OWNER/NAME, hf:OWNER/NAME/FOLDER or "
+            "hf:OWNER/NAME@REVISION/FOLDER, such as hf:HuggingFaceFW/fineweb-edu/sample/10BT"
+        )
+    # A branch may have slashes in its name: refs%2Fconvert%2Fparquet.
+    return match["repository"], unquote(match["revision"] or "main"), match["path"] or ""
+
+
+def _hub_files(
+    spec: str, known: dict | None, say: Callable[[str], None]
+) -> tuple[Dataset, list[File]]:
+    """The dataset at one commit, and its files to read."""
+    if normal_name(spec) in FINEWEB_FOLDERS:
+        repository, revision = FINEWEB_REPOSITORY, FINEWEB_REVISION
+        path = FINEWEB_FOLDERS[normal_name(spec)]
+    else:
+        repository, revision, path = _hub_spec(spec)
+    if known and known.get("files"):
+        hashes = known.get("files_sha256", {})
+        files = [File(name, size, hashes.get(name, "")) for name, size in known["files"].items()]
+        return Dataset(repository, known["revision"], say), files
+    dataset = Dataset(repository, revision, say)
+    folder, pattern = path, "*"
+    if glob.has_magic(path) or ENDING.search(path):
+        folder, _, pattern = path.rpartition("/")
+    below = f"{folder}/" if folder else ""
+    files = [f for f in dataset.find(folder) if fnmatch(f.name.removeprefix(below), pattern)]
+    for kind in ("parquet", "jsonl"):  # where there are both, they hold the same texts
+        chosen = [f for f in files if ENDING.search(f.name) and f".{kind}" in f.name.lower()]
+        if chosen:
+            return dataset, sorted(chosen, key=lambda file: file.name)
+    raise UserError(
+        f"--source={spec}: no parquet files and no .jsonl files in {path or repository}; see "
+        f"{dataset.page}"
+    )

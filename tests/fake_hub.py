@@ -1,30 +1,45 @@
-"""A Hugging Face Hub on this machine: just what `gpt2 prepare` asks for FineWeb-Edu."""
+"""A Hugging Face Hub on this machine: what `gpt2 prepare` asks of it, and trouble on demand."""
 
 import hashlib
 import io
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt2.sources import FINEWEB_FOLDER, FINEWEB_REPOSITORY, FINEWEB_REVISION
+from gpt2.sources import FINEWEB_REPOSITORY, FINEWEB_REVISION
 
-TREE = f"/api/datasets/{FINEWEB_REPOSITORY}/tree/{FINEWEB_REVISION}/{FINEWEB_FOLDER}"
-FILES = f"/datasets/{FINEWEB_REPOSITORY}/resolve/{FINEWEB_REVISION}/"
+
+@dataclass
+class Trouble:
+    """What one request is answered with instead of what it asked for."""
+
+    status: int = 0  # this instead of the file
+    headers: dict[str, str] = field(default_factory=dict)
+    cut_after: int = -1  # bytes, then the connection is closed
+    stall_after: int = -1  # bytes, then nothing more comes
+    body: bytes | None = None  # other content
 
 
 class FakeHub:
-    """Files by their path in the repository, and the requests that came."""
+    """Files by their path in the repository, the requests that came, and trouble to come."""
 
-    def __init__(self, files: dict[str, bytes]):
-        self.files = files
+    def __init__(self, files: dict[str, bytes], repository: str, revision: str):
+        self.files, self.repository, self.revision = files, repository, revision
         self.requests: list[str] = []
         self.url = ""
+        self.trouble: dict[str, list[Trouble]] = {}  # by a part of the address; used up in order
+        self.sizes: dict[str, int] = {}  # to be listed with these sizes
+        self.ranges = True  # whether requests for a range are understood
+        self.token = ""  # that must come along
+        self.page_size = 1000  # entries per page of a listing
+        self.over = threading.Event()
 
     def environment(self, home: Path) -> dict[str, str]:
         """Variables that make huggingface_hub ask this Hub, and keep its files in `home`."""
@@ -36,9 +51,59 @@ class FakeHub:
             "NO_PROXY": "127.0.0.1",
         }
 
+    @property
+    def _resolve(self) -> str:
+        return f"/datasets/{self.repository}/resolve/{self.revision}/"
+
     def downloads(self) -> list[str]:
-        """Paths of the files that were fetched, in order."""
-        return [line.split(FILES)[1] for line in self.requests if line.startswith(f"GET {FILES}")]
+        """Requests for files, in order: a path, and "+N" where it began at byte N."""
+        start = f"GET {self._resolve}"
+        return [line.removeprefix(start) for line in self.requests if line.startswith(start)]
+
+    def answer(self, address: str, first: int) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body) for a GET of bytes `first` to the end."""
+        url = urlsplit(address)
+        path, api = unquote(url.path), f"/api/datasets/{self.repository}"
+        name = path.removeprefix(self._resolve)
+        if path.startswith(self._resolve) and name in self.files:
+            body = self.files[name]
+            headers = {"ETag": f'"{sha256(body)}"', "X-Repo-Commit": self.revision}
+            if first and self.ranges:
+                headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+                return 206, headers, body[first:]
+            return 200, headers, body
+        if path.startswith(f"{api}/revision/"):
+            if path.rpartition("/revision/")[2] in ("main", self.revision):
+                names = [{"rfilename": name} for name in self.files]
+                info = {"id": self.repository, "sha": self.revision, "siblings": names}
+                return 200, {}, json.dumps(info).encode()
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        if path.startswith(f"{api}/tree/{self.revision}"):
+            folder = path.removeprefix(f"{api}/tree/{self.revision}").strip("/")
+            return self._tree(folder, int(parse_qs(url.query).get("cursor", ["0"])[0]))
+        code = "EntryNotFound" if path.startswith((api, self._resolve)) else "RepoNotFound"
+        return 404, {"X-Error-Code": code}, b"{}"
+
+    def _tree(self, folder: str, first: int) -> tuple[int, dict[str, str], bytes]:
+        found = [n for n in self.files if not folder or n.startswith(f"{folder}/")]
+        if folder and not found:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
+        headers, last = {}, first + self.page_size
+        if last < len(found):
+            address = f"{self.url}/api/datasets/{self.repository}/tree/{self.revision}/{folder}"
+            headers["Link"] = f'<{address}?recursive=true&cursor={last}>; rel="next"'
+        entries: list[dict] = [{"type": "directory", "path": "sample", "size": 0, "oid": "0" * 40}]
+        for name in found[first:last]:
+            size, oid = self.sizes.get(name, len(self.files[name])), sha256(self.files[name])
+            lfs = {"oid": oid, "size": size, "pointerSize": 134}
+            entries.append(
+                {"type": "file", "path": name, "size": size, "oid": oid[:40], "lfs": lfs}
+            )
+        return 200, headers, json.dumps(entries).encode()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def parquet_bytes(texts: list[str]) -> bytes:
@@ -48,51 +113,64 @@ def parquet_bytes(texts: list[str]) -> bytes:
     return buffer.getvalue()
 
 
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub = self.server.hub
+        first = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].split("-")[0])
+        place = f"+{first}" if first else ""
+        hub.requests.append(f"{self.command} {unquote(urlsplit(self.path).path)}{place}")
+        status, headers, body = hub.answer(self.path, first)
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            status, headers, body = 401, {"X-Error-Code": "GatedRepo"}, b"{}"
+        waiting = next((t for part, t in hub.trouble.items() if part in self.path and t), [])
+        trouble = waiting.pop(0) if waiting else Trouble()
+        if trouble.status:
+            status, headers, body = trouble.status, trouble.headers, b"{}"
+        self.send(status, headers, body if trouble.body is None else trouble.body, trouble)
+
+    def send(self, status, headers, body, trouble):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            stops = [n for n in (trouble.cut_after, trouble.stall_after) if n >= 0]
+            self.wfile.write(body[: min(stops, default=len(body))])
+            self.wfile.flush()
+            if trouble.stall_after >= 0:
+                self.server.hub.over.wait(60)
+            self.close_connection = bool(stops)
+
+    def log_message(self, *args):
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    hub: FakeHub
+
+    def handle_error(self, *args):
+        """A client that was killed is no fault of ours."""
+
+
 @contextmanager
-def fake_hub(files: dict[str, bytes]):
+def fake_hub(
+    files: dict[str, bytes], repository: str = FINEWEB_REPOSITORY, revision: str = FINEWEB_REVISION
+):
     """Serves until the block ends; gives a FakeHub."""
-    hub = FakeHub(files)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self):
-            self.do_GET()
-
-        def do_GET(self):
-            path = unquote(self.path.split("?")[0])
-            hub.requests.append(f"{self.command} {path}")
-            name = path.removeprefix(FILES)
-            if path == TREE:
-                self.answer(json.dumps([entry(*item) for item in hub.files.items()]).encode())
-            elif name in hub.files:
-                self.answer(hub.files[name])
-            else:
-                self.answer(b"{}", status=404)
-
-        def answer(self, body: bytes, status: int = 200):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", FINEWEB_REVISION)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    def entry(name: str, body: bytes) -> dict:
-        oid = hashlib.sha1(body).hexdigest()
-        return {"type": "file", "path": name, "size": len(body), "oid": oid}
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.hub = hub = FakeHub(files, repository, revision)
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -12,8 +12,8 @@ from gpt2.config import PrepareConfig, SampleConfig, TrainConfig, flatten
 from .conftest import ROOT, run_python
 
 FLOORS = {
-    0: "config flags model ops kernels tokenizer shards sources readers",
-    1: "runtime data datasets order optim hf sinks workers",
+    0: "config flags model ops kernels tokenizer shards sources readers hub downloads lock",
+    1: "runtime data datasets order optim hf sinks workers plan",
     2: "checkpoint evaluate generate report plot rundir",
     3: "api state messages train prepare cli __main__",
 }

@@ -24,14 +24,15 @@ from gpt2.shards import find_shards, read_manifest
 from gpt2.sources import FINEWEB_FOLDER
 from gpt2.tokenizer import gpt2_tokenizer
 
-from .fake_hub import fake_hub, parquet_bytes
+from .fake_hub import Trouble, fake_hub, parquet_bytes
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import sys
-from gpt2 import prepare
+from gpt2 import hub, prepare, workers
 from gpt2.config import PrepareConfig, UserError
 
+hub.FIRST_WAIT_SECONDS, hub.TRIES, workers.BATCH_ROWS = 0.01, 3, 50
 if __name__ == "__main__":
     options = dict(word.split("=", 1) for word in sys.argv[1:])
     options = {k: int(v) if v.isdigit() else v for k, v in options.items()}
@@ -55,10 +56,10 @@ def command(tmp_path, **options):
     return [sys.executable, str(script), *(f"{key}={value}" for key, value in options.items())]
 
 
-def start(tmp_path, **options):
+def start(tmp_path, environment=None, **options):
     return subprocess.Popen(
         command(tmp_path, **options),
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -280,6 +281,29 @@ def test_max_shards_reached_says_so(tmp_path, corpus, capsys):
     assert "partial by design" not in said
 
 
+@pytest.mark.parametrize("limits", [[1, 3001, 4500], [10_000]])
+def test_max_tokens_are_rounded_up_to_shards(tmp_path, corpus, undisturbed, capsys, limits):
+    for limit in limits:
+        run(corpus, tmp_path / "out", shard_tokens=1500, max_tokens=limit)
+        manifest = read_manifest(tmp_path / "out")
+        assert len(manifest["shards"]) == max(2, -(-limit // 1500))
+        assert manifest["complete"] is False
+        assert {s["tokens"] for s in manifest["shards"]} == {1500}
+        said = capsys.readouterr().out
+        assert f"stopped at max_tokens={limit:,}, rounded up to {len(manifest['shards'])}" in said
+    run(corpus, tmp_path / "out", shard_tokens=1500, max_tokens=limit)
+    assert "max_tokens are finished" in capsys.readouterr().out
+    run(corpus, tmp_path / "out", shard_tokens=1500)
+    assert content(tmp_path / "out") == content(undisturbed)
+
+
+def test_the_lower_of_two_limits_counts():
+    limits = [(0, 0, 0), (4, 0, 4), (0, 450, 5), (4, 450, 4), (9, 450, 5), (0, 1, 2)]
+    for max_shards, max_tokens, expected in limits:
+        config = PrepareConfig(shard_tokens=100, max_shards=max_shards, max_tokens=max_tokens)
+        assert config.shard_limit == expected
+
+
 def test_max_shards_of_a_small_source(tmp_path):
     texts = make_texts(100)
     size = len(ids(texts)) * 10 // 19 + 1
@@ -464,6 +488,50 @@ def test_full_disk_keeps_finished_shards(tmp_path, corpus, undisturbed, monkeypa
     assert content(tmp_path / "out") == content(undisturbed)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_at_the_manifest(tmp_path, corpus, undisturbed):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"disk full while writing .*run the same command again"):
+        run(corpus, tmp_path / "out", shard_tokens=1500)
+    run(corpus, tmp_path / "out", shard_tokens=1500)
+    assert content(tmp_path / "out") == content(undisturbed)
+
+
+def test_two_at_once(tmp_path):
+    options = {"source": long_corpus(tmp_path), "shard_tokens": 2000, "out_dir": tmp_path / "out"}
+    process = start(tmp_path, **options, num_workers=1)
+    wait_for(tmp_path / "out" / "x_train_000001.bin", process)
+    with pytest.raises(UserError, match=r"another process is making shards in .*out; wait for it"):
+        run(options["source"], tmp_path / "out", shard_tokens=2000)
+    process.kill()
+    process.communicate()
+    run(options["source"], tmp_path / "out", shard_tokens=2000)
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_shards_that_appeared_since_the_folder_was_looked_at(tmp_path, corpus):
+    options = {"source": str(corpus), "out_dir": str(tmp_path / "out"), "shard_tokens": 1500}
+    job = prepare.open_job(PrepareConfig(**options))
+    run(max_shards=2, **options)
+    before = content(tmp_path / "out")
+    with pytest.raises(UserError, match="another process has just made shards"):
+        prepare._started(job).__enter__()
+    assert content(tmp_path / "out") == before
+
+
+def test_dry_run_of_local_files(tmp_path, corpus, undisturbed, capsys):
+    before = content(undisturbed)
+    run(corpus, tmp_path / "out", shard_tokens=1500, dry_run=True)
+    said = capsys.readouterr().out
+    assert "to read      3 of 3 files" in said
+    assert "a dry run: nothing was downloaded or written" in said
+    assert not (tmp_path / "out").exists()
+    run(corpus, undisturbed, shard_tokens=1500, dry_run=True)
+    assert "already complete" in capsys.readouterr().out
+    assert content(undisturbed) == before
+
+
 def test_damaged_file_keeps_finished_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "BATCH_ROWS", 50)
     source = tmp_path / "c"
@@ -517,10 +585,12 @@ def hub_files():
 
 
 def run_fineweb(tmp_path, hub, **options):
-    options = {"out_dir": "", "num_workers": 1, "shard_tokens": 3000} | options
+    options = {
+        "source": "fineweb-edu", "out_dir": "", "num_workers": 1, "shard_tokens": 3000,
+    } | options  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT)} | hub.environment(tmp_path / "h")
     return subprocess.run(
-        command(tmp_path, source="fineweb-edu", **options), env=env, cwd=tmp_path,
+        command(tmp_path, **options), env=env, cwd=tmp_path,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -545,30 +615,140 @@ def test_fineweb_edu(tmp_path, hub_files):
     assert sorted(content(out_dir))[:2] == names
     assert (out_dir / "edufineweb_val_000000.bin").is_file()
     assert not [p for p in out_dir.iterdir() if p.is_dir()]
+    hashes = {name: hashlib.sha256(body).hexdigest() for name, body in files.items()}
+    assert read_manifest(out_dir)["files_sha256"] == hashes
 
 
 def test_fineweb_edu_damaged_on_the_way(tmp_path, hub_files):
     files, texts = hub_files
     last = f"{FINEWEB_FOLDER}/002_00000.parquet"
-    whole = files[last]
+    wrong = Trouble(body=bytes(len(files[last])))
     with fake_hub(files) as hub:
-        files[last] = bytes(len(whole))
+        hub.trouble["002_"] = [wrong, wrong]
         broken = run_fineweb(tmp_path, hub)
         assert broken.returncode == 1
-        assert "002_00000.parquet: damaged" in broken.stderr
+        assert "002_00000.parquet of HuggingFaceFW/fineweb-edu: its sha256 is " in broken.stderr
         assert len(broken.stderr.splitlines()) == 1
-        files[last] = whole
-        assert run_fineweb(tmp_path, hub).returncode == 0
+        hub.trouble["002_"] = [wrong]
+        again = run_fineweb(tmp_path, hub)
+        assert again.returncode == 0
+        assert "downloading it again" in again.stdout
     assert tokens(tmp_path / "fineweb", "train") == ids(texts)[3000:]
 
 
+def test_fineweb_edu_damaged_at_the_hub(tmp_path, hub_files):
+    files, _ = hub_files
+    files[f"{FINEWEB_FOLDER}/002_00000.parquet"] = b"no such format" * 50
+    with fake_hub(files) as hub:
+        broken = run_fineweb(tmp_path, hub)
+    assert broken.returncode == 1
+    assert "002_00000.parquet: damaged" in broken.stderr
+    assert len(broken.stderr.splitlines()) == 1
+
+
 def test_fineweb_edu_that_is_not_there(tmp_path):
-    with fake_hub({}) as hub:
+    with fake_hub({f"{FINEWEB_FOLDER}/README.md": b""}) as hub:
         empty = run_fineweb(tmp_path, hub)
-        assert "no parquet files" in empty.stderr
+        assert "no parquet files and no .jsonl files in sample/10BT" in empty.stderr
         hub.url += "/elsewhere"
         gone = run_fineweb(tmp_path, hub)
     assert gone.returncode == 1
-    assert gone.stderr.startswith("error: cannot reach the Hugging Face Hub: ")
-    assert "run the same command again to continue, or use --source=PATH" in gone.stderr
+    assert gone.stderr.startswith("error: the Hub has no dataset HuggingFaceFW/fineweb-edu")
     assert len(gone.stderr.splitlines()) == 1
+
+
+def test_dropped_connections_change_no_byte(tmp_path, hub_files):
+    files, _ = hub_files
+    cut = Trouble(cut_after=2000)
+    with fake_hub(files) as hub:
+        assert run_fineweb(tmp_path, hub, out_dir="undisturbed").returncode == 0
+        # past the last try in one file, with progress each time in another, then answers of 500
+        hub.trouble = {"002_": [Trouble(cut_after=0)] * 3, "001_": [cut, cut, Trouble(500)]}
+        first = run_fineweb(tmp_path, hub, out_dir="out")
+        assert first.returncode == 1
+        assert "cannot reach the Hugging Face Hub: " in first.stderr
+        assert len(first.stderr.splitlines()) == 1
+        finished = len(read_manifest(tmp_path / "out")["shards"])
+        assert finished >= 2
+        again = run_fineweb(tmp_path, hub, out_dir="out", num_workers=2)
+        assert (again.returncode, again.stderr) == (0, "")
+        assert any("+" in name for name in hub.downloads())
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ended_in_a_stalled_download(tmp_path, hub_files, number):
+    files, texts = hub_files
+    with fake_hub(files) as hub:
+        hub.trouble["002_"] = [Trouble(stall_after=3000)]
+        options = {"source": "fineweb-edu", "out_dir": tmp_path / "out", "shard_tokens": 3000}
+        environment = hub.environment(tmp_path / "h") | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        process = start(tmp_path, environment, **options, num_workers=1)
+        part = tmp_path / "out" / "downloads" / FINEWEB_FOLDER / "002_00000.parquet.part"
+        wait_for(part, process)
+        while part.stat().st_size < 3000:
+            time.sleep(0.01)
+        began = time.monotonic()
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=30)
+        assert time.monotonic() - began < 4
+        if number == signal.SIGINT:
+            assert (process.returncode, err) == (130, "")
+            assert out.splitlines()[-1].startswith("interrupted: ")
+        again = run_fineweb(tmp_path, hub, out_dir=tmp_path / "out")
+        assert again.returncode == 0
+        assert hub.downloads()[-1].endswith("002_00000.parquet+3000")
+    stream = tokens(tmp_path / "out", "val") + tokens(tmp_path / "out", "train")
+    assert stream == ids(texts)
+
+
+def test_another_dataset(tmp_path, hub_files):
+    files, texts = hub_files
+    texts = texts[:100]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    files = {"train/b.jsonl.gz": gzip.compress(rows), "train/a.jsonl": rows, "test/c.jsonl": rows}
+    options = {"source": "hf:some/corpus/train", "shard_tokens": 1000}
+    with fake_hub(files, "some/corpus", "d" * 40) as hub:
+        first = run_fineweb(tmp_path, hub, **options, max_shards=2, keep_downloads=1)
+        assert (first.returncode, first.stderr) == (0, "")
+        out_dir = tmp_path / "data" / "corpus-train"
+        manifest = read_manifest(out_dir)
+        assert manifest["revision"] == "d" * 40
+        assert list(manifest["files"]) == ["train/a.jsonl", "train/b.jsonl.gz"]
+        assert (out_dir / "downloads" / "train" / "a.jsonl").read_bytes() == rows
+        hub.requests.clear()
+        again = run_fineweb(tmp_path, hub, **options, keep_downloads=1)
+        assert (again.returncode, again.stderr) == (0, "")
+        assert not [line for line in hub.requests if "/api/" in line]  # the commit is settled
+        assert "train/a.jsonl" not in hub.downloads()
+    assert len(list((out_dir / "downloads").rglob("*.jsonl*"))) == 2
+    stream = tokens(out_dir, "val") + tokens(out_dir, "train")
+    assert stream == ids(texts + texts)
+    assert (out_dir / "corpus_val_000000.bin").is_file()
+
+
+def test_a_short_run_downloads_nothing_ahead(tmp_path, hub_files):
+    files, _ = hub_files
+    with fake_hub(files) as hub:
+        assert run_fineweb(tmp_path, hub, shard_tokens=500, max_tokens=10).returncode == 0
+        assert len(hub.downloads()) == 1
+    assert not (tmp_path / "fineweb" / "downloads").exists()
+
+
+def test_disk_without_room_and_dry_run(tmp_path, hub_files):
+    files, _ = hub_files
+    with fake_hub(files) as hub:
+        hub.sizes = dict.fromkeys(files, 10**17)
+        crammed = run_fineweb(tmp_path, hub)
+        assert crammed.returncode == 1
+        assert "of downloads) and its disk has" in crammed.stderr
+        assert len(crammed.stderr.splitlines()) == 1
+        hub.sizes = dict.fromkeys(files, 10**9)
+        dry = run_fineweb(tmp_path, hub, dry_run=1, shard_tokens=10**8)
+        assert (dry.returncode, dry.stderr) == (0, "")
+        assert hub.downloads() == []
+    assert not (tmp_path / "fineweb").exists()
+    assert "to download  3.0 GB, 4 minutes at 100 Mbit/s" in dry.stdout
+    assert "tokens       about 1,052,631,578" in dry.stdout
+    assert "disk         about 4.1 GB needed at once" in dry.stdout

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,17 @@ import pytest
 
 from gpt2.config import UserError
 from gpt2.readers import read_rows
-from gpt2.sources import find_source, prefix_of
+from gpt2.sources import (
+    FINEWEB_FOLDERS,
+    FINEWEB_REPOSITORY,
+    FINEWEB_REVISION,
+    default_folder,
+    find_source,
+    prefix_of,
+)
+
+from .conftest import run_python
+from .fake_hub import fake_hub
 
 TEXTS = ["one", "two\nlines", "drei Äpfel", "四 🦄", "<|endoftext|>"]
 
@@ -32,7 +43,7 @@ def jsonl(texts):
 
 
 def find(spec, tmp_path):
-    return find_source(str(spec), tmp_path / "downloads", None)
+    return find_source(str(spec), tmp_path / "downloads")
 
 
 @pytest.mark.parametrize("ending", ["", "gz", "xz", "zst"])
@@ -182,10 +193,103 @@ def test_file_whose_name_looks_like_a_glob(tmp_path):
         ("a_b_train_1.txt", "a-b-train-1"),
         ("v1.5.parquet", "v1.5"),
         ("日本語.txt", "text"),
+        ("fineweb-edu/sample-100BT", "edufineweb"),
+        ("hf:owner/some_Data.set/folder", "some-Data.set"),
     ],
 )
 def test_prefix(spec, prefix):
     assert prefix_of(spec) == prefix
+
+
+@pytest.mark.parametrize(
+    ("spec", "folder"),
+    [
+        ("fineweb-edu", "fineweb"),
+        ("fineweb-edu/sample-10BT", "fineweb"),
+        ("fineweb-edu/default", "data/fineweb-edu-default"),
+        ("hf:owner/name", "data/name"),
+        ("hf:owner/name@v1.0", "data/name"),
+        ("hf:owner/name@v1.0/data/train-*", "data/name-data-train"),
+        ("somewhere/x.jsonl.xz", "data/x"),
+    ],
+)
+def test_default_folder(spec, folder):
+    assert default_folder(spec) == folder
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "hf:",
+        "hf:name",
+        "hf:owner/name@",
+        "hf:owner/name@a@b",
+        "hf://datasets/owner/name",
+        "hf:a b/c",
+    ],
+)
+def test_wrong_spelling_of_a_dataset(spec, tmp_path):
+    with pytest.raises(UserError, match="write hf:OWNER/NAME, hf:OWNER/NAME/FOLDER or") as caught:
+        find(spec, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_part_of_fineweb_edu(tmp_path):
+    with pytest.raises(UserError, match="use one of fineweb-edu, fineweb-edu/sample-100BT, "):
+        find("fineweb-edu/sample-1T", tmp_path)
+
+
+COMMIT = "c" * 40
+LIST = """
+import json, sys
+from pathlib import Path
+from gpt2.config import UserError
+from gpt2.sources import find_source
+
+def names(spec):
+    try:
+        source = find_source(spec, Path("downloads"))
+    except UserError as error:
+        return str(error)
+    return [source.revision, *(part.name for part in source.parts)]
+
+print(json.dumps([names(spec) for spec in sys.argv[1:]]))
+"""
+
+
+def parts_at_the_hub(tmp_path, files, *specs, repository="o/n", revision=COMMIT):
+    with fake_hub(dict.fromkeys(files, b"text"), repository, revision) as hub:
+        env = {**os.environ, **hub.environment(tmp_path)}
+        return json.loads(run_python("-c", LIST, *specs, env=env).stdout)
+
+
+def test_files_of_a_dataset(tmp_path):
+    files = ["README.md", "a.txt", "data/train-1.parquet", "data/test.parquet", "data/more/x.jsonl"]
+    parquet = [COMMIT, "data/test.parquet", "data/train-1.parquet"]
+    cases = {
+        "hf:o/n": parquet,
+        "hf:o/n/": parquet,
+        "hf:o/n@main/data": parquet,
+        f"hf:o/n@{COMMIT}": parquet,
+        "hf:o/n/data/train-*": [COMMIT, "data/train-1.parquet"],
+        "hf:o/n/data/test.parquet": [COMMIT, "data/test.parquet"],
+        "hf:o/n/data/more": [COMMIT, "data/more/x.jsonl"],
+    }
+    assert parts_at_the_hub(tmp_path, files, *cases) == list(cases.values())
+    (error,) = parts_at_the_hub(tmp_path, ["README.md"], "hf:o/n")
+    assert error.startswith(
+        "--source=hf:o/n: no parquet files and no .jsonl files in o/n; see http"
+    )
+
+
+def test_fineweb_edu_at_its_revision(tmp_path):
+    folders = ["sample/10BT", "sample/100BT", "sample/350BT", "data/CC-MAIN-2013-20"]
+    specs = ["fineweb-edu/sample-10BT", *(s for s in FINEWEB_FOLDERS if "/" in s)]
+    found = parts_at_the_hub(
+        tmp_path, [f"{folder}/0.parquet" for folder in folders], *specs,
+        repository=FINEWEB_REPOSITORY, revision=FINEWEB_REVISION,
+    )  # fmt: skip
+    assert found == [[FINEWEB_REVISION, f"{folder}/0.parquet"] for folder in folders]
 
 
 def test_nothing_usable(tmp_path):

@@ -205,12 +205,25 @@ class PrepareConfig:
     shard_tokens: int = option(100_000_000, "tokens per shard")
     num_workers: int = option(0, "processes that tokenise; 0: one per core")
     max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
+    worker: str = option(
+        "1/1", "the share of one of several machines: 3/16 is the third of sixteen; all at 1/1"
+    )
 
     def __post_init__(self):
         _at_least(1, shard_tokens=self.shard_tokens)
         _at_least(0, num_workers=self.num_workers, max_shards=self.max_shards)
         if self.max_shards == 1:
             raise UserError("max_shards=1 would leave no training text; use 2 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Which document `gpt2 shards show` prints."""
+
+    doc: int = option(0, "number of the document, from 0; in a folder: among its training shards")
+
+    def __post_init__(self):
+        _at_least(0, doc=self.doc)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The commands as a person meets them: in a process of their own."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def complain(capsys, *argv) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "unknown command 'trian'; use one of prepare, train"),
+        (["trian"], "unknown command 'trian'; use one of prepare, shards, train"),
         (["train", "--data_dir=/nowhere"], "no data folder /nowhere; make one with"),
         (["train", "--grad_acum_steps=8"], "did you mean --grad_accum_steps"),
         (["sample", "missing.pt", "--prompt=a"], "missing.pt: no such checkpoint"),
@@ -33,6 +34,13 @@ def complain(capsys, *argv) -> str:
         (["sample"], "checkpoint"),
         (["plot", "/nowhere"], "metrics.jsonl"),
         (["prepare", "--source=/nowhere.txt"], "no such file, folder or glob"),
+        (["prepare", "--worker=0/4"], "workers count from 1; use 1/4 to 4/4"),
+        (["shards", "verfy", "x"], "use one of verify, info, show, merge (did you mean verify?)"),
+        (["shards", "verify"], "arguments are required: folder"),
+        (["shards", "info", "/nowhere"], "no folder /nowhere; make shards with `gpt2 prepare"),
+        (["shards", "show", "/nowhere", "--dok=3"], "did you mean --doc"),
+        (["shards", "show", "/nowhere", "--doc=-1"], "doc=-1: use 0 or more"),
+        (["shards", "merge", "/nowhere"], "/nowhere: no folders of workers to join"),
         (["demo", "--max_stepz=2"], "did you mean --max_steps"),
     ],
 )
@@ -45,6 +53,24 @@ def test_help_names_every_command(capsys, argv):
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     assert all(f"gpt2 {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["shards"], ["shards", "--help"]])
+def test_help_names_every_command_for_shards(capsys, argv):
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"gpt2 shards {name} " in out for name in cli.SHARDS_COMMANDS)
+
+
+def test_shards_from_the_command_line(data_dir, tmp_path):
+    """Exit codes 0 and 1, as scripts want them; a bar only where there is a terminal."""
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    done = run_python("-m", "gpt2", "shards", "verify", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    os.truncate(next(folder.glob("*_val_*.bin")), 2000)
+    done = run_python("-m", "gpt2", "shards", "verify", folder, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert len(done.stdout.splitlines()) == 2
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,7 @@ class PrepareConfig:
     num_workers: int = option(0, "processes that tokenise; 0: one per core")
     max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
     worker: str = option(
-        "1/1", "the share of one of several machines: 3/16 is the third of sixteen; all at 1/1"
+        "1/1", "share of one of several machines, counted from 1: 3/16 is the third of sixteen"
     )
 
     def __post_init__(self):

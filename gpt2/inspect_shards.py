@@ -33,18 +33,19 @@ def verify(folder: Path) -> int:
     tokens = 0
     with _bar(total) as bar:
         for path in paths:
+            entry = entries.get(path.name, {})
             try:
                 shard = open_shard(path)
                 tokens += shard.tokens
-                problems += _shard_problems(shard, entries.get(path.name), bar.update)
+                problems += _shard_problems(shard, entry, bar.update)
             except UserError as error:
-                problems.append(str(error))
+                problems.append(str(error).replace(REDO, redo(entry)))
             except OSError as error:
-                problems.append(f"{path}: {error.strerror or error}; {REDO}")
+                problems.append(f"{path}: {error.strerror or error}; {redo(entry)}")
     for problem in problems:
         say(problem)
     if problems:
-        say(f"{len(problems)} problems in {folder}")
+        say(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {folder}")
         return 1
     what = f"{folder}: {len(paths)} shards, {tokens:,} tokens"
     if not manifest:
@@ -227,14 +228,14 @@ def _folder_problems(folder: Path, paths: list[Path], manifest: dict) -> Iterato
             )
 
 
-def _shard_problems(shard: Shard, entry: dict | None, progress: Callable) -> Iterator[str]:
-    """What is wrong with a shard, compared with its entry in the manifest if there is one."""
+def _shard_problems(shard: Shard, entry: dict, progress: Callable) -> Iterator[str]:
+    """What is wrong with a shard, compared with its entry in the manifest (empty: none)."""
     digest, documents = hashlib.sha256(shard.header_bytes()), 0
     for chunk in shard.chunks():
         digest.update(chunk)
         documents += _count(chunk)
         progress(chunk.nbytes)
-    if entry is None:
+    if not entry:
         return
     if digest.hexdigest() != entry["sha256"]:
         yield f"{shard.path}: its sha256 is not that of {MANIFEST}; {redo(entry)}"

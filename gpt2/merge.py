@@ -187,12 +187,11 @@ def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
 
 def _plan(out_dir: Path, manifests: dict[Worker, dict]) -> list[tuple[Path, Path, dict]]:
     """(where a shard was made, where it goes, its entry in the new manifest) of all shards."""
-    moves, trained = [], 0
+    moves, trained = [], 0  # the shard for validation is the first, and number 0
     for worker, manifest in manifests.items():
         for entry in manifest["shards"]:
             trained += entry["split"] == "train"
-            number = trained if entry["split"] == "train" else 0
-            name = f"{manifest['prefix']}_{entry['split']}_{number:06d}.bin"
+            name = f"{manifest['prefix']}_{entry['split']}_{trained:06d}.bin"
             new = entry | {"name": name, "next": None, "worker": str(worker)}
             moves.append((worker.folder(out_dir) / entry["name"], out_dir / name, new))
     return moves

@@ -128,17 +128,20 @@ def test_merged_is_what_one_machine_writes(corpus, workers, copy, tmp_path, caps
         k: v for k, v in many.items() if k not in differ
     }
     assert many["workers"] == 3
+    assert not any(shard["next"] for shard in many["shards"])  # places in a worker's own files
     capsys.readouterr()
     assert verify(copy) == 0
 
 
-def test_small_shares(tmp_path):
+@pytest.mark.parametrize("shards_each", [0.5, 1.5])
+def test_small_shares(tmp_path, shards_each):
     """Less than two shards each: every 20th document of the first worker is for validation."""
     texts = [make_texts(50, seed=number) for number in range(3)]
     for number, part in enumerate(texts):
         write_jsonl(tmp_path / "c" / f"{number}.jsonl", part)
+    size = round(len(ids(texts[1])) / shards_each)
     for number in (3, 1, 2):  # in any order
-        run(tmp_path / "c", tmp_path / "out", worker=f"{number}/3")
+        run(tmp_path / "c", tmp_path / "out", worker=f"{number}/3", shard_tokens=size)
     merge(tmp_path / "out")
     assert tokens(tmp_path / "out", "val") == ids(texts[0][19::20])
     rest = [t for i, t in enumerate(texts[0]) if i % 20 != 19] + texts[1] + texts[2]

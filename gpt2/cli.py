@@ -5,6 +5,7 @@ Ctrl-C or SIGTERM, with everything saved.
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +75,11 @@ def shards(argv: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(SHARDS_USAGE)
         return 0
-    return _choose(command, SHARDS_COMMANDS, "shards ")(rest)
+    try:
+        return _choose(command, SHARDS_COMMANDS, "shards ")(rest)
+    except BrokenPipeError:  # `| head` has seen enough; what is left must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def shards_verify(argv: list[str]) -> int:

@@ -200,6 +200,8 @@ def _open_folder(folder: Path) -> tuple[list[Path], dict | None]:
     Raises:
         UserError: no such folder, or nothing in it.
     """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder of shards, such as {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; make shards with `gpt2 prepare --out_dir={folder}`")
     paths, manifest = shard_paths(folder), read_manifest(folder)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from gpt2 import cli
+from gpt2.shards import write_shard
 
 from .conftest import ROOT, TINY, run_python
 from .test_train import metrics, same, weights
@@ -71,6 +73,18 @@ def test_shards_from_the_command_line(data_dir, tmp_path):
     done = run_python("-m", "gpt2", "shards", "verify", folder, check=False)
     assert (done.returncode, done.stderr) == (1, "")
     assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
+def test_reader_that_has_seen_enough(tmp_path):
+    """As in `gpt2 shards show … | head`."""
+    write_shard(tmp_path / "x_train_000001.bin", np.array([50256, *[262] * 300_000], np.uint16))
+    command = [sys.executable, "-m", "gpt2", "shards", "show", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+        assert p.stdout.read(8) == b" the the"
+        p.stdout.close()
+        assert p.stderr.read() == b""
+    assert p.returncode == 1
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,9 @@ def test_nothing_to_look_at(tmp_path):
             look(tmp_path)
         with pytest.raises(UserError, match=r"no folder .*nowhere; make shards with"):
             look(tmp_path / "nowhere")
+    (tmp_path / "x_train_000001.txt").touch()
+    with pytest.raises(UserError, match=r"txt is a file; name the folder of shards, such as"):
+        info(tmp_path / "x_train_000001.txt")
     (tmp_path / "worker-1-of-2").mkdir()
     with pytest.raises(UserError, match="join them: gpt2 shards merge"):
         verify(tmp_path)

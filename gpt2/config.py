@@ -205,9 +205,7 @@ class PrepareConfig:
     shard_tokens: int = option(100_000_000, "tokens per shard")
     num_workers: int = option(0, "processes that tokenise; 0: one per core")
     max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
-    worker: str = option(
-        "1/1", "share of one of several machines, counted from 1: 3/16 is the third of sixteen"
-    )
+    worker: str = option("1/1", "share of one of several machines: 3/16 is the third of sixteen")
 
     def __post_init__(self):
         _at_least(1, shard_tokens=self.shard_tokens)
@@ -221,9 +219,6 @@ class ShowConfig:
     """Which document `gpt2 shards show` prints."""
 
     doc: int = option(0, "number of the document, from 0; in a folder: among its training shards")
-
-    def __post_init__(self):
-        _at_least(0, doc=self.doc)
 
 
 @dataclass(frozen=True, kw_only=True)

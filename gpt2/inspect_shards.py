@@ -120,7 +120,7 @@ def show(path: Path, number: int) -> int:
         count = counts.get(shard.path.name)
         if count is None:
             count = sum(_count(chunk) for chunk in shard.chunks())
-        if number < before + count:
+        if before <= number < before + count:
             tokens, ended = _document(shards[index:], number - before)
             say(gpt2_tokenizer().decode(tokens.tolist()))
             if not ended and (why := _why_cut(shards[-1].path, manifest)):

@@ -41,7 +41,6 @@ def complain(capsys, *argv) -> str:
         (["shards", "verify"], "arguments are required: folder"),
         (["shards", "info", "/nowhere"], "no folder /nowhere; make shards with `gpt2 prepare"),
         (["shards", "show", "/nowhere", "--dok=3"], "did you mean --doc"),
-        (["shards", "show", "/nowhere", "--doc=-1"], "doc=-1: use 0 or more"),
         (["shards", "merge", "/nowhere"], "/nowhere: no folders of workers to join"),
         (["demo", "--max_stepz=2"], "did you mean --max_steps"),
     ],

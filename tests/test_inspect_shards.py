@@ -275,6 +275,8 @@ def test_every_document_of_a_folder(texts, prepared, capsys):
         assert shown(capsys, prepared, number) == (text, "")
     with pytest.raises(UserError, match=rf"holds {len(texts) - first} documents; use a number fro"):
         show(prepared, len(texts) - first)
+    with pytest.raises(UserError, match=r"--doc=-1: .* use a number from 0 to"):
+        show(prepared, -1)
 
 
 def test_the_manifest_only_makes_it_faster(texts, copy, capsys):

@@ -4,17 +4,20 @@ Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 130 and 
 Ctrl-C or SIGTERM, with everything saved.
 """
 
+import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import PrepareConfig, SampleConfig, TrainConfig, UserError
+from .config import PrepareConfig, SampleConfig, ShowConfig, TrainConfig, UserError
 from .flags import parse
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
   gpt2 prepare   text -> shards of tokens (FineWeb-Edu, your own files, or --source=stdlib)
+  gpt2 shards    verify, info, show, merge: look into shards, join those of many machines
   gpt2 train     shards -> a model; the same command again continues the run
   gpt2 sample    a model -> text
   gpt2 plot      metrics.jsonl -> loss.png
@@ -22,6 +25,13 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
 `gpt2 COMMAND --help` explains every option. Options are written --name=value; --config=FILE.toml
 reads them from a file."""
+
+SHARDS_USAGE = """usage: gpt2 shards COMMAND …
+
+  gpt2 shards verify FOLDER               headers, checksums, token ids, counts
+  gpt2 shards info FOLDER                 a table, and a picture of document lengths
+  gpt2 shards show FOLDER|SHARD --doc=17  the text of one document
+  gpt2 shards merge FOLDER                joins what `gpt2 prepare --worker=1/16`, … wrote"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,10 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    if command not in COMMANDS:
-        return _complain(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
     try:
-        return COMMANDS[command](rest)
+        return _choose(command, COMMANDS)(rest)
     except UserError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -59,6 +67,53 @@ def prepare(argv: list[str]) -> int:
     from .prepare import run
 
     return run(config)
+
+
+def shards(argv: list[str]) -> int:
+    """`gpt2 shards`, which has commands of its own."""
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(SHARDS_USAGE)
+        return 0
+    try:
+        return _choose(command, SHARDS_COMMANDS, "shards ")(rest)
+    except BrokenPipeError:  # `| head` has seen enough; what is left must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def shards_verify(argv: list[str]) -> int:
+    """`gpt2 shards verify`: is every shard what it should be?"""
+    _, (folder,) = parse(_NoOptions, argv, "gpt2 shards verify", {"folder": "folder of shards"})
+    from .inspect_shards import verify
+
+    return verify(Path(folder))
+
+
+def shards_info(argv: list[str]) -> int:
+    """`gpt2 shards info`: what is in the shards of a folder?"""
+    _, (folder,) = parse(_NoOptions, argv, "gpt2 shards info", {"folder": "folder of shards"})
+    from .inspect_shards import info
+
+    return info(Path(folder))
+
+
+def shards_show(argv: list[str]) -> int:
+    """`gpt2 shards show`: the text of a document."""
+    names = {"path": "folder of shards, or one shard"}
+    config, (path,) = parse(ShowConfig, argv, "gpt2 shards show", names)
+    from .inspect_shards import show
+
+    return show(Path(path), config.doc)
+
+
+def shards_merge(argv: list[str]) -> int:
+    """`gpt2 shards merge`: joins the folders that several machines made."""
+    names = {"out_dir": "what --out_dir= of `gpt2 prepare --worker=1/16` was"}
+    _, (folder,) = parse(_NoOptions, argv, "gpt2 shards merge", names)
+    from .merge import merge
+
+    return merge(Path(folder))
 
 
 def sample(argv: list[str]) -> int:
@@ -127,6 +182,16 @@ class _NoOptions:
     """No options but those named above."""
 
 
+def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callable:
+    """The command of that name; raises UserError with the one that was probably meant."""
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        listed = ", ".join(commands)
+        raise UserError(f"unknown command {group + name!r}; use one of {listed}{hint}")
+    return commands[name]
+
+
 def _write_sample(model, config: SampleConfig, prompt: str, number: int):
     """Prints a prompt and, as it is written, what follows."""
     print(prompt, end="", flush=True)
@@ -161,8 +226,16 @@ def _complain(text: str) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare,
+    "shards": shards,
     "train": train,
     "sample": sample,
     "plot": plot,
     "demo": demo,
+}
+
+SHARDS_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "verify": shards_verify,
+    "info": shards_info,
+    "show": shards_show,
+    "merge": shards_merge,
 }

@@ -225,6 +225,7 @@ class PrepareConfig:
     max_tokens: int = option(
         0, "stop after this many tokens, rounded up to whole shards (two or more); 0: no limit"
     )
+    worker: str = option("1/1", "share of one of several machines: 3/16 is the third of sixteen")
 
     def __post_init__(self):
         _at_least(1, shard_tokens=self.shard_tokens)
@@ -238,6 +239,13 @@ class PrepareConfig:
         """Shards after which to stop, by max_shards and max_tokens; 0: no limit."""
         by_tokens = self.max_tokens and max(2, -(-self.max_tokens // self.shard_tokens))
         return min(filter(None, (self.max_shards, by_tokens)), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Which document `gpt2 shards show` prints."""
+
+    doc: int = option(0, "number of the document, from 0; in a folder: among its training shards")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""A picture of a run: loss, learning rate, gradient norm and throughput from metrics.jsonl."""
+"""Pictures: of a run (loss, learning rate, gradient norm, throughput), and of document lengths."""
 
 import io
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from .config import UserError
+from .config import GPT2Config, UserError
 from .report import METRICS, format_count, format_seconds, read_metrics
 from .shards import write_atomically
 
 # Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
 BLUE, SKY, ORANGE, GREEN, PURPLE = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"
 WIDTH, HEIGHT, DPI = 1500, 1000, 125  # pixels
+BLOCK_SIZE = GPT2Config.block_size  # GPT-2's context, marked among the lengths of documents
 
 
 def plot_run(out_dir: Path, target: Path | None = None) -> Path:
@@ -41,8 +43,53 @@ def plot_run(out_dir: Path, target: Path | None = None) -> Path:
     if not rows:
         raise UserError(f"{path} holds no steps yet; plot again once the run has logged some")
     target = Path(target) if target else out_dir / "loss.png"
+    return _save(draw(rows, out_dir.resolve().name), target)
+
+
+def plot_lengths(
+    lengths: dict[str, Counter[int]], medians: dict[str, int], name: str, target: Path
+) -> Path:
+    """Draws how long the documents of each split are as a histogram; returns the file written.
+
+    Args:
+        lengths: split -> tokens of a document -> how many documents have that many.
+        medians: split -> median of these lengths.
+        name: of the folder, for the title.
+        target: the PNG to write.
+
+    Raises:
+        UserError: when there are no documents, or the target cannot be written.
+    """
+    lengths = {split: counts for split, counts in lengths.items() if counts}
+    if not lengths:
+        raise UserError("there are no documents")
+    longest = max(max(counts) for counts in lengths.values())
+    # three bins per factor of two, up to the longest document
+    bins = 2.0 ** np.arange(0, math.log2(longest) + 2 / 3, 1 / 3)
+    figure = Figure(figsize=(WIDTH / DPI, 0.6 * HEIGHT / DPI), layout="constrained")
+    axes = figure.subplots()
+    for (split, counts), color in zip(lengths.items(), (ORANGE, BLUE), strict=False):
+        values, weights = np.array(list(counts)), np.array(list(counts.values()))
+        label = (
+            f"{split}: {format_count(counts.total())} documents, median {medians[split]:,} tokens"
+        )
+        share = 100 * weights / weights.sum()
+        axes.hist(values, bins, weights=share, histtype="step", color=color, lw=1.6, label=label)
+        axes.axvline(medians[split], color=color, linestyle=":", linewidth=1.2)
+    axes.axvline(BLOCK_SIZE, color="0.4", linewidth=1, label=f"block_size {BLOCK_SIZE:,}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlabel("tokens of a document")
+    axes.set_ylabel("% of the documents")
+    axes.set_title(f"{name}: document lengths", fontsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=10)
+    return _save(figure, target)
+
+
+def _save(figure: Figure, target: Path) -> Path:
     image = io.BytesIO()
-    draw(rows, out_dir.resolve().name).savefig(image, format="png", dpi=DPI)
+    figure.savefig(image, format="png", dpi=DPI)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, image.getvalue())

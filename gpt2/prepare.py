@@ -19,9 +19,18 @@ from tqdm import tqdm
 
 from .config import PrepareConfig, UserError
 from .lock import locked
+from .merge import Worker, folder_for
 from .plan import check_room, forecast, limit_name, limit_text, make_plan
 from .report import say
-from .shards import MANIFEST, SHARD_NAME, open_shard, read_manifest, write_manifest, write_shard
+from .shards import (
+    MANIFEST,
+    SHARD_NAME,
+    open_shard,
+    read_manifest,
+    redo,
+    write_manifest,
+    write_shard,
+)
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
 from .tokenizer import END_OF_TEXT, gpt2_tokenizer
 from .workers import Batch, Position, encode_rows
@@ -41,10 +50,16 @@ class Job:
     manifest: dict
     found: dict | None  # the manifest in the folder when it was looked at
     config: PrepareConfig
+    worker: Worker
+
+    @property
+    def validates(self) -> bool:
+        """Whether shards for validation are made here: by the first of several machines."""
+        return self.worker.number == 1
 
     @property
     def shards(self) -> list[dict]:
-        """The manifest's entries of finished shards; an entry's index is the shard's number."""
+        """The manifest's entries of finished shards, in the order of their numbers."""
         return self.manifest["shards"]
 
     @property
@@ -62,7 +77,7 @@ class Job:
 
     def add_shard(self, tokens: np.ndarray, following: Position | None):
         """Writes uint16 tokens as the next shard, and where the one after it begins."""
-        number = len(self.shards)
+        number = len(self.shards) + (not self.validates)  # 0 is for validation
         split = "train" if number else "val"
         name = f"{self.manifest['prefix']}_{split}_{number:06d}.bin"
         documents = int(np.count_nonzero(tokens == END_OF_TEXT))
@@ -115,7 +130,8 @@ def open_job(config: PrepareConfig) -> Job:
         UserError: unusable source or folder, or the folder holds other shards.
     """
     names = {"source": normal_name(config.source), "prefix": prefix_of(config.source)}
-    out_dir = Path(config.out_dir or default_folder(config.source))
+    worker = Worker.parse(config.worker)
+    out_dir = folder_for(Path(config.out_dir or default_folder(config.source)), worker)
     found = read_manifest(out_dir)
     old = copy.deepcopy(found or {})
     if old:  # before the Hub is asked
@@ -134,7 +150,10 @@ def open_job(config: PrepareConfig) -> Job:
     elif any(SHARD_NAME.fullmatch(path.name) for path in out_dir.glob("*.bin")):
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0, "skipped_rows": 0, "complete": False, "shards": []}
-    job = Job(out_dir, source, old or manifest, found, config)
+    if worker.count > 1:
+        manifest["worker"] = str(worker)
+    source = worker.share(source)  # the manifest names all files, for every worker the same
+    job = Job(out_dir, source, old or manifest, found, config, worker)
     _keep_intact(job)
     return job
 
@@ -198,7 +217,7 @@ class _Cutter:
     def finish(self):
         """Writes what is left when the source is used up."""
         job, total = self._job, len(self._job.shards)
-        if not job.shards:
+        if not job.shards and job.validates:
             shards = self._small_shards()
             total = len(shards)
             for tokens in shards[: job.config.shard_limit or None]:
@@ -217,7 +236,7 @@ class _Cutter:
 
     def _close_shard(self, following: Position):
         self._held.append((self._take(), following))
-        if self._job.shards or len(self._held) == 2:
+        if self._job.shards or len(self._held) == 2 or not self._job.validates:
             for tokens, position in self._held:
                 self._job.add_shard(tokens, position)
             self._held.clear()
@@ -269,6 +288,8 @@ def _keep_intact(job: Job):
         intact = False
         with suppress(UserError):
             intact = open_shard(job.out_dir / entry["name"]).tokens == entry["tokens"]
+        if not intact and "worker" in entry:
+            raise UserError(f"{job.out_dir / entry['name']} is missing or damaged: {redo(entry)}")
         if not intact:
             say(f"{entry['name']} is missing or damaged: making the shards from there again")
             del job.shards[number:]
@@ -313,10 +334,13 @@ def _summary(job: Job) -> str:
     done, note = job.manifest, ""
     if not done["complete"]:
         note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
-    elif job.shards[-1]["tokens"] < done["shard_tokens"]:
+    elif job.shards and job.shards[-1]["tokens"] < done["shard_tokens"]:
         note = "the last shard is partial by design: it holds what was left\n"
+    then = f"train on it: python train_gpt2.py --data_dir={job.out_dir}"
+    if "worker" in done:
+        then = f"when all workers are done: gpt2 shards merge {job.out_dir.parent}"
     return (
         f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "
         f"in {job.out_dir}; {done['skipped_rows']:,} rows without a text were skipped\n"
-        f"{note}train on it: python train_gpt2.py --data_dir={job.out_dir}"
+        f"{note}{then}"
     )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .config import GPT2_VOCAB_SIZE, UserError
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
+CHUNK_TOKENS = 2**22  # read at once where a whole shard is gone through: 8 MB
 MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
 
@@ -48,6 +50,16 @@ class Shard:
         self.check_ids(tokens, start)
         return tokens
 
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All tokens in order, uint16, `CHUNK_TOKENS` at a time; raises as `read` does."""
+        for start in range(0, self.tokens, CHUNK_TOKENS):
+            yield self.read(start, min(CHUNK_TOKENS, self.tokens - start))
+
+    def header_bytes(self) -> bytes:
+        """The bytes before the tokens, for the sha256 of the file."""
+        with open(self.path, "rb") as file:
+            return file.read(HEADER_BYTES)
+
     def check_ids(self, tokens: np.ndarray, start: int):
         """Raises UserError for a token outside GPT-2's vocabulary, with its place in the file."""
         if len(tokens) and tokens.max() >= GPT2_VOCAB_SIZE:
@@ -59,6 +71,16 @@ class Shard:
 
 
 REDO = "delete it and run `gpt2 prepare` again"
+
+
+def redo(entry: dict) -> str:
+    """What to do about a damaged shard, given its entry in the manifest."""
+    if "worker" not in entry:
+        return REDO
+    return (
+        f"delete it and {MANIFEST}, then run `gpt2 prepare --worker={entry['worker']}` and "
+        "`gpt2 shards merge` again"
+    )
 
 
 def open_shard(path: Path) -> Shard:
@@ -104,12 +126,17 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
             f"no data folder {folder}; make one with `python fineweb.py` (FineWeb-Edu) or "
             f"`gpt2 prepare --source=stdlib --out_dir={folder}`, or name another with --data_dir="
         )
-    paths = sorted(p for p in folder.glob(f"*_{split}_*.bin") if SHARD_NAME.fullmatch(p.name))
+    paths = [p for p in shard_paths(folder) if SHARD_NAME.fullmatch(p.name)["split"] == split]
     if not paths:
         raise UserError(
             f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
         )
     return [open_shard(path) for path in paths]
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """Files of a folder with the name of a shard, in the order of their names."""
+    return sorted(path for path in folder.glob("*.bin") if SHARD_NAME.fullmatch(path.name))
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
@@ -134,7 +161,7 @@ def read_manifest(folder: Path) -> dict | None:
     """The manifest of a folder, or None where there is none.
 
     Raises:
-        UserError: when the file is damaged.
+        UserError: when the file is damaged, or names files that are no shards of this folder.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -143,9 +170,28 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete its folder and start over") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
+    if (
+        not isinstance(manifest, dict)
+        or not isinstance(manifest.get("shards"), list)
+        or not all(map(_is_entry, manifest["shards"]))
+    ):
         raise UserError(f"{path} is not a manifest of shards; use another --out_dir=")
     return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a manifest's entry describes a shard in the manifest's own folder."""
+    if not isinstance(entry, dict):
+        return False
+    name = str(entry.get("name"))
+    match = SHARD_NAME.fullmatch(name)
+    return (
+        match is not None
+        and not set(name) & {"/", "\\"}
+        and entry.get("split") == match["split"]
+        and isinstance(entry.get("sha256"), str)
+        and all(isinstance(entry.get(key), int) for key in ("tokens", "documents"))
+    )
 
 
 def write_atomically(path: Path, *chunks: bytes):

@@ -7,14 +7,14 @@ from dataclasses import fields
 
 import pytest
 
-from gpt2.config import PrepareConfig, SampleConfig, TrainConfig, flatten
+from gpt2.config import PrepareConfig, SampleConfig, ShowConfig, TrainConfig, flatten
 
 from .conftest import ROOT, run_python
 
 FLOORS = {
     0: "config flags model ops kernels tokenizer shards sources readers hub downloads lock",
     1: "runtime data datasets order optim hf sinks workers plan",
-    2: "checkpoint evaluate generate report plot rundir",
+    2: "checkpoint evaluate generate report plot rundir inspect_shards merge",
     3: "api state messages train prepare cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -90,7 +90,7 @@ def test_pickles_are_never_trusted():
             assert not found, f"{forbidden} in {path.name}"
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig, ShowConfig])
 def test_every_option_is_read_and_documented(cls):
     code = "\n".join(p.read_text("utf-8") for p in MODULES if p.stem != "config")
     code += "\n".join(  # methods and helpers of config.py itself, but not the definitions
@@ -102,7 +102,7 @@ def test_every_option_is_read_and_documented(cls):
 
 
 def test_every_option_has_a_help_text():
-    for cls in (TrainConfig, PrepareConfig, SampleConfig):
+    for cls in (TrainConfig, PrepareConfig, SampleConfig, ShowConfig):
         for f in fields(cls):
             inner = fields(f.type) if hasattr(f.type, "__dataclass_fields__") else [f]
             assert all(len(i.metadata["help"]) > 5 for i in inner)

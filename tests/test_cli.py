@@ -1,14 +1,17 @@
 """The commands as a person meets them: in a process of their own."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from gpt2 import cli
+from gpt2.shards import write_shard
 
 from .conftest import ROOT, TINY, run_python
 from .test_train import metrics, same, weights
@@ -25,7 +28,7 @@ def complain(capsys, *argv) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "unknown command 'trian'; use one of prepare, train"),
+        (["trian"], "unknown command 'trian'; use one of prepare, shards, train"),
         (["train", "--data_dir=/nowhere"], "no data folder /nowhere; make one with"),
         (["train", "--grad_acum_steps=8"], "did you mean --grad_accum_steps"),
         (["sample", "missing.pt", "--prompt=a"], "missing.pt: no such checkpoint"),
@@ -33,6 +36,12 @@ def complain(capsys, *argv) -> str:
         (["sample"], "checkpoint"),
         (["plot", "/nowhere"], "metrics.jsonl"),
         (["prepare", "--source=/nowhere.txt"], "no such file, folder or glob"),
+        (["prepare", "--worker=0/4"], "workers count from 1; use 1/4 to 4/4"),
+        (["shards", "verfy", "x"], "use one of verify, info, show, merge (did you mean verify?)"),
+        (["shards", "verify"], "arguments are required: folder"),
+        (["shards", "info", "/nowhere"], "no folder /nowhere; make shards with `gpt2 prepare"),
+        (["shards", "show", "/nowhere", "--dok=3"], "did you mean --doc"),
+        (["shards", "merge", "/nowhere"], "/nowhere: no folders of workers to join"),
         (["demo", "--max_stepz=2"], "did you mean --max_steps"),
     ],
 )
@@ -45,6 +54,36 @@ def test_help_names_every_command(capsys, argv):
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     assert all(f"gpt2 {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["shards"], ["shards", "--help"]])
+def test_help_names_every_command_for_shards(capsys, argv):
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"gpt2 shards {name} " in out for name in cli.SHARDS_COMMANDS)
+
+
+def test_shards_from_the_command_line(data_dir, tmp_path):
+    """Exit codes 0 and 1, as scripts want them; a bar only where there is a terminal."""
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    done = run_python("-m", "gpt2", "shards", "verify", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    os.truncate(next(folder.glob("*_val_*.bin")), 2000)
+    done = run_python("-m", "gpt2", "shards", "verify", folder, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
+def test_reader_that_has_seen_enough(tmp_path):
+    """As in `gpt2 shards show … | head`."""
+    write_shard(tmp_path / "x_train_000001.bin", np.array([50256, *[262] * 300_000], np.uint16))
+    command = [sys.executable, "-m", "gpt2", "shards", "show", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+        assert p.stdout.read(8) == b" the the"
+        p.stdout.close()
+        assert p.stderr.read() == b""
+    assert p.returncode == 1
 
 
 @pytest.fixture(scope="module")

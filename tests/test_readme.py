@@ -27,6 +27,9 @@ ADDED: dict[str, list[str] | None] = {
     'python -m pip install -e ".[dev]" && python -m pytest -n auto': None,
     "python fineweb.py": ["--shard_tokens=3000"],
     "python train_gpt2.py": SMALL,
+    "gpt2 shards verify fineweb": [],
+    "gpt2 shards info fineweb": [],
+    "gpt2 shards show fineweb --doc=17": ["--doc=2"],
     "python train_gpt2.py --compile_model=True --dtype=bfloat16 --grad_accum_steps=8": [
         a for a in SMALL if not a.startswith(("--grad_accum", "--dtype"))
     ] + ["--out_dir=out/compiled"],

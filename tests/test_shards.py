@@ -44,6 +44,19 @@ def test_reads_a_shard_made_by_hand(tmp_path):
     assert shard.read(4, 0).tolist() == []
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 20])
+def test_chunks_are_all_tokens_in_order(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(shards, "CHUNK_TOKENS", 8)
+    path = tmp_path / "x_train_000001.bin"
+    path.write_bytes(shard_bytes(range(count)))
+    shard = open_shard(path)
+    chunks = list(shard.chunks())
+    assert [token for chunk in chunks for token in chunk] == list(range(count))
+    assert all(0 < len(chunk) <= 8 for chunk in chunks)
+    whole = shard.header_bytes() + b"".join(chunk.tobytes() for chunk in chunks)
+    assert whole == path.read_bytes()
+
+
 GOOD = shard_bytes(range(100))
 DAMAGED = {
     "empty": (b"", "not a token shard"),
@@ -145,10 +158,22 @@ def test_killed_write_leaves_no_half_file(tmp_path, monkeypatch):
 
 def test_manifest_round_trip(tmp_path):
     assert read_manifest(tmp_path) is None
-    manifest = {"source": "mein Körper", "shards": [{"name": "x", "tokens": 3}]}
+    entry = {"name": "x_train_000001.bin", "split": "train", "tokens": 3, "documents": 1}
+    manifest = {"source": "mein Körper", "shards": [entry | {"sha256": "0" * 64}]}
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     assert "Körper" in (tmp_path / "manifest.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "../x_train_000001.bin"}, {"name": "x"}, {"split": "val"}, {"tokens": "3"},
+               {"name": "C:\\x_train_000001.bin"}, {"sha256": None}, {"documents": None}],
+)  # fmt: skip
+def test_manifest_whose_entries_are_no_shards_of_its_folder(tmp_path, change):
+    entry = {"name": "x_train_000001.bin", "split": "train", "tokens": 3, "documents": 1}
+    write_manifest(tmp_path, {"shards": [entry | {"sha256": "0" * 64} | change]})
+    with pytest.raises(UserError, match="is not a manifest of shards"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"shards": 3}'])

@@ -2,7 +2,7 @@
 
 from . import report
 from .checkpoint import Resumed
-from .config import TrainConfig, flatten
+from .config import BatchPlan, TrainConfig, flatten
 from .datasets import split_eval_tokens
 from .evaluate import Evaluation, together
 from .runtime import Runtime
@@ -112,3 +112,16 @@ def describe_data(state: TrainState, max_steps: int) -> list[str]:
             f"{max_steps} steps are {windows * dataset.share / order.per_epoch:.2f} epochs"
         )
     return lines
+
+
+def out_of_memory(plan: BatchPlan) -> str:
+    """What to do when the GPU's memory is too small: the same step in smaller micro-batches."""
+    now = plan.batch_size
+    smaller = max((n for n in range(1, now) if now % n == 0), default=0)
+    if not smaller:
+        return "out of GPU memory with batch_size=1; use a smaller --block_size= or --size="
+    accum = plan.grad_accum_steps * now // smaller
+    return (
+        f"out of GPU memory with batch_size={now}; use --batch_size={smaller} "
+        f"--grad_accum_steps={accum}: the same {plan.tokens_per_step:,} tokens per step"
+    )

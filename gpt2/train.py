@@ -17,7 +17,7 @@ from .config import TrainConfig, UserError, flatten, plan_batch
 from .data import Batch, TrainLoader, eval_batches
 from .datasets import split_eval_tokens
 from .evaluate import evaluate, together
-from .messages import announce, check_first_loss, log_evaluation, log_step
+from .messages import announce, check_first_loss, log_evaluation, log_step, out_of_memory
 from .model import GPT
 from .ops import IGNORE
 from .optim import build_optimizer, learning_rate_at, set_learning_rate
@@ -69,7 +69,10 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
     resumed_at, max_steps = state.step, config.optim.max_steps
     state.clock.start(state.seconds)
     while not between_steps(state, config, rt, log, resumed_at):
-        values = train_step(state, config, rt)
+        try:
+            values = train_step(state, config, rt)
+        except torch.OutOfMemoryError:
+            raise UserError(out_of_memory(state.plan)) from None
         if state.step == 1:
             check_first_loss(values["loss"], state, rt)
         if due(state.step, config.output.log_every) or state.step == max_steps or state.stop:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 
 from gpt2 import checkpoint, runtime, train
-from gpt2.config import GPT2Config, TrainConfig
+from gpt2.config import GPT2Config, TrainConfig, UserError
 from gpt2.flags import parse
 from gpt2.generate import generate
 from gpt2.hf import from_hf
@@ -182,3 +182,14 @@ def test_two_gpus_equal_one_with_twice_the_accumulation(data_dir, tmp_path):
     assert metrics(tmp_path / "two", "val_loss") == pytest.approx(
         metrics(tmp_path / "one", "val_loss"), abs=1e-3
     )
+
+
+def test_out_of_memory_names_the_next_batch_size(data_dir, tmp_path):
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1e9 / total)
+    try:
+        with pytest.raises(UserError, match="use --batch_size=2048 --grad_accum_steps=2"):
+            run(data_dir, tmp_path, "--batch_size=4096", "--grad_accum_steps=1", "--n_embd=512")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

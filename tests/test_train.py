@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from gpt2 import checkpoint, report, runtime, train
-from gpt2.config import TrainConfig, UserError
+from gpt2.config import BatchPlan, TrainConfig, UserError
 from gpt2.flags import parse
+from gpt2.messages import out_of_memory
 from gpt2.shards import write_shard
 
 from .conftest import TINY
@@ -497,3 +498,28 @@ def test_compiled_run_equals_the_plain_one(data_dir, tmp_path):
     assert names == weights(tmp_path / "False/out_ckpt.pt").keys()
     raw = torch.load(tmp_path / "True/out_ckpt.pt", weights_only=True)["model"]
     assert not any("_orig_mod" in name for name in raw)
+
+
+@pytest.mark.parametrize(
+    ("plan", "advice"),
+    [
+        (
+            BatchPlan(64, 1024, 8, 1),
+            "--batch_size=32 --grad_accum_steps=16: the same 524,288 tokens",
+        ),
+        (BatchPlan(9, 10, 2, 4), "--batch_size=3 --grad_accum_steps=6: the same 720 tokens"),
+        (BatchPlan(7, 10, 2, 1), "--batch_size=1 --grad_accum_steps=14: the same 140 tokens"),
+        (BatchPlan(1, 1024, 8, 1), "use a smaller --block_size= or --size="),
+    ],
+)
+def test_memory_advice_keeps_the_tokens_of_a_step(plan, advice):
+    assert advice in out_of_memory(plan)
+
+
+def test_out_of_memory_is_one_line_of_advice(data_dir, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    with pytest.raises(UserError, match="use --batch_size=2 --grad_accum_steps=4"):
+        train.run(config(data_dir, tmp_path))

@@ -203,7 +203,11 @@ class PrepareConfig:
     )
     out_dir: str = option("", "folder for the shards; empty: fineweb, or data/<name of the source>")
     shard_tokens: int = option(100_000_000, "tokens per shard")
-    num_workers: int = option(0, "processes that tokenise; 0: one per core")
+    num_workers: int = option(0, "threads that tokenise; 0: one per core, at most 16")
+    tokenizer: str = option(
+        "auto", "auto: gigatoken if installed; both make the same shards",
+        ("auto", "gigatoken", "tiktoken"),
+    )  # fmt: skip
     max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
 
     def __post_init__(self):

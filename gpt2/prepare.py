@@ -38,6 +38,7 @@ class Job:
     manifest: dict
     max_shards: int
     num_workers: int
+    tokenizer: str = "auto"
 
     @property
     def shards(self) -> list[dict]:
@@ -119,7 +120,8 @@ def open_job(config: PrepareConfig) -> Job:
     elif any(SHARD_NAME.fullmatch(path.name) for path in out_dir.glob("*.bin")):
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0, "skipped_rows": 0, "complete": False, "shards": []}
-    job = Job(out_dir, source, old or manifest, config.max_shards, config.num_workers)
+    job = Job(out_dir, source, old or manifest, config.max_shards, config.num_workers,
+              config.tokenizer)  # fmt: skip
     _keep_intact(job)
     if not job.enough:
         _make_folder(job)
@@ -133,7 +135,8 @@ def make_shards(job: Job):
     limit = job.max_shards * job.manifest["shard_tokens"] or math.inf
     done = job.manifest["tokens"]
     bar = tqdm(unit=" tokens", unit_scale=True, initial=done, disable=None, dynamic_ncols=True)
-    with bar, closing(encode_rows(job.source, cutter.start, job.num_workers)) as stream:
+    rows = encode_rows(job.source, cutter.start, job.num_workers, job.tokenizer)
+    with bar, closing(rows) as stream:
         for batch, tokens, lengths in stream:
             cutter.add(batch, tokens, lengths)
             done += len(tokens)

@@ -20,7 +20,7 @@ from .config import PrepareConfig, UserError
 from .report import say
 from .shards import SHARD_NAME, open_shard, read_manifest, write_manifest, write_shard
 from .sources import FINEWEB_EDU, Source, find_source, prefix_of
-from .tokenizer import END_OF_TEXT, gpt2_tokenizer
+from .tokenizer import END_OF_TEXT, Tokenizer
 from .workers import Batch, Position, encode_rows
 
 FORMAT = 1  # of the manifest
@@ -38,7 +38,7 @@ class Job:
     manifest: dict
     max_shards: int
     num_workers: int
-    tokenizer: str = "auto"
+    tokenizer: str
 
     @property
     def shards(self) -> list[dict]:
@@ -106,13 +106,12 @@ def open_job(config: PrepareConfig) -> Job:
     out_dir = Path(config.out_dir or default)
     old = read_manifest(out_dir) or {}
     source = find_source(config.source, out_dir / DOWNLOADS, old.get("files"))
-    tokenizer = gpt2_tokenizer()
     manifest = {
         "format": FORMAT,
         "source": Path(config.source).as_posix(),
         "prefix": prefix,
         **source.identity(),
-        "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "sha256")},
+        "tokenizer": {key: getattr(Tokenizer, key) for key in ("name", "vocab_size", "sha256")},
         "shard_tokens": config.shard_tokens,
     }
     if old:
@@ -120,8 +119,8 @@ def open_job(config: PrepareConfig) -> Job:
     elif any(SHARD_NAME.fullmatch(path.name) for path in out_dir.glob("*.bin")):
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0, "skipped_rows": 0, "complete": False, "shards": []}
-    job = Job(out_dir, source, old or manifest, config.max_shards, config.num_workers,
-              config.tokenizer)  # fmt: skip
+    limits = (config.max_shards, config.num_workers, config.tokenizer)
+    job = Job(out_dir, source, old or manifest, *limits)
     _keep_intact(job)
     if not job.enough:
         _make_folder(job)

@@ -40,6 +40,10 @@ class Tokenizer:
     name = "gpt2"
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = END_OF_TEXT
+    # Identity of the encoding: the hash of the two hashes and the pattern.
+    sha256 = hashlib.sha256(
+        f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256} {PATTERN}".encode()
+    ).hexdigest()
 
     def __init__(self):
         self._encoding = tiktoken.Encoding(
@@ -49,12 +53,6 @@ class Tokenizer:
             mergeable_ranks=_ranks(_folder_of_merges()),
             special_tokens={"<|endoftext|>": END_OF_TEXT},
         )
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the encoding: the hash of the two hashes and the pattern."""
-        parts = f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256} {PATTERN}"
-        return hashlib.sha256(parts.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; lone surrogates become U+FFFD."""
@@ -111,10 +109,10 @@ class FastTokenizer(Tokenizer):
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokenizer.encode_documents`."""
-        reference = super().encode_documents
-        pieces = [reference([])]
+        pieces = [super().encode_documents([])]
         for settled, group in groupby(texts, _is_settled):
-            pieces.append(self._encode_settled(list(group)) if settled else reference(group))
+            encode = self._encode_settled if settled else super().encode_documents
+            pieces.append(encode(list(group)))
         tokens, lengths = zip(*pieces, strict=True)
         return np.concatenate(tokens), np.concatenate(lengths)
 

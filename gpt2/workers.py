@@ -23,6 +23,7 @@ CHECK_EVERY = 1000  # documents of which one is compared with tiktoken
 
 Encoded = tuple["Batch", np.ndarray, np.ndarray]  # uint16 tokens; int64 tokens of each row
 
+
 @dataclass(frozen=True)
 class Position:
     """A place in the stream of tokens, where a shard begins."""
@@ -46,25 +47,33 @@ class Batch:
         return [text for text in self.texts if text is not None]
 
 
-def encode_rows(source: Source, start: Position, num_workers: int, choice: str) -> Iterator[Encoded]:
-    """Encodes all rows from a position on; 0 workers: one per core; choice: as `--tokenizer=`.
+def encode_rows(
+    source: Source, start: Position, num_workers: int, tokenizer: str
+) -> Iterator[Encoded]:
+    """Encodes all rows from a position on.
 
     Batches come out in order and few are under way at once, so that memory stays flat.
+
+    Args:
+        source: where the rows come from.
+        start: the first row, and what is counted up to there.
+        num_workers: threads that encode; 0: one per core, at most 16.
+        tokenizer: auto, gigatoken or tiktoken.
 
     Raises:
         UserError: a damaged source, or gigatoken is missing or differs from tiktoken.
     """
     num_workers = num_workers or min(_cores(), MOST_WORKERS)
-    tokenizer, local = tokenizer_class(choice), threading.local()
+    make, of_thread, one_at_a_time = tokenizer_class(tokenizer), threading.local(), threading.Lock()
 
     def encode(batch: Batch) -> Encoded:
-        first = not hasattr(local, "tokenizer")
+        first = not hasattr(of_thread, "tokenizer")
         if first:
-            local.tokenizer = tokenizer()
-        tokens, lengths = local.tokenizer.encode_documents(batch.documents())
-        encoded = _per_row(batch, tokens, lengths)
-        if tokenizer is FastTokenizer:
-            _compare(source, local.tokenizer, encoded, first)
+            with one_at_a_time:  # the first one reads the merges for all
+                of_thread.tokenizer = make()
+        encoded = _per_row(batch, *of_thread.tokenizer.encode_documents(batch.documents()))
+        if make is FastTokenizer:
+            _compare(source, of_thread.tokenizer, encoded, first)
         return encoded
 
     pool, waiting = ThreadPoolExecutor(num_workers), deque()

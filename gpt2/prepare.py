@@ -116,6 +116,7 @@ def open_job(config: PrepareConfig) -> Job:
     }
     if old:
         _check_same(old, manifest, out_dir)
+        old["files"] = manifest["files"]
     elif any(SHARD_NAME.fullmatch(path.name) for path in out_dir.glob("*.bin")):
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0, "skipped_rows": 0, "complete": False, "shards": []}
@@ -264,14 +265,31 @@ def _keep_intact(job: Job):
 
 
 def _check_same(old: dict, new: dict, out_dir: Path):
-    """Raises UserError when the folder's shards are not the ones that would be made now."""
+    """Raises UserError when the folder's shards are not the ones that would be made now.
+
+    Files of which no shard holds anything yet may change: a whole copy replaces a damaged one.
+    """
     for key, value in new.items():
-        if old.get(key) != value:
-            differs = f"{key}={old.get(key)!r}, not {value!r}"
+        before, now = old.get(key), value
+        if key == "files" and isinstance(before, dict):
+            used = _files_used(old)
+            before, now = (dict([*files.items()][:used]) for files in (before, now))
+        if before != now:
+            differs = f"{key}={before!r}, not {now!r}"
             if key == "files":
-                names = sorted(dict(old.get(key, {}).items() ^ value.items()))
+                names = sorted(dict(before.items() ^ now.items()))
                 differs = f"another {names[0]} (and {len(names) - 1} more changed files)"
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
+
+
+def _files_used(manifest: dict) -> int:
+    """How many of the source's files the finished shards hold text of; all where it is complete."""
+    if manifest["complete"]:
+        return max(len(manifest["files"]), 1) + 1
+    following = manifest["shards"] and manifest["shards"][-1]["next"]
+    if not following:
+        return 0
+    return following["part"] + (following["row"] > 0 or following["used"] > 0)
 
 
 @contextmanager

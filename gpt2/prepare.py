@@ -69,7 +69,8 @@ class Job:
         entry = {"name": name, "split": split, "tokens": len(tokens), "documents": documents}
         self.shards.append(entry | {"sha256": sha256, "next": following and asdict(following)})
         self.save(following.skipped if following else 0)
-        with tqdm.external_write_mode():
+        # nolock: Ctrl-C between taking and giving back the lock would be another error
+        with tqdm.external_write_mode(nolock=True):
             say(f"{name}: {len(tokens):,} tokens, {documents:,} documents")
 
 

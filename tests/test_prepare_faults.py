@@ -40,8 +40,9 @@ def options(source, out_dir):
     return {"source": str(source), "out_dir": str(out_dir), "shard_tokens": SHARD_TOKENS}
 
 
-def run(source, out_dir):
-    return prepare.run(PrepareConfig(**options(source, out_dir), num_workers=2))
+def run(source, out_dir, max_shards=0):
+    config = PrepareConfig(**options(source, out_dir), num_workers=2, max_shards=max_shards)
+    return prepare.run(config)
 
 
 def content(folder):
@@ -69,6 +70,7 @@ def test_fifty_kills_do_not_change_a_byte(tmp_path):
     expected = content(tmp_path / "undisturbed")
     words = [f"--{name}={value}" for name, value in options(source, out_dir).items()]
     command = [sys.executable, "-m", "gpt2", "prepare", "--num_workers=2", *words]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     rng, seen, leftovers = random.Random(1337), set(), 0
 
     def shards():
@@ -76,8 +78,7 @@ def test_fifty_kills_do_not_change_a_byte(tmp_path):
 
     for _ in range(KILLS):
         before = shards()
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **silent)
         # Half of them at any moment, also while Python starts; the others after some progress.
         deadline = time.monotonic() + rng.choice([60, rng.uniform(0, 0.8)])
         wanted = before + rng.choice([1, 2])
@@ -162,10 +163,13 @@ def test_files_that_shards_were_made_of_must_stay(half_done):
     assert content(out_dir) == before
 
 
-def test_a_file_of_which_rows_are_used_must_stay(tmp_path, half_done):
-    source, out_dir, whole, victim = half_done(flip)
-    assert read_manifest(out_dir)["shards"][-1]["next"]["part"] == 1
-    assert read_manifest(out_dir)["shards"][-1]["next"]["row"] > 0
-    victim.write_bytes(cut(whole))
+def test_a_file_of_which_rows_are_used_must_stay(tmp_path):
+    for number in range(2):
+        write_parquet(tmp_path / "source" / f"{number}.parquet", make_texts(300, seed=number))
+    run(tmp_path / "source", tmp_path / "out", max_shards=25)
+    following = read_manifest(tmp_path / "out")["shards"][-1]["next"]
+    assert following["part"] == 1
+    assert following["row"] > 0
+    write_parquet(tmp_path / "source" / "1.parquet", make_texts(301))
     with pytest.raises(UserError, match=r"another 1\.parquet .*use another --out_dir="):
-        run(source, out_dir)
+        run(tmp_path / "source", tmp_path / "out")

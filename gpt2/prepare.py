@@ -283,10 +283,10 @@ def _check_same(old: dict, new: dict, out_dir: Path):
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
 
 
-def _files_used(manifest: dict) -> int:
-    """How many of the source's files the finished shards hold text of; all where it is complete."""
+def _files_used(manifest: dict) -> int | None:
+    """How many of the source's files the finished shards hold text of; None: all."""
     if manifest["complete"]:
-        return max(len(manifest["files"]), 1) + 1
+        return None
     following = manifest["shards"] and manifest["shards"][-1]["next"]
     if not following:
         return 0

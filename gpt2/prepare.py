@@ -20,7 +20,7 @@ from .config import PrepareConfig, UserError
 from .report import say
 from .shards import SHARD_NAME, open_shard, read_manifest, write_manifest, write_shard
 from .sources import FINEWEB_EDU, Source, find_source, prefix_of
-from .tokenizer import END_OF_TEXT, Tokenizer
+from .tokenizer import END_OF_TEXT, Tokenizer, tokenizer_class
 from .workers import Batch, Position, encode_rows
 
 FORMAT = 1  # of the manifest
@@ -135,6 +135,8 @@ def make_shards(job: Job):
     total_bytes = sum(part.size_bytes for part in job.source.parts)
     limit = job.max_shards * job.manifest["shard_tokens"] or math.inf
     done = job.manifest["tokens"]
+    if job.tokenizer == "auto" and tokenizer_class("auto") is Tokenizer:
+        say('tokenising with tiktoken; faster with gigatoken: pip install -e ".[fast]"')
     bar = tqdm(unit=" tokens", unit_scale=True, initial=done, disable=None, dynamic_ncols=True)
     rows = encode_rows(job.source, cutter.start, job.num_workers, job.tokenizer)
     with bar, closing(rows) as stream:

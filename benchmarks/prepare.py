@@ -245,7 +245,7 @@ def draw(rows: list[dict], summary: dict, target: Path):
     for axes, (key, (unit, title)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         values = medians(rows, key)
         bars = axes.barh([*values], [v / unit for v in values.values()], color=COLOURS.values())
-        axes.bar_label(bars, fmt="%.2g" if unit == 1e9 else "%.1f", padding=8)
+        axes.bar_label(bars, fmt="%.2g" if unit == 1e9 else "%.1f", label_type="center")
         runs = [(row[key] / unit, row["contender"]) for row in rows]
         axes.plot(*zip(*runs, strict=True), "k.", markersize=4)
         axes.invert_yaxis()

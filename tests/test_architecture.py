@@ -56,7 +56,7 @@ def test_imports_point_down_or_along_without_cycles():
         (r"torch\.distributed|^import torch\.distributed|\bdist\.", {"runtime"}),
         (r"os\.environ|os\.getenv", {"runtime"}),
         (r"torch\.(save|load)\(", {"checkpoint"}),
-        (r"\btiktoken\b", {"tokenizer"}),
+        (r"(import|from) (tiktoken|gigatoken)\b", {"tokenizer"}),
         (r"\bprint\(", {"report", "cli"}),
         (r"20240520", {"shards"}),
     ],

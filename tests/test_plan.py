@@ -79,7 +79,7 @@ def test_measured_on_the_files_themselves(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines))
     source = find_source(str(path), tmp_path)
-    speed, per_token = measure(source, 1)
+    speed, per_token = measure(source, 1, "tiktoken")
     config = PrepareConfig(source=str(path), num_workers=1)
     exact = make_plan(config, source, tmp_path, [], per_token)
     assert speed > 1000

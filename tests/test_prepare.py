@@ -556,21 +556,6 @@ def test_damaged_file_with_workers_is_one_line(tmp_path):
     assert len(err.splitlines()) == 1
 
 
-def test_workers_import_no_torch():
-    with workers._workers(1) as pool:
-        names = pool.submit(eval, "sorted(__import__('sys').modules)").result()
-        ignored = pool.submit(eval, "__import__('signal').getsignal(2).name").result()
-    assert "gpt2.tokenizer" in names
-    assert not {"torch", "pyarrow", "gpt2.report"} & set(names)
-    assert ignored == "SIG_IGN"
-
-
-def test_killed_worker_is_one_line():
-    message = "a worker process ended"
-    with pytest.raises(UserError, match=message), workers._workers(1) as pool:
-        pool.submit(os._exit, 9).result()
-
-
 # ---- FineWeb-Edu
 
 

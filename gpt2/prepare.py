@@ -287,11 +287,11 @@ def _check_same(old: dict, new: dict, out_dir: Path):
 
 def _files_used(manifest: dict) -> int | None:
     """How many of the source's files the finished shards hold text of; None: all."""
-    if manifest["complete"]:
-        return None
-    following = manifest["shards"] and manifest["shards"][-1]["next"]
-    if not following:
+    if not manifest["shards"]:
         return 0
+    following = manifest["shards"][-1]["next"]
+    if manifest["complete"] or following is None:  # None: a small source, which is cut as a whole
+        return None
     return following["part"] + (following["row"] > 0 or following["used"] > 0)
 
 

@@ -327,11 +327,13 @@ def _files_used(manifest: dict) -> int | None:
 
     Of several workers' files none may change, since their shares follow from the sizes.
     """
-    if manifest["complete"] or "worker" in manifest:
+    if "worker" in manifest:
         return None
-    following = manifest["shards"] and manifest["shards"][-1]["next"]
-    if not following:
+    if not manifest["shards"]:
         return 0
+    following = manifest["shards"][-1]["next"]
+    if manifest["complete"] or following is None:  # None: a small source, which is cut as a whole
+        return None
     return following["part"] + (following["row"] > 0 or following["used"] > 0)
 
 

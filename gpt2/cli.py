@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import PrepareConfig, SampleConfig, ShowConfig, TrainConfig, UserError
+from .config import TrainConfig, UserError
 from .flags import parse
+from .tool_config import PrepareConfig, SampleConfig, ShowConfig
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 

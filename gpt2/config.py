@@ -1,4 +1,4 @@
-"""Settings: the network's shape, the table of sizes, and every option of every command.
+"""Settings: the network's shape, the table of sizes, and every option of training.
 
 Pure data and checks on it; nothing here imports torch or touches a file. Command lines and TOML
 files become these dataclasses in `flags.py`. Units stand in names and help texts: `_tokens`,
@@ -188,86 +188,19 @@ class TrainConfig:
     def __post_init__(self):
         self.model.shape()
         o = self.optim
-        _at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
-        _at_least(1, keep_last=self.output.keep_last, batch_size=self.data.batch_size)
-        _at_least(1, eval_tokens=self.eval.eval_tokens)
-        _at_least(0, eval_every=self.eval.eval_every, save_every=self.output.save_every)
-        _at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
-        _at_least(0, weight_decay=o.weight_decay, learning_rate=o.learning_rate)
-        _at_least(-1, warmup_steps=o.warmup_steps)
+        at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
+        at_least(1, keep_last=self.output.keep_last, batch_size=self.data.batch_size)
+        at_least(1, eval_tokens=self.eval.eval_tokens)
+        at_least(0, eval_every=self.eval.eval_every, save_every=self.output.save_every)
+        at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
+        at_least(0, weight_decay=o.weight_decay, learning_rate=o.learning_rate)
+        at_least(-1, warmup_steps=o.warmup_steps)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(o, name) < 1:
                 raise UserError(f"{name}={getattr(o, name)}: use a number from 0 up to below 1")
         if not 0 <= o.min_lr_ratio <= 1:
             raise UserError(f"min_lr_ratio={o.min_lr_ratio}: use a number from 0 to 1")
         check_seed(self.system.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Everything that `gpt2 prepare` can be told."""
-
-    source: str = option(
-        "fineweb-edu",
-        "fineweb-edu (its sample-10BT), fineweb-edu/sample-100BT, fineweb-edu/sample-350BT, "
-        "fineweb-edu/default (all of it); hf:OWNER/NAME[@REVISION][/FOLDER], the parquet or .jsonl "
-        "files of a dataset on the Hugging Face Hub; stdlib; or a file, folder or glob of "
-        ".txt, .jsonl (also .gz, .xz, .zst) and .parquet",
-    )
-    out_dir: str = option("", "folder for the shards; empty: fineweb, or data/<name of the source>")
-    keep_downloads: bool = option(False, "leave downloaded files in <out_dir>/downloads")
-    dry_run: bool = option(
-        False, "say what would be done, in tokens, bytes and minutes; do nothing"
-    )
-    shard_tokens: int = option(100_000_000, "tokens per shard")
-    num_workers: int = option(0, "threads that tokenise; 0: one per core, at most 16")
-    tokenizer: str = option(
-        "auto", "auto: gigatoken if installed; both make the same shards",
-        ("auto", "gigatoken", "tiktoken"),
-    )  # fmt: skip
-    max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
-    max_tokens: int = option(
-        0, "stop after this many tokens, rounded up to whole shards (two or more); 0: no limit"
-    )
-    worker: str = option("1/1", "share of one of several machines: 3/16 is the third of sixteen")
-
-    def __post_init__(self):
-        _at_least(1, shard_tokens=self.shard_tokens)
-        _at_least(0, num_workers=self.num_workers, max_shards=self.max_shards)
-        _at_least(0, max_tokens=self.max_tokens)
-        if self.max_shards == 1:
-            raise UserError("max_shards=1 would leave no training text; use 2 or more")
-
-    @property
-    def shard_limit(self) -> int:
-        """Shards after which to stop, by max_shards and max_tokens; 0: no limit."""
-        by_tokens = self.max_tokens and max(2, -(-self.max_tokens // self.shard_tokens))
-        return min(filter(None, (self.max_shards, by_tokens)), default=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowConfig:
-    """Which document `gpt2 shards show` prints."""
-
-    doc: int = option(0, "number of the document, from 0; in a folder: among its training shards")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Everything that `gpt2 sample` can be told."""
-
-    prompt: str = option("", "text to continue; empty: ask for one again and again")
-    max_new_tokens: int = option(100, "tokens to write after the prompt")
-    temperature: float = option(0.8, "0: always the likeliest token; 1: as the model says")
-    top_k: int = option(50, "choose among this many likeliest tokens; 0: all")
-    top_p: float = option(1.0, "choose among the likeliest tokens that sum to this probability")
-    seed: int = option(-1, "the same seed writes the same text; -1: another every time")
-    num_samples: int = option(1, "texts to write for the prompt")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-
-    def __post_init__(self):
-        check_seed(max(0, self.seed))
-        _at_least(1, num_samples=self.num_samples)
 
 
 @dataclass(frozen=True)
@@ -304,8 +237,8 @@ def plan_batch(data: DataOptions, block_size: int, world_size: int) -> BatchPlan
         UserError: when the total is not a whole number of micro-batches, or both the total and
             grad_accum_steps are given and disagree. The message names values that work.
     """
-    _at_least(0, grad_accum_steps=data.grad_accum_steps)
-    _at_least(0, total_batch_tokens=data.total_batch_tokens)
+    at_least(0, grad_accum_steps=data.grad_accum_steps)
+    at_least(0, total_batch_tokens=data.total_batch_tokens)
     micro = data.batch_size * block_size * world_size
     formula = f"batch_size {data.batch_size} × block_size {block_size} × {world_size} rank(s)"
     if data.grad_accum_steps:
@@ -356,7 +289,8 @@ def check_seed(seed: int):
         raise UserError(f"seed={seed}: use a whole number from 0 to 9e18")
 
 
-def _at_least(low: int, **values: float):
+def at_least(low: int, **values: float):
+    """Raises UserError for a value below `low`, naming it."""
     for name, value in values.items():
         if value < low:
             raise UserError(f"{name}={value}: use {low} or more")

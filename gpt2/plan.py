@@ -10,9 +10,10 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import PrepareConfig, UserError
+from .config import UserError
 from .shards import HEADER_BYTES, TOKEN_BYTES
 from .sources import STDLIB, Part, Source, find_source
+from .tool_config import PrepareConfig
 from .workers import Position, encode_rows
 
 # Bytes of a file for each GPT-2 token of its text. Parquet: FineWeb-Edu's sample, 28.5 GB for 10

@@ -7,14 +7,16 @@ from dataclasses import fields
 
 import pytest
 
-from gpt2.config import PrepareConfig, SampleConfig, ShowConfig, TrainConfig, flatten
+from gpt2.config import TrainConfig, flatten
+from gpt2.tool_config import PrepareConfig, SampleConfig, ShowConfig
 
 from .conftest import ROOT, run_python
 
 FLOORS = {
-    0: "config flags model ops kernels tokenizer shards sources readers hub downloads lock",
+    0: "config tool_config flags model ops kernels tokenizer shards sources readers hub downloads "
+    "lock",
     1: "runtime data datasets order optim hf sinks workers plan",
-    2: "checkpoint evaluate generate report plot rundir inspect_shards merge",
+    2: "checkpoint evaluate generate report plot rundir inspect_shards merge job",
     3: "api state messages train prepare cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from gpt2.config import PrepareConfig
 from gpt2.flags import parse
 from gpt2.inspect_shards import verify
 from gpt2.merge import Worker, merge
+from gpt2.tool_config import PrepareConfig
 
 from .conftest import ROOT
 from .test_prepare import make_texts, write_jsonl

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.config import PrepareConfig, SampleConfig, TrainConfig, UserError, flatten
+from gpt2.config import TrainConfig, UserError, flatten
 from gpt2.flags import parse, to_toml
+from gpt2.tool_config import PrepareConfig, SampleConfig
 
 
 def train(*argv: str) -> dict:

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from gpt2.config import PrepareConfig, UserError
+from gpt2.config import UserError
 from gpt2.plan import check_room, forecast, limit_text, make_plan, measure
 from gpt2.sources import Part, Source, find_source
+from gpt2.tool_config import PrepareConfig
 
 GB = 10**9
 

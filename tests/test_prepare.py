@@ -18,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt2 import prepare, shards, workers
-from gpt2.config import PrepareConfig, UserError
+from gpt2 import job, prepare, shards, workers
+from gpt2.config import UserError
 from gpt2.shards import find_shards, read_manifest
 from gpt2.sources import FINEWEB_FOLDER
 from gpt2.tokenizer import gpt2_tokenizer
+from gpt2.tool_config import PrepareConfig
 
 from .fake_hub import Trouble, fake_hub, parquet_bytes
 
@@ -30,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import sys
 from gpt2 import hub, prepare, workers
-from gpt2.config import PrepareConfig, UserError
+from gpt2.config import UserError
+from gpt2.tool_config import PrepareConfig
 
 hub.FIRST_WAIT_SECONDS, hub.TRIES, workers.BATCH_ROWS = 0.01, 3, 50
 if __name__ == "__main__":
@@ -512,11 +514,11 @@ def test_two_at_once(tmp_path):
 
 def test_shards_that_appeared_since_the_folder_was_looked_at(tmp_path, corpus):
     options = {"source": str(corpus), "out_dir": str(tmp_path / "out"), "shard_tokens": 1500}
-    job = prepare.open_job(PrepareConfig(**options))
+    waiting = job.open_job(PrepareConfig(**options))
     run(max_shards=2, **options)
     before = content(tmp_path / "out")
     with pytest.raises(UserError, match="another process has just made shards"):
-        prepare._started(job).__enter__()
+        job.started(waiting).__enter__()
     assert content(tmp_path / "out") == before
 
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpt2 import prepare
-from gpt2.config import PrepareConfig
 from gpt2.shards import find_shards, read_manifest
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from gpt2.tool_config import PrepareConfig
 
 from .test_tokenizer import DOCUMENTS
 

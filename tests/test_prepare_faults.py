@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpt2 import prepare, workers
-from gpt2.config import PrepareConfig, UserError
+from gpt2.config import UserError
 from gpt2.shards import read_manifest
+from gpt2.tool_config import PrepareConfig
 
 from .conftest import ROOT
 

@@ -1,0 +1,72 @@
+"""Options of the commands that do not train, as `config.py` has those of training."""
+
+from dataclasses import dataclass
+
+from .config import UserError, at_least, check_seed, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Everything that `gpt2 prepare` can be told."""
+
+    source: str = option(
+        "fineweb-edu",
+        "fineweb-edu (its sample-10BT), fineweb-edu/sample-100BT, fineweb-edu/sample-350BT, "
+        "fineweb-edu/default (all of it); hf:OWNER/NAME[@REVISION][/FOLDER], the parquet or .jsonl "
+        "files of a dataset on the Hugging Face Hub; stdlib; or a file, folder or glob of "
+        ".txt, .jsonl (also .gz, .xz, .zst) and .parquet",
+    )
+    out_dir: str = option("", "folder for the shards; empty: fineweb, or data/<name of the source>")
+    keep_downloads: bool = option(False, "leave downloaded files in <out_dir>/downloads")
+    dry_run: bool = option(
+        False, "say what would be done, in tokens, bytes and minutes; do nothing"
+    )
+    shard_tokens: int = option(100_000_000, "tokens per shard")
+    num_workers: int = option(0, "threads that tokenise; 0: one per core, at most 16")
+    tokenizer: str = option(
+        "auto", "auto: gigatoken if installed; both make the same shards",
+        ("auto", "gigatoken", "tiktoken"),
+    )  # fmt: skip
+    max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
+    max_tokens: int = option(
+        0, "stop after this many tokens, rounded up to whole shards (two or more); 0: no limit"
+    )
+    worker: str = option("1/1", "share of one of several machines: 3/16 is the third of sixteen")
+
+    def __post_init__(self):
+        at_least(1, shard_tokens=self.shard_tokens)
+        at_least(0, num_workers=self.num_workers, max_shards=self.max_shards)
+        at_least(0, max_tokens=self.max_tokens)
+        if self.max_shards == 1:
+            raise UserError("max_shards=1 would leave no training text; use 2 or more")
+
+    @property
+    def shard_limit(self) -> int:
+        """Shards after which to stop, by max_shards and max_tokens; 0: no limit."""
+        by_tokens = self.max_tokens and max(2, -(-self.max_tokens // self.shard_tokens))
+        return min(filter(None, (self.max_shards, by_tokens)), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Which document `gpt2 shards show` prints."""
+
+    doc: int = option(0, "number of the document, from 0; in a folder: among its training shards")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Everything that `gpt2 sample` can be told."""
+
+    prompt: str = option("", "text to continue; empty: ask for one again and again")
+    max_new_tokens: int = option(100, "tokens to write after the prompt")
+    temperature: float = option(0.8, "0: always the likeliest token; 1: as the model says")
+    top_k: int = option(50, "choose among this many likeliest tokens; 0: all")
+    top_p: float = option(1.0, "choose among the likeliest tokens that sum to this probability")
+    seed: int = option(-1, "the same seed writes the same text; -1: another every time")
+    num_samples: int = option(1, "texts to write for the prompt")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self):
+        check_seed(max(0, self.seed))
+        at_least(1, num_samples=self.num_samples)

@@ -90,16 +90,16 @@ def test_failures_that_pass_are_waited_out(hub, tmp_path, trouble, reason):
     assert "trying again in 0.0" in found["said"][0]
 
 
-@pytest.mark.parametrize(
-    "header",
-    [{"Retry-After": "1"}, {"Retry-After": formatdate(time() + 900, usegmt=True)},
-     {"RateLimit": '"api";r=0;t=1'}],
-    ids=["seconds", "date", "RateLimit"],
-)  # fmt: skip
-def test_the_hub_says_how_long_to_wait(hub, tmp_path, header):
+@pytest.mark.parametrize("form", ["seconds", "date", "RateLimit"])
+def test_the_hub_says_how_long_to_wait(hub, tmp_path, form):
+    header = {
+        "seconds": {"Retry-After": "1"},
+        "date": {"Retry-After": formatdate(time() + 900, usegmt=True)},
+        "RateLimit": {"RateLimit": '"api";r=0;t=1'},
+    }[form]
     hub.trouble["/revision/"] = [Trouble(429, header)]
     code = FIND
-    if ":" in str(header.get("Retry-After")):  # a quarter of an hour: only look at what it says
+    if form == "date":  # a quarter of an hour: only look at what it says
         code = "import threading; threading.Timer(1, dataset.stop).start()\n    try: " + FIND
         code += "\n    except hub.Stopped: result = []"
     found = child(hub, tmp_path, code)

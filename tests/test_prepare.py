@@ -715,8 +715,9 @@ def test_another_dataset(tmp_path, hub_files):
     assert (out_dir / "corpus_val_000000.bin").is_file()
 
 
-def test_a_short_run_downloads_nothing_ahead(tmp_path, hub_files):
-    files, _ = hub_files
+def test_a_short_run_downloads_nothing_ahead(tmp_path):
+    data = parquet_bytes(make_texts(600))  # many batches: a few are read ahead
+    files = {f"{FINEWEB_FOLDER}/{number:03d}_00000.parquet": data for number in range(3)}
     with fake_hub(files) as hub:
         assert run_fineweb(tmp_path, hub, shard_tokens=500, max_tokens=10).returncode == 0
         assert len(hub.downloads()) == 1

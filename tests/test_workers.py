@@ -21,7 +21,7 @@ def source_of(*texts):
 
 def write_jsonl(path, lines):
     path.write_text("\n".join(lines), encoding="utf-8")
-    return Source("x", "", (Part(path.name, path.stat().st_size, path),))
+    return Source("x", "", (Part(path.name, path.stat().st_size, path=path),))
 
 
 def encoded(source, start=None, num_workers=2, choice="auto"):

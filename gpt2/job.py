@@ -27,7 +27,7 @@ from .shards import (
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
 from .tokenizer import END_OF_TEXT, Tokenizer
 from .tool_config import PrepareConfig
-from .workers import Position
+from .workers import ODD, Position
 
 FORMAT = 1  # of the manifest
 DOWNLOADS = "downloads"
@@ -59,9 +59,10 @@ class Job:
         """Whether nothing is left to do: the source is used up or the limit is reached."""
         return self.manifest["complete"] or 0 < self.config.shard_limit <= len(self.shards)
 
-    def save(self, skipped: int):
-        """Writes the manifest."""
-        self.manifest["skipped_rows"] = skipped
+    def save(self, odd: list[int] | None = None):
+        """Writes the manifest; odd: numbers of rows of the kinds in `workers.ODD` so far."""
+        if odd is not None:
+            self.manifest |= {f"{kind}_rows": n for kind, n in zip(ODD, odd, strict=True)}
         for total in ("documents", "tokens"):
             self.manifest[total] = sum(shard[total] for shard in self.shards)
         with _writing(self.out_dir / MANIFEST):
@@ -77,7 +78,7 @@ class Job:
             sha256 = write_shard(self.out_dir / name, tokens)
         entry = {"name": name, "split": split, "tokens": len(tokens), "documents": documents}
         self.shards.append(entry | {"sha256": sha256, "next": following and asdict(following)})
-        self.save(following.skipped if following else 0)
+        self.save([getattr(following, kind) for kind in ODD] if following else None)
         _announce(f"{name}: {len(tokens):,} tokens, {documents:,} documents")
 
 
@@ -107,7 +108,8 @@ def open_job(config: PrepareConfig) -> Job:
         old["files"] = manifest["files"]
     elif any(SHARD_NAME.fullmatch(path.name) for path in out_dir.glob("*.bin")):
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
-    manifest |= {"documents": 0, "tokens": 0, "skipped_rows": 0, "complete": False, "shards": []}
+    manifest |= {"documents": 0, "tokens": 0} | {f"{kind}_rows": 0 for kind in ODD}
+    manifest |= {"complete": False, "shards": []}
     if worker.count > 1:
         manifest["worker"] = str(worker)
     source = worker.share(source)  # the manifest names all files, for every worker the same
@@ -128,7 +130,7 @@ def started(job: Job) -> Iterator[None]:
         with _writing(job.out_dir):
             for leftover in job.out_dir.glob(f"{job.manifest['prefix']}_*.bin.tmp"):
                 leftover.unlink()
-        job.save(job.manifest["skipped_rows"])
+        job.save()
         yield
 
 

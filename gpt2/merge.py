@@ -20,7 +20,7 @@ from .shards import MANIFEST, open_shard, read_manifest, shard_paths, write_mani
 from .sources import Source
 
 FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
-TOTALS = ("documents", "tokens", "skipped_rows")
+TOTALS = ("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows")
 OWN = {*TOTALS, "complete", "shards", "worker"}  # the rest is the same for all workers
 
 

@@ -18,7 +18,7 @@ from .plan import forecast, limit_name, limit_text
 from .report import say
 from .tokenizer import Tokenizer, tokenizer_class
 from .tool_config import PrepareConfig
-from .workers import Batch, Position, encode_rows
+from .workers import ODD, Batch, Position, encode_rows
 
 VAL_EVERY = 20  # a small source gives every 20th document, 5 %, to validation
 LEAST_TOKENS = 64
@@ -94,12 +94,14 @@ class _Cutter:
         self._filled = 0  # tokens in them
         self._held: list[tuple[np.ndarray, Position]] = []
         self._lengths: list[np.ndarray] = []  # of all documents, while the source may be small
-        self._used, self._skipped = self.start.used, self.start.skipped
+        self._used = self.start.used
+        self._odd = np.array([getattr(self.start, kind) for kind in ODD])  # rows of each kind
 
     def add(self, batch: Batch, tokens: np.ndarray, lengths: np.ndarray):
         """Takes the next rows; (tokens, lengths) as in `Encoded`."""
         ends = np.cumsum(lengths)
         cut, self._used = self._used, 0
+        odd = batch.odd()
         if not self._job.shards:
             self._lengths.append(lengths)
         while cut < len(tokens) and not self._job.enough:
@@ -111,11 +113,11 @@ class _Cutter:
                 # The row that ends at the cut or goes on behind it: rows without a text that
                 # follow belong to the next shard, so that the place depends on no batch.
                 row = int(np.searchsorted(ends, cut))
-                skipped = self._skipped + int(np.count_nonzero(lengths[:row] == 0))
+                counts = (self._odd + odd[:row].sum(0)).tolist()
                 part, number = batch.places[row]
                 used = cut - int(ends[row] - lengths[row])
-                self._close_shard(Position(part, number, used, skipped))
-        self._skipped += int(np.count_nonzero(lengths == 0))
+                self._close_shard(Position(part, number, used, *counts))
+        self._odd += odd.sum(0)
 
     def finish(self):
         """Writes what is left when the source is used up."""
@@ -127,9 +129,9 @@ class _Cutter:
                 job.add_shard(tokens, None)
         elif self._filled:
             total += 1
-            job.add_shard(self._take(), Position(len(job.source.parts), skipped=self._skipped))
+            job.add_shard(self._take(), Position(len(job.source.parts), 0, 0, *self._odd.tolist()))
         job.manifest["complete"] = len(job.shards) == total
-        job.save(self._skipped)
+        job.save(self._odd.tolist())
 
     def _take(self) -> np.ndarray:
         tokens = np.concatenate(self._pieces)
@@ -151,7 +153,7 @@ class _Cutter:
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
         if len(tokens) < LEAST_TOKENS:
             raise UserError(
-                f"the source has only {len(tokens)} tokens ({self._skipped:,} rows without a text "
+                f"the source has only {len(tokens)} tokens ({self._odd[0]:,} rows without a text "
                 f"were skipped); give at least {LEAST_TOKENS}"
             )
         lengths = np.concatenate(self._lengths)
@@ -170,7 +172,11 @@ def split_small(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _summary(job: Job) -> str:
-    done, note = job.manifest, ""
+    done, note, odd = job.manifest, "", ""
+    if done.get("repaired_rows"):
+        odd += f", {done['repaired_rows']:,} with invalid UTF-8 were repaired"
+    if done.get("literal_rows"):
+        odd += f", {done['literal_rows']:,} hold a literal <|endoftext|>, which stays text"
     if not done["complete"]:
         note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
     elif job.shards and job.shards[-1]["tokens"] < done["shard_tokens"]:
@@ -180,6 +186,6 @@ def _summary(job: Job) -> str:
         then = f"when all workers are done: gpt2 shards merge {job.out_dir.parent}"
     return (
         f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "
-        f"in {job.out_dir}; {done['skipped_rows']:,} rows without a text were skipped\n"
+        f"in {job.out_dir}; {done['skipped_rows']:,} rows without a text were skipped{odd}\n"
         f"{note}{then}"
     )

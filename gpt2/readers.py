@@ -16,6 +16,11 @@ from typing import BinaryIO
 
 from .config import UserError
 
+
+class Repaired(str):
+    """A text in which U+FFFD stands for something that UTF-8 cannot hold."""
+
+
 Row = tuple[str | None, int]  # a document or None, and how many bytes of the file were read so far
 
 
@@ -62,7 +67,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 def _txt_rows(path: Path, start: int) -> Iterator[Row]:
     if start == 0:
         with _open(path) as (file, data):
-            yield data.read().decode("utf-8-sig", "replace") or None, file.tell()
+            yield _decode(data.read()) or None, file.tell()
 
 
 def _jsonl_rows(path: Path, start: int) -> Iterator[Row]:
@@ -78,10 +83,11 @@ def _jsonl_rows(path: Path, start: int) -> Iterator[Row]:
         raise UserError(f"{path}: none of its {number:,} rows is a JSON object with a `text`")
 
 
-def _text_of_json(line: bytes) -> tuple[bool, str | None]:
+def _text_of_json(line: bytes | str) -> tuple[bool, str | None]:
     """Whether a line is an object with a `text`, and that text where it is one."""
     try:
-        value = json.loads(line.decode("utf-8-sig", "replace"))
+        line = _decode(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return False, None
     if not isinstance(value, dict) or "text" not in value:
@@ -92,8 +98,17 @@ def _text_of_json(line: bytes) -> tuple[bool, str | None]:
     try:
         text.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = Repaired(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    if isinstance(line, Repaired) and "\ufffd" in text:
+        text = Repaired(text)
     return True, text
+
+
+def _decode(data: bytes, encoding: str = "utf-8-sig") -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return Repaired(data.decode(encoding, "replace"))
 
 
 def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
@@ -113,5 +128,5 @@ def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
             for value in batch.column(0).cast(pa.large_binary()).to_pylist():
                 number += 1
                 if number > start:
-                    text = value.decode("utf-8", "replace") if value else None
+                    text = _decode(value, "utf-8") if value else None
                     yield text, size_bytes * number // file.metadata.num_rows

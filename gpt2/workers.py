@@ -14,11 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from .config import UserError
+from .readers import Repaired
 from .sources import Source
 from .tokenizer import FastTokenizer, tokenizer_class
 
 BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # what a worker is given at once
 MOST_WORKERS = 16  # by default: one thread reads, and cannot feed more
+LITERAL = "<|endoftext|>"
+ODD = ("skipped", "repaired", "literal")  # rows that are counted
 CHECK_EVERY = 1000  # documents of which one is compared with tiktoken
 
 Encoded = tuple["Batch", np.ndarray, np.ndarray]  # uint16 tokens; int64 tokens of each row
@@ -31,7 +34,9 @@ class Position:
     part: int = 0  # index of the file
     row: int = 0  # of that file, counting skipped rows
     used: int = 0  # tokens of that row's document that earlier shards hold
-    skipped: int = 0  # rows without a text before this place
+    skipped: int = 0  # rows without a text, before this place
+    repaired: int = 0  # rows with something that UTF-8 cannot hold
+    literal: int = 0  # rows in which `<|endoftext|>` is text
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,13 @@ class Batch:
     texts: list[str | None]
     places: list[tuple[int, int]]
     read_bytes: int  # of the source, up to the last of these rows
+
+    def odd(self) -> np.ndarray:
+        """(rows, 3) bool: which rows a `Position` counts as skipped, repaired and literal."""
+        return np.array([
+            (text is None, isinstance(text, Repaired), text is not None and LITERAL in text)
+            for text in self.texts
+        ])  # fmt: skip
 
     def documents(self) -> list[str]:
         """The rows that have a text."""

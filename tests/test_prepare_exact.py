@@ -45,6 +45,9 @@ def test_both_tokenizers_make_the_same_bytes(tmp_path):
     assert fast == run(source, tmp_path / "slow", "tiktoken", shard_tokens=40_000, num_workers=3)
     manifest = read_manifest(tmp_path / "fast")
     assert manifest["skipped_rows"] == 7  # "", null, [ and {} of a; null, "" and "" of b
+    surrogates = sum(text != text.encode("utf-8", "replace").decode() for text in DOCUMENTS)
+    assert manifest["repaired_rows"] == surrogates + 2 > 2
+    assert manifest["literal_rows"] == 2 * sum("<|endoftext|>" in text for text in DOCUMENTS) > 0
     assert manifest["documents"] == 2 * (len(DOCUMENTS) - 1) + 1 + 3
 
 

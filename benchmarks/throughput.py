@@ -1,7 +1,7 @@
 """Tokens per second of whole training steps, beside other people's GPT-2 on the same machine.
 
-    python benchmarks/throughput.py
-    python benchmarks/throughput.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt
+    python -m benchmarks.throughput
+    python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt
 
 Every contender runs in a process of its own, one after the other, on the same random tokens, and
 makes whole steps: batch from disk, forward, backward, clipping, fused AdamW. The number is the
@@ -232,7 +232,7 @@ def main() -> int:
         return 0
     rows = []
     for name in contenders(options):
-        command = [sys.executable, __file__, *sys.argv[1:], f"--only={name}"]
+        command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], f"--only={name}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             print(f"{name}: failed, see above", file=sys.stderr)

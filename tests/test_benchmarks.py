@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from .conftest import ROOT, run_python
+from .conftest import run_python
 
 CLONE = """
 import torch
@@ -44,7 +44,7 @@ def test_throughput_beside_a_clone(tmp_path):
     (tmp_path / "clone/helper.py").write_text("nothing = None")
     arguments = ["--size=gpt2-tiny", "--n_layer=1", "--block_size=16", "--steps=2", "--warmup=0"]
     arguments += [f"--nanogpt={tmp_path}/clone", f"--out_dir={tmp_path}/out", "--device=cpu"]
-    done = run_python(str(ROOT / "benchmarks/throughput.py"), *arguments)
+    done = run_python("-m", "benchmarks.throughput", *arguments)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out/throughput.jsonl").open()]
     assert [row["name"] for row in rows] == ["ours", "nanoGPT"]

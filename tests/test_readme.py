@@ -43,7 +43,7 @@ ADDED: dict[str, list[str] | None] = {
     "gpt2 train --data_dir=fineweb:0.8,data/mine:0.2 --out_dir=out/mix": SMALL,
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
-    "python benchmarks/throughput.py --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
+    "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
     "python fineweb.py --source=data/raw --out_dir=data/corpus": [],
     "python train_gpt2.py --config=configs/gpt2_124m.toml --data_dir=data/corpus "
     "--out_dir=out/h200 --max_steps=480 --eval_every=50 --save_every=100": [

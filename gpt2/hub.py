@@ -246,10 +246,14 @@ class Dataset:
         except errors.LocalEntryNotFoundError:
             raise UserError(
                 f"HF_HUB_OFFLINE is set and the cache lacks the dataset {self.repository} at "
-                f"{self.revision}, or a part of it; unset it, or download it first"
+                f"{self.revision}; unset it, or download it first"
             ) from None
         self.revision = root.name
         found = [p for p in (root / path).rglob("*") if p.is_file()]
+        self._say(
+            f"HF_HUB_OFFLINE is set: taking the {len(found)} files of {self.repository} that the "
+            "cache holds; whether these are all of them cannot be known"
+        )
         return [File(p.relative_to(root).as_posix(), p.stat().st_size) for p in found]
 
 

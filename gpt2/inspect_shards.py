@@ -218,7 +218,7 @@ def _folder_problems(folder: Path, paths: list[Path], manifest: dict) -> Iterato
     entries = {entry["name"]: entry for entry in manifest["shards"]}
     names = {path.name for path in paths}
     for name in sorted(entries.keys() - names):
-        yield f"{folder / name}: missing; {redo(entries[name]).removeprefix('delete it and ')}"
+        yield f"{folder / name}: missing; {redo(entries[name], missing=True)}"
     for name in sorted(names - entries.keys()):
         yield f"{folder / name}: not in {MANIFEST}, but training would read it; move it away"
     for key in ("tokens", "documents"):

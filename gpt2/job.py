@@ -4,7 +4,7 @@ import copy
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .config import UserError
 from .lock import locked
-from .merge import Worker, folder_for
+from .merge import Worker, begun_by_others, folder_for
 from .plan import check_room, make_plan
 from .report import say
 from .shards import (
@@ -43,6 +43,7 @@ class Job:
     found: dict | None  # the manifest in the folder when it was looked at
     config: PrepareConfig
     worker: Worker
+    dropped: list[dict] = field(default_factory=list)  # entries of shards that are made again
 
     @property
     def validates(self) -> bool:
@@ -68,6 +69,12 @@ class Job:
         with _writing(self.out_dir / MANIFEST):
             write_manifest(self.out_dir, self.manifest)
 
+    def note_damage(self, name: str):
+        """Notes a damaged file of the source: the next run makes again what was made of it."""
+        if name:
+            self.manifest["damaged"] = name
+            self.save()
+
     def add_shard(self, tokens: np.ndarray, following: Position | None):
         """Writes uint16 tokens as the next shard, and where the one after it begins."""
         number = len(self.shards) + (not self.validates)  # 0 is for validation
@@ -90,12 +97,16 @@ def open_job(config: PrepareConfig) -> Job:
     """
     names = {"source": normal_name(config.source), "prefix": prefix_of(config.source)}
     worker = Worker.parse(config.worker)
-    out_dir = folder_for(Path(config.out_dir or default_folder(config.source)), worker)
+    shared = Path(config.out_dir or default_folder(config.source))
+    out_dir = folder_for(shared, worker)
     found = read_manifest(out_dir)
     old = copy.deepcopy(found or {})
+    dropped = _drop_damaged(old)
     if old:  # before the Hub is asked
         _check_same(old, names, out_dir)
-    source = find_source(config.source, out_dir / DOWNLOADS, old, config.keep_downloads, _announce)
+    known = old or begun_by_others(shared, worker, names["source"])
+    downloads = out_dir / DOWNLOADS
+    source = find_source(config.source, downloads, known, config.keep_downloads, _announce)
     manifest = {
         "format": FORMAT,
         **names,
@@ -110,10 +121,11 @@ def open_job(config: PrepareConfig) -> Job:
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0} | {f"{kind}_rows": 0 for kind in ODD}
     manifest |= {"complete": False, "shards": []}
-    if worker.count > 1:
-        manifest["worker"] = str(worker)
-    source = worker.share(source)  # the manifest names all files, for every worker the same
-    job = Job(out_dir, source, old or manifest, found, config, worker)
+    if worker.count > 1 and "workers" not in old:  # the manifest names the files of all workers
+        sizes = [part.size_bytes for part in source.parts]
+        manifest |= {"worker": str(worker), "cuts": known.get("cuts") or worker.cuts(sizes)}
+        source = worker.share(source, manifest["cuts"])
+    job = Job(out_dir, source, old or manifest, found, config, worker, dropped)
     _keep_intact(job)
     return job
 
@@ -130,6 +142,8 @@ def started(job: Job) -> Iterator[None]:
         with _writing(job.out_dir):
             for leftover in job.out_dir.glob(f"{job.manifest['prefix']}_*.bin.tmp"):
                 leftover.unlink()
+            for entry in job.dropped:  # else training would read them
+                (job.out_dir / entry["name"]).unlink(missing_ok=True)
         job.save()
         yield
 
@@ -144,6 +158,7 @@ def _keep_intact(job: Job):
             raise UserError(f"{job.out_dir / entry['name']} is missing or damaged: {redo(entry)}")
         if not intact:
             say(f"{entry['name']} is missing or damaged: making the shards from there again")
+            job.dropped += job.shards[number:]
             del job.shards[number:]
             job.manifest["complete"] = False
             break
@@ -155,12 +170,17 @@ def _check_same(old: dict, new: dict, out_dir: Path):
     """Raises UserError when the folder's shards are not the ones that would be made now.
 
     Files of which no shard holds anything yet may change: a whole copy replaces a damaged one.
+    Workers share the files by their names.
     """
     for key, value in new.items():
         before, now = old.get(key), value
         if key == "files" and isinstance(before, dict):
+            if "cuts" in old and list(before) != list(now):
+                raise UserError(
+                    f"{out_dir}: the source has other files now; use another --out_dir="
+                )
             used = _files_used(old)
-            before, now = (dict([*files.items()][:used]) for files in (before, now))
+            before, now = (dict([*files.items()][used]) for files in (before, now))
         if before != now:
             differs = f"{key}={before!r}, not {now!r}"
             if key == "files":
@@ -169,19 +189,42 @@ def _check_same(old: dict, new: dict, out_dir: Path):
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
 
 
-def _files_used(manifest: dict) -> int | None:
-    """How many of the source's files the finished shards hold text of; None: all.
+def _drop_damaged(manifest: dict) -> list[dict]:
+    """Takes out of a manifest, and returns, shards with text of a file that was found damaged.
 
-    Of several workers' files none may change, since their shares follow from the sizes.
+    Damage is often noticed behind the first wrong row.
     """
-    if "worker" in manifest:
-        return None
+    name = manifest.pop("damaged", None)
+    if name is None:
+        return []
+    damaged = [*manifest["files"]].index(name) - _share(manifest).start
+    shards, kept = manifest["shards"], 0
+    while kept < len(shards) and (following := shards[kept]["next"]):
+        if (following["part"], following["row"], following["used"]) > (damaged, 0, 0):
+            break
+        kept += 1
+    manifest["shards"], manifest["complete"] = shards[:kept], False
+    return shards[kept:]
+
+
+def _share(manifest: dict) -> slice:
+    """Which of the source's files the shards of this folder are made of."""
+    if "cuts" not in manifest:
+        return slice(0, None)
+    number = Worker.parse(manifest["worker"]).number
+    return slice(*manifest["cuts"][number - 1 : number + 1])
+
+
+def _files_used(manifest: dict) -> slice:
+    """Which of the source's files the finished shards hold text of."""
+    first, end = _share(manifest).start, _share(manifest).stop
     if not manifest["shards"]:
-        return 0
+        return slice(first, first)
     following = manifest["shards"][-1]["next"]
     if manifest["complete"] or following is None:  # None: a small source, which is cut as a whole
-        return None
-    return following["part"] + (following["row"] > 0 or following["used"] > 0)
+        return slice(first, end)
+    begun = following["row"] > 0 or following["used"] > 0
+    return slice(first, first + following["part"] + begun)
 
 
 def _announce(text: str):

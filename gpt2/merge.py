@@ -6,7 +6,6 @@ moves the shards up and numbers them on: together they hold the text that one ma
 written, in the same order; only the cuts between shards differ.
 """
 
-import bisect
 import hashlib
 import os
 import re
@@ -21,7 +20,7 @@ from .sources import Source
 
 FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
 TOTALS = ("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows")
-OWN = {*TOTALS, "complete", "shards", "worker"}  # the rest is the same for all workers
+OWN = {*TOTALS, "complete", "shards", "worker", "damaged"}  # the rest is the same for all workers
 
 
 @dataclass(frozen=True)
@@ -55,25 +54,48 @@ class Worker:
         width = len(str(self.count))
         return out_dir / f"worker-{self.number:0{width}d}-of-{self.count}"
 
-    def share(self, source: Source) -> Source:
-        """The source with this worker's files only: neighbours, about as many bytes for each.
+    def cuts(self, sizes: list[int]) -> list[int]:
+        """Where the shares of all workers begin and end: worker k has files cuts[k - 1] to cuts[k].
+
+        Each is a run of neighbours, about equal in bytes.
 
         Raises:
             UserError: when there are fewer files than workers.
         """
-        parts = source.parts
-        if len(parts) < self.count:
+        if len(sizes) < self.count:
             raise UserError(
-                f"--worker={self}: the source has only {len(parts)} files, and each worker needs "
-                f"at least one; use {len(parts)} workers or fewer"
+                f"--worker={self}: the source has only {len(sizes)} files, and each worker needs "
+                f"at least one; use {len(sizes)} workers or fewer"
             )
-        ends = list(accumulate(part.size_bytes for part in parts))
-        first = last = 0
-        for number in range(1, self.number + 1):
-            fair = bisect.bisect(ends, ends[-1] * number // self.count)
+        ends = [0, *accumulate(sizes)]
+        cuts = [0]
+        for number in range(1, self.count):
+            fair = ends[-1] * number / self.count
+            nearest = min(range(len(ends)), key=lambda i: abs(ends[i] - fair))
             # at least one file for this worker and for each that follows
-            first, last = last, min(max(fair, last + 1), len(parts) - (self.count - number))
-        return replace(source, parts=parts[first:last])
+            cuts.append(min(max(nearest, cuts[-1] + 1), len(sizes) - (self.count - number)))
+        return [*cuts, len(sizes)]
+
+    def share(self, source: Source, cuts: list[int]) -> Source:
+        """The source with this worker's files only."""
+        if cuts[-1] != len(source.parts):
+            raise UserError(
+                f"--worker={self}: the source has {len(source.parts)} files, and {cuts[-1]} where "
+                "other workers began; use another --out_dir="
+            )
+        return replace(source, parts=source.parts[cuts[self.number - 1] : cuts[self.number]])
+
+
+def begun_by_others(out_dir: Path, worker: Worker, source: str) -> dict:
+    """The manifest of another worker on the same source, if any has begun: all take its cuts.
+
+    From the Hub they take its commit and files too, so that a branch may move meanwhile.
+    """
+    for number in range(1, worker.count + 1 if worker.count > 1 else 0):
+        manifest = read_manifest(Worker(number, worker.count).folder(out_dir))
+        if manifest and manifest.get("source") == source:
+            return manifest
+    return {}
 
 
 def folder_for(out_dir: Path, worker: Worker) -> Path:
@@ -127,8 +149,13 @@ def merge(out_dir: Path) -> int:
                 raise UserError(f"{source}: cannot become {target} ({error.strerror})") from None
     first = next(iter(manifests.values()))
     totals = {key: sum(m.get(key, 0) for m in manifests.values()) for key in TOTALS}
-    merged = {key: value for key, value in first.items() if key not in OWN} | totals
+    merged = {key: value for key, value in first.items() if key not in {*OWN, "cuts"}} | totals
     merged |= {"complete": True, "workers": len(manifests)}
+    merged["files"] = dict(
+        item
+        for worker, manifest in manifests.items()
+        for item in [*manifest["files"].items()][slice(*manifest["cuts"][worker.number - 1 :][:2])]
+    )
     write_manifest(out_dir, merged | {"shards": [entry for _, _, entry in moves]})
     say(
         f"{out_dir}: {len(moves)} shards of {len(manifests)} workers, {merged['tokens']:,} tokens, "
@@ -172,12 +199,15 @@ def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
             state = "missing" if manifest is None else "unfinished"
             raise UserError(
                 f"{folder} is {state}; run `gpt2 prepare --worker={worker}` with the options of "
-                "the other workers, and merge again"
+                "the other workers, without --max_tokens= and --max_shards=, and merge again"
             )
         manifests[worker] = manifest
         first = manifests[Worker(1, counts[0])]
         for key in sorted((first.keys() | manifest.keys()) - OWN):
-            if manifest.get(key) != first.get(key):
+            mine, theirs = manifest.get(key), first.get(key)
+            if key == "files":  # a damaged one may have been replaced meanwhile
+                mine, theirs = list(mine), list(theirs)
+            if mine != theirs:
                 raise UserError(
                     f"{folder} was made with another {key} than {Worker(1, counts[0])}; "
                     "delete it and run that worker again"

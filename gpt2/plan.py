@@ -21,6 +21,7 @@ from .workers import Position, encode_rows
 BYTES_PER_TOKEN = {".parquet": 2.85, ".gz": 1.7, ".xz": 1.4, ".zst": 1.7}
 PLAIN_BYTES_PER_TOKEN = 4.5
 SAMPLE_SECONDS = 1.5
+UNDER_WAY = 40  # batches: those that were encoded beside the first come at once
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,18 @@ def measure(source: Source, num_workers: int, tokenizer: str) -> tuple[float, fl
         sample = find_source(STDLIB, Path())
         sample = replace(sample, parts=sample.parts * 50)
     began = time.monotonic()
-    first = last = 0.0  # when the first and the latest batch came
-    before = tokens = read_bytes = 0  # up to the first, and in all
+    first = last = 0.0  # when the workers were under way, and when the latest batch came
+    number = before = tokens = read_bytes = 0  # batches; tokens up to `first`, and in all
     with closing(encode_rows(sample, Position(), num_workers, tokenizer)) as stream:
         for batch, ids, _ in stream:
             last = time.monotonic()
             tokens += len(ids)
-            read_bytes = batch.read_bytes
-            if not first:
+            read_bytes, number = batch.read_bytes, number + 1
+            if number == UNDER_WAY:
                 first, before = last, tokens
-            elif last - first > SAMPLE_SECONDS:
+            elif first and last - first > SAMPLE_SECONDS:
                 break
-    if tokens > before:  # without the start of the workers
+    if first and last - first > SAMPLE_SECONDS / 4:  # without the start of the workers
         began, counted = first, tokens - before
     else:
         counted = tokens

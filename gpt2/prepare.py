@@ -12,7 +12,7 @@ from contextlib import closing
 import numpy as np
 from tqdm import tqdm
 
-from .config import UserError
+from .config import DamagedFile, UserError
 from .job import DOWNLOADS, Job, open_job, started
 from .plan import forecast, limit_name, limit_text
 from .report import say
@@ -46,6 +46,9 @@ def run(config: PrepareConfig) -> int:
             with started(job):
                 try:
                     make_shards(job)
+                except DamagedFile as error:
+                    job.note_damage(error.name)
+                    raise
                 finally:
                     job.source.close()
                 if not config.keep_downloads:
@@ -184,6 +187,8 @@ def _summary(job: Job) -> str:
     then = f"train on it: python train_gpt2.py --data_dir={job.out_dir}"
     if "worker" in done:
         then = f"when all workers are done: gpt2 shards merge {job.out_dir.parent}"
+        if not done["complete"]:
+            then = "`gpt2 shards merge` needs the whole share: run it again without a limit"
     return (
         f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "
         f"in {job.out_dir}; {done['skipped_rows']:,} rows without a text were skipped{odd}\n"

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-from .config import UserError
+from .config import DamagedFile, UserError
 
 
 class Repaired(str):
@@ -44,9 +44,9 @@ def read_rows(path: Path, start: int = 0) -> Iterator[Row]:
             number += 1
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
+        raise DamagedFile(
             f"{path}: damaged or unreadable after row {number} ({why}); put a whole copy in its "
-            "place and run the same command again: it goes on from the finished shards"
+            "place and run the same command again: it goes on from the shards made before this file"
         ) from None
 
 
@@ -120,6 +120,9 @@ def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
         if "text" not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise UserError(f"{path}: no column `text`; its columns are {names}")
+        kind = file.schema_arrow.field("text").type
+        if pa.types.is_primitive(kind) or pa.types.is_nested(kind):  # numbers, dates, lists
+            raise UserError(f"{path}: its column `text` is of type {kind}; it must hold strings")
         for batch in file.iter_batches(1024, columns=["text"]):
             if number + len(batch) <= start:
                 number += len(batch)

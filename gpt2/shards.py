@@ -73,12 +73,13 @@ class Shard:
 REDO = "delete it and run `gpt2 prepare` again"
 
 
-def redo(entry: dict) -> str:
-    """What to do about a damaged shard, given its entry in the manifest."""
+def redo(entry: dict, missing: bool = False) -> str:
+    """What to do about a damaged or missing shard, given its entry in the manifest."""
     if "worker" not in entry:
-        return REDO
+        return REDO.removeprefix("delete it and ") if missing else REDO
+    it = "" if missing else "it and "
     return (
-        f"delete it and {MANIFEST}, then run `gpt2 prepare --worker={entry['worker']}` and "
+        f"delete {it}{MANIFEST}, then run `gpt2 prepare --worker={entry['worker']}` and "
         "`gpt2 shards merge` again"
     )
 
@@ -128,6 +129,10 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
         )
     paths = [p for p in shard_paths(folder) if SHARD_NAME.fullmatch(p.name)["split"] == split]
     if not paths:
+        if any(folder.glob("worker-*-of-*")):
+            raise UserError(
+                f"{folder} holds folders of workers; join them: gpt2 shards merge {folder}"
+            )
         raise UserError(
             f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
         )

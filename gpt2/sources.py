@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote
 
-from .config import UserError
+from .config import DamagedFile, UserError
 from .downloads import Downloads
 from .hub import Dataset, File
 from .readers import Row, read_rows
@@ -80,7 +80,11 @@ class Source:
         if part.text:
             yield from [(part.text, part.size_bytes)][start:]
         elif part.path:
-            yield from read_rows(part.path, start)
+            try:
+                yield from read_rows(part.path, start)
+            except DamagedFile as error:
+                error.name = part.name
+                raise
         else:
             assert self.downloads is not None
             ahead = self.parts[index + 1 : self.needed_parts][:1]

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,11 @@ UNSETTLED = re.compile(
 )
 UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # first bytes of their UTF-8: quick to look for
 FRESH_AFTER = 100_000_000  # characters
+# What the pattern's \s means. tiktoken goes back in a run of it step by step, and gives up in one
+# of a million.
+LONG_SPACE = re.compile(
+    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{100000,}"
+)
 
 
 class Tokenizer:
@@ -56,7 +61,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; lone surrogates become U+FFFD."""
-        return self._encoding.encode_ordinary(text)
+        pieces = _without_long_space(text)
+        return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of documents one after the other, each behind an end-of-text token.
@@ -68,7 +74,11 @@ class Tokenizer:
         eot = np.array([END_OF_TEXT], dtype=np.uint16)
         for text in texts:
             try:  # makes no Python list: 1.5 × as fast as encode_ordinary
-                ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+                pieces_of_text = [
+                    self._encoding.encode_to_numpy(piece, disallowed_special=())
+                    for piece in _without_long_space(text)
+                ]
+                ids = np.concatenate(pieces_of_text)
             except UnicodeEncodeError:  # a lone surrogate, which only encode repairs
                 ids = np.array(self.encode(text))
             pieces += [eot, ids.astype(np.uint16)]
@@ -157,6 +167,19 @@ def tokenizer_class(choice: str) -> type[Tokenizer]:
             ) from None
         return Tokenizer
     return FastTokenizer
+
+
+def _without_long_space(text: str) -> list[str]:
+    """Pieces of a text with the same tokens, cut before the last character of long white space.
+
+    There the pattern cuts as well, by `\\s+(?!\\S)`, and at the end of a piece `\\s++$` takes it at
+    once. A run at the end of the text stays whole.
+    """
+    if len(text) < 100_000:
+        return [text]
+    ends = [match.end() for match in LONG_SPACE.finditer(text)]
+    cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]
+    return [text[begin:end] for begin, end in pairwise(cuts)]
 
 
 def _is_settled(text: str) -> bool:

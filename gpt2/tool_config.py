@@ -27,7 +27,9 @@ class PrepareConfig:
         "auto", "auto: gigatoken if installed; both make the same shards",
         ("auto", "gigatoken", "tiktoken"),
     )  # fmt: skip
-    max_shards: int = option(0, "stop after this many shards, validation included; 0: no limit")
+    max_shards: int = option(
+        0, "stop after this many shards (of this worker), validation included; 0: no limit"
+    )
     max_tokens: int = option(
         0, "stop after this many tokens, rounded up to whole shards (two or more); 0: no limit"
     )
@@ -35,6 +37,8 @@ class PrepareConfig:
 
     def __post_init__(self):
         at_least(1, shard_tokens=self.shard_tokens)
+        if self.shard_tokens > 10**9:
+            raise UserError(f"shard_tokens={self.shard_tokens}: use 1000000000 or fewer")
         at_least(0, num_workers=self.num_workers, max_shards=self.max_shards)
         at_least(0, max_tokens=self.max_tokens)
         if self.max_shards == 1:

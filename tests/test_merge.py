@@ -1,18 +1,20 @@
 """Many machines: shares of the files, and joining what the workers made."""
 
+import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from gpt2.config import UserError
 from gpt2.inspect_shards import verify
-from gpt2.merge import Worker, merge
-from gpt2.shards import read_manifest
+from gpt2.merge import Worker, begun_by_others, merge
+from gpt2.shards import find_shards, read_manifest
 from gpt2.sources import Part, Source
 
 from .conftest import ROOT, TINY, run_python
@@ -65,17 +67,17 @@ def source_of(sizes) -> Source:
 def test_shares_cover_all_files_once_and_in_order(sizes):
     source = source_of(sizes)
     for count in range(1, len(source.parts) + 1):
-        shares = [Worker(n, count).share(source).parts for n in range(1, count + 1)]
+        cuts = Worker(1, count).cuts([part.size_bytes for part in source.parts])
+        shares = [Worker(n, count).share(source, cuts).parts for n in range(1, count + 1)]
         assert all(shares)
         assert sum(shares, ()) == source.parts
 
 
 def test_shares_have_about_as_many_bytes():
     sizes = [(7 * i) % 23 + 10 for i in range(200)]
-    source = source_of(sizes)
-    for number in range(1, 9):
-        share = sum(part.size_bytes for part in Worker(number, 8).share(source).parts)
-        assert abs(share - sum(sizes) / 8) <= max(sizes)
+    for begin, end in pairwise(Worker(1, 8).cuts(sizes)):
+        assert abs(sum(sizes[begin:end]) - sum(sizes) / 8) <= max(sizes)
+    assert Worker(2, 2).cuts([10, 85_000, 85_000]) == [0, 2, 3]
 
 
 def test_fewer_files_than_workers(corpus, tmp_path):
@@ -308,6 +310,7 @@ def test_damaged_shard_is_not_joined(copy):
 
 KILL = """
 import os, sys
+from itertools import pairwise
 from pathlib import Path
 from gpt2 import merge, shards
 
@@ -343,3 +346,58 @@ def test_killed_again_and_again(workers, tmp_path):
     assert killed.returncode == 0
     assert kills == 1 + (len(list(whole.glob("*.bin"))) + 1) // 2
     assert content_of_files(copy) == content_of_files(whole)
+
+
+def test_a_damaged_file_of_one_worker_is_replaced(corpus, workers, tmp_path):
+    """The worker that had finished keeps its shards, and the cuts stay where they were."""
+    source = tmp_path / "corpus"
+    shutil.copytree(corpus, source)
+    victim = sorted(source.iterdir())[-1]
+    whole = victim.read_bytes()
+    broken = victim.with_name(victim.name + ".gz")
+    victim.unlink()
+    broken.write_bytes(gzip.compress(whole)[:-20])
+    out_dir = tmp_path / "out"
+    run(source, out_dir, shard_tokens=1500, worker="1/2")
+    with pytest.raises(UserError, match="put a whole copy in its place"):
+        run(source, out_dir, shard_tokens=1500, worker="2/2")
+    before = content(out_dir / "worker-1-of-2")
+    broken.write_bytes(gzip.compress(whole))
+    run(source, out_dir, shard_tokens=1500, worker="2/2")
+    run(source, out_dir, shard_tokens=1500, worker="1/2")
+    assert content(out_dir / "worker-1-of-2") == before
+    merge(out_dir)
+    run(source, tmp_path / "alone", shard_tokens=1500)
+    merged, alone = (
+        sum((tokens(folder, split) for split in ("val", "train")), [])
+        for folder in (out_dir, tmp_path / "alone")
+    )
+    assert merged == alone
+    assert read_manifest(out_dir)["files"] == read_manifest(tmp_path / "alone")["files"]
+
+
+def test_workers_take_what_the_first_has_settled(tmp_path):
+    """The commit of a branch that moves meanwhile, and the cuts."""
+    folder = Worker(1, 2).folder(tmp_path)
+    folder.mkdir(parents=True)
+    manifest = {"source": "hf:o/n", "revision": "c" * 40, "cuts": [0, 1, 3], "shards": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert begun_by_others(tmp_path, Worker(2, 2), "hf:o/n") == manifest
+    assert begun_by_others(tmp_path, Worker(2, 2), "hf:o/other") == {}
+    assert begun_by_others(tmp_path, Worker(), "hf:o/n") == {}
+
+
+def test_missing_shard_after_joining_says_what_to_do(copy, capsys):
+    merge(copy)
+    name = read_manifest(copy)["shards"][-1]["name"]
+    (copy / name).unlink()
+    capsys.readouterr()
+    assert verify(copy) == 1
+    assert f"{name}: missing; delete manifest.json, then run `gpt2 prepare --worker=" in (
+        capsys.readouterr().out
+    )
+
+
+def test_training_before_joining_says_so(workers):
+    with pytest.raises(UserError, match="join them: gpt2 shards merge"):
+        find_shards(workers, "train")

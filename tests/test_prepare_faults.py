@@ -1,6 +1,9 @@
 """kill -9 at random moments, fifty times, and damaged files: the same bytes in the end."""
 
+import gzip
 import hashlib
+import json
+import lzma
 import os
 import random
 import signal
@@ -140,7 +143,11 @@ def test_a_damaged_file_is_replaced_by_a_whole_copy(tmp_path, half_done, damage)
     victim.write_bytes(whole)
     assert run(source, out_dir) == 0
     assert content(out_dir) == content(tmp_path / "undisturbed")
-    assert all((out_dir / name).stat().st_mtime_ns == time for name, time in times.items())
+    earlier = [
+        s["name"] for s in manifest["shards"] if (s["next"]["part"], s["next"]["row"]) <= (1, 0)
+    ]
+    assert len(earlier) >= 5
+    assert all((out_dir / name).stat().st_mtime_ns == times[name] for name in earlier)
 
 
 def test_a_damaged_file_may_be_left_out(tmp_path, half_done):
@@ -173,4 +180,45 @@ def test_a_file_of_which_rows_are_used_must_stay(tmp_path):
     assert following["row"] > 0
     write_parquet(tmp_path / "source" / "1.parquet", make_texts(301))
     with pytest.raises(UserError, match=r"another 1\.parquet .*use another --out_dir="):
+        run(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", ["gz", "xz"])
+def test_a_truncated_archive_is_replaced_by_a_whole_one(tmp_path, monkeypatch, ending):
+    """Its shards are made again, since damage is noticed late; those before it stay."""
+    monkeypatch.setattr(workers, "BATCH_ROWS", 10)
+    lines = [json.dumps({"text": text}) for text in make_texts(900)]
+    source = tmp_path / "source"
+    source.mkdir()
+    write_parquet(source / "a.parquet", make_texts(300, seed=1))
+    compress = {"gz": gzip.compress, "xz": lzma.compress}[ending]
+    whole = compress("\n".join(lines).encode())
+    victim = source / f"b.jsonl.{ending}"
+    victim.write_bytes(whole)
+    run(source, tmp_path / "undisturbed")
+    victim.write_bytes(whole[: len(whole) * 9 // 10])
+    with pytest.raises(UserError, match=r"damaged .* it goes on from the shards made before this"):
+        run(source, tmp_path / "out")
+    first = tmp_path / "out" / read_manifest(tmp_path / "out")["shards"][0]["name"]
+    time = first.stat().st_mtime_ns
+    victim.write_bytes(whole)
+    assert run(source, tmp_path / "out") == 0
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    assert first.stat().st_mtime_ns == time
+
+
+def test_shards_that_are_made_again_do_not_stay(tmp_path):
+    write_parquet(tmp_path / "source" / "a.parquet", make_texts(600))
+    run(tmp_path / "source", tmp_path / "out", max_shards=8)
+    (tmp_path / "out" / read_manifest(tmp_path / "out")["shards"][1]["name"]).unlink()
+    run(tmp_path / "source", tmp_path / "out", max_shards=3)
+    names = [shard["name"] for shard in read_manifest(tmp_path / "out")["shards"]]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.bin")) == sorted(names)
+    assert len(names) == 3
+
+
+def test_a_text_column_of_another_type_is_named(tmp_path):
+    (tmp_path / "source").mkdir()
+    pq.write_table(pa.table({"text": [[1], [2]]}), tmp_path / "source" / "a.parquet")
+    with pytest.raises(UserError, match=r"column `text` is of type list.*; it must hold strings"):
         run(tmp_path / "source", tmp_path / "out")

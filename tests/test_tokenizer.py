@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gpt2 import tokenizer
 from gpt2.config import UserError
-from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from gpt2.tokenizer import END_OF_TEXT, FastTokenizer, Tokenizer, gpt2_tokenizer
 
 
 def encode_documents(texts):
@@ -280,3 +280,24 @@ def test_choice_of_the_tokenizer(monkeypatch):
     assert tokenizer.tokenizer_class("auto") is tokenizer.Tokenizer
     with pytest.raises(UserError, match=r"gigatoken: cannot be loaded .*use --tokenizer=tiktoken"):
         tokenizer.tokenizer_class("gigatoken")
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t \u2003", "\u3000"])
+@pytest.mark.parametrize("where", ["within", "at the end", "alone", "twice"])
+def test_white_space_longer_than_tiktoken_can_bear(space, where):
+    run = (space * 1_100_000)[:1_100_000]
+    text = {"within": f"a{run}b", "at the end": f"a.{run}", "alone": run,
+            "twice": f"a{run}1{run[:200_000]} c"}[where]  # fmt: skip
+    tokens, lengths = Tokenizer().encode_documents([text])
+    fast, _ = FastTokenizer().encode_documents([text])
+    assert np.array_equal(tokens, fast)
+    assert lengths.tolist() == [len(tokens)]
+    assert Tokenizer().encode(text) == tokens[1:].tolist()
+    assert Tokenizer().decode(tokens[1:].tolist()) == text
+
+
+@pytest.mark.parametrize("text", ["a{}b", "a{}", "{} b", "{}", "x{}\u3000y", "x\x1c{}'s"])
+def test_cutting_long_white_space_changes_no_token(text, monkeypatch):
+    whole = [Tokenizer().encode(text.format(s * 150_000)) for s in (" ", "\n", " \n")]
+    monkeypatch.setattr(tokenizer, "_without_long_space", lambda text: [text])
+    assert [Tokenizer().encode(text.format(s * 150_000)) for s in (" ", "\n", " \n")] == whole

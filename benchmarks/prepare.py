@@ -31,10 +31,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gpt2.shards import HEADER_BYTES
+from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
+
 ROOT = Path(__file__).parent.parent
 FAST, FALLBACK, LOOP = "gpt2 prepare, gigatoken", "gpt2 prepare, tiktoken", "plain loop, tiktoken"
 COLOURS = {FAST: "#0072B2", FALLBACK: "#56B4E9", LOOP: "#D55E00"}
-END_OF_TEXT = 50256
 ROW_GROUP = 1000  # rows, as in FineWeb-Edu's files
 
 
@@ -160,8 +162,6 @@ def documents(source: Path) -> Iterator[str]:
 
 def encode(text: str) -> np.ndarray:
     """uint16 tokens of a document behind an end-of-text token."""
-    from gpt2.tokenizer import gpt2_tokenizer
-
     tokens = np.array([END_OF_TEXT, *gpt2_tokenizer().encode(text)])
     assert (tokens >= 0).all()
     assert (tokens < 2**16).all()
@@ -204,7 +204,7 @@ def same_shards(scratch: Path) -> bool:
     for paths in ((scratch / FAST).glob("*.bin"), (scratch / LOOP).glob("*.npy")):
         digests.append(hashlib.sha256())
         for path in sorted(paths, key=lambda p: p.stem[-6:]):
-            skip = 1024 if path.suffix == ".bin" else 128  # the header
+            skip = HEADER_BYTES if path.suffix == ".bin" else 128  # bytes of header
             digests[-1].update(path.read_bytes()[skip:])
     return ours[0] == ours[1] and digests[0].digest() == digests[1].digest()
 

@@ -133,7 +133,7 @@ def measure(step: Step, options: argparse.Namespace) -> dict:
     seconds = []
     for _ in range(options.steps):
         began = time.perf_counter()
-        loss = step()  # its loss is a number on the CPU: the device has done most of the step
+        loss = step()  # its loss on the CPU: copied behind the optimizer, so the device is done
         seconds.append(time.perf_counter() - began)
     assert math.isfinite(loss), loss
     tokens = options.batch_size * options.block_size * options.grad_accum_steps
@@ -169,12 +169,10 @@ def show(rows: list[dict], options: argparse.Namespace):
     options.out_dir.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (options.out_dir / "throughput.jsonl").write_text(lines, encoding="utf-8")
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7, 0.8 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     bars = axes.barh([r["name"] for r in rows], [r["tokens_per_second"] / 1e3 for r in rows])
     axes.bar_label(bars, fmt="%.0fk" if options.device == "cuda" else "%.2fk", padding=3)
     axes.invert_yaxis()

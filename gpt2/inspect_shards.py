@@ -13,7 +13,17 @@ from tqdm import tqdm
 
 from .config import UserError
 from .report import say, warn
-from .shards import MANIFEST, REDO, SHARD_NAME, Shard, open_shard, read_manifest, redo, shard_paths
+from .shards import (
+    MANIFEST,
+    REDO,
+    SHARD_NAME,
+    Shard,
+    check_joined,
+    open_shard,
+    read_manifest,
+    redo,
+    shard_paths,
+)
 from .tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 PICTURE = "document_lengths.png"
@@ -205,8 +215,8 @@ def _open_folder(folder: Path) -> tuple[list[Path], dict | None]:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; make shards with `gpt2 prepare --out_dir={folder}`")
     paths, manifest = shard_paths(folder), read_manifest(folder)
-    if not paths and any(folder.glob("worker-*-of-*")):
-        raise UserError(f"{folder} holds folders of workers; join them: gpt2 shards merge {folder}")
+    if not paths:
+        check_joined(folder)
     if not paths and not (manifest and manifest["shards"]):
         raise UserError(
             f"{folder} holds no shards; make them with `gpt2 prepare --out_dir={folder}`"

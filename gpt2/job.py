@@ -17,10 +17,10 @@ from .plan import check_room, make_plan
 from .report import say
 from .shards import (
     MANIFEST,
-    SHARD_NAME,
     open_shard,
     read_manifest,
     redo,
+    shard_paths,
     write_manifest,
     write_shard,
 )
@@ -85,7 +85,7 @@ class Job:
             sha256 = write_shard(self.out_dir / name, tokens)
         entry = {"name": name, "split": split, "tokens": len(tokens), "documents": documents}
         self.shards.append(entry | {"sha256": sha256, "next": following and asdict(following)})
-        self.save([getattr(following, kind) for kind in ODD] if following else None)
+        self.save(following.odd if following else None)
         _announce(f"{name}: {len(tokens):,} tokens, {documents:,} documents")
 
 
@@ -117,7 +117,7 @@ def open_job(config: PrepareConfig) -> Job:
     if old:
         _check_same(old, manifest, out_dir)
         old["files"] = manifest["files"]
-    elif any(SHARD_NAME.fullmatch(path.name) for path in out_dir.glob("*.bin")):
+    elif shard_paths(out_dir):
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0} | {f"{kind}_rows": 0 for kind in ODD}
     manifest |= {"complete": False, "shards": []}
@@ -211,18 +211,18 @@ def _share(manifest: dict) -> slice:
     """Which of the source's files the shards of this folder are made of."""
     if "cuts" not in manifest:
         return slice(0, None)
-    number = Worker.parse(manifest["worker"]).number
-    return slice(*manifest["cuts"][number - 1 : number + 1])
+    return Worker.parse(manifest["worker"]).span(manifest["cuts"])
 
 
 def _files_used(manifest: dict) -> slice:
     """Which of the source's files the finished shards hold text of."""
-    first, end = _share(manifest).start, _share(manifest).stop
+    share = _share(manifest)
+    first = share.start
     if not manifest["shards"]:
         return slice(first, first)
     following = manifest["shards"][-1]["next"]
     if manifest["complete"] or following is None:  # None: a small source, which is cut as a whole
-        return slice(first, end)
+        return share
     begun = following["row"] > 0 or following["used"] > 0
     return slice(first, first + following["part"] + begun)
 

@@ -38,7 +38,7 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
     log_sum = peak + tl.log2(tl.sum(total * tl.exp2(top - peak), 0))
     wanted = tl.load(logits + tl.maximum(target, 0)).to(tl.float32) * LOG2_E
     tl.store(losses + row, tl.where(counts, (log_sum - wanted) / LOG2_E, 0.0))
-    # Second pass: softmax - one-hot. The row is still in the cache.
+    # Second pass: softmax - one-hot.
     if needs_grad:
         for start in range(0, padded, block):
             at = start + columns

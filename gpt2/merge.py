@@ -76,6 +76,10 @@ class Worker:
             cuts.append(min(max(nearest, cuts[-1] + 1), len(sizes) - (self.count - number)))
         return [*cuts, len(sizes)]
 
+    def span(self, cuts: list[int]) -> slice:
+        """Which files are this worker's."""
+        return slice(*cuts[self.number - 1 : self.number + 1])
+
     def share(self, source: Source, cuts: list[int]) -> Source:
         """The source with this worker's files only."""
         if cuts[-1] != len(source.parts):
@@ -83,7 +87,7 @@ class Worker:
                 f"--worker={self}: the source has {len(source.parts)} files, and {cuts[-1]} where "
                 "other workers began; use another --out_dir="
             )
-        return replace(source, parts=source.parts[cuts[self.number - 1] : cuts[self.number]])
+        return replace(source, parts=source.parts[self.span(cuts)])
 
 
 def begun_by_others(out_dir: Path, worker: Worker, source: str) -> dict:
@@ -154,7 +158,7 @@ def merge(out_dir: Path) -> int:
     merged["files"] = dict(
         item
         for worker, manifest in manifests.items()
-        for item in [*manifest["files"].items()][slice(*manifest["cuts"][worker.number - 1 :][:2])]
+        for item in [*manifest["files"].items()][worker.span(manifest["cuts"])]
     )
     write_manifest(out_dir, merged | {"shards": [entry for _, _, entry in moves]})
     say(

@@ -17,8 +17,6 @@ from .config import UserError
 from .shards import Shard
 from .tokenizer import END_OF_TEXT
 
-PIECE_TOKENS = 2**20  # read at a time when looking for documents
-
 
 class WindowOrder:
     """Where the n-th window of a dataset is, for n = 0, 1, 2, … without end.
@@ -129,10 +127,10 @@ def document_windows(shard: Shard, block_size: int) -> np.ndarray:
 
 def _documents(shard: Shard) -> np.ndarray:
     """Places of the end-of-text tokens, and 0: a shard may begin within a document."""
-    found = [np.zeros(1, dtype=np.int64)]
-    for first in range(0, shard.tokens, PIECE_TOKENS):
-        piece = shard.read(first, min(PIECE_TOKENS, shard.tokens - first))
-        found.append(first + np.flatnonzero(piece == END_OF_TEXT))
+    found, first = [np.zeros(1, dtype=np.int64)], 0
+    for chunk in shard.chunks():
+        found.append(first + np.flatnonzero(chunk == END_OF_TEXT))
+        first += len(chunk)
     return np.unique(np.concatenate(found))
 
 

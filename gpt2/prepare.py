@@ -18,7 +18,7 @@ from .plan import forecast, limit_name, limit_text
 from .report import say
 from .tokenizer import Tokenizer, tokenizer_class
 from .tool_config import PrepareConfig
-from .workers import ODD, Batch, Position, encode_rows
+from .workers import Batch, Position, encode_rows
 
 VAL_EVERY = 20  # a small source gives every 20th document, 5 %, to validation
 LEAST_TOKENS = 64
@@ -98,7 +98,7 @@ class _Cutter:
         self._held: list[tuple[np.ndarray, Position]] = []
         self._lengths: list[np.ndarray] = []  # of all documents, while the source may be small
         self._used = self.start.used
-        self._odd = np.array([getattr(self.start, kind) for kind in ODD])  # rows of each kind
+        self._odd = np.array(self.start.odd)  # rows of each kind
 
     def add(self, batch: Batch, tokens: np.ndarray, lengths: np.ndarray):
         """Takes the next rows; (tokens, lengths) as in `Encoded`."""

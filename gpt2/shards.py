@@ -129,14 +129,17 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
         )
     paths = [p for p in shard_paths(folder) if SHARD_NAME.fullmatch(p.name)["split"] == split]
     if not paths:
-        if any(folder.glob("worker-*-of-*")):
-            raise UserError(
-                f"{folder} holds folders of workers; join them: gpt2 shards merge {folder}"
-            )
+        check_joined(folder)
         raise UserError(
             f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
         )
     return [open_shard(path) for path in paths]
+
+
+def check_joined(folder: Path):
+    """Raises UserError for a folder whose shards are still in the folders of several workers."""
+    if any(folder.glob("worker-*-of-*")):
+        raise UserError(f"{folder} holds folders of workers; join them: gpt2 shards merge {folder}")
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from .config import GPT2_VOCAB_SIZE, UserError
 
-END_OF_TEXT = 50256
+END_OF_TEXT, END_OF_TEXT_NAME = 50256, "<|endoftext|>"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # What separates words before merging; equal to the pattern of the GPT-2 release, but faster
@@ -56,7 +56,7 @@ class Tokenizer:
             explicit_n_vocab=self.vocab_size,
             pat_str=PATTERN,
             mergeable_ranks=_ranks(_folder_of_merges()),
-            special_tokens={"<|endoftext|>": END_OF_TEXT},
+            special_tokens={END_OF_TEXT_NAME: END_OF_TEXT},
         )
 
     def encode(self, text: str) -> list[int]:
@@ -74,15 +74,14 @@ class Tokenizer:
         eot = np.array([END_OF_TEXT], dtype=np.uint16)
         for text in texts:
             try:  # makes no Python list: 1.5 × as fast as encode_ordinary
-                pieces_of_text = [
-                    self._encoding.encode_to_numpy(piece, disallowed_special=())
-                    for piece in _without_long_space(text)
+                parts = [
+                    self._encoding.encode_to_numpy(part, disallowed_special=())
+                    for part in _without_long_space(text)
                 ]
-                ids = np.concatenate(pieces_of_text)
             except UnicodeEncodeError:  # a lone surrogate, which only encode repairs
-                ids = np.array(self.encode(text))
-            pieces += [eot, ids.astype(np.uint16)]
-            lengths.append(len(ids) + 1)
+                parts = [np.array(self.encode(text))]
+            pieces += [eot, *(ids.astype(np.uint16) for ids in parts)]
+            lengths.append(1 + sum(map(len, parts)))
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
         return tokens, np.array(lengths, dtype=np.int64)
 

@@ -16,11 +16,10 @@ import numpy as np
 from .config import UserError
 from .readers import Repaired
 from .sources import Source
-from .tokenizer import FastTokenizer, tokenizer_class
+from .tokenizer import END_OF_TEXT_NAME, FastTokenizer, tokenizer_class
 
 BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # what a worker is given at once
 MOST_WORKERS = 16  # by default: one thread reads, and cannot feed more
-LITERAL = "<|endoftext|>"
 ODD = ("skipped", "repaired", "literal")  # rows that are counted
 CHECK_EVERY = 1000  # documents of which one is compared with tiktoken
 
@@ -38,6 +37,11 @@ class Position:
     repaired: int = 0  # rows with something that UTF-8 cannot hold
     literal: int = 0  # rows in which `<|endoftext|>` is text
 
+    @property
+    def odd(self) -> list[int]:
+        """Numbers of rows of the kinds in `ODD`."""
+        return [getattr(self, kind) for kind in ODD]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,7 +54,7 @@ class Batch:
     def odd(self) -> np.ndarray:
         """(rows, 3) bool: which rows a `Position` counts as skipped, repaired and literal."""
         return np.array([
-            (text is None, isinstance(text, Repaired), text is not None and LITERAL in text)
+            (text is None, isinstance(text, Repaired), END_OF_TEXT_NAME in (text or ""))
             for text in self.texts
         ])  # fmt: skip
 

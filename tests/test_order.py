@@ -99,7 +99,7 @@ def test_documents_across_pieces_are_found(tmp_path, monkeypatch):
     shard = shard_of(tmp_path, [50, 1, 1, 49, 3, 200])
     whole = document_windows(shard, 20).tolist()
     for piece in (1, 7, 50, 51):
-        monkeypatch.setattr("gpt2.order.PIECE_TOKENS", piece)
+        monkeypatch.setattr("gpt2.shards.CHUNK_TOKENS", piece)
         assert document_windows(shard, 20).tolist() == whole
 
 

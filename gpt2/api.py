@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import checkpoint, generate
 from .config import SIZES, GPT2Config, UserError
+from .devices import choose_device
 from .model import GPT
-from .runtime import choose_device
 from .tokenizer import gpt2_tokenizer
 
 Prompt = str | Sequence[int] | Tensor

@@ -154,7 +154,7 @@ def demo(argv: list[str]) -> int:
     """
     config = parse(TrainConfig, argv, "gpt2 demo")  # a mistake is found before the work begins
     out_dir = config.output.out_dir if config.output.out_dir != "out" else "out/demo"
-    from .runtime import choose_device
+    from .devices import choose_device
     from .shards import read_manifest
 
     device = choose_device("auto").type

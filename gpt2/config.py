@@ -177,6 +177,11 @@ class SystemOptions:
         "auto", "precision of the matrix products", ("auto", "float32", "bfloat16", "float16")
     )
     compile_model: str = option("auto", "torch.compile", ("auto", "True", "False"))
+    fp8: str = option(
+        "none",
+        "head: its products in fp8, on GPUs that have it (H100, RTX 4090, …)",
+        ("none", "head"),
+    )
     seed: int = option(1337, "seed of the weights, the order of the data and dropout")
 
 

@@ -3,21 +3,25 @@
 Each is tested against its plain form in `ops` (`pytest -m gpu`).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+FP8_MAX = 448.0  # of e4m3
+GRADIENT_SCALE = 14  # gradients of logits are stored as e5m2 times 2^14: 2^-30 … 3.5
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x · log2 e); GPUs have 2^x in hardware
 BLOCK, WARPS = 2048, 4  # columns at a time, and warps per row: the fastest on an H200
 
 
 @triton.jit
 def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
-    logits, targets, losses, vocab: tl.constexpr, padded: tl.constexpr, needs_grad: tl.constexpr,
-    block: tl.constexpr,
+    logits, targets, losses, log_sums, vocab: tl.constexpr, padded: tl.constexpr,
+    needs_grad: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: its loss, and in place of its logits their gradient."""
+    """One program per row: its loss, log2 Σ e^x, and in place of its logits their gradient."""
     row = tl.program_id(0).to(tl.int64)  # row · padded does not fit into 32 bits
     logits += row * padded
     target = tl.load(targets + row)
@@ -38,6 +42,7 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
     log_sum = peak + tl.log2(tl.sum(total * tl.exp2(top - peak), 0))
     wanted = tl.load(logits + tl.maximum(target, 0)).to(tl.float32) * LOG2_E
     tl.store(losses + row, tl.where(counts, (log_sum - wanted) / LOG2_E, 0.0))
+    tl.store(log_sums + row, log_sum)
     # Second pass: softmax - one-hot.
     if needs_grad:
         for start in range(0, padded, block):
@@ -59,9 +64,94 @@ def cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool
         logits: (N, P) contiguous, of which the first `vocab` columns count.
         targets: (N,) int64, negative where nothing is predicted.
     """
+    return _launch_cross_entropy(logits, targets, vocab, needs_grad)[0]
+
+
+def _launch_cross_entropy(
+    logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
     rows, padded = logits.shape
-    losses = torch.empty(rows, device=logits.device, dtype=torch.float32)
+    losses, log_sums = torch.empty(2, rows, device=logits.device, dtype=torch.float32)
     _cross_entropy[(rows,)](
-        logits, targets, losses, vocab, padded, needs_grad, BLOCK, num_warps=WARPS
+        logits, targets, losses, log_sums, vocab, padded, needs_grad, BLOCK, num_warps=WARPS
     )
-    return losses.sum()
+    return losses.sum(), log_sums
+
+
+def cross_entropy_fp8(logits: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the cross-entropies; its gradient times 2^`GRADIENT_SCALE` in e5m2, twice.
+
+    Tensor cores take fp8 only with the summed dimension contiguous, and of the two products that
+    follow one sums over columns and one over rows: the second needs it transposed.
+
+    Args:
+        logits: (N, P) contiguous, N a multiple of 64 and P of 128.
+        targets: (N,) int64, negative where nothing is predicted.
+        vocab: the columns that count.
+
+    Returns:
+        (), (N, P), (P, N).
+    """
+    rows, padded = logits.shape
+    loss, log_sums = _launch_cross_entropy(logits, targets, vocab, needs_grad=False)
+    gradient = logits.new_empty(rows, padded, dtype=torch.float8_e5m2)
+    transposed = logits.new_empty(padded, rows, dtype=torch.float8_e5m2)
+    grid = (rows // 64 * (padded // 128),)
+    _gradient_fp8[grid](
+        logits, targets, log_sums, gradient, transposed, rows, vocab, padded, GRADIENT_SCALE,
+        64, 128, num_warps=4,
+    )  # fmt: skip
+    return loss, gradient, transposed
+
+
+@triton.jit
+def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
+    logits, targets, log_sums, gradient, transposed, rows, vocab: tl.constexpr,
+    padded: tl.constexpr, scale: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of (tall, wide)."""
+    tiles = rows // tall
+    row = (tl.program_id(0) % tiles) * tall + tl.arange(0, tall)
+    column = (tl.program_id(0) // tiles) * wide + tl.arange(0, wide)
+    at = row.to(tl.int64)[:, None] * padded + column[None, :]
+    x = tl.load(logits + at).to(tl.float32) * LOG2_E
+    target = tl.load(targets + row)
+    value = tl.exp2(x - tl.load(log_sums + row)[:, None] + scale)
+    value = tl.where(column[None, :] < vocab, value, 0.0)
+    value -= tl.where(column[None, :] == target[:, None], 2.0**scale, 0.0)
+    value = tl.where(target[:, None] >= 0, value, 0.0).to(tl.float8e5)
+    tl.store(gradient + at, value)
+    at = column.to(tl.int64)[:, None] * rows + row[None, :]
+    tl.store(transposed + at, tl.trans(value))
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x / scale in e4m3, the same transposed, scale), such that the largest number becomes 448.
+
+    Args:
+        x: (N, C) contiguous.
+
+    Returns:
+        (N, C), (C, N), () float32.
+    """
+    rows, columns = x.shape
+    scale = (torch.linalg.vector_norm(x, math.inf).float() / FP8_MAX).clamp(min=1e-12)
+    out = x.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
+    transposed = x.new_empty(columns, rows, dtype=torch.float8_e4m3fn)
+    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))
+    _quantize[grid](x, scale, out, transposed, rows, columns, 64, num_warps=4)
+    return out, transposed, scale
+
+
+@triton.jit
+def _quantize(x, scale, out, transposed, rows, columns, side: tl.constexpr):  # noqa: PLR0917
+    """One program per square of (side, side)."""
+    row = tl.program_id(0) * side + tl.arange(0, side)
+    column = tl.program_id(1) * side + tl.arange(0, side)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / tl.load(scale)
+    value = tl.clamp(value, -448.0, 448.0).to(tl.float8e4nv)  # the quotient may round upwards
+    tl.store(out + at, value, mask=inside)
+    at = column.to(tl.int64)[:, None] * rows + row[None, :]
+    tl.store(transposed + at, tl.trans(value), mask=tl.trans(inside))

@@ -35,7 +35,14 @@ def log_evaluation(
         report.say(line + each)
 
 
-def log_step(values: dict, state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog):
+def log_step(  # noqa: PLR0917
+    step: int,
+    values: dict,
+    state: TrainState,
+    config: TrainConfig,
+    rt: Runtime,
+    log: report.RunLog,
+):
     """The same for a training step, with the rate since the last line."""
     rate, state.seconds = state.clock.lap()
     peak = report.peak_flops(rt.device_name, str(rt.dtype).removeprefix("torch."))
@@ -44,13 +51,12 @@ def log_step(values: dict, state: TrainState, config: TrainConfig, rt: Runtime, 
         "tokens_per_second": rate,
         "mfu": achieved / (peak * rt.world_size) if peak else None,
         "seconds": state.seconds,
-        "tokens": state.tokens,
     }
-    log.record(state.step, **values)
+    log.record(step, **values)
     if rt.is_main:
         steps = config.optim.max_steps
-        left = state.clock.seconds_left((steps - state.step) * state.plan.tokens_per_step)
-        line = {"step": state.step} | values
+        left = state.clock.seconds_left((steps - step) * state.plan.tokens_per_step)
+        line = {"step": step} | values
         report.say(report.console_line(line, max_steps=steps, seconds_left=left))
 
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GPT2Config
-from .ops import causal_attention, gelu, head_logits, head_loss, to_residual_stream
+from .ops import causal_attention, head_logits, head_loss, to_residual_stream
+from .products import add_linear, add_mlp, qkv
 
 INIT_STD = 0.02
 
@@ -44,7 +45,7 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which no position sees a later one."""
+    """Multi-head attention in which no position sees a later one; adds to the residual stream."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -54,22 +55,22 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, residual: Tensor, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C) and (B, T, C), to which the heads attend -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-            for part in self.c_attn(x).split(C, dim=2)
+            for part in qkv(x, self.c_attn)
         )
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, S, D)
-        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        dropout = self.dropout if self.training else 0.0
+        y = causal_attention(q, k, v, dropout)
+        return add_linear(residual, y.transpose(1, 2).reshape(B, T, C), self.c_proj, dropout)
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide in between, with the tanh form of GELU."""
+    """Two layers, four times as wide in between, with the tanh form of GELU; adds to the stream."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -77,10 +78,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = self.c_proj(gelu(self.c_fc(x)))
-        return F.dropout(x, self.dropout, self.training)
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        """(B, T, C) and (B, T, C), which the layers transform -> (B, T, C)."""
+        dropout = self.dropout if self.training else 0.0
+        return add_mlp(residual, x, self.c_fc, self.c_proj, dropout)
 
 
 class Block(nn.Module):
@@ -95,8 +96,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(x, self.ln_1(x), cache)
+        return self.mlp(x, self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -105,6 +106,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
+        self.fp8_head = False  # in training, see `ops.head_loss`
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -150,7 +152,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         weight, padded_rows = self.transformer.wte.weight, self.config.padded_vocab_size
-        return head_loss(hidden.flatten(0, 1), weight, targets.flatten(), padded_rows, reduction)
+        fp8 = self.fp8_head and self.training
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        return head_loss(hidden, weight, targets, padded_rows, reduction, fp8)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C), the output of the last LayerNorm."""

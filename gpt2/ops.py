@@ -26,8 +26,13 @@ def head_logits(x: Tensor, weight: Tensor, padded_rows: int) -> Tensor:
     return F.linear(x, padded)[..., :rows]
 
 
-def head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, reduction: str
+def head_loss(  # noqa: PLR0917
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    padded_rows: int,
+    reduction: str,
+    fp8: bool = False,
 ) -> Tensor:
     """Cross-entropy of the tied head in nats, computed in float32 over the V real ids.
 
@@ -40,6 +45,7 @@ def head_loss(
         targets: (N,) int64; `IGNORE` where nothing is predicted.
         padded_rows: P, see `head_logits`.
         reduction: "sum", "mean" over the targets that count, or "none" for (N,).
+        fp8: three products in fp8 (Micikevicius et al. 2022) where gradients are wanted, on a GPU.
     """
     if reduction == "none":
         return head_loss_reference(x, weight, targets, padded_rows, reduction)
@@ -47,7 +53,8 @@ def head_loss(
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss = _HeadLoss.apply(x, weight, targets, padded_rows, needs_grad)
+    fp8 = fp8 and needs_grad and x.is_cuda
+    loss = _HeadLoss.apply(x, weight, targets, padded_rows, needs_grad, fp8)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
 
@@ -68,10 +75,16 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd calls it by position
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        padded_rows: int,
+        needs_grad: bool,
+        fp8: bool,
     ) -> Tensor:
         loss, grad_x, grad_weight = _head_loss_and_gradients(
-            x, weight, targets, padded_rows, needs_grad
+            x, weight, targets, padded_rows, needs_grad, fp8
         )
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
@@ -79,12 +92,12 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return (grad_x * upstream).to(grad_x.dtype), grad_weight * upstream, None, None, None
+        return (grad_x * upstream).to(grad_x.dtype), grad_weight * upstream, None, None, None, None
 
 
 @torch.library.custom_op("gpt2::head_loss_and_gradients", mutates_args=())
-def _head_loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool
+def _head_loss_and_gradients(  # noqa: PLR0917
+    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool, fp8: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of x, gradient of weight); the gradients are empty without needs_grad.
 
@@ -93,12 +106,15 @@ def _head_loss_and_gradients(
     (n, width), rows, dtype = x.shape, weight.shape[0], x.dtype
     exact = torch.promote_types(dtype, torch.float32)
     head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
+    if fp8:
+        total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows)
+        return total, grad_x, grad_head[:rows].to(weight.dtype)
     grad_x = torch.empty_like(x) if needs_grad else x.new_empty(0)
     grad_head = torch.zeros_like(head, dtype=exact) if needs_grad else x.new_empty(0)
     total = torch.zeros((), dtype=exact, device=x.device)
     # On a CPU a chunk's logits are as large as the gradient that it adds to; a GPU needs larger
     # products to be busy, and never holds more than a quarter of a large batch's logits.
-    chunk = max(2048, n // 4) if x.is_cuda else width
+    chunk = _rows_at_once(n) if x.is_cuda else width
     for start in range(0, n, chunk):
         part, target = x[start : start + chunk], targets[start : start + chunk]
         loss, grad = _loss_and_gradient_of_logits(part @ head.t(), target, rows, needs_grad)
@@ -109,8 +125,48 @@ def _head_loss_and_gradients(
     return total, grad_x, grad_head[:rows].to(weight.dtype)
 
 
+def _rows_at_once(n: int) -> int:
+    """A quarter of a large batch, a multiple of 128."""
+    return max(2048, math.ceil(n / 512) * 128)
+
+
+def _head_in_fp8(
+    x: Tensor, head: Tensor, targets: Tensor, vocab: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with products of e4m3 by e4m3 and, for the gradients, e5m2 by e4m3.
+
+    Sums of gradients are long, so that their products do without the fast, short accumulator.
+    """
+    from .kernels import GRADIENT_SCALE, cross_entropy_fp8, quantize
+
+    n = x.shape[0]
+    fill = -n % 64  # tiles are 64 rows tall
+    x, targets = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE)
+    x8, x8_t, x_scale = quantize(x)
+    head8, head8_t, head_scale = quantize(head)
+    grad_scale = torch.full((), 2.0**-GRADIENT_SCALE, device=x.device)
+    grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+    total = torch.zeros((), device=x.device)
+    for start in range(0, n + fill, _rows_at_once(n)):
+        rows = slice(start, start + _rows_at_once(n))
+        logits = torch._scaled_mm(
+            x8[rows], head8.t(), x_scale, head_scale, out_dtype=x.dtype, use_fast_accum=True
+        )
+        loss, grad, grad_t = cross_entropy_fp8(logits, targets[rows], vocab)
+        total += loss
+        grad_x[rows] = torch._scaled_mm(
+            grad, head8_t.t(), grad_scale, head_scale, out_dtype=x.dtype
+        )
+        grad_head += torch._scaled_mm(
+            grad_t, x8_t[:, rows].t(), grad_scale, x_scale, out_dtype=torch.float32
+        )
+    return total, grad_x[:n], grad_head
+
+
 @_head_loss_and_gradients.register_fake
-def _(x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool):
+def _(  # noqa: PLR0917
+    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool, fp8: bool
+):
     exact = torch.promote_types(x.dtype, torch.float32)
     grads = (torch.empty_like(x), torch.empty_like(weight))
     if not needs_grad:

@@ -9,7 +9,6 @@ import ctypes
 import datetime
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import SystemOptions, UserError
+from .devices import choose_device, choose_dtype, describe
 
 START_TIMEOUT = datetime.timedelta(minutes=30)  # the first step may compile for minutes
 
@@ -95,6 +95,26 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that are launched before the numbers of an earlier one are waited for."""
+        return int(self.device.type == "cuda")
+
+    def read_later(self, numbers: Tensor) -> Callable[[], list[float]]:
+        """Starts to copy numbers from the device; the result waits for them and nothing behind."""
+        if self.device.type != "cuda":
+            return numbers.tolist
+        copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        copy.copy_(numbers, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)
+        copied.record()
+
+        def read() -> list[float]:
+            copied.synchronize()
+            return copy.tolist()
+
+        return read
+
     def stop_flag(self) -> Tensor:
         """1 when a signal has asked this rank to stop, else 0, on the device."""
         return torch.full((), float(bool(self.stop_signal)), device=self.device)
@@ -145,7 +165,7 @@ def start(options: SystemOptions) -> Iterator[Runtime]:
     device = choose_device(options.device, local_rank)
     dtype, reason = choose_dtype(options.dtype, device)
     rt = Runtime(device, dtype, rank, world_size)
-    rt.notes.append(f"device {_describe(device)}, dtype {str(dtype)[6:]}: {reason}")
+    rt.notes.append(f"device {describe(device)}, dtype {str(dtype)[6:]}: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 products on tensor cores
@@ -187,110 +207,6 @@ def seed(number: int):
     """Seeds every generator alike, so that all ranks make the same weights."""
     random.seed(number)
     torch.manual_seed(number)
-
-
-def choose_device(requested: str, local_rank: int = 0) -> torch.device:
-    """The device for a request of "auto", "cpu", "cuda", "cuda:1" or "mps".
-
-    Raises:
-        UserError: when that device is not there.
-    """
-    if requested == "auto":
-        if torch.cuda.is_available():
-            requested = "cuda"
-        else:
-            requested = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(requested)
-    except RuntimeError:
-        raise UserError(f"device={requested}: use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        index = local_rank if device.index is None else device.index
-        if index >= count:
-            raise UserError(
-                f"device={requested}: GPU number {index} is not there, this machine shows {count}; "
-                "use --device=cpu, or fewer processes"
-            )
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: this machine has no Apple GPU; use --device=cpu")
-    if device.type not in ("cpu", "mps"):
-        raise UserError(f"device={requested}: use auto, cpu, cuda, cuda:1 or mps")
-    return device
-
-
-def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The precision of matrix products, and why.
-
-    bf16 only where the hardware has it: torch says that a T4 supports bf16, but emulates it slowly,
-    so emulation is not asked for. fp16 needs the GradScaler that `Runtime.grad_scaler` gives.
-
-    Raises:
-        UserError: float16 on an Apple GPU.
-    """
-    if requested == "float16" and device.type == "mps":
-        raise UserError(
-            "dtype=float16 needs loss scaling, which mps lacks; use float32 or bfloat16"
-        )
-    if requested == "float32" and device.type == "cuda":
-        return torch.float32, "as asked (products in TF32 where the GPU has it)"
-    if requested != "auto":
-        return getattr(torch, requested), "as asked"
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                return torch.bfloat16, "this GPU has bf16 units"
-        return torch.float16, "this GPU has no bf16 units; fp16 with loss scaling"
-    if device.type == "cpu" and cpu_has_fast_bfloat16():
-        return torch.bfloat16, "this CPU has bf16 instructions"
-    return torch.float32, f"no fast bf16 on this {device.type}"
-
-
-def cpu_has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-
-
-def choose_compile(requested: str, device: torch.device) -> tuple[bool, str]:
-    """Whether to use torch.compile, and why; never an error.
-
-    Asks what can be asked cheaply, then compiles one tiny function: that finds a missing
-    compiler, an old GPU and a broken installation before the model does.
-    """
-    if requested == "False":
-        return False, "as asked"
-    if requested == "auto" and device.type != "cuda":
-        return False, f"on a {device.type} it takes half a minute and gains little"
-    problem = _compile_problem(device)
-    if problem:
-        return False, f"{problem}; going on without"
-    return True, "as asked" if requested == "True" else "faster on this GPU"
-
-
-def _compile_problem(device: torch.device) -> str:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return "torch.compile needs a GPU of compute capability 7.0 or newer"
-    if sys.platform != "win32" and not any(map(shutil.which, ("cc", "gcc", "clang", "g++"))):
-        return "torch.compile needs a C compiler (install gcc)"
-    try:
-        trial = torch.compile(lambda x: x * 2 + 1)
-        trial(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001 - whatever is broken, training must go on without
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"torch.compile does not work here ({first_line[:150]})"
-    return ""
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return f"{device} ({torch.cuda.get_device_name(device)}, {total / 2**30:.0f} GiB)"
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
-    return str(device)
 
 
 @contextlib.contextmanager

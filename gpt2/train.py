@@ -7,11 +7,14 @@ ranks and which precision is the business of `runtime.py`; what a checkpoint hol
 
 import math
 import signal
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import flags, report, runtime
+from . import devices, flags, report, runtime
 from .checkpoint import Resumed
 from .config import TrainConfig, UserError, flatten, plan_batch
 from .data import Batch, TrainLoader, eval_batches
@@ -68,15 +71,15 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
     resumed_at, max_steps = state.step, config.optim.max_steps
     state.clock.start(state.seconds)
+    launched: deque[Launched] = deque()
     while not between_steps(state, config, rt, log, resumed_at):
         try:
-            values = train_step(state, config, rt)
+            launched.append(train_step(state, config, rt))
         except torch.OutOfMemoryError:
             raise UserError(out_of_memory(state.plan)) from None
-        if state.step == 1:
-            check_first_loss(values["loss"], state, rt)
-        if due(state.step, config.output.log_every) or state.step == max_steps or state.stop:
-            log_step(values, state, config, rt, log)
+        # A GPU that had to wait for each step's loss to be read would idle 4 % of the time.
+        while launched and (len(launched) > rt.steps_ahead or stands_still(state, config)):
+            note_step(launched.popleft(), state, config, rt, log)
     if rt.is_main:
         if out_of_patience(state, config):
             report.say(f"no gain in {state.evals_without_gain} evaluations: stopping early")
@@ -89,7 +92,7 @@ def between_steps(
 ) -> bool:
     """Saves, evaluates and exports where that is due; True when the run is at its end."""
     last = state.step >= config.optim.max_steps
-    ends = last or state.stop or out_of_patience(state, config)
+    ends = is_over(state, config)
     save_due = ends or due(state.step, config.output.save_every)
     eval_due = last or due(state.step, config.eval.eval_every)
     with state.clock.pause():
@@ -109,13 +112,34 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
+def is_over(state: TrainState, config: TrainConfig) -> bool:
+    """Whether no step follows."""
+    return state.step >= config.optim.max_steps or state.stop or out_of_patience(state, config)
+
+
+def stands_still(state: TrainState, config: TrainConfig) -> bool:
+    """Whether something is due between the last step and the next, which needs all numbers."""
+    every = (config.output.save_every, config.eval.eval_every)
+    return is_over(state, config) or any(due(state.step, n) for n in every)
+
+
 def out_of_patience(state: TrainState, config: TrainConfig) -> bool:
     """Whether so many evaluations brought no gain that it is time to stop."""
     return 0 < config.eval.early_stop_evals <= state.evals_without_gain
 
 
-def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str, float]:
-    """One optimizer step over all micro-batches of all ranks.
+@dataclass
+class Launched:
+    """A step that the device may still be working on."""
+
+    step: int
+    lr: float
+    tokens: int  # trained on so far, this step included
+    read: Callable[[], list[float]]  # waits; mean loss in nats, norm of the gradient, stops
+
+
+def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
+    """One optimizer step over all micro-batches of all ranks; does not wait for the device.
 
     The loss is the sum over the step's valid tokens divided by their number over all ranks, so its
     gradient does not depend on how the step is cut into micro-batches and ranks.
@@ -135,17 +159,29 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> dict[str,
     state.scaler.unscale_(state.optimizer)
     limit = config.optim.grad_clip or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    # one message for all that ranks must agree on, and one wait for the device, which meanwhile
-    # changes the weights
+    # one message for all that ranks must agree on, copied while the weights change
     parts = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
     parts = rt.all_sum(torch.stack(parts))
+    read = rt.read_later(parts)
     _update(state, skip=~parts[1].isfinite())
-    mean_loss, norm, stops = parts.tolist()
-    _count_skipped(state, math.isfinite(norm))
     state.step += 1
-    state.stop = stops > 0
+    return Launched(state.step, lr, state.tokens, read)
+
+
+def note_step(
+    launched: Launched, state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
+):
+    """Waits for a step's numbers, acts on them and logs them."""
+    loss, norm, stops = launched.read()
+    _count_skipped(state, launched.step, math.isfinite(norm))
+    state.stop = state.stop or stops > 0
     state.clock.step(state.plan.tokens_per_step)
-    return {"loss": mean_loss, "lr": lr, "grad_norm": norm}
+    if launched.step == 1:
+        check_first_loss(loss, state, rt)
+    last = launched.step == config.optim.max_steps or state.stop
+    if due(launched.step, config.output.log_every) or last:
+        values = {"loss": loss, "lr": launched.lr, "grad_norm": norm, "tokens": launched.tokens}
+        log_step(launched.step, values, state, config, rt, log)
 
 
 def next_batches(state: TrainState, rt: Runtime) -> list[Batch]:
@@ -167,12 +203,12 @@ def _update(state: TrainState, skip: Tensor):
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def _count_skipped(state: TrainState, finite: bool):
+def _count_skipped(state: TrainState, step: int, finite: bool):
     state.skipped = 0 if finite else state.skipped + 1
     if state.skipped >= MAX_SKIPPED_STEPS:
         raise UserError(
             f"the gradient was NaN or infinite in {state.skipped} steps in a row, up to step "
-            f"{state.step + 1}; the checkpoints are untouched: continue with a lower "
+            f"{step}; the checkpoints are untouched: continue with a lower "
             "--learning_rate, or with --dtype=float32"
         )
 
@@ -184,7 +220,8 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     datasets, mixture = order_data(config, rt, resumed)
     check_names(config.output.log_to)
     model = GPT(shape).to(rt.device)  # made on the CPU: the same weights on every device
-    compiled, reason = runtime.choose_compile(config.system.compile_model, rt.device)
+    model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
+    compiled, reason = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         model.compile()  # in place: names in the state dict stay as they are
     rt.notes.append(f"compile_model {compiled}: {reason}")

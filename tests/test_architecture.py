@@ -13,9 +13,9 @@ from gpt2.tool_config import PrepareConfig, SampleConfig, ShowConfig
 from .conftest import ROOT, run_python
 
 FLOORS = {
-    0: "config tool_config flags model ops kernels tokenizer shards sources readers hub downloads "
-    "lock",
-    1: "runtime data datasets order optim hf sinks workers plan",
+    0: "config tool_config flags model ops products kernels cublaslt tokenizer shards sources "
+    "readers hub downloads lock",
+    1: "devices runtime data datasets order optim hf sinks workers plan",
     2: "checkpoint evaluate generate report plot rundir inspect_shards merge job",
     3: "api state messages train prepare cli __main__",
 }

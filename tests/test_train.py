@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2 import checkpoint, report, runtime, train
+from gpt2 import checkpoint, devices, report, runtime, train
 from gpt2.config import BatchPlan, TrainConfig, UserError
 from gpt2.flags import parse
 from gpt2.messages import out_of_memory
@@ -487,8 +487,8 @@ def test_bf16_and_fp16_train_on_a_cpu(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_run_equals_the_plain_one(data_dir, tmp_path):
-    if runtime.choose_compile("True", torch.device("cpu"))[0] is False:
-        pytest.skip(runtime.choose_compile("True", torch.device("cpu"))[1])
+    if devices.choose_compile("True", torch.device("cpu"))[0] is False:
+        pytest.skip(devices.choose_compile("True", torch.device("cpu"))[1])
     for flag in ("True", "False"):
         out = tmp_path / flag
         train.run(config(data_dir, out, "--max_steps=4", f"--compile_model={flag}"))
@@ -523,3 +523,40 @@ def test_out_of_memory_is_one_line_of_advice(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
     with pytest.raises(UserError, match="use --batch_size=2 --grad_accum_steps=4"):
         train.run(config(data_dir, tmp_path))
+
+
+def test_reading_numbers_a_step_late_changes_nothing(data_dir, tmp_path, monkeypatch):
+    """As on a GPU: with saving, evaluating and early stopping between."""
+    arguments = ["--max_steps=9", "--save_every=4", "--eval_every=3", "--log_every=2"]
+    train.run(config(data_dir, tmp_path / "now", *arguments))
+    monkeypatch.setattr(runtime.Runtime, "steps_ahead", 2)
+    train.run(config(data_dir, tmp_path / "late", *arguments))
+    timing = {"seconds", "tokens_per_second", "mfu", "time"}
+
+    def lines(name):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+    assert lines("late") == lines("now")
+    for name, tensor in weights(tmp_path / "late" / "out_ckpt.pt").items():
+        assert torch.equal(tensor, weights(tmp_path / "now" / "out_ckpt.pt")[name])
+
+
+def test_signal_while_numbers_are_late_saves_the_last_step(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime.Runtime, "steps_ahead", 1)
+    step = train.train_step
+
+    def interrupted(state, config, rt):
+        if state.step == 3:
+            rt.stop_signal = signal.SIGTERM
+        return step(state, config, rt)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert train.run(config(data_dir, tmp_path, "--max_steps=9")) == 143
+    assert sorted(metrics(tmp_path)) == [1, 2, 3, 4, 5]  # the fifth had been launched
+    assert checkpoint.find_state(tmp_path, "auto")[0].step == 5
+
+
+def test_fp8_is_refused_where_it_cannot_be(data_dir, tmp_path):
+    with pytest.raises(UserError, match="fp8=head needs --dtype=bfloat16 and a GPU"):
+        train.run(config(data_dir, tmp_path, "--fp8=head", "--device=cpu"))

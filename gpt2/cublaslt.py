@@ -1,0 +1,182 @@
+"""Matrix products by cuBLASLt, which PyTorch brings along and of which it offers a part.
+
+Two things are won: GELU and its derivative inside of a product ("epilogues"), and the fastest of
+the algorithms that the library proposes, measured here instead of guessed there. The C interface is
+that of cublasLt.h (NVIDIA, "cuBLAS library", chapter "Using the cuBLASLt API"), called by ctypes.
+
+The library counts columns first: a row-major (M, N) tensor is to it a column-major N × M matrix.
+So out = a b is asked for as outᵀ = bᵀ aᵀ, without anything being moved.
+"""
+
+import ctypes
+import functools
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.bfloat16: 14, torch.float32: 0}  # cudaDataType
+COMPUTE_F32 = 68  # products of bf16 are summed up in float32
+TRANS_A, TRANS_B, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD = 3, 4, 7, 8, 11, 12  # attributes
+DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192  # epilogues
+WORKSPACE_BYTES = 32 << 20
+CANDIDATES, REPEATS = 16, 3  # algorithms to try once for each shape, and how often
+
+
+class _Candidate(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = (
+        ("algorithm", c_uint64 * 8),
+        ("workspace_bytes", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL, c_void_p] | None:
+    """The loaded library and a handle for it, or None where it is not to be had."""
+    try:
+        lt = ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}")
+    except OSError:
+        return None
+    handle = c_void_p()
+    return (lt, handle) if lt.cublasLtCreate(byref(handle)) == 0 else None
+
+
+@functools.cache
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    epilogue: int = DEFAULT,
+    bias: Tensor | None = None,
+    aux: Tensor | None = None,
+    add: Tensor | None = None,
+):
+    """out = epilogue(a b + add), with a and b transposed first if so asked.
+
+    Args:
+        a: (M, K), or (K, M) to be transposed; bf16 with contiguous rows, as all that follow.
+        b: (K, N), or (N, K) to be transposed.
+        out: (M, N), bf16 or float32.
+        transpose_a: whether a is given transposed.
+        transpose_b: whether b is given transposed.
+        epilogue: `BIAS` adds it; `GELU_AUX_BIAS` adds it, stores the sum in aux and takes its GELU
+            (the tanh form); `DGELU` multiplies by the derivative of GELU at aux.
+        bias: (N,) bf16.
+        aux: (M, N) bf16.
+        add: (M, N) like out.
+    """
+    key = (
+        *((t.shape, t.stride(0)) for t in (a, b, out)),
+        (out.dtype, out.device),
+        (transpose_a, transpose_b, epilogue, add is not None),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _Plan(a, b, out, transpose_a, transpose_b, epilogue)
+        plan.choose(a, b, torch.empty_like(out), bias, aux, add)
+        _plans[key] = plan
+    plan.run(plan.best, a, b, out, bias, aux, add)
+
+
+_plans: dict[tuple, "_Plan"] = {}
+
+
+class _Plan:
+    """A product of one shape: what the library is told, and the algorithm that was fastest."""
+
+    def __init__(self, a, b, out, transpose_a, transpose_b, epilogue):  # noqa: PLR0917
+        self.lt, self.handle = library()
+        self.description = c_void_p()
+        self._check(self.lt.cublasLtMatmulDescCreate(byref(self.description), COMPUTE_F32, 0))
+        self._set(TRANS_A, c_int32(transpose_b))
+        self._set(TRANS_B, c_int32(transpose_a))
+        self._set(EPILOGUE, c_uint32(epilogue))
+        anywhere = c_void_p(out.data_ptr())  # proposals ask for pointers, and do not look there
+        if epilogue in (BIAS, GELU_AUX_BIAS):
+            self._set(BIAS_POINTER, anywhere)
+        if epilogue in (GELU_AUX_BIAS, DGELU):
+            self._set(AUX_POINTER, anywhere)
+            self._set(AUX_LD, c_int64(out.stride(0)))
+        self.layouts = [self._layout(t) for t in (b, a, out)]
+        self.candidates = self._propose()
+        self.best = self.candidates[0]
+
+    def _check(self, status: int):
+        assert status == 0, f"cuBLASLt: status {status}"
+
+    def _set(self, attribute: int, value):
+        size = c_size_t(ctypes.sizeof(value))
+        setter = self.lt.cublasLtMatmulDescSetAttribute
+        self._check(setter(self.description, c_int(attribute), byref(value), size))
+
+    def _layout(self, t: Tensor) -> c_void_p:
+        layout, (rows, columns) = c_void_p(), t.shape
+        create = self.lt.cublasLtMatrixLayoutCreate
+        sizes = c_uint64(columns), c_uint64(rows), c_int64(t.stride(0))
+        self._check(create(byref(layout), c_int(TYPES[t.dtype]), *sizes))
+        return layout
+
+    def _propose(self) -> list[_Candidate]:
+        preference, room = c_void_p(), c_size_t(WORKSPACE_BYTES)
+        self._check(self.lt.cublasLtMatmulPreferenceCreate(byref(preference)))
+        self._check(
+            self.lt.cublasLtMatmulPreferenceSetAttribute(
+                preference, c_int(1), byref(room), c_size_t(ctypes.sizeof(room))
+            )
+        )
+        found, count = (_Candidate * CANDIDATES)(), c_int()
+        b, a, out = self.layouts
+        self._check(
+            self.lt.cublasLtMatmulAlgoGetHeuristic(
+                self.handle, self.description, b, a, out, out, preference, c_int(CANDIDATES),
+                found, byref(count),
+            )
+        )  # fmt: skip
+        self.lt.cublasLtMatmulPreferenceDestroy(preference)
+        return list(found)[: count.value]
+
+    def choose(self, *tensors):
+        """Runs every candidate a few times; the one with the fastest run is kept."""
+        times = []
+        for candidate in self.candidates:
+            runs = []
+            for _ in range(REPEATS + 1):  # the first one warms up
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                self.run(candidate, *tensors)
+                end.record()
+                runs.append((start, end))
+            runs[-1][1].synchronize()
+            times.append(min(start.elapsed_time(end) for start, end in runs[1:]))
+        self.best = self.candidates[times.index(min(times))]
+
+    def run(self, candidate, a, b, out, bias, aux, add):  # noqa: PLR0917 - called with `tensors`
+        """Puts the product into the current stream."""
+        if bias is not None:
+            self._set(BIAS_POINTER, c_void_p(bias.data_ptr()))
+        if aux is not None:
+            self._set(AUX_POINTER, c_void_p(aux.data_ptr()))
+        one, beta = c_float(1), c_float(0 if add is None else 1)
+        workspace = _workspace(out.device)
+        at = [c_void_p(t.data_ptr()) for t in (b, a, out if add is None else add, out, workspace)]
+        first, second, result = self.layouts
+        self._check(
+            self.lt.cublasLtMatmul(
+                self.handle, self.description, byref(one), at[0], first, at[1], second,
+                byref(beta), at[2], result, at[3], result, byref(candidate.algorithm),
+                at[4], c_size_t(WORKSPACE_BYTES),
+                c_void_p(torch.cuda.current_stream(out.device).cuda_stream),
+            )
+        )  # fmt: skip

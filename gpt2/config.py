@@ -177,6 +177,9 @@ class SystemOptions:
         "auto", "precision of the matrix products", ("auto", "float32", "bfloat16", "float16")
     )
     compile_model: str = option("auto", "torch.compile", ("auto", "True", "False"))
+    activation_checkpointing: bool = option(
+        False, "keep only the input of each block and compute the rest again: less memory, slower"
+    )
     seed: int = option(1337, "seed of the weights, the order of the data and dropout")
 
 

@@ -72,7 +72,8 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
         try:
             values = train_step(state, config, rt)
         except torch.OutOfMemoryError:
-            raise UserError(out_of_memory(state.plan)) from None
+            checkpointing = config.system.activation_checkpointing
+            raise UserError(out_of_memory(state.plan, checkpointing)) from None
         if state.step == 1:
             check_first_loss(values["loss"], state, rt)
         if due(state.step, config.output.log_every) or state.step == max_steps or state.stop:
@@ -184,6 +185,7 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     datasets, mixture = order_data(config, rt, resumed)
     check_names(config.output.log_to)
     model = GPT(shape).to(rt.device)  # made on the CPU: the same weights on every device
+    model.checkpoint_activations = config.system.activation_checkpointing
     compiled, reason = runtime.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         model.compile()  # in place: names in the state dict stay as they are

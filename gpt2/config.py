@@ -182,6 +182,9 @@ class SystemOptions:
         "head: its products in fp8, on GPUs that have it (H100, RTX 4090, …)",
         ("none", "head"),
     )
+    activation_checkpointing: bool = option(
+        False, "keep only the input of each block and compute the rest again: less memory, slower"
+    )
     seed: int = option(1337, "seed of the weights, the order of the data and dropout")
 
 

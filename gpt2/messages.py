@@ -120,12 +120,13 @@ def describe_data(state: TrainState, max_steps: int) -> list[str]:
     return lines
 
 
-def out_of_memory(plan: BatchPlan) -> str:
+def out_of_memory(plan: BatchPlan, checkpointing: bool = False) -> str:
     """What to do when the GPU's memory is too small: the same step in smaller micro-batches."""
     now = plan.batch_size
     smaller = max((n for n in range(1, now) if now % n == 0), default=0)
     if not smaller:
-        return "out of GPU memory with batch_size=1; use a smaller --block_size= or --size="
+        less = "" if checkpointing else "--activation_checkpointing=True, or "
+        return f"out of GPU memory with batch_size=1; use {less}a smaller --block_size= or --size="
     accum = plan.grad_accum_steps * now // smaller
     return (
         f"out of GPU memory with batch_size={now}; use --batch_size={smaller} "

@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import GPT2Config
 from .ops import causal_attention, head_logits, head_loss, to_residual_stream
@@ -107,6 +108,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.fp8_head = False  # in training, see `ops.head_loss`
+        self.checkpoint_activations = False  # while training, compute each block's a second time
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -165,7 +167,10 @@ class GPT(nn.Module):
         x = to_residual_stream(self.transformer.wte(idx) + self.transformer.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            x = block(x, cache)
+            if self.training and self.checkpoint_activations:  # Chen et al. 2016, arXiv:1604.06174
+                x = checkpoint(block, x, cache, use_reentrant=False)
+            else:
+                x = block(x, cache)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)

@@ -76,7 +76,8 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
         try:
             launched.append(train_step(state, config, rt))
         except torch.OutOfMemoryError:
-            raise UserError(out_of_memory(state.plan)) from None
+            checkpointing = config.system.activation_checkpointing
+            raise UserError(out_of_memory(state.plan, checkpointing)) from None
         # A GPU that had to wait for each step's loss to be read would idle 4 % of the time.
         while launched and (len(launched) > rt.steps_ahead or stands_still(state, config)):
             note_step(launched.popleft(), state, config, rt, log)
@@ -221,6 +222,7 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     check_names(config.output.log_to)
     model = GPT(shape).to(rt.device)  # made on the CPU: the same weights on every device
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
+    model.checkpoint_activations = config.system.activation_checkpointing
     compiled, reason = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         model.compile()  # in place: names in the state dict stay as they are

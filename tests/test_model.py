@@ -188,6 +188,51 @@ def test_dropout_only_while_training():
     assert torch.equal(model(idx), model(idx))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_gives_the_same_bits(dropout):
+    """Each block's attention runs twice, from the same random numbers; in evaluation once."""
+    shape = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 100}
+    torch.manual_seed(0)
+    model = GPT(GPT2Config(**shape, dropout=dropout))
+    idx, targets = torch.randint(0, 100, (2, 2, 16))
+    calls = []
+    for block in model.transformer.h:
+        block.attn.c_attn.register_forward_hook(lambda *_: calls.append(1))
+    found = []
+    for model.checkpoint_activations in (False, True):
+        calls.clear()
+        torch.manual_seed(1)
+        loss = model(idx, targets)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters()), torch.rand(3)])
+        model.zero_grad(set_to_none=True)
+        assert len(calls) == (6 if model.checkpoint_activations else 3)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    calls.clear()
+    model.eval()(idx, targets).backward()
+    assert len(calls) == 3
+
+
+def test_activation_checkpointing_keeps_less():
+    """What backward needs, in bytes: far less than half with four blocks."""
+    shape = {"n_layer": 4, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 100}
+    model = GPT(GPT2Config(**shape))
+    idx = torch.randint(0, 100, (4, 64))
+    kept = {}
+    for model.checkpoint_activations in (False, True):
+        sizes = {}  # storages that are kept, each once
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.hidden(idx).sum()
+        kept[model.checkpoint_activations] = sum(sizes.values())
+        loss.backward()
+    assert kept[True] < kept[False] / 2, kept
+
+
 def test_flops_per_token():
     """6 × (124.4M - 0.8M) + 12 × 12 × 768 × 1024, the number that PaLM's appendix B counts."""
     with torch.device("meta"):

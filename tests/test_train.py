@@ -500,6 +500,24 @@ def test_compiled_run_equals_the_plain_one(data_dir, tmp_path):
     assert not any("_orig_mod" in name for name in raw)
 
 
+@pytest.mark.parametrize("compiled", ["False", pytest.param("True", marks=pytest.mark.slow)])
+def test_activation_checkpointing_changes_no_loss(data_dir, tmp_path, compiled):
+    if compiled == "True" and not devices.choose_compile("True", torch.device("cpu"))[0]:
+        pytest.skip(devices.choose_compile("True", torch.device("cpu"))[1])
+    arguments = ["--max_steps=4", "--eval_every=2", f"--compile_model={compiled}"]
+    arguments += ["--dropout=0.1"] if compiled == "False" else []
+    for flag in ("True", "False"):
+        train.run(
+            config(data_dir, tmp_path / flag, *arguments, f"--activation_checkpointing={flag}")
+        )
+    assert metrics(tmp_path / "True") == pytest.approx(
+        metrics(tmp_path / "False"), abs=0 if compiled == "False" else 1e-5
+    )
+    if compiled == "False":
+        weights_of = [weights(tmp_path / flag / "out_ckpt.pt") for flag in ("True", "False")]
+        assert same(*weights_of)
+
+
 @pytest.mark.parametrize(
     ("plan", "advice"),
     [
@@ -509,11 +527,15 @@ def test_compiled_run_equals_the_plain_one(data_dir, tmp_path):
         ),
         (BatchPlan(9, 10, 2, 4), "--batch_size=3 --grad_accum_steps=6: the same 720 tokens"),
         (BatchPlan(7, 10, 2, 1), "--batch_size=1 --grad_accum_steps=14: the same 140 tokens"),
-        (BatchPlan(1, 1024, 8, 1), "use a smaller --block_size= or --size="),
+        (
+            BatchPlan(1, 1024, 8, 1),
+            "use --activation_checkpointing=True, or a smaller --block_size= or --size=",
+        ),
     ],
 )
 def test_memory_advice_keeps_the_tokens_of_a_step(plan, advice):
     assert advice in out_of_memory(plan)
+    assert "activation" not in out_of_memory(plan, checkpointing=True)
 
 
 def test_out_of_memory_is_one_line_of_advice(data_dir, tmp_path, monkeypatch):

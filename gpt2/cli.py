@@ -13,13 +13,14 @@ from pathlib import Path
 
 from .config import TrainConfig, UserError
 from .flags import parse
-from .tool_config import PrepareConfig, SampleConfig, ShowConfig
+from .tool_config import PrepareConfig, ProfileConfig, SampleConfig, ShowConfig
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
   gpt2 prepare   text -> shards of tokens (FineWeb-Edu, your own files, or --source=stdlib)
   gpt2 shards    verify, info, show, merge: look into shards, join those of many machines
   gpt2 train     shards -> a model; the same command again continues the run
+  gpt2 profile   where the time of a training step goes
   gpt2 sample    a model -> text
   gpt2 plot      metrics.jsonl -> loss.png
   gpt2 demo      all four on this machine, in a few minutes
@@ -58,6 +59,14 @@ def train(argv: list[str]) -> int:
     """`gpt2 train`."""
     config = parse(TrainConfig, argv, "gpt2 train")
     from .train import run
+
+    return run(config)
+
+
+def profile(argv: list[str]) -> int:
+    """`gpt2 profile`."""
+    config = parse(ProfileConfig, argv, "gpt2 profile")
+    from .profiler import run
 
     return run(config)
 
@@ -229,6 +238,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare,
     "shards": shards,
     "train": train,
+    "profile": profile,
     "sample": sample,
     "plot": plot,
     "demo": demo,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .config import UserError, at_least, check_seed, option
+from .config import TrainConfig, UserError, at_least, check_seed, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +74,10 @@ class SampleConfig:
     def __post_init__(self):
         check_seed(max(0, self.seed))
         at_least(1, num_samples=self.num_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(TrainConfig):
+    """Everything that `gpt2 profile` can be told: the options of `gpt2 train`, and one more."""
+
+    trace: str = option("trace.json.gz", "Chrome trace to write")

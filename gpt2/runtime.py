@@ -68,6 +68,7 @@ class Runtime:
             model,
             device_ids=[self.device.index] if on_gpu else None,
             gradient_as_bucket_view=True,  # gradients live in the buffers that are sent
+            # no static_graph: with no_sync (see `accumulate`) it ends in an error of PyTorch's own
         )
 
     def accumulate(self, forward: Callable, last: bool) -> contextlib.AbstractContextManager:

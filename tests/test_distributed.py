@@ -91,35 +91,52 @@ def test_run_goes_on_with_another_number_of_ranks(two_ranks, data_dir, tmp_path)
     assert metrics(tmp_path) == pytest.approx(metrics(two_ranks[0]), abs=2e-6)
 
 
-def test_gradients_are_sent_on_the_last_micro_batch_only(tmp_path):
-    """Counts the all-reduces of gradients in three accumulated micro-batches on two ranks."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_sent_on_the_last_micro_batch_only(tmp_path, checkpointing):
+    """The all-reduces of three micro-batches on two ranks, and what they give, in two steps."""
     script = tmp_path / "count.py"
     script.write_text(
-        """
+        f"""
 import torch
 from gpt2 import runtime
-from gpt2.config import SystemOptions
+from gpt2.config import GPT2Config, SystemOptions
+from gpt2.model import GPT
 
 with runtime.start(SystemOptions(device="cpu", dtype="float32")) as rt:
-    model = torch.nn.Linear(4, 4)
+    model = GPT(GPT2Config(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100))
+    model.checkpoint_activations = {checkpointing}
+    idx = torch.randint(0, 100, (3, 2, 1, 16))  # micro-batch, rank, B, T
+    loss = sum(model(part.flatten(0, 1), part.flatten(0, 1)) for part in idx)
+    alone = torch.autograd.grad(loss, tuple(model.parameters()))
     forward = rt.wrap(model)
     sent = []
     def hook(_, bucket):
         sent.append(micro)
         future = torch.futures.Future()
-        future.set_result(bucket.buffer())
+        future.set_result(rt.all_sum(bucket.buffer()) / 2)
         return future
     forward.register_comm_hook(None, hook)
-    for micro in range(3):
-        with rt.accumulate(forward, last=micro == 2):
-            forward(torch.ones(2, 4)).sum().backward()
-    assert sent == [2], sent
+    for step in range(2):
+        for micro, part in enumerate(idx[:, rt.rank]):
+            with rt.accumulate(forward, last=micro == 2):
+                forward(part, part).backward()
+        assert sent and set(sent) == {{2}}, sent
+        for parameter, wanted in zip(model.parameters(), alone, strict=True):
+            torch.testing.assert_close(parameter.grad, wanted, atol=1e-6, rtol=1e-5)
+        model.zero_grad(set_to_none=True)
+        sent.clear()
     print("ok")
 """
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = run_python(*TORCHRUN, "--nproc_per_node=2", script, env=environment)
     assert done.stdout.count("ok") == 2
+
+
+def test_activation_checkpointing_on_two_ranks(two_ranks, data_dir, tmp_path):
+    arguments = ["--max_steps=10", "--eval_every=5", "--activation_checkpointing=True"]
+    run_python(*command(2, data_dir, tmp_path, *arguments))
+    assert metrics(tmp_path) == metrics(two_ranks[0])
 
 
 def test_signal_to_one_rank_stops_all_at_the_same_step(data_dir, tmp_path):

@@ -148,15 +148,16 @@ def measure(step: Step, options: argparse.Namespace) -> dict:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(math.ceil(options.steps / STEPS_TIMED)):
+    together = min(STEPS_TIMED, options.steps)
+    for _ in range(options.steps // together):
         if on_gpu:
             torch.cuda.synchronize()
         began = time.perf_counter()
-        for _ in range(STEPS_TIMED):
+        for _ in range(together):
             read = step()
         if on_gpu:
             torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - began) / STEPS_TIMED)
+        seconds.append((time.perf_counter() - began) / together)
     loss = read()
     assert math.isfinite(loss), loss
     tokens = options.batch_size * options.block_size * options.grad_accum_steps

@@ -58,9 +58,10 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """`gpt2 train`."""
     config = parse(TrainConfig, argv, "gpt2 train")
+    from . import runtime
     from .train import run
 
-    return run(config)
+    return runtime.leave(run(config))
 
 
 def profile(argv: list[str]) -> int:

@@ -2,13 +2,16 @@
 
     python -m benchmarks.throughput
     python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt
+    python -m benchmarks.throughput --size=gpt2-medium --batch_sizes=16,32,64
 
 Every contender runs in a process of its own, one after the other, on the same random tokens, and
 makes whole steps: batch from disk, forward, backward, clipping, fused AdamW. After a warm-up the
 device is waited for after every tenth step only, so that nobody's loop costs it idle time; the
 number is the median of these tens. Ours is the step of `gpt2 train` itself, whose loss is read a
 step late; theirs is their network and optimizer as they configure it, in bf16 autocast, compiled on
-a GPU, in the loop that their training scripts have, whose loss is read in the end.
+a GPU, in the loop that their training scripts have, whose loss is read in the end. With several
+batch sizes each contender is shown at its best. Options that are not known here are ours alone and
+go to `gpt2 train`, such as --activation_checkpointing=True.
 """
 
 import argparse
@@ -181,29 +184,52 @@ def make_data(folder: Path):
 
 
 def show(rows: list[dict], options: argparse.Namespace):
-    """Prints a table, and writes JSON lines and a bar chart into --out_dir."""
-    print(f"\n{'':16s} {'tokens/s':>10s} {'ms/65,536':>10s} {'peak GiB':>9s} {'first step':>11s}")
+    """Prints a table, and writes JSON lines and a bar chart into --out_dir.
+
+    The lines are of all that was measured; table and chart of the fastest of each contender.
+    """
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    rows = fastest(rows)
+    print(
+        f"\n{'':16s} {'batch':>5s} {'tokens/s':>10s} {'ms/65,536':>10s} {'peak GiB':>9s} "
+        f"{'first step':>11s}"
+    )
     for row in rows:
         peak = f"{row['peak_gib']:.1f}" if row["peak_gib"] else "-"
         rate, ms = row["tokens_per_second"], row["ms_per_65536_tokens"]
         first = row["first_step_seconds"]
-        print(f"{row['name']:16s} {rate:10,.0f} {ms:10.1f} {peak:>9s} {first:9.1f} s")
+        batch = row["batch_size"]
+        print(f"{row['name']:16s} {batch:5d} {rate:10,.0f} {ms:10.1f} {peak:>9s} {first:9.1f} s")
     if not options.out_dir:
         return
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
     (options.out_dir / "throughput.jsonl").write_text(lines, encoding="utf-8")
+    if not rows:
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.8 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh([r["name"] for r in rows], [r["tokens_per_second"] / 1e3 for r in rows])
+    several = len({r["batch_size"] for r in rows}) > 1
+    names = [f"{r['name']}, batch {r['batch_size']}" if several else r["name"] for r in rows]
+    bars = axes.barh(names, [r["tokens_per_second"] / 1e3 for r in rows])
     axes.bar_label(bars, fmt="%.0fk" if options.device == "cuda" else "%.2fk", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("thousand tokens per second")
-    axes.set_title(f"{rows[0]['machine']}, {rows[0]['setting']}", fontsize=9)
+    setting = f"{options.size} at the best batch size each" if several else rows[0]["setting"]
+    axes.set_title(f"{rows[0]['machine']}, {setting}", fontsize=9)
     figure.savefig(options.out_dir / "throughput.png", dpi=120)
+
+
+def fastest(rows: list[dict]) -> list[dict]:
+    """Of each contender the row with the most tokens per second; without those that ran out."""
+    best: dict[str, dict] = {}
+    for row in rows:
+        rate = row.get("tokens_per_second", 0)
+        if rate > best.get(row["name"], {}).get("tokens_per_second", 0):
+            best[row["name"]] = row
+    return list(best.values())
 
 
 def describe(options: argparse.Namespace) -> dict:
@@ -215,7 +241,12 @@ def describe(options: argparse.Namespace) -> dict:
         f"{options.size}, {options.grad_accum_steps} × {options.batch_size} × {options.block_size} "
         f"tokens a step, bf16, torch {torch.__version__}"
     )
-    return {"machine": machine, "setting": setting, "threads": torch.get_num_threads()}
+    return {
+        "machine": machine,
+        "setting": setting,
+        "batch_size": options.batch_size,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -229,6 +260,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--build_nanogpt", type=Path, help="a clone of karpathy/build-nanogpt")
     made.add_argument("--size", default="gpt2", choices=SIZES)
     made.add_argument("--batch_size", type=int, help="sequences; 64 on a GPU, 2 on a CPU")
+    made.add_argument("--batch_sizes", help="several, ascending: 8,16,32; up to what memory holds")
     made.add_argument("--block_size", type=int, help="tokens; 1024 on a GPU, 512 on a CPU")
     made.add_argument("--grad_accum_steps", type=int, default=1)
     made.add_argument("--steps", type=int, default=50, help="steps to measure, by tens")
@@ -246,23 +278,37 @@ def main() -> int:
     options.batch_size = options.batch_size or (64 if on_gpu else 2)
     options.block_size = options.block_size or (1024 if on_gpu else 512)
     if options.only:
-        with tempfile.TemporaryDirectory() as folder:
-            make_data(Path(folder))
-            with contenders(options)[options.only](options, Path(folder)) as step:
-                row = {"name": options.only, **describe(options), **measure(step, options)}
-        print(json.dumps(row))
+        print(json.dumps(measure_one(options)))
         return 0
     rows = []
     for name in contenders(options):
-        command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:], f"--only={name}"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            print(f"{name}: failed, see above", file=sys.stderr)
-            return 1
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{name}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+        for batch_size in (options.batch_sizes or str(options.batch_size)).split(","):
+            command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:]]
+            command += [f"--only={name}", f"--batch_size={batch_size}"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                print(f"{name}: failed, see above", file=sys.stderr)
+                return 1
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rate = rows[-1].get("tokens_per_second")
+            told = f"{rate:,.0f} tokens/s" if rate else "out of memory"
+            print(f"{name}, batch size {batch_size}: {told}", flush=True)
+            if not rate:
+                break
     show(rows, options)
     return 0
+
+
+def measure_one(options: argparse.Namespace) -> dict:
+    """The row of one contender; without numbers when memory is too small."""
+    row = {"name": options.only, **describe(options)}
+    with tempfile.TemporaryDirectory() as folder:
+        make_data(Path(folder))
+        try:
+            with contenders(options)[options.only](options, Path(folder)) as step:
+                return row | measure(step, options)
+        except torch.OutOfMemoryError:
+            return row | {"out_of_memory": True}
 
 
 if __name__ == "__main__":

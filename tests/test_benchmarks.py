@@ -1,11 +1,17 @@
 """The benchmarks run, with small numbers; what they measure is in dev/LOG.md."""
 
 import json
+import sys
 
 import pytest
+import torch
+
+from benchmarks import memory
+from benchmarks.throughput import fastest, make_data
 
 from .conftest import run_python
 
+SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--dtype=float32"]  # of ours
 CLONE = """
 import torch
 from torch import nn
@@ -42,7 +48,7 @@ def test_throughput_beside_a_clone(tmp_path):
     (tmp_path / "clone").mkdir()
     (tmp_path / "clone/model.py").write_text(CLONE)
     (tmp_path / "clone/helper.py").write_text("nothing = None")
-    arguments = ["--size=gpt2-tiny", "--n_layer=1", "--block_size=16", "--steps=2", "--warmup=0"]
+    arguments = ["--size=gpt2-tiny", *SMALL, "--block_size=16", "--steps=2", "--warmup=0"]
     arguments += [f"--nanogpt={tmp_path}/clone", f"--out_dir={tmp_path}/out", "--device=cpu"]
     done = run_python("-m", "benchmarks.throughput", *arguments)
     assert done.returncode == 0, done.stderr
@@ -53,3 +59,82 @@ def test_throughput_beside_a_clone(tmp_path):
         assert 10 < row["first_loss"] < 11.5
     assert "2 × 16 tokens a step" in rows[0]["setting"]
     assert (tmp_path / "out/throughput.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_throughput_of_several_batch_sizes(tmp_path):
+    arguments = ["--size=gpt2-tiny", *SMALL, "--block_size=16", "--steps=1", "--warmup=0"]
+    arguments += ["--batch_sizes=1,8", "--activation_checkpointing=True", "--device=cpu"]
+    done = run_python("-m", "benchmarks.throughput", *arguments, f"--out_dir={tmp_path}")
+    rows = [json.loads(line) for line in (tmp_path / "throughput.jsonl").open()]
+    assert [row["batch_size"] for row in rows] == [1, 8]
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith("ours ")]
+    best = max(rows, key=lambda row: row["tokens_per_second"])
+    assert [line[1] for line in table] == [str(best["batch_size"])]
+
+
+def test_fastest_leaves_out_what_did_not_fit():
+    rows = [
+        {"name": "a", "batch_size": 8, "tokens_per_second": 5},
+        {"name": "a", "batch_size": 16, "tokens_per_second": 7},
+        {"name": "a", "batch_size": 32, "out_of_memory": True},
+        {"name": "b", "batch_size": 8, "out_of_memory": True},
+    ]
+    assert fastest(rows) == [rows[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="resident size is asked for as on Unix")
+def test_memory_table(tmp_path):
+    arguments = ["--sizes=gpt2-tiny,gpt2-mini", *SMALL, "--block_size=16", "--device=cpu"]
+    arguments += ["--batch_sizes=1,2", f"--out_dir={tmp_path}"]
+    done = run_python("-m", "benchmarks.memory", *arguments)
+    rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").open()]
+    assert [(r["size"], r["activation_checkpointing"], r["batch_size"]) for r in rows] == [
+        (size, again, batch)
+        for size in ("gpt2-tiny", "gpt2-mini")
+        for again in (False, True)
+        for batch in (1, 2)
+    ]
+    # Weights, gradients and two moments of each parameter are there in float32.
+    assert all(r["allocated_gib"] > 16 * r["parameters"] / 2**30 for r in rows)
+    assert (tmp_path / "memory.md").read_text() in done.stdout
+    assert "| batch_size | gpt2-tiny | gpt2-mini |" in done.stdout
+
+
+def test_memory_goes_on_after_what_does_not_fit(tmp_path, monkeypatch):
+    """The optimizer runs out half-way at batch size 2; the next measurement is whole."""
+    make_data(tmp_path)
+    argv = ["--sizes=gpt2-tiny", "--only=gpt2-tiny", "--batch_sizes=1,2,4", "--block_size=16"]
+    options, options.extra = memory.parser().parse_known_args([*argv, "--device=cpu"])
+    options.extra = SMALL
+    original = torch.optim.AdamW.step
+
+    def step(self, *arguments):
+        batch_size = current[-1]["batch_size"], current[-1]["activation_checkpointing"]
+        if batch_size == (2, False):
+            next(iter(self.state.values())).pop("exp_avg")
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, *arguments)
+
+    measure, current = memory.measure, []
+    monkeypatch.setattr(memory, "measure", lambda *a: current.append(dict(a[-1])) or measure(*a))
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    rows = list(memory.measure_size(options, tmp_path))
+    found = [(r["activation_checkpointing"], r["batch_size"], r["result"]) for r in rows]
+    assert found == [
+        (False, 1, "fits"),
+        (False, 2, "out of memory"),
+        *((True, batch, "fits") for batch in (1, 2, 4)),
+    ]
+
+
+@pytest.mark.gpu
+def test_memory_under_a_limit(tmp_path):
+    """A small network fits into 2 GiB, and the batch that does not ends the series."""
+    arguments = ["--sizes=gpt2-mini", "--batch_sizes=1,1024", "--limit_gib=2"]
+    run_python("-m", "benchmarks.memory", *arguments, f"--out_dir={tmp_path}")
+    rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").open()]
+    assert [row["result"] for row in rows] == ["fits", "out of memory"] * 2
+    for row in rows[::2]:
+        assert row["allocated_gib"] <= row["reserved_gib"] < row["device_gib"] <= 2

@@ -45,6 +45,10 @@ ADDED: dict[str, list[str] | None] = {
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
     "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,
+    "python -m benchmarks.memory": [
+        "--sizes=gpt2-tiny", "--batch_sizes=1", "--block_size=32", "--device=cpu",
+        "--n_layer=1", "--n_head=2", "--n_embd=32", "--dtype=float32",
+    ],
     "python fineweb.py --source=data/raw --out_dir=data/corpus": [],
     "python train_gpt2.py --config=configs/gpt2_124m.toml --data_dir=data/corpus "
     "--out_dir=out/h200 --max_steps=480 --eval_every=50 --save_every=100": [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .config import TrainConfig, UserError
 from .flags import parse
-from .tool_config import PrepareConfig, ProfileConfig, SampleConfig, ShowConfig
+from .tool_config import EvalConfig, PrepareConfig, ProfileConfig, SampleConfig, ShowConfig
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
@@ -22,6 +22,8 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 train     shards -> a model; the same command again continues the run
   gpt2 profile   where the time of a training step goes
   gpt2 sample    a model -> text
+  gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
+  gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
   gpt2 demo      all four on this machine, in a few minutes
 
@@ -148,6 +150,30 @@ def sample(argv: list[str]) -> int:
     return 0
 
 
+def evaluate(argv: list[str]) -> int:
+    """`gpt2 eval`."""
+    config, (path,) = parse(EvalConfig, argv, "gpt2 eval", {"checkpoint": "an out_ckpt.pt"})
+    from .eval_run import run
+
+    return run(path, config)
+
+
+def lm_eval(argv: list[str]) -> int:
+    """`gpt2 lm_eval`: lm-evaluation-harness's own command, with our model."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError(
+            "name a checkpoint first: gpt2 lm_eval out/out_ckpt.pt --tasks=…; "
+            "the options after it are those of `lm_eval run --help`"
+        )
+    try:
+        from .harness import main
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] != "lm_eval":
+            raise
+        raise UserError('lm_eval is not installed; run: pip install -e ".[eval]"') from None
+    return main(argv[0], argv[1:])
+
+
 def plot(argv: list[str]) -> int:
     """`gpt2 plot`."""
     _, (folder,) = parse(_NoOptions, argv, "gpt2 plot", {"out_dir": "folder of a run"})
@@ -241,6 +267,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "profile": profile,
     "sample": sample,
+    "eval": evaluate,
+    "lm_eval": lm_eval,
     "plot": plot,
     "demo": demo,
 }

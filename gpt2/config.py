@@ -151,6 +151,10 @@ class EvalOptions:
     eval_every: int = option(250, "steps between evaluations; 0: only at the end")
     eval_tokens: int = option(10_485_760, "tokens to evaluate on, the same for any batch or rank")
     early_stop_evals: int = option(0, "stop after this many evaluations without gain; 0: never")
+    eval_hellaswag_every: int = option(
+        0, "steps between evaluations on HellaSwag (also at the end); 0: never"
+    )
+    hellaswag: str = option("hub", "its items: hub (downloaded), or a .jsonl or .parquet file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +211,9 @@ class TrainConfig:
         at_least(1, eval_tokens=self.eval.eval_tokens)
         at_least(0, eval_every=self.eval.eval_every, save_every=self.output.save_every)
         at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
+        at_least(0, eval_hellaswag_every=self.eval.eval_hellaswag_every)
+        if self.eval.hellaswag != "hub" and not self.eval.eval_hellaswag_every:
+            raise UserError("--hellaswag= is used with --eval_hellaswag_every=STEPS; give both")
         at_least(0, weight_decay=o.weight_decay, learning_rate=o.learning_rate)
         at_least(-1, warmup_steps=o.warmup_steps)
         for name in ("beta1", "beta2"):

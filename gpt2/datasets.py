@@ -49,8 +49,10 @@ class MixStart:
     before: Sequence[int] = ()
 
 
-def open_datasets(text: str) -> list[Dataset]:
+def open_datasets(text: str, with_training: bool = True) -> list[Dataset]:
     """The datasets of `--data_dir=`: one folder, or several as `folder:weight,folder:weight`.
+
+    Without `with_training`, shards for validation are enough.
 
     Raises:
         UserError: a weight that is missing or not above 0, one folder name twice, or what
@@ -62,7 +64,7 @@ def open_datasets(text: str) -> list[Dataset]:
         Dataset(
             folder=Path(folder),
             share=weight / total,
-            train=find_shards(folder, "train"),
+            train=find_shards(folder, "train") if with_training else [],
             val=find_shards(folder, "val"),
         )
         for folder, weight in parts

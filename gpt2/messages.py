@@ -35,6 +35,16 @@ def log_evaluation(
         report.say(line + each)
 
 
+def log_hellaswag(results: dict[str, float], state: TrainState, rt: Runtime, log: report.RunLog):
+    """The same for HellaSwag."""
+    log.record(state.step, **results, tokens=state.tokens)
+    if rt.is_main:
+        report.say(
+            f"step {state.step:,} | HellaSwag acc_norm {results['hellaswag_acc_norm']:.4f} "
+            f"| acc {results['hellaswag_acc']:.4f} | over {results['hellaswag_items']:,} items"
+        )
+
+
 def log_step(  # noqa: PLR0917
     step: int,
     values: dict,

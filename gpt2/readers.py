@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .config import DamagedFile, UserError
 
@@ -48,6 +48,41 @@ def read_rows(path: Path, start: int = 0) -> Iterator[Row]:
             f"{path}: damaged or unreadable after row {number} ({why}); put a whole copy in its "
             "place and run the same command again: it goes on from the shards made before this file"
         ) from None
+
+
+def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, fields) of the rows of a .jsonl (also .gz, .xz, .zst) or .parquet file.
+
+    Raises:
+        UserError: no such file, damaged, or a row that is no table of fields; names the row.
+    """
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for number, item in enumerate(_items(path), 1):
+            if not isinstance(item, dict):
+                raise UserError(f"{path}: row {number} is not a JSON object")
+            yield number, item
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        why = getattr(error, "strerror", "") or next(iter(str(error).splitlines()), "damaged")
+        raise UserError(f"{path}: {why} (after row {number})") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: row {number + 1} is not JSON in UTF-8 ({error})") from None
+
+
+def _items(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    if path.name.lower().endswith(".parquet"):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+        return
+    with _open(path) as (_, lines):
+        yield from (json.loads(line.decode("utf-8-sig")) for line in lines if not line.isspace())
 
 
 @contextmanager

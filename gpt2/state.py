@@ -7,7 +7,7 @@ in the data, and the random generators of every rank.
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .datasets import (
 from .model import GPT
 from .order import Mixture
 from .runtime import Runtime
+from .tasks import Choice
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
 COUNTERS = (  # fields of TrainState that a checkpoint holds as they are
@@ -58,6 +59,8 @@ class TrainState:
     evals_without_gain: int = 0
     evaluated_at: int = -1  # the step of the last evaluation
     stop: bool = False  # agreed by all ranks
+    hellaswag: list[Choice] = field(default_factory=list)  # items, if it is evaluated
+    hellaswag_at: int = -1  # the step of its last evaluation
 
     @property
     def tokens(self) -> int:

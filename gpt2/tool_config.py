@@ -81,3 +81,30 @@ class ProfileConfig(TrainConfig):
     """Everything that `gpt2 profile` can be told: the options of `gpt2 train`, and one more."""
 
     trace: str = option("trace.json.gz", "Chrome trace to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Everything that `gpt2 eval` can be told."""
+
+    data_dir: str = option(
+        "",
+        "folder of shards for the validation loss, or several: fineweb:0.8,code:0.2; empty: if "
+        "nothing else is asked for, that of the run (config.toml beside the checkpoint)",
+        alias="data",
+    )
+    text: str = option(
+        "",
+        "a .txt, .jsonl (also .gz, .xz, .zst) or .parquet file for the loss on it",
+    )
+    eval_tokens: int = option(0, "tokens of data_dir and of text; 0: as in the run, or 10,485,760")
+    hellaswag: str = option("", "HellaSwag's items: a .jsonl or .parquet file, or hub")
+    lambada: str = option("", "LAMBADA's items: a .jsonl or .parquet file, or hub")
+    json: str = option("", "file for the results")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option(
+        "auto", "precision of the matrix products", ("auto", "float32", "bfloat16", "float16")
+    )
+
+    def __post_init__(self):
+        at_least(0, eval_tokens=self.eval_tokens)

@@ -20,7 +20,14 @@ from .config import TrainConfig, UserError, flatten, plan_batch
 from .data import Batch, TrainLoader, eval_batches
 from .datasets import split_eval_tokens
 from .evaluate import evaluate, together
-from .messages import announce, check_first_loss, log_evaluation, log_step, out_of_memory
+from .messages import (
+    announce,
+    check_first_loss,
+    log_evaluation,
+    log_hellaswag,
+    log_step,
+    out_of_memory,
+)
 from .model import GPT
 from .ops import IGNORE
 from .optim import build_optimizer, learning_rate_at, set_learning_rate
@@ -38,6 +45,7 @@ from .state import (
     restore,
     save,
 )
+from .tasks import HELLASWAG, load
 
 MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale
 
@@ -96,13 +104,17 @@ def between_steps(
     ends = is_over(state, config)
     save_due = ends or due(state.step, config.output.save_every)
     eval_due = last or due(state.step, config.eval.eval_every)
+    hellaswag_every = config.eval.eval_hellaswag_every
+    hellaswag_due = (last and hellaswag_every > 0) or due(state.step, hellaswag_every)
     with state.clock.pause():
         if save_due and state.step > resumed_at:
             save(state, config, rt, ends)  # before evaluating: a crash there costs nothing
         if eval_due and not state.stop and state.evaluated_at != state.step:
             validate(state, config, rt, log)
-            if not ends and (state.stop or out_of_patience(state, config)):
-                return between_steps(state, config, rt, log, resumed_at)
+        if hellaswag_due and not state.stop and state.hellaswag_at != state.step:
+            evaluate_hellaswag(state, rt, log)
+        if not ends and is_over(state, config):  # since a moment ago
+            return between_steps(state, config, rt, log, resumed_at)
         if save_due:
             export(state, config, rt, ends)
     return ends
@@ -120,7 +132,7 @@ def is_over(state: TrainState, config: TrainConfig) -> bool:
 
 def stands_still(state: TrainState, config: TrainConfig) -> bool:
     """Whether something is due between the last step and the next, which needs all numbers."""
-    every = (config.output.save_every, config.eval.eval_every)
+    every = (config.output.save_every, config.eval.eval_every, config.eval.eval_hellaswag_every)
     return is_over(state, config) or any(due(state.step, n) for n in every)
 
 
@@ -220,6 +232,9 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     plan = plan_batch(config.data, shape.block_size, rt.world_size)
     datasets, mixture = order_data(config, rt, resumed)
     check_names(config.output.log_to)
+    hellaswag = []
+    if config.eval.eval_hellaswag_every:  # broadcast: other machines may lack the file
+        hellaswag = rt.on_main(lambda: load(HELLASWAG, config.eval.hellaswag, report.say))
     model = GPT(shape).to(rt.device)  # made on the CPU: the same weights on every device
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing
@@ -244,6 +259,7 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
         datasets=datasets,
         plan=plan,
         clock=report.Throughput(),
+        hellaswag=hellaswag,
     )
     if resumed:
         restore(state, resumed, rt)
@@ -275,6 +291,16 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: report.Ru
     log_evaluation(parts, state, rt, log)
 
 
+def evaluate_hellaswag(state: TrainState, rt: Runtime, log: report.RunLog):
+    """Evaluates on HellaSwag and logs; a signal on the way leaves it for the next run."""
+    results = HELLASWAG.ask(state.model, state.hellaswag, rt)
+    if results is None:
+        state.stop = True
+        return
+    state.hellaswag_at = state.step
+    log_hellaswag(results, state, rt, log)
+
+
 def note_evaluation(state: TrainState, loss: float) -> bool:
     """Takes down a validation loss of this step; True when it is the best so far."""
     improved = loss < state.best_val_loss
@@ -289,6 +315,8 @@ def adopt_evaluation(
 ):
     """Takes from the log an evaluation that the interrupted run made after its last save."""
     known = rt.broadcast(log.recorded(state.step))
+    if known.get("hellaswag_items") == len(state.hellaswag):
+        state.hellaswag_at = state.step
     asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
     if not resumed or "val_loss" not in known or state.evaluated_at == state.step:
         return

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 from gpt2.config import TrainConfig, flatten
-from gpt2.tool_config import PrepareConfig, ProfileConfig, SampleConfig, ShowConfig
+from gpt2.tool_config import EvalConfig, PrepareConfig, ProfileConfig, SampleConfig, ShowConfig
 
 from .conftest import ROOT, run_python
 
@@ -16,8 +16,8 @@ FLOORS = {
     0: "config tool_config flags model ops products kernels cublaslt tokenizer shards sources "
     "readers hub downloads lock",
     1: "devices runtime data datasets order optim hf sinks workers plan",
-    2: "checkpoint evaluate generate report plot rundir inspect_shards merge job",
-    3: "api state messages train profiler prepare cli __main__",
+    2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job",
+    3: "api state messages train profiler prepare eval_run harness cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(p for p in (ROOT / "gpt2").glob("*.py") if p.stem != "__init__")
@@ -92,7 +92,10 @@ def test_pickles_are_never_trusted():
             assert not found, f"{forbidden} in {path.name}"
 
 
-@pytest.mark.parametrize("cls", [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig])
+CONFIGS = [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig, EvalConfig]
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
 def test_every_option_is_read_and_documented(cls):
     code = "\n".join(p.read_text("utf-8") for p in MODULES if p.stem != "config")
     code += "\n".join(  # methods and helpers of config.py itself, but not the definitions
@@ -104,7 +107,7 @@ def test_every_option_is_read_and_documented(cls):
 
 
 def test_every_option_has_a_help_text():
-    for cls in (ProfileConfig, PrepareConfig, SampleConfig, ShowConfig):
+    for cls in CONFIGS:
         for f in fields(cls):
             inner = fields(f.type) if hasattr(f.type, "__dataclass_fields__") else [f]
             assert all(len(i.metadata["help"]) > 5 for i in inner)

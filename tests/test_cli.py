@@ -34,6 +34,7 @@ def complain(capsys, *argv) -> str:
         (["sample", "missing.pt", "--prompt=a"], "missing.pt: no such checkpoint"),
         (["sample", "missing.pt", "--prompt=a", "--top_p=2"], "top_p=2.0: use a number above 0"),
         (["sample"], "checkpoint"),
+        (["eval", "missing.pt", "--text=README.md"], "missing.pt: no such checkpoint"),
         (["plot", "/nowhere"], "metrics.jsonl"),
         (["prepare", "--source=/nowhere.txt"], "no such file, folder or glob"),
         (["prepare", "--worker=0/4"], "workers count from 1; use 1/4 to 4/4"),

@@ -14,6 +14,7 @@ from gpt2.sources import FINEWEB_FOLDER
 
 from .conftest import ROOT, TINY
 from .fake_hub import fake_hub, parquet_bytes
+from .test_tasks import hellaswag_items, lambada_items, write_jsonl
 
 README = (ROOT / "README.md").read_text("utf-8")
 SMALL = [*TINY, "--max_steps=2"]
@@ -41,6 +42,13 @@ ADDED: dict[str, list[str] | None] = {
     "gpt2 prepare --source=my_texts --out_dir=data/mine": [],
     "gpt2 train --data_dir=data/mine --out_dir=out/mine --size=gpt2-mini --block_size=256": SMALL,
     "gpt2 train --data_dir=fineweb:0.8,data/mine:0.2 --out_dir=out/mix": SMALL,
+    "gpt2 eval out/out_ckpt.pt": ["--device=cpu"],
+    "gpt2 eval out/out_ckpt.pt --hellaswag=hub --lambada=hub --text=my_texts/one.txt "
+    "--json=out/eval.json": [
+        "--hellaswag=h.jsonl", "--lambada=l.jsonl", "--eval_tokens=500", "--device=cpu",
+    ],
+    # downloads its tasks; tests/test_harness.py runs it with tasks of its own
+    "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": None,
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
@@ -81,6 +89,8 @@ def clone(tmp_path_factory, text) -> Path:
     for name in ("my_texts", "data/raw"):
         (folder / name).mkdir(parents=True)
         (folder / name / "one.txt").write_text(text, encoding="utf-8")
+    write_jsonl(folder / "h.jsonl", hellaswag_items(5))
+    write_jsonl(folder / "l.jsonl", lambada_items(5))
     return folder
 
 
@@ -108,7 +118,7 @@ def test_commands_and_python_of_the_readme(clone, text, tmp_path):
                 run(small, clone, **hub.environment(tmp_path))
     for path in ("fineweb/edufineweb_val_000000.bin", "fineweb/edufineweb_train_000001.bin",
                  "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",
-                 "out/loss.png", "out/two/out_ckpt.pt", "out/mine/out_ckpt.pt",
+                 "out/loss.png", "out/eval.json", "out/two/out_ckpt.pt", "out/mine/out_ckpt.pt",
                  "out/h200/loss.png"):  # fmt: skip
         assert (clone / path).exists(), path
     for code in blocks("python"):

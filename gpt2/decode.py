@@ -97,6 +97,9 @@ class Decoder:
         rows = [list(prompt) for prompt in prompts]
         even = len({len(row) for row in rows}) == 1
         assert even or self.cache is None or self.cache.lengths is not None
+        if self.cache is not None:
+            needed = min(self.block_size, max(map(len, rows)) + max_new_tokens - 1)
+            assert needed <= self.cache.keys.shape[3], "the decoder's capacity is too small"
         numbers = uniforms(seed, len(rows), max_new_tokens).to(self.device)
         self._begin(rows)
         sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()

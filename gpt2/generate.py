@@ -63,8 +63,8 @@ def stream(
         model: on any device; switched to evaluation mode.
         prompts: token ids, at least one per prompt.
         max_new_tokens: for each prompt.
-        seed: the same seed gives the same tokens, with and without cache. Row i uses seed + i: it is
-            what the prompt alone gives with that seed, unless the rounding of products, which
+        seed: the same seed gives the same tokens, with and without cache. Row i uses seed + i and
+            is what its prompt alone gives with that seed, unless the rounding of products, which
             depends on the number of rows, tips a near tie. None for other tokens every time.
         stop_token: ends the sequence that wrote it (and is not yielded).
         use_cache: False computes everything anew for every token, for comparison.

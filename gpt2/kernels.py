@@ -101,7 +101,7 @@ def _cached_attention(  # noqa: PLR0917 - Triton launches by position
     tl.store(out + (row * heads + head) * width + d, mixed / total, mask=real)
 
 
-def cached_attention_(
+def cached_attention_(  # noqa: PLR0917 - what attention has
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
 ) -> Tensor:
     """`ops.cached_attention` of one new position: reads no more of the cache than is filled.
@@ -116,8 +116,8 @@ def cached_attention_(
     """
     B, heads, _, width = q.shape
     for t in (q, k, v):
-        assert t.stride(1) == width and t.stride(3) == 1
-    assert keys.is_contiguous() and values.is_contiguous()
+        assert t.stride()[1::2] == (width, 1)
+    assert all(t.is_contiguous() for t in (keys, values))
     out = torch.empty(B, 1, heads, width, device=q.device, dtype=q.dtype)
     _cached_attention[(B * heads,)](
         q, k, v, keys, values, lengths, out, q.stride(0), k.stride(0), v.stride(0),

@@ -192,7 +192,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
 
 
-def cached_attention(
+def cached_attention(  # noqa: PLR0917 - what attention has
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, end: int
 ) -> Tensor:
     """Attention of new positions over a cache whose rows are filled to different lengths.

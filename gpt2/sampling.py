@@ -71,9 +71,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
         seen: (B, V) bool, the tokens of the prompt and those written.
         penalty: above 1 for fewer repetitions.
     """
-    return torch.where(
-        seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
-    )
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def filter_logits(

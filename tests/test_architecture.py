@@ -15,8 +15,8 @@ from .conftest import ROOT, run_python
 FLOORS = {
     0: "config tool_config flags model ops kernels tokenizer shards sources readers hub downloads "
     "lock",
-    1: "runtime data datasets order optim hf sinks workers plan",
-    2: "checkpoint evaluate generate report plot rundir inspect_shards merge job",
+    1: "runtime data datasets order optim hf sinks workers plan sampling",
+    2: "checkpoint evaluate generate report plot rundir inspect_shards merge job decode",
     3: "api state messages train prepare cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

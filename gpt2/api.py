@@ -67,7 +67,10 @@ class GPT2(GPT):
         temperature: float = 0.8,
         top_k: int = 50,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
         stop_at_end_of_text: bool = True,
         use_cache: bool = True,
     ):
@@ -80,7 +83,10 @@ class GPT2(GPT):
             temperature: 0 always takes the likeliest token; 1 samples as the model says.
             top_k: choose among this many likeliest tokens; 0: all.
             top_p: choose among the fewest likeliest tokens that reach this probability.
-            seed: the same seed gives the same text.
+            min_p: choose among the tokens at least this times as likely as the likeliest.
+            repetition_penalty: above 1, tokens that have occurred become less likely.
+            seed: the same seed gives the same text; prompt number i of a list uses seed + i.
+            stop: a string, or several, before which a text ends; for prompts that are text.
             stop_at_end_of_text: end a text where the model ends it.
             use_cache: False computes every token from the beginning, much slower.
 
@@ -88,36 +94,68 @@ class GPT2(GPT):
             UserError: an empty list, ids outside the vocabulary, settings that mean nothing.
         """
         prompts, many, text = self._read_prompts(prompt)
-        tokenizer = gpt2_tokenizer()
-        written = generate.generate(
+        tokenizer, stops = gpt2_tokenizer(), _stops(stop)
+        if stops and not text:
+            raise UserError("stop= needs prompts that are text")
+        steps = generate.stream(
             self,
             prompts,
             max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             stop_token=tokenizer.end_of_text if stop_at_end_of_text else None,
             use_cache=use_cache,
         )
-        rows = [old + new for old, new in zip(prompts, written, strict=True)]
-        if text:
-            rows = [tokenizer.decode(_without_start(row)) for row in rows]
-        return rows if many else rows[0]
+        if not text:
+            rows = [list(row) for row in prompts]
+            for new in steps:
+                for row, token in zip(rows, new, strict=True):
+                    row.extend([] if token is None else [token])
+            return rows if many else rows[0]
+        writers = [TextWriter(stops) for _ in prompts]
+        results = [tokenizer.decode(_without_start(row)) for row in prompts]
+        for new in steps:
+            for i, token in enumerate(new):
+                if token is not None:
+                    results[i] += writers[i].add(token)
+            if all(writer.stopped for writer in writers):
+                break
+        results = [text + writer.finish() for text, writer in zip(results, writers, strict=True)]
+        return results if many else results[0]
 
-    def stream(self, prompt: str, max_new_tokens: int = 50, **settings) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        *,
+        stop: str | Sequence[str] = (),
+        **settings,
+    ) -> Iterator[str]:
         """Pieces of the text that follows a prompt, as they are written; never half a character.
 
-        The settings are those of `generate.stream`.
+        Args:
+            prompt: the text to continue.
+            max_new_tokens: tokens to write.
+            stop: a string, or several, before which the text ends; what may be the beginning of
+                one is held back until it is known.
+            **settings: those of `generate.stream`.
+
+        Raises:
+            UserError: settings that mean nothing.
         """
         prompts, _, _ = self._read_prompts(prompt)
-        tokenizer = gpt2_tokenizer()
-        settings = {"stop_token": tokenizer.end_of_text} | settings
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        writer = TextWriter(_stops(stop))
+        settings = {"stop_token": gpt2_tokenizer().end_of_text} | settings
         for (token,) in generate.stream(self, prompts, max_new_tokens, **settings):
-            if token is not None and (piece := decoder.decode(tokenizer.decode_bytes([token]))):
+            if token is not None and (piece := writer.add(token)):
                 yield piece
-        if rest := decoder.decode(b"", final=True):
+            if writer.stopped:
+                return
+        if rest := writer.finish():
             yield rest
 
     def _read_prompts(self, prompt) -> tuple[list[list[int]], bool, bool]:
@@ -137,6 +175,48 @@ class GPT2(GPT):
         if any(not 0 <= i < self.config.vocab_size for row in rows for i in row):
             raise UserError(f"token ids must be from 0 to {self.config.vocab_size - 1}")
         return rows, many, text
+
+
+class TextWriter:
+    """Tokens one at a time to pieces of text that hold no half character and no stop string."""
+
+    def __init__(self, stops: Sequence[str] = ()):
+        self.stops = tuple(stops)
+        self.stopped = False
+        self._held = ""  # may be the beginning of a stop string
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The text that is certain with this token; nothing after a stop string."""
+        return self._pass_on(self._decoder.decode(gpt2_tokenizer().decode_bytes([token])))
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        text = self._pass_on(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text + held
+
+    def _pass_on(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        longest = max(map(len, self.stops), default=1) - 1
+        begins = (n for n in range(min(longest, len(text)), 0, -1)
+                  if any(stop.startswith(text[-n:]) for stop in self.stops))  # fmt: skip
+        split = len(text) - next(begins, 0)
+        self._held = text[split:]
+        return text[:split]
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise UserError(f"stop={stop!r}: use strings that are not empty")
+    return stops
 
 
 def _without_start(row: list[int]) -> list[int]:

@@ -136,8 +136,10 @@ def sample(argv: list[str]) -> int:
     from .api import GPT2
     from .generate import check_sampling
 
-    check_sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    check_sampling(config.max_new_tokens, **_sampling(config))
     model = GPT2.from_checkpoint(path, config.device)
+    if config.dtype == "bfloat16":
+        model = model.bfloat16()
     if config.prompt:
         for number in range(config.num_samples):
             _write_sample(model, config, config.prompt, number)
@@ -229,16 +231,25 @@ def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callab
     return commands[name]
 
 
+def _sampling(config: SampleConfig) -> dict[str, float]:
+    return {
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "min_p": config.min_p,
+        "repetition_penalty": config.repetition_penalty,
+    }
+
+
 def _write_sample(model, config: SampleConfig, prompt: str, number: int):
     """Prints a prompt and, as it is written, what follows."""
     print(prompt, end="", flush=True)
     pieces = model.stream(
         prompt,
         config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
+        stop=config.stop or (),
         seed=config.seed + number if config.seed >= 0 else None,
+        **_sampling(config),
     )
     for piece in pieces:
         print(piece, end="", flush=True)

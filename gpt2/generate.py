@@ -1,154 +1,99 @@
-"""Sampling: from token ids to more token ids, with a KV cache.
+"""Generation: from prompts to new tokens, with what is fastest on the model's device.
 
-When the context is full, the older half of it is forgotten: the newest block_size // 2 tokens are
-read again and generation goes on. The rule is the same with and without the cache, so both give the
-same tokens.
-
-Shapes: `B` sequences, `V` vocabulary.
+`decode` has the passes through the network and the rule for full contexts, `sampling` the choice of
+a token; here is who has ended.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from .config import UserError
-from .model import GPT, KVCache
+from .decode import DRAFT_MIN_PARAMETERS, DRAFT_TOKENS, GRAPH_MIN_TOKENS, Decoder
+from .model import GPT
+from .sampling import Sampling, check_sampling, filter_logits, pick
+
+__all__ = ["check_sampling", "decoder_for", "filter_logits", "generate", "pick", "stream"]
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float):
-    """Raises UserError for settings that mean nothing."""
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens}: use 0 or more")
-    if temperature and not 1e-3 <= temperature < math.inf:
-        raise UserError(f"temperature={temperature}: use 0 (always the likeliest token) or 0.001…")
-    if top_k < 0:
-        raise UserError(f"top_k={top_k}: use 0 (all tokens) or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: use a number above 0, up to 1")
+def decoder_for(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, use_cache=True
+) -> Decoder:
+    """The decoder that is fastest for these prompts.
 
-
-def filter_logits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits (B, V) divided by the temperature, with -inf for tokens that must not be drawn.
-
-    top_k keeps the k likeliest tokens (Fan et al. 2018); of these, top_p keeps the fewest that
-    together reach probability p (Holtzman et al. 2020), at least one.
+    A CUDA graph on a GPU, but not under autocast, which would convert the weights for every token;
+    draft and check for one sequence in float32 on a CPU.
     """
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
-        logits = logits.masked_fill(drop, float("-inf"))
-    return logits
+    weight, lengths = model.transformer.wte.weight, [len(prompt) for prompt in prompts]
+    kind = weight.device.type
+    plain = not use_cache or torch.is_autocast_enabled(kind)
+    graph = not plain and kind == "cuda" and max_new_tokens >= GRAPH_MIN_TOKENS
+    draft = not plain and kind == "cpu" and weight.dtype == torch.float32 and len(prompts) == 1
+    draft = draft and max_new_tokens > DRAFT_TOKENS
+    draft = draft and model.num_parameters() >= DRAFT_MIN_PARAMETERS
+    return Decoder(
+        model,
+        len(prompts),
+        max(lengths) + max_new_tokens,
+        sampling,
+        use_cache=use_cache,
+        static=len(set(lengths)) > 1,
+        graph=graph,
+        draft=draft,
+    )
 
 
-def pick(
-    logits: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token for each row of (B, V) logits, (B,); temperature 0 takes the likeliest."""
-    logits = logits.float()
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-
-@torch.inference_mode()
 def stream(
     model: GPT,
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int | None = None,
     stop_token: int | None = None,
     use_cache: bool = True,
+    decoder: Decoder | None = None,
+    **settings,
 ) -> Iterator[list[int | None]]:
     """Continues prompts, one token for each of them at a time.
 
-    Prompts may differ in length: all are read up to the length of the shortest, then the longer
-    ones still take their own tokens while the others are already writing. No padding is needed.
+    Prompts may differ in length. Closing the iterator, or leaving it, ends the work and frees the
+    memory. On a GPU tokens come two passes late; on a CPU sometimes up to a dozen at once.
 
     Args:
         model: on any device; switched to evaluation mode.
         prompts: token ids, at least one per prompt.
         max_new_tokens: for each prompt.
-        temperature: 0 takes the likeliest token.
-        top_k: see `filter_logits`; 0 for all tokens.
-        top_p: see `filter_logits`; 1 for all tokens.
-        seed: the same seed gives the same tokens; None for other ones every time.
+        seed: the same seed gives the same tokens, with and without cache. Row i uses seed + i and
+            is what its prompt alone gives with that seed, unless the rounding of products, which
+            depends on the number of rows, tips a near tie. None for other tokens every time.
         stop_token: ends the sequence that wrote it (and is not yielded).
         use_cache: False computes everything anew for every token, for comparison.
+        decoder: one from an earlier call with as many prompts; keeps its memory and its CUDA graph.
+            It carries its own settings.
+        **settings: temperature, top_k, top_p, min_p, repetition_penalty: see `sampling.Sampling`.
 
     Yields:
-        For each prompt its new token, or None where it has not begun or has ended.
+        For each prompt its new token, or None where it has ended.
+
+    Raises:
+        UserError: settings that mean nothing, a prompt without tokens.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, **settings)
     if not prompts or not all(prompts):
         raise UserError("a prompt needs at least one token")
-    device = next(model.parameters()).device
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(device=device).manual_seed(seed)
-    model.eval()
-    rows = [list(prompt) for prompt in prompts]
-    ends = [len(prompt) + max_new_tokens for prompt in prompts]
-    finished = [not max_new_tokens] * len(rows)
-    reader = _Reader(model, device, use_cache)
-    position = min(map(len, rows))
-    while not all(finished):
-        logits = reader.next_logits([row[:position] for row in rows])
-        drawn = pick(logits, temperature, top_k, top_p, generator).tolist()
-        new: list[int | None] = [None] * len(rows)
-        for i, token in enumerate(drawn):
-            if position < len(prompts[i]):
-                continue  # this row still reads its own prompt
-            rows[i].append(token)  # finished rows go on unseen, so that all stay equally long
-            if not finished[i]:
-                finished[i] = token == stop_token
-                new[i] = None if finished[i] else token
-                finished[i] = finished[i] or len(rows[i]) >= ends[i]
-        position += 1
+    if not max_new_tokens:
+        return
+    if decoder is None:
+        decoder = decoder_for(model, prompts, max_new_tokens, Sampling(**settings), use_cache)
+    finished = [False] * len(prompts)
+    for tokens in decoder.write(prompts, max_new_tokens, seed):
+        new: list[int | None] = []
+        for i, token in enumerate(tokens):
+            finished[i] = finished[i] or token == stop_token
+            new.append(None if finished[i] else token)
         yield new
-
-
-class _Reader:
-    """Logits after the last token of equally long rows, reading each token once."""
-
-    def __init__(self, model: GPT, device: torch.device, use_cache: bool):
-        self.model, self.device, self.use_cache = model, device, use_cache
-        self.cache: KVCache | None = None
-        self.start = 0  # rows before this are forgotten
-
-    def next_logits(self, rows: list[list[int]]) -> Tensor:
-        """(B, V) logits for the token that follows rows of length n."""
-        block_size, n = self.model.config.block_size, len(rows[0])
-        if n - self.start > block_size:
-            self.start, self.cache = n - max(1, block_size // 2), None
-        weight = self.model.transformer.wte.weight
-        if self.use_cache and self.cache is None:
-            self.cache = KVCache(self.model.config, len(rows), weight, self._dtype(weight))
-        read = self.start + (self.cache.length if self.cache else 0)
-        idx = torch.tensor([row[read:n] for row in rows], device=self.device)
-        hidden = self.model.hidden(idx, self.cache)[:, -1:]
-        return self.model.logits(hidden)[:, 0]
-
-    @staticmethod
-    def _dtype(weight: Tensor) -> torch.dtype:
-        kind = weight.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        if all(finished):
+            return
 
 
 def generate(

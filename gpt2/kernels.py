@@ -155,3 +155,62 @@ def _quantize(x, scale, out, transposed, rows, columns, side: tl.constexpr):  # 
     tl.store(out + at, value, mask=inside)
     at = column.to(tl.int64)[:, None] * rows + row[None, :]
     tl.store(transposed + at, tl.trans(value), mask=tl.trans(inside))
+
+
+@triton.jit
+def _cached_attention(  # noqa: PLR0917 - Triton launches by position
+    q, k, v, keys, values, lengths, out, q_row, k_row, v_row, capacity, scale,
+    heads: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program per row and head: online softmax (Milakov & Gimelshein 2018) over its cache."""
+    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    d = tl.arange(0, lanes)
+    real = d < width
+    length = tl.load(lengths + row)
+    new_k = tl.load(k + row * k_row + head * width + d, mask=real, other=0.0)
+    new_v = tl.load(v + row * v_row + head * width + d, mask=real, other=0.0)
+    cache = (row * heads + head) * capacity * width
+    tl.store(keys + cache + length * width + d, new_k, mask=real)
+    tl.store(values + cache + length * width + d, new_v, mask=real)
+    query = tl.load(q + row * q_row + head * width + d, mask=real, other=0.0).to(tl.float32) * scale
+    top = tl.sum(query * new_k.to(tl.float32), 0)  # the new position sees itself
+    total = top * 0.0 + 1.0
+    mixed = new_v.to(tl.float32)
+    for start in range(0, length, block):
+        s = start + tl.arange(0, block)
+        at = cache + s[:, None] * width + d[None, :]
+        mask = (s < length)[:, None] & real[None, :]
+        score = tl.sum(tl.load(keys + at, mask=mask, other=0.0).to(tl.float32) * query[None, :], 1)
+        score = tl.where(s < length, score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 0))
+        shrink, p = tl.exp(top - new_top), tl.exp(score - new_top)
+        value = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
+        mixed = mixed * shrink + tl.sum(p[:, None] * value, 0)
+        total = total * shrink + tl.sum(p, 0)
+        top = new_top
+    tl.store(out + (row * heads + head) * width + d, mixed / total, mask=real)
+
+
+def cached_attention_(  # noqa: PLR0917 - what attention has
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+) -> Tensor:
+    """`ops.cached_attention` of one new position: reads no more of the cache than is filled.
+
+    Args:
+        q: (B, H, 1, D) with the heads of a row side by side in memory; so k and v.
+        k: (B, H, 1, D).
+        v: (B, H, 1, D).
+        keys: (B, H, S_max, D), contiguous, changed in place.
+        values: (B, H, S_max, D), contiguous, changed in place.
+        lengths: (B,) int64, positions of each row before the new one.
+    """
+    B, heads, _, width = q.shape
+    for t in (q, k, v):
+        assert t.stride()[1::2] == (width, 1)
+    assert all(t.is_contiguous() for t in (keys, values))
+    out = torch.empty(B, 1, heads, width, device=q.device, dtype=q.dtype)
+    _cached_attention[(B * heads,)](
+        q, k, v, keys, values, lengths, out, q.stride(0), k.stride(0), v.stride(0),
+        keys.shape[2], width**-0.5, heads, width, triton.next_power_of_2(width), 64, num_warps=4,
+    )  # fmt: skip
+    return out.transpose(1, 2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import GPT2Config
-from .ops import causal_attention, head_logits, head_loss, to_residual_stream
+from .ops import cached_attention, causal_attention, head_logits, head_loss, to_residual_stream
 from .products import add_linear, add_mlp, qkv
 
 INIT_STD = 0.02
@@ -27,22 +27,55 @@ INIT_STD = 0.02
 class KVCache:
     """Keys and values of the positions already seen, so that each is computed once.
 
-    Holds (n_layer, B, H, S_max, D) for keys and for values, and how many positions are filled.
+    Holds (n_layer, B, H, S_max, D) for keys and for values, and how many positions are filled: as
+    the number `length` where all rows are equally long, and also as the tensor `lengths` (B,)
+    where they are not, or where a CUDA graph, which cannot hold numbers that change, reads it.
+    `length` is then that of the longest row.
     """
 
-    def __init__(self, config: GPT2Config, batch_size: int, like: Tensor, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: GPT2Config,
+        batch_size: int,
+        like: Tensor,
+        dtype: torch.dtype,
+        capacity: int | None = None,
+    ):
         heads, width = config.n_head, config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, heads, config.block_size, width)
-        self.keys = torch.empty(shape, device=like.device, dtype=dtype)
-        self.values = torch.empty(shape, device=like.device, dtype=dtype)
+        shape = (config.n_layer, batch_size, heads, capacity or config.block_size, width)
+        # zeros, because what is masked is still multiplied, by 0
+        self.keys = torch.zeros(shape, device=like.device, dtype=dtype)
+        self.values = torch.zeros(shape, device=like.device, dtype=dtype)
         self.length = 0
+        self.lengths: Tensor | None = None
+        self.rows: Tensor | None = None  # while not None: these are read from their beginning
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends (B, H, T, D) to a layer; returns all of its keys and values, (B, H, S, D)."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def start(self) -> int | Tensor:
+        """Position of the first new token: a number, or (B, 1) where rows differ."""
+        if self.rows is not None:
+            return 0
+        return self.length if self.lengths is None else self.lengths[:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends keys and values to a layer; attention of q over all of them; all (B, H, T, D)."""
+        T = k.shape[2]
+        keys, values = self.keys[layer], self.values[layer]
+        if self.rows is not None:
+            keys[self.rows, :, :T], values[self.rows, :, :T] = k, v
+            return causal_attention(q, k, v)
+        end = self.length + T
+        if self.lengths is not None:
+            return cached_attention(q, k, v, keys, values, self.lengths, end)
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return causal_attention(q, keys[:, :, :end], values[:, :, :end])
+
+    def advance(self, count: int):
+        """Counts new positions, after the last layer has them."""
+        if self.rows is not None:
+            return
+        self.length += count
+        if self.lengths is not None:
+            self.lengths += count
 
 
 class CausalSelfAttention(nn.Module):
@@ -64,9 +97,10 @@ class CausalSelfAttention(nn.Module):
             for part in qkv(x, self.c_attn)
         )
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, H, S, D)
+            y = cache.attend(self.layer, q, k, v)
+        else:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         dropout = self.dropout if self.training else 0.0
-        y = causal_attention(q, k, v, dropout)
         return add_linear(residual, y.transpose(1, 2).reshape(B, T, C), self.c_proj, dropout)
 
 
@@ -160,10 +194,10 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C), the output of the last LayerNorm."""
-        start = cache.length if cache is not None else 0
+        start = cache.start() if cache is not None else 0
         T = idx.shape[1]
-        assert start + T <= self.config.block_size, (start, T, self.config.block_size)
-        positions = torch.arange(start, start + T, device=idx.device)
+        assert isinstance(start, Tensor) or start + T <= self.config.block_size, (start, T)
+        positions = start + torch.arange(T, device=idx.device)
         x = to_residual_stream(self.transformer.wte(idx) + self.transformer.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
@@ -172,7 +206,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, cache)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -18,10 +18,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # on Linux it comes
 def head_logits(x: Tensor, weight: Tensor, padded_rows: int) -> Tensor:
     """Logits of the tied head, (..., C) and (V, C) -> (..., V).
 
-    The product is computed with P = `padded_rows` rows, a multiple of 128 for the sake of matrix
-    units; the padding is cut off again, so that no padded id is ever seen outside.
+    On a GPU the product is computed with P = `padded_rows` rows, a multiple of 128 for the sake of
+    matrix units; the padding is cut off again, so that no padded id is ever seen outside. On a CPU
+    it would only copy the weight.
     """
     rows = weight.shape[0]
+    if x.device.type == "cpu":
+        return F.linear(x, weight)
     padded = F.pad(weight, (0, 0, 0, padded_rows - rows))
     return F.linear(x, padded)[..., :rows]
 
@@ -243,6 +246,36 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     visible = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+
+
+def cached_attention(  # noqa: PLR0917 - what attention has
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, end: int
+) -> Tensor:
+    """Attention of new positions over a cache whose rows are filled to different lengths.
+
+    Writes the new keys and values into the cache. Needs nothing from the device, so that a CUDA
+    graph can hold it.
+
+    Args:
+        q: (B, H, T, D), as k and v the T new positions of every row.
+        k: (B, H, T, D).
+        v: (B, H, T, D).
+        keys: (B, H, S_max, D), changed in place.
+        values: (B, H, S_max, D), changed in place.
+        lengths: (B,) int64, positions of each row before the new ones.
+        end: S, no row has more positions with the new ones; the kernel finds it out itself.
+    """
+    T = q.shape[2]
+    if q.is_cuda and T == 1 and HAS_TRITON and q.dtype != torch.float64:
+        from .kernels import cached_attention_
+
+        return cached_attention_(q, k, v, keys, values, lengths)
+    at = lengths[:, None] + torch.arange(T, device=q.device)  # (B, T)
+    rows = torch.arange(len(q), device=q.device)[:, None]
+    keys[rows, :, at], values[rows, :, at] = k.transpose(1, 2), v.transpose(1, 2)
+    visible = torch.arange(end, device=q.device) <= at[:, None, :, None]  # (B, 1, T, S)
+    keys, values = keys[:, :, :end], values[:, :, :end]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
 
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -67,9 +67,15 @@ class SampleConfig:
     temperature: float = option(0.8, "0: always the likeliest token; 1: as the model says")
     top_k: int = option(50, "choose among this many likeliest tokens; 0: all")
     top_p: float = option(1.0, "choose among the likeliest tokens that sum to this probability")
+    min_p: float = option(0.0, "choose among tokens at least this times as likely as the likeliest")
+    repetition_penalty: float = option(1.0, "above 1: tokens that have occurred are less likely")
+    stop: str = option("", "end before this string; empty: write max_new_tokens")
     seed: int = option(-1, "the same seed writes the same text; -1: another every time")
     num_samples: int = option(1, "texts to write for the prompt")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option(
+        "float32", "of the weights; bfloat16 is faster on a GPU and rounds", ("float32", "bfloat16")
+    )
 
     def __post_init__(self):
         check_seed(max(0, self.seed))

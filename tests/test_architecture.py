@@ -15,8 +15,9 @@ from .conftest import ROOT, run_python
 FLOORS = {
     0: "config tool_config flags model ops products kernels cublaslt tokenizer shards sources "
     "readers hub downloads lock",
-    1: "devices runtime data datasets order optim hf sinks workers plan",
-    2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job",
+    1: "devices runtime data datasets order optim hf sinks workers plan sampling",
+    2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
+    "decode",
     3: "api state messages train profiler prepare eval_run harness cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -138,3 +138,18 @@ def test_memory_under_a_limit(tmp_path):
     assert [row["result"] for row in rows] == ["fits", "out of memory"] * 2
     for row in rows[::2]:
         assert row["allocated_gib"] <= row["reserved_gib"] < row["device_gib"] <= 2
+
+
+@pytest.mark.slow
+def test_generate_beside_transformers(tmp_path):
+    arguments = ["--size=gpt2-tiny", "--new_tokens=20", "--prompt_tokens=5", "--calls=1"]
+    arguments += ["--batch_sizes=1,3", f"--out_dir={tmp_path}", "--device=cpu"]
+    done = run_python("-m", "benchmarks.generate", *arguments)
+    rows = [json.loads(line) for line in (tmp_path / "generate.jsonl").open()]
+    assert [(row["name"], row["batch_size"]) for row in rows] == [
+        ("ours", 1), ("transformers", 1), ("ours", 3), ("transformers", 3),
+    ]  # fmt: skip
+    assert [row["same_tokens"] for row in rows[1::2]] == ["20 of 20", "60 of 60"]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert "transformers" in done.stdout
+    assert (tmp_path / "generate.png").stat().st_size > 5000

@@ -33,6 +33,11 @@ def complain(capsys, *argv) -> str:
         (["train", "--grad_acum_steps=8"], "did you mean --grad_accum_steps"),
         (["sample", "missing.pt", "--prompt=a"], "missing.pt: no such checkpoint"),
         (["sample", "missing.pt", "--prompt=a", "--top_p=2"], "top_p=2.0: use a number above 0"),
+        (["sample", "missing.pt", "--prompt=a", "--min_p=2"], "min_p=2.0: use a number from 0"),
+        (
+            ["sample", "missing.pt", "--repetition_penalty=0"],
+            "repetition_penalty=0.0: use a number",
+        ),
         (["sample"], "checkpoint"),
         (["eval", "missing.pt", "--text=README.md"], "missing.pt: no such checkpoint"),
         (["plot", "/nowhere"], "metrics.jsonl"),
@@ -101,6 +106,16 @@ def test_sample(trained):
     once = run_python(*arguments, "--prompt=Hello world,", "--num_samples=2").stdout
     assert once.count("Hello world,") == 2
     assert once == run_python(*arguments, "--prompt=Hello world,", "--num_samples=2").stdout
+
+
+def test_sample_ends_before_the_stop_string(trained):
+    arguments = ["-m", "gpt2", "sample", trained / "out_ckpt.pt", "--max_new_tokens=12", "--seed=1"]
+    arguments += ["--prompt=Hello", "--min_p=0.001", "--repetition_penalty=1.1"]
+    whole = run_python(*arguments).stdout.rstrip("\n")
+    stop = whole[len("Hello") + 8 : len("Hello") + 12]
+    stopped = run_python(*arguments, f"--stop={stop}").stdout
+    assert stopped == whole[: whole.index(stop, len("Hello"))] + "\n\n"
+    assert run_python(*arguments, "--dtype=bfloat16").stdout.startswith("Hello")
 
 
 def test_sample_asks_without_a_prompt(trained):

@@ -4,11 +4,13 @@ import pytest
 import torch
 import transformers
 
-from gpt2 import GPT2
+from gpt2 import GPT2, decode
+from gpt2.api import TextWriter
 from gpt2.config import GPT2Config, UserError
 from gpt2.generate import filter_logits, generate, pick
 from gpt2.hf import to_hf
 from gpt2.model import GPT
+from gpt2.tokenizer import gpt2_tokenizer
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -43,15 +45,68 @@ def test_prompts_of_different_length_do_not_disturb_each_other(model):
     assert together == [generate(model, [p], 15, temperature=0)[0] for p in prompts]
 
 
-def test_greedy_equals_hugging_face(model):
+@pytest.fixture(scope="module")
+def trained(text):
+    """Two blocks that have seen a little text, so that some tokens are clearly likelier."""
+    torch.manual_seed(0)
+    model = GPT(GPT2Config(**SHAPE, block_size=256))
+    tokens = torch.tensor(gpt2_tokenizer().encode(text))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(40):
+        x = tokens[step * 512 : step * 512 + 513]
+        loss = model(x[:-1].view(4, 128), x[1:].view(4, 128))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 9
+    return model
+
+
+def hugging_face(model) -> transformers.GPT2LMHeadModel:
+    c = model.config
     config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=300, bos_token_id=0,
-        eos_token_id=None,
+        n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size,
+        vocab_size=c.vocab_size, bos_token_id=0, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     hf = transformers.GPT2LMHeadModel(config).eval()
     hf.load_state_dict(to_hf(model.state_dict()))
-    theirs = hf.generate(torch.tensor([[4, 5, 6]]), max_new_tokens=29, do_sample=False)
-    assert generate(model, [[4, 5, 6]], 29, temperature=0)[0] == theirs[0, 3:].tolist()
+    return hf
+
+
+PROMPTS = [[4, 5, 6], [7], list(range(20, 70)), [250, 3, 250, 3], [100] * 9]
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize("weights", ["random", "trained"])
+def test_greedy_equals_hugging_face(model, trained, weights, settings, monkeypatch):
+    """200 tokens each: alone, all together, and drafted."""
+    if weights == "random":
+        torch.manual_seed(1)
+        model = GPT(GPT2Config(**SHAPE, block_size=256, vocab_size=300))
+        for p in model.parameters():
+            p.data.normal_(0, 0.3)
+    else:
+        model = trained
+    hf = hugging_face(model)
+    theirs = [
+        hf.generate(torch.tensor([p]), max_new_tokens=200, do_sample=False, **settings)[0]
+        for p in PROMPTS
+    ]
+    theirs = [row[len(p) :].tolist() for row, p in zip(theirs, PROMPTS, strict=True)]
+    settings = settings | {"temperature": 0}
+    assert generate(model, PROMPTS, 200, **settings) == theirs
+    monkeypatch.setattr("gpt2.generate.DRAFT_MIN_PARAMETERS", 0)
+    monkeypatch.setattr(decode._Draft, "pays", lambda self: True)
+    assert [generate(model, [p], 200, **settings)[0] for p in PROMPTS] == theirs
+
+
+def test_sampling_equals_itself_without_cache(trained):
+    settings = {"temperature": 0.9, "top_k": 60, "min_p": 0.01, "seed": 4}
+    cached = generate(trained, PROMPTS, 60, **settings)
+    assert cached == generate(trained, PROMPTS, 60, use_cache=False, **settings)
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(trained, [prompt], 60, **settings | {"seed": 4 + i})
+        assert alone[0] == cached[i]
 
 
 def test_prompt_longer_than_the_context(model):
@@ -153,6 +208,48 @@ def test_stream_pieces_make_the_text(gpt2):
     pieces = list(gpt2.stream("Hello", 40, temperature=0))
     whole = gpt2.generate("Hello", 40, temperature=0)
     assert "Hello" + "".join(pieces) == whole
+
+
+def pieces_of(text: str, stops) -> tuple[list[str], TextWriter]:
+    writer = TextWriter(stops)
+    pieces = [writer.add(token) for token in gpt2_tokenizer().encode(text)]
+    return [*pieces, writer.finish()], writer
+
+
+@pytest.mark.parametrize("stop", ["brown fox", "\n\n", "x", "naïve ☕", "over the lazy do!", "ooo"])
+def test_text_ends_before_the_stop_string(stop):
+    """At every token's end the text so far neither holds a part of it nor lags without need."""
+    text = "The quick brown fox\njumps over the lazy dog ooops\n\nnaïve ☕ ooo end"
+    pieces, writer = pieces_of(text, [stop, "never there"])
+    assert "".join(pieces) == text.split(stop, maxsplit=1)[0]
+    assert writer.stopped == (stop in text)
+    assert not writer.stopped or writer.add(50) == ""
+    free, _ = pieces_of(text, [])
+    assert "".join(free) == text
+
+
+def test_the_first_of_several_stop_strings_counts():
+    assert "".join(pieces_of("one two three", ["three", "two"])[0]) == "one "
+
+
+def test_stop_in_generate_and_stream(gpt2):
+    whole = gpt2.generate("Hello", 40, temperature=0)[len("Hello") :]
+    stop = whole[10:16]
+    cut = whole.split(stop)[0]
+    assert gpt2.generate("Hello", 40, temperature=0, stop=stop) == "Hello" + cut
+    assert (
+        gpt2.generate(["Hello", "Hello"], 40, temperature=0, stop=[stop, "§§"])
+        == ["Hello" + cut] * 2
+    )
+    assert "".join(gpt2.stream("Hello", 40, temperature=0, stop=stop)) == cut
+
+
+def test_stop_that_means_nothing(gpt2):
+    for stop in ("a", ["a"]):
+        with pytest.raises(UserError, match="prompts that are text"):
+            gpt2.generate([1, 2], stop=stop)
+    with pytest.raises(UserError, match="not empty"):
+        gpt2.generate("a", stop=["a", ""])
 
 
 def test_bad_ids(gpt2):

@@ -1,5 +1,7 @@
 """What only a CUDA device can show: `pytest -m gpu`. Skipped without one."""
 
+import copy
+import gc
 import subprocess
 import sys
 
@@ -10,17 +12,20 @@ import transformers
 
 from gpt2 import checkpoint, devices, train
 from gpt2.config import GPT2Config, TrainConfig, UserError
+from gpt2.decode import Decoder
 from gpt2.flags import parse
-from gpt2.generate import generate
+from gpt2.generate import generate, stream
 from gpt2.hf import from_hf
 from gpt2.model import GPT
 from gpt2.ops import (
+    cached_attention,
     causal_attention,
     causal_attention_reference,
     gelu,
     head_loss,
     head_loss_reference,
 )
+from gpt2.sampling import Sampling
 
 from .conftest import ROOT, TINY
 from .test_train import metrics, weights
@@ -181,6 +186,75 @@ def test_cached_generation_equals_uncached():
             p.normal_(0, 0.3)
     cached = generate(model, [[1, 2], [3]], 100, temperature=0)
     assert cached == generate(model, [[1, 2], [3]], 100, temperature=0, use_cache=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_kernel_equals_its_plain_form(dtype):
+    torch.manual_seed(0)
+    lengths = torch.tensor([0, 5, 64, 127], device="cuda")
+    for width in (64, 16, 20):
+        qkv = torch.randn(4, 1, 9 * width, device="cuda", dtype=dtype)
+        q, k, v = (t.view(4, 1, 3, width).transpose(1, 2) for t in qkv.split(3 * width, 2))
+        caches = torch.randn(2, 4, 3, 128, width, device="cuda", dtype=dtype)
+        plain = [t.cpu() for t in caches]
+        exact = cached_attention(q.cpu(), k.cpu(), v.cpu(), *plain, lengths.cpu(), 128)
+        found = cached_attention(q, k, v, *caches, lengths, 128)
+        assert error(found.cpu(), exact) < (1e-6 if dtype == torch.float32 else 1e-2)
+        for cache, wanted in zip(caches, plain, strict=True):
+            assert torch.equal(cache.cpu(), wanted)
+
+
+PROMPTS = [[1, 2, 3], [7, 8, 9, 10, 11], [5], list(range(70))]
+DRAWN = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def sharp():
+    """Weights that make some tokens clearly likelier, so that rounding seldom decides."""
+    torch.manual_seed(0)
+    model = GPT(GPT2Config(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=300))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model.cuda()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, DRAWN])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+def test_graph_equals_plain_decoding(sharp, prompts, settings):
+    """150 tokens through a context of 64; without cache is the plainest form."""
+    recorded = generate(sharp, prompts, 150, **settings)
+    assert [len(row) for row in recorded] == [150] * len(prompts)
+    assert recorded == generate(sharp, prompts, 150, use_cache=False, **settings)
+    assert recorded == generate(sharp.cpu(), prompts, 150, use_cache=False, **settings)
+    sharp.cuda()
+
+
+def test_graph_in_bf16_equals_the_same_pass_unrecorded(sharp):
+    model = copy.deepcopy(sharp).bfloat16()
+    for sampling in (Sampling(temperature=0), Sampling(temperature=0.9, top_k=40)):
+        passes = [Decoder(model, 4, 250, sampling, static=True, graph=g) for g in (True, False)]
+        recorded, plain = (list(d.write(PROMPTS, 150, seed=1)) for d in passes)
+        assert recorded == plain
+        assert list(passes[0].write(PROMPTS, 150, seed=1)) == plain  # the graph again
+
+
+def test_stream_from_a_graph_stops_and_frees(sharp):
+    free = generate(sharp, [[1, 2, 3]], 100, temperature=0)[0]
+    streamed = stream(sharp, [[1, 2, 3]], 100, temperature=0)
+    assert [next(streamed)[0] for _ in range(20)] == free[:20]
+    streamed.close()
+    stop = free[30]
+    stopped = generate(sharp, [[1, 2, 3]], 100, temperature=0, stop_token=stop)[0]
+    assert stopped == free[: free.index(stop)]
+    del streamed
+    torch.cuda.synchronize()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    list(stream(sharp, [[1, 2, 3]], 100, temperature=0))
+    torch.cuda.synchronize()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20
 
 
 def test_native_bf16_is_chosen_where_it_is():

@@ -1,0 +1,133 @@
+"""All ways of decoding give the tokens of the plainest one, which computes everything anew."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from gpt2 import decode
+from gpt2.config import GPT2Config
+from gpt2.decode import Decoder
+from gpt2.model import GPT
+from gpt2.ops import cached_attention, causal_attention_reference
+from gpt2.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
+EVEN, UNEVEN = [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [7, 8, 9, 10, 11], [5], list(range(70))]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPT2Config(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=300))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model
+
+
+def written(model, prompts, count, sampling, **ways):
+    decoder = Decoder(model, len(prompts), 200, sampling, **ways)
+    return list(decoder.write(prompts, count, seed=3))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+@pytest.mark.parametrize("prompts", [EVEN, UNEVEN])
+def test_static_cache_equals_no_cache(model, prompts, sampling):
+    """100 tokens through a context of 32: rows slide again and again, each at its own time."""
+    plain = written(model, prompts, 100, sampling, use_cache=False)
+    assert len(plain) == 100
+    assert written(model, prompts, 100, sampling, static=True) == plain
+    if prompts is EVEN:
+        assert written(model, prompts, 100, sampling) == plain
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_drafted_tokens_are_those_of_the_float32_model(model, sampling, monkeypatch):
+    monkeypatch.setattr(decode._Draft, "pays", lambda self: True)
+    for prompt in ([1, 2, 3], [5], list(range(70))):
+        plain = written(model, [prompt], 100, sampling, use_cache=False)
+        assert written(model, [prompt], 100, sampling, draft=True) == plain
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_bad_drafts_change_nothing(model, sampling, monkeypatch):
+    """A draft of other weights is right only by chance."""
+    monkeypatch.setattr(decode._Draft, "pays", lambda self: True)
+    decoder = Decoder(model, 1, 200, sampling, draft=True)
+    with torch.no_grad():
+        decoder.draft.head = torch.randn(300, 32).half()
+    plain = written(model, [[1, 2, 3]], 60, sampling, use_cache=False)
+    assert list(decoder.write([[1, 2, 3]], 60, seed=3)) == plain
+    assert decoder.draft.tokens < 2 * decoder.draft.rounds
+
+
+def test_drafting_ends_where_it_does_not_pay(model):
+    draft = Decoder(model, 1, 64, GREEDY, draft=True).draft
+    assert not draft.pays()  # before the plain pass is measured
+    draft.plain_seconds = 1.0
+    assert draft.pays()
+    for _ in range(3):
+        draft.count(2, 1.0)
+    assert draft.pays()
+    draft.count(1, 9.0)
+    assert not draft.pays()
+
+
+def test_drafted_memory_is_half(model):
+    draft = Decoder(model, 1, 64, GREEDY, draft=True).draft
+    ours = {p.data_ptr() for p in model.parameters()}
+    own = [p for p in draft.model.parameters() if p.data_ptr() not in ours]
+    assert own == []  # all others are the model's
+    assert draft.model.transformer.h[0].mlp.c_fc.weight.dtype == torch.float16
+    assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.float32
+
+
+def test_a_decoder_is_used_again(model):
+    decoder = Decoder(model, 3, 60, DRAWN, static=True)
+    prompts = UNEVEN[:3]
+    first = list(decoder.write(prompts, 30, seed=1))
+    other = list(decoder.write([[9], [8, 8], [7]], 10, seed=2))
+    assert list(decoder.write(prompts, 30, seed=1)) == first
+    assert other != first[:10]
+    assert first == list(Decoder(model, 3, 60, DRAWN, static=True).write(prompts, 30, seed=1))
+
+
+def test_a_row_depends_on_its_own_prompt_and_seed(model):
+    together = written(model, UNEVEN, 40, DRAWN, static=True)
+    for i, prompt in enumerate(UNEVEN):
+        alone = Decoder(model, 1, 200, DRAWN).write([prompt], 40, seed=3 + i)
+        assert [row[i] for row in together] == [token for (token,) in alone]
+
+
+def test_closed_early_it_frees_the_cache(model):
+    decoder = Decoder(model, 1, 100, GREEDY)
+    keys = weakref.ref(decoder.cache.keys)
+    writer = decoder.write([[1]], 50)
+    next(writer)
+    del decoder
+    assert keys() is not None
+    writer.close()
+    del writer
+    gc.collect()
+    assert keys() is None
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_attention_over_a_cache_of_uneven_rows(new):
+    torch.manual_seed(0)
+    lengths = torch.tensor([0, 5, 12])
+    q, k, v = torch.randn(3, 3, 2, new, 8)
+    keys, values = torch.randn(2, 3, 2, 20, 8)
+    old_keys, old_values = keys.clone(), values.clone()
+    out = cached_attention(q, k, v, keys, values, lengths, 12 + new)
+    for i, n in enumerate(lengths.tolist()):
+        row = slice(i, i + 1)
+        whole_k = torch.cat((old_keys[row, :, :n], k[row]), 2)
+        whole_v = torch.cat((old_values[row, :, :n], v[row]), 2)
+        exact = causal_attention_reference(q[row], whole_k, whole_v)
+        torch.testing.assert_close(out[row], exact)
+        assert torch.equal(keys[row, :, : n + new], whole_k)
+        assert torch.equal(values[row, :, n + new :], old_values[row, :, n + new :])

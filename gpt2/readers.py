@@ -36,7 +36,7 @@ def read_rows(path: Path, start: int = 0) -> Iterator[Row]:
     if kind.endswith(".parquet"):
         reader = _parquet_rows
     else:
-        reader = _txt_rows if ".txt" in kind[-len(".txt.zst") :] else _jsonl_rows
+        reader = _jsonl_rows if ".json" in kind else _txt_rows
     number = start
     try:
         for row in reader(path, start):

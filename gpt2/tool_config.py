@@ -101,7 +101,7 @@ class EvalConfig:
     )
     text: str = option(
         "",
-        "a .txt, .jsonl (also .gz, .xz, .zst) or .parquet file for the loss on it",
+        "a file of text, .jsonl (both also .gz, .xz, .zst) or .parquet for the loss on it",
     )
     eval_tokens: int = option(0, "tokens of data_dir and of text; 0: as in the run, or 10,485,760")
     hellaswag: str = option("", "HellaSwag's items: a .jsonl or .parquet file, or hub")

@@ -68,8 +68,8 @@ def run(checkpoint: str, config: EvalConfig) -> int:
     if config.json and not Path(config.json).resolve().parent.is_dir():
         raise UserError(f"--json={config.json}: no such folder; make it, or name another file")
     with runtime.start(SystemOptions(device=config.device, dtype=config.dtype)) as rt:
-        model = GPT2.from_checkpoint(checkpoint, str(rt.device))
         jobs = list(_jobs(Path(checkpoint), config, rt))
+        model = GPT2.from_checkpoint(checkpoint, str(rt.device))
         results = _describe(checkpoint, model, rt)
         for job in jobs:
             found = job(model, rt)

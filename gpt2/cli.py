@@ -34,7 +34,7 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
   gpt2 export    a model -> a folder for transformers, vLLM, llama.cpp
-  gpt2 push      that folder -> the Hugging Face Hub
+  gpt2 push      a model -> the Hugging Face Hub
   gpt2 demo      all four on this machine, in a few minutes
 
 `gpt2 COMMAND --help` explains every option. Options are written --name=value; --config=FILE.toml
@@ -210,20 +210,20 @@ def export(argv: list[str]) -> int:
     from .weights import load
 
     check_target(Path(folder))
-    weights = load(source)
-    for note in weights.notes:
-        print(f"{weights.origin}: {note}")
-    print(f"{folder}: {', '.join(export_hf(weights, Path(folder)))}")
+    print(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}")
     return 0
 
 
 def push(argv: list[str]) -> int:
-    """`gpt2 push`: uploads what `gpt2 export` wrote."""
-    names = {"folder": "what `gpt2 export` wrote", "repository": "OWNER/NAME on the Hub"}
-    config, (folder, repository) = parse(PushConfig, argv, "gpt2 push", names)
+    """`gpt2 push`: a model to the Hub."""
+    names = {
+        "checkpoint": "a folder that `gpt2 export` wrote, or what it takes",
+        "repository": "OWNER/NAME on the Hub",
+    }
+    config, (source, repository) = parse(PushConfig, argv, "gpt2 push", names)
     from .export import push as upload
 
-    print(upload(Path(folder), repository, config.private))
+    print(upload(source, repository, config.private))
     return 0
 
 

@@ -109,14 +109,14 @@ class ModelOptions:
             object.__setattr__(self, "block_size", self.block_size or GPT2Config.block_size)
 
     def shape(self) -> GPT2Config:
-        """The size with what was given instead of it."""
-        size = SIZES["gpt2" if self.size == "auto" else self.size]
-        block_size = self.block_size or GPT2Config.block_size
-        return GPT2Config(**(size | self.given()), block_size=block_size, dropout=self.dropout)
+        """The size with what was given instead of it; GPT-2's (124M) where nothing is said."""
+        return GPT2Config(**self.given(), dropout=self.dropout)
 
     def given(self) -> dict[str, int]:
-        """The numbers that were given instead of the size's."""
-        return {n: getattr(self, n) for n in ("n_layer", "n_head", "n_embd") if getattr(self, n)}
+        """The sizes that were asked for, by a name of the table or by numbers."""
+        names = ("n_layer", "n_head", "n_embd", "block_size")
+        numbers = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return SIZES.get(self.size, {}) | numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,8 @@ class TrainConfig:
     system: SystemOptions = field(default_factory=SystemOptions)
 
     def __post_init__(self):
-        self.model.shape()
+        if not self.model.init:  # whose sizes are known when it is read
+            self.model.shape()
         o = self.optim
         at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
         at_least(1, keep_last=self.output.keep_last, batch_size=self.data.batch_size)

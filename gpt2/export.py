@@ -7,18 +7,20 @@ the tokenizer and a model card. It is written beside its place and renamed when 
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 
-from . import hf
+from . import hf, report
 from .checkpoint import load_into, sync
 from .config import UserError, to_dict
+from .hub import http_library
 from .model import GPT
 from .tokenizer import tokenizer_files
-from .weights import HUB_ID, Weights
+from .weights import HUB_ID, Weights, load
 
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
 TOKENIZER_FILES = (
@@ -84,9 +86,9 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
         UserError: the folder is not ours, no room, no permission.
     """
     check_target(folder)
-    with torch.device("meta"):
-        model = GPT(weights.config)
-    load_into(model, weights.state, weights.origin)  # every tensor there, and none too many
+    model = _network(weights)
+    for note in weights.notes:
+        report.say(f"{weights.origin}: {note}")
     folder = folder.absolute()
     temporary = folder.with_name(f"{folder.name}.export.tmp")
     try:
@@ -109,28 +111,40 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Uploads an exported folder to the Hub, in one commit; creates the repository if need be.
+def push(source: str, repository: str, private: bool) -> str:
+    """Uploads a model to the Hub in one commit; creates the repository if need be.
+
+    A folder in Hugging Face's layout goes there as it is (the card may have been edited); anything
+    else that `weights.load` reads is exported first.
 
     Returns:
         The address where a browser shows it.
 
     Raises:
-        UserError: not a whole export, a wrong name, not logged in, no access, no connection.
+        UserError: no model, a wrong name, not logged in, no access, no connection.
     """
     if not HUB_ID.fullmatch(repository):
         raise UserError(f"{repository!r}: name the repository as OWNER/NAME")
-    if not folder.is_dir() or not (folder / hf.CONFIG_FILE).exists():
-        raise UserError(f"{folder}: no exported model; make one with `gpt2 export CHECKPOINT DIR`")
-    config, _ = hf.read_folder(folder)  # whole, and a GPT-2
-    from huggingface_hub import HfApi, constants, errors, get_token
+    from huggingface_hub import constants, get_token
 
-    http = errors.HfHubHTTPError.__mro__  # httpx's errors, or httpx2's, are among its bases
-    transport = next(c for c in http if c.__name__ == "HTTPError")
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set; unset it to upload")
     if not get_token():
         raise UserError("not logged in to the Hub: set HF_TOKEN, or run `hf auth login`")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(source)
+        weights = load(source)
+        if (folder / hf.CONFIG_FILE).exists():
+            _network(weights)  # whole, and a GPT-2
+        else:
+            folder = Path(made) / repository.partition("/")[2]
+            export_hf(weights, folder)
+        return _upload(folder, repository, private)
+
+
+def _upload(folder: Path, repository: str, private: bool) -> str:
+    from huggingface_hub import HfApi, constants, errors
+
     api = HfApi()
     try:
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
@@ -138,15 +152,25 @@ def push(folder: Path, repository: str, private: bool) -> str:
             repo_id=repository,
             folder_path=folder,
             allow_patterns=[*sorted(FILES), hf.INDEX_FILE, "*.safetensors"],
-            commit_message=f"GPT-2, {config.n_layer} layers, width {config.n_embd}",
+            commit_message="gpt2 push",
         )
-    except (transport, errors.HFValidationError, ValueError, OSError) as error:
+    except (http_library().HTTPError, errors.HFValidationError, ValueError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1] if lines else type(error).__name__
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        denied = status in (401, 403)
         raise UserError(
-            f"{repository} not uploaded: {reason}; the token must be allowed to write there"
+            f"{repository} not uploaded: {lines[-1] if lines else type(error).__name__}; "
+            + ("use a token that may write there" if denied else "the same command tries again")
         ) from None
     return f"{constants.ENDPOINT}/{repository}"
+
+
+def _network(weights: Weights) -> GPT:
+    """The network with these weights; UserError unless every tensor is there, and none too many."""
+    with torch.device("meta"):
+        model = GPT(weights.config)
+    load_into(model, weights.state, weights.origin)
+    return model
 
 
 def _texts(weights: Weights, title: str) -> dict[str, bytes]:

@@ -161,9 +161,9 @@ def check_same_run(found: Resumed, options: ModelOptions):
             f"{found.path} is of a run that began with {began_with or 'fresh weights'}, not "
             f"init={options.init}; use another --out_dir, or --resume=never"
         )
-    shape = (weights.settle(options, found.config) if options.init else options).shape()
-    ours, theirs = to_dict(shape), to_dict(found.config)
-    ours["dropout"] = theirs["dropout"]  # may change between runs
+    theirs = to_dict(found.config)
+    ours = options.given() if options.init else to_dict(options.shape())
+    ours.pop("dropout", None)  # may change between runs
     different = [f"{n} {ours[n]} instead of {theirs[n]}" for n in ours if ours[n] != theirs[n]]
     if different:
         raise UserError(

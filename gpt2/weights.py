@@ -6,7 +6,6 @@ them.
 """
 
 import hashlib
-import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from . import checkpoint, hf
-from .config import GPT2_VOCAB_SIZE, SIZES, GPT2Config, ModelOptions, UserError
+from .config import GPT2_VOCAB_SIZE, GPT2Config, ModelOptions, UserError
+from .hub import http_library
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that mean OpenAI's weights
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -89,8 +89,8 @@ def settle(options: ModelOptions, found: GPT2Config) -> ModelOptions:
         UserError: options that contradict it.
     """
     have = {name: getattr(found, name) for name in ("n_layer", "n_head", "n_embd")}
-    asked = (SIZES[options.size] if options.size != "auto" else {}) | options.given()
-    wrong = [f"{n}={have[n]}, not {asked[n]}" for n in asked if asked[n] != have[n]]
+    asked = options.given()
+    wrong = [f"{n}={have[n]}, not {asked[n]}" for n in have if asked.get(n, have[n]) != have[n]]
     if wrong:
         raise UserError(
             f"init={options.init} has {', '.join(wrong)}; leave --size, --n_layer, --n_head and "
@@ -184,7 +184,6 @@ def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
     """Turns what huggingface_hub raises into one line."""
     from huggingface_hub import constants, errors
 
-    http = importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__)
     page = f"{constants.ENDPOINT}/{repository}"
     try:
         yield
@@ -207,7 +206,7 @@ def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
         raise UserError(f"cannot reach {page}: {_first_line(error)}; try again") from None
     except errors.EntryNotFoundError:
         raise _Missing(f"{repository} has no {name}; see {page}") from None
-    except (errors.HFValidationError, errors.HfHubHTTPError, http.HTTPError, OSError) as error:
+    except (errors.HFValidationError, http_library().HTTPError, OSError) as error:
         raise UserError(f"{repository}: {_first_line(error)}; see {page}") from None
 
 

@@ -115,42 +115,43 @@ class FakeHub:
     def take(self, method: str, address: str, body: bytes) -> tuple[int, Any]:
         """(status, JSON) for what comes with an upload: safetensors as large files, by LFS."""
         path = urlsplit(address).path
-        name = path.removeprefix("/api/models/").removeprefix("/").partition(".git/")[0]
-        name = "/".join(name.split("/")[:2])
+        name = "/".join(path.removeprefix("/api/models").split(".git/")[0].split("/")[1:3])
         if method == "PUT":
             self.uploaded[sha256(body)] = body
             return 200, {}
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
-            if name in self.models:
-                return 409, {"url": f"{self.url}/{name}"}
-            self.models[name] = {}
-            self.private += [name] if asked.get("private") else []
-            return 200, {"url": f"{self.url}/{name}"}
-        if path.endswith("/validate-yaml"):
-            return 200, {"warnings": [], "errors": []}
-        if "/preupload/" in path:
-            return 200, {"files": [
+        steps = {
+            "/repos/create": lambda: self._create(json.loads(body)),
+            "/validate-yaml": lambda: (200, {"warnings": [], "errors": []}),
+            "/preupload/": lambda: (200, {"files": [
                 {"path": f["path"], "shouldIgnore": False,
                  "uploadMode": "lfs" if f["path"].endswith("safetensors") else "regular"}
                 for f in json.loads(body)["files"]
-            ]}  # fmt: skip
-        if path.endswith("/info/lfs/objects/batch"):
-            return 200, {"transfer": "basic", "objects": [
+            ]}),
+            "/info/lfs/objects/batch": lambda: (200, {"transfer": "basic", "objects": [
                 {**o, "actions": {"upload": {"href": f"{self.url}/upload/{o['oid']}"}}}
                 for o in json.loads(body)["objects"]
-            ]}  # fmt: skip
-        if "/commit/" in path:
-            for entry in map(json.loads, body.splitlines()):
-                value = entry["value"]
-                if entry["key"] == "file":
-                    self.models[name][value["path"]] = base64.b64decode(value["content"])
-                elif entry["key"] == "lfsFile":
-                    self.models[name][value["path"]] = self.uploaded[value["oid"]]
-            url = f"{self.url}/{name}/commit/{MODEL_COMMIT}"
-            return 200, {"commitUrl": url, "commitOid": MODEL_COMMIT, "success": True}
-        return 404, {}
+            ]}),
+            "/commit/": lambda: self._commit(name, body),
+        }  # fmt: skip
+        return next((step() for part, step in steps.items() if part in path), (404, {}))
+
+    def _create(self, asked: dict) -> tuple[int, Any]:
+        name = f"{asked['organization']}/{asked['name']}"
+        status = 409 if name in self.models else 200
+        if status == 200:
+            self.models[name] = {}
+            self.private += [name] if asked.get("private") else []
+        return status, {"url": f"{self.url}/{name}"}
+
+    def _commit(self, name: str, body: bytes) -> tuple[int, Any]:
+        for entry in map(json.loads, body.splitlines()):
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.models[name][value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                self.models[name][value["path"]] = self.uploaded[value["oid"]]
+        url = f"{self.url}/{name}/commit/{MODEL_COMMIT}"
+        return 200, {"commitUrl": url, "commitOid": MODEL_COMMIT, "success": True}
 
     def _tree(self, folder: str, first: int) -> tuple[int, dict[str, str], bytes]:
         found = [n for n in self.files if not folder or n.startswith(f"{folder}/")]
@@ -205,10 +206,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         hub.requests.append(f"{self.command} {unquote(urlsplit(self.path).path)}")
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            if self.command == "POST":
-                self.send(401, {}, b'{"error": "Invalid credentials"}', Trouble())
-                return
+        known = not hub.token or self.headers.get("Authorization") == f"Bearer {hub.token}"
+        if self.command == "POST" and not known:
+            self.send(401, {}, b'{"error": "Invalid credentials"}', Trouble())
+            return
         status, answer = hub.take(self.command, self.path, body)
         self.send(
             status, {"Content-Type": "application/json"}, json.dumps(answer).encode(), Trouble()

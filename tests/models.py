@@ -103,7 +103,6 @@ def write_llmc(path: Path, model, version=3, padded=50304) -> Path:
     with open(path, "wb") as file:
         file.write(header.tobytes())
         for t in tensors:
-            t = t.contiguous()
             raw = t if version == 3 else t.bfloat16().view(torch.int16)
             file.write(raw.numpy().tobytes())
     return path

@@ -106,7 +106,7 @@ def test_llmc_cut_short_or_too_long(tmp_path, cut):
     path = write_llmc(tmp_path / "m.bin", reference())
     data = path.read_bytes()
     path.write_bytes(data[:-cut])
-    with pytest.raises(UserError, match="damaged, .* bytes instead of"):
+    with pytest.raises(UserError, match=r"damaged, .* bytes instead of"):
         checkpoint.load_model(path)
     path.write_bytes(data + b"more")
     with pytest.raises(UserError, match="damaged"):

@@ -96,7 +96,7 @@ def test_untied_head(folder):
     path = folder / "model.safetensors"
     state = load_file(path)
     save_file(state | {"lm_head.weight": state["transformer.wte.weight"] * 2}, path)
-    with pytest.raises(UserError, match="lm_head.weight differs"):
+    with pytest.raises(UserError, match=r"lm_head\.weight differs"):
         GPT2.from_pretrained(folder)
 
 

@@ -20,7 +20,7 @@ from .config import UserError, to_dict
 from .hub import http_library
 from .model import GPT
 from .tokenizer import tokenizer_files
-from .weights import HUB_ID, Weights, load
+from .weights import HUB_ID, Weights, load, load_local
 
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
 TOKENIZER_FILES = (
@@ -28,7 +28,6 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt"),
 )
 FILES = {hf.CONFIG_FILE, GENERATION_FILE, hf.WEIGHTS_FILE, CARD_FILE, *TOKENIZER_FILES}
-MARK = {"format": "pt", "written_by": "gpt2 export"}  # transformers asks for the first
 
 CARD = """---
 library_name: transformers
@@ -59,31 +58,22 @@ USE_IDS = "# its vocabulary is not GPT-2's: it takes and gives token ids, withou
 
 
 def check_target(folder: Path):
-    """Finds out before the work whether a folder may be written or written anew.
-
-    Raises:
-        UserError: it is a file, or holds anything but an earlier export.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if names and not (names <= FILES and _is_ours(folder / hf.WEIGHTS_FILE)):
-        raise UserError(
-            f"{folder} holds files that `gpt2 export` did not write; name an empty folder"
-        )
+    """Raises UserError, before the work, unless a folder is new or empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; name a new folder, or delete it first")
 
 
 def export_hf(weights: Weights, folder: Path) -> list[str]:
     """Writes a model for transformers, vLLM and llama.cpp's converter.
 
-    A folder that an earlier export wrote is replaced. Without GPT-2's vocabulary there are no
-    tokenizer files, since its ids would mean something else.
+    Without GPT-2's vocabulary there are no tokenizer files, since its ids would mean something
+    else.
 
     Returns:
         Names of the files.
 
     Raises:
-        UserError: the folder is not ours, no room, no permission.
+        UserError: the folder is not empty, no room, no permission.
     """
     check_target(folder)
     model = _network(weights)
@@ -97,14 +87,17 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
         tensors = hf.to_hf(model.state_dict())
         del tensors["lm_head.weight"]  # the readers tie it themselves
         save_file({n: t.contiguous() for n, t in tensors.items()},
-                  temporary / hf.WEIGHTS_FILE, metadata=MARK)  # fmt: skip
+                  temporary / hf.WEIGHTS_FILE, metadata={"format": "pt"})  # fmt: skip
         for name, content in _texts(weights, folder.name).items():
             (temporary / name).write_bytes(content)
         # safetensors gives its file to the owner alone; others must read it like the rest
         os.chmod(temporary / hf.WEIGHTS_FILE, (temporary / CARD_FILE).stat().st_mode)
         for path in temporary.iterdir():
             sync(path)
-        _put_in_place(temporary, folder)
+        if folder.exists():
+            folder.rmdir()  # it is empty; Windows renames onto nothing that is there
+        os.replace(temporary, folder)
+        sync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder} not written: {error}") from None
@@ -133,12 +126,11 @@ def push(source: str, repository: str, private: bool) -> str:
         raise UserError("not logged in to the Hub: set HF_TOKEN, or run `hf auth login`")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(source)
-        weights = load(source)
         if (folder / hf.CONFIG_FILE).exists():
-            _network(weights)  # whole, and a GPT-2
+            _network(load_local(folder))  # whole, and a GPT-2
         else:
             folder = Path(made) / repository.partition("/")[2]
-            export_hf(weights, folder)
+            export_hf(load(source), folder)
         return _upload(folder, repository, private)
 
 
@@ -195,23 +187,3 @@ def _texts(weights: Weights, title: str) -> dict[str, bytes]:
         CARD_FILE: card.encode(),
         **(tokenizer_files(config.block_size) if speaks else {}),
     }
-
-
-def _put_in_place(temporary: Path, folder: Path):
-    """Renames; an earlier export makes way as a whole, an empty folder at once."""
-    before = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, before)
-    os.replace(temporary, folder)
-    sync(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a safetensors file was written by `export_hf`."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("written_by") == MARK["written_by"]
-    except (OSError, safetensors.SafetensorError):
-        return False

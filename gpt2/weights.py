@@ -41,7 +41,7 @@ def load(source: str | Path, revision: str = "") -> Weights:
 
     Args:
         source: gpt2, gpt2-medium, gpt2-large or gpt2-xl (always OpenAI's; `./gpt2` is a folder); a
-            path; or OWNER/NAME. `@REVISION` may stand behind the last kind and the first.
+            path (a `Path` always is); or OWNER/NAME. `@REVISION` may follow a name of the Hub.
         revision: commit, tag or branch of the Hub, given separately.
 
     Raises:
@@ -49,13 +49,14 @@ def load(source: str | Path, revision: str = "") -> Weights:
     """
     name, _, behind = str(source).partition("@")
     local = Path(source)
-    if name not in RELEASED and (local.exists() or not HUB_ID.fullmatch(name)):
+    released = name in RELEASED and not isinstance(source, Path)
+    if not released and (local.exists() or not HUB_ID.fullmatch(name)):
         return load_local(local)
     if local.suffix in CHECKPOINT_SUFFIXES:
         raise UserError(f"{source}: no such checkpoint")
     if behind and revision:
         raise UserError(f"{source} names a revision already; leave revision={revision} out")
-    repository = f"openai-community/{name}" if name in RELEASED else name
+    repository = f"openai-community/{name}" if released else name
     folder = download(repository, behind or revision)
     found = load_local(folder)
     return replace(found, origin=f"{repository} of the Hub at {folder.name[:12]}")
@@ -146,10 +147,12 @@ def download(repository: str, revision: str = "") -> Path:
     commit = folder.name
     try:
         _verify(_fetch(repository, hf.WEIGHTS_FILE, commit))
-    except _Missing:
+    except _Missing as error:
         try:
             index = _fetch(repository, hf.INDEX_FILE, commit)
         except _Missing:
+            if error.in_cache:
+                raise error from None
             raise UserError(
                 f"{repository} at {commit[:12]} has no safetensors (pickles are not read); "
                 "save_pretrained of transformers makes them"
@@ -160,7 +163,9 @@ def download(repository: str, revision: str = "") -> Path:
 
 
 class _Missing(UserError):
-    """The repository is there and this file is not."""
+    """The repository, or without a connection the cache, lacks this file."""
+
+    in_cache = False
 
 
 def _fetch(repository: str, name: str, revision: str) -> Path:
@@ -199,11 +204,14 @@ def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
         raise UserError(f"{repository} has no revision {revision}; see {page}") from None
     except errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
-            raise UserError(
+            missing = _Missing(
                 f"{repository}: no such file or folder here, HF_HUB_OFFLINE is set and the cache "
                 f"lacks its {name}; unset it, or download first"
-            ) from None
-        raise UserError(f"cannot reach {page}: {_first_line(error)}; try again") from None
+            )
+            missing.in_cache = True
+            raise missing from None
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(f"cannot get {name} of {page}: {reason}; try again") from None
     except errors.EntryNotFoundError:
         raise _Missing(f"{repository} has no {name}; see {page}") from None
     except (errors.HFValidationError, http_library().HTTPError, OSError) as error:

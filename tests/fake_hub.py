@@ -140,7 +140,8 @@ class FakeHub:
         status = 409 if name in self.models else 200
         if status == 200:
             self.models[name] = {}
-            self.private += [name] if asked.get("private") else []
+            hidden = asked.get("private") or asked.get("visibility") == "private"
+            self.private += [name] if hidden else []  # huggingface_hub 1 and 2
         return status, {"url": f"{self.url}/{name}"}
 
     def _commit(self, name: str, body: bytes) -> tuple[int, Any]:
@@ -210,7 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "POST" and not known:
             self.send(401, {}, b'{"error": "Invalid credentials"}', Trouble())
             return
-        status, answer = hub.take(self.command, self.path, body)
+        waiting = next((t for part, t in hub.trouble.items() if part in self.path and t), [])
+        status, answer = hub.take(self.command, self.path, body) if not waiting else (
+            waiting.pop(0).status, {"error": "trouble"}
+        )  # fmt: skip
         self.send(
             status, {"Content-Type": "application/json"}, json.dumps(answer).encode(), Trouble()
         )

@@ -142,17 +142,23 @@ def test_tensors_that_do_not_fit_leave_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
 
 
-# Runs commands in one process; prints the exit code of each.
+# Runs commands in one process; prints the exit code of each. "HF_TOKEN" sets it for the next ones.
 COMMANDS = """
-import json, sys
+import json, os, sys
 from gpt2.cli import main
-print([main(argv) for argv in json.loads(sys.argv[1])])
+codes = []
+for argv in json.loads(sys.argv[1]):
+    if argv[0] == "HF_TOKEN":
+        os.environ["HF_TOKEN"] = argv[1]
+    else:
+        codes.append(main(argv))
+print(codes)
 """
 
 
-def run_commands(hub, tmp_path, *commands, token="secret", **environment):
+def run_commands(hub, tmp_path, *commands, **environment):
     env = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(tmp_path / "home")}
-    env |= {"HF_TOKEN": token, **environment}
+    env |= {"HF_TOKEN": "secret", **environment}
     done = run_python("-c", COMMANDS, json.dumps(commands), cwd=tmp_path, env=env)
     codes = json.loads(done.stdout.splitlines()[-1])
     errors = [line for line in done.stderr.splitlines() if line.startswith("gpt2: error")]
@@ -168,6 +174,7 @@ def hub():
         yield hub
 
 
+@pytest.mark.slow
 def test_push_and_back(hub, model, tmp_path):
     model.save(tmp_path / "out_ckpt.pt")
     codes, _, out = run_commands(
@@ -198,23 +205,37 @@ def test_an_edited_card_is_pushed_and_other_files_are_not(hub, model, tmp_path):
     assert "secret.txt" not in hub.models["me/m"]
 
 
-def test_push_that_cannot_be_is_one_line(hub, model, tmp_path):
+def test_push_that_cannot_be_is_one_line(hub, model, tmp_path, capsys):
     model.save(tmp_path / "m.pt")
     push = ["push", "m.pt", "me/m"]
-    hub.trouble = {"/api/repos/create": [Trouble(status=500)] * 9}
-    no_name, no_file = ["push", "m.pt", "m"], ["push", "no.pt", "me/m"]
-    _, errors, _ = run_commands(hub, tmp_path, push, no_name, no_file)
+    hub.trouble = {"/api/repos/create": [Trouble(status=500)]}
+    _, errors, _ = run_commands(
+        hub, tmp_path,
+        push,
+        ["push", "m.pt", "m"],
+        ["push", "no.pt", "me/m"],
+        ["HF_TOKEN", "wrong"],
+        push,
+        ["HF_TOKEN", ""],
+        push,
+    )  # fmt: skip
+    assert len(errors) == 5
     assert "me/m not uploaded" in errors[0]
     assert errors[0].endswith("the same command tries again")
     assert "'m': name the repository as OWNER/NAME" in errors[1]
     assert "no.pt: no such checkpoint" in errors[2]
-    _, (error,), _ = run_commands(hub, tmp_path, push, token="wrong")
-    assert "Invalid credentials" in error
-    assert error.endswith("use a token that may write there")
-    _, (error,), _ = run_commands(hub, tmp_path, push, token="")
-    assert "not logged in to the Hub: set HF_TOKEN" in error
-    _, (error,), _ = run_commands(hub, tmp_path, push, HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set; unset it" in error
-    _, (error,), _ = run_commands(hub, tmp_path, push, HF_ENDPOINT="http://127.0.0.1:9")
-    assert "me/m not uploaded" in error
+    assert "Invalid credentials" in errors[3]
+    assert errors[3].endswith("use a token that may write there")
+    assert "not logged in to the Hub: set HF_TOKEN" in errors[4]
     assert not hub.models
+    assert main(push) == 2  # in this process: see conftest.py
+    assert "HF_HUB_OFFLINE is set; unset it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_push_without_a_connection(hub, model, tmp_path):
+    model.save(tmp_path / "m.pt")
+    closed = "http://127.0.0.1:9"
+    _, (error,), _ = run_commands(hub, tmp_path, ["push", "m.pt", "me/m"], HF_ENDPOINT=closed)
+    assert "me/m not uploaded" in error
+    assert error.endswith("the same command tries again")

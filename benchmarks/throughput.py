@@ -38,6 +38,7 @@ from gpt2 import runtime, train
 from gpt2.config import GPT2_VOCAB_SIZE, SIZES, TrainConfig
 from gpt2.flags import parse
 from gpt2.shards import HEADER_BYTES, write_shard
+from gpt2.state import settle_init
 
 SHARD_TOKENS = 4_000_000
 STEPS_TIMED = 10  # together
@@ -54,7 +55,8 @@ def ours(options: argparse.Namespace, data_dir: Path):
     ]  # fmt: skip
     config = parse(TrainConfig, argv, "benchmark")
     with runtime.start(config.system) as rt:
-        state = train.build(config, rt, None)
+        config, init = settle_init(config, rt, None)
+        state = train.build(config, rt, None, init)
         try:
             yield _late(lambda: train.train_step(state, config, rt).read, rt.steps_ahead)
         finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, generate
+from . import checkpoint, generate, report, weights
 from .config import SIZES, GPT2Config, UserError
 from .devices import choose_device
 from .model import GPT
@@ -42,17 +42,39 @@ class GPT2(GPT):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto") -> "GPT2":
-        """The model in an `out_ckpt.pt`, on a GPU if there is one, ready to write.
+        """The model in a file or folder, on a GPU if there is one, ready to write.
 
-        Works on the class and on an instance alike; always gives a new model.
+        Takes an `out_ckpt.pt`, a checkpoint of nanoGPT, build-nanogpt or llm.c, and a folder in
+        Hugging Face's layout. Works on the class and on an instance alike; gives a new model.
 
         Raises:
             UserError: no file, or one that is damaged, foreign or would run code.
         """
-        config, state, _ = checkpoint.load_model(path)
+        return cls._from_weights(weights.load_local(path), device)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str = "", device: str = "auto"
+    ) -> "GPT2":
+        """A model of the Hugging Face Hub: "gpt2", "gpt2-xl", "OWNER/NAME"; or as above.
+
+        Args:
+            name: `@REVISION` may stand behind it.
+            revision: commit, tag or branch; empty: the newest.
+            device: "auto", "cpu", "cuda", "mps".
+
+        Raises:
+            UserError: no such model, no access or connection, or a network that is not GPT-2's.
+        """
+        return cls._from_weights(weights.load(name, revision), device)
+
+    @classmethod
+    def _from_weights(cls, found: weights.Weights, device: str) -> "GPT2":
+        for note in found.notes:
+            report.warn(f"{found.origin}: {note}")
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
-            model = cls(config)
-        checkpoint.load_into(model, state, path)
+            model = cls(found.config)
+        checkpoint.load_into(model, found.state, found.origin)
         return model.to(choose_device(device)).eval()
 
     def save(self, path: str | Path):

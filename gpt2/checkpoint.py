@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import foreign
 from .config import GPT2Config, UserError, to_dict
 from .shards import write_atomically
 
@@ -56,7 +57,7 @@ def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, temporary)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
         raise UserError(_why_not_written(path, error)) from None
@@ -66,34 +67,51 @@ def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
 
 
 def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
-    """Reads what `save_model` wrote.
+    """Reads what `save_model` wrote, or a checkpoint of nanoGPT, build-nanogpt or llm.c.
 
     Returns:
-        (config, state dict on the CPU, the rest of the file).
+        (config, state dict on the CPU, the rest of the file: `step`, `val_loss`; for a foreign
+        file also `origin`, and `notes` on what had to be changed).
 
     Raises:
         UserError: no file, a damaged or foreign file, one that would run code, weights that are
             not numbers.
     """
-    content = _torch_load(Path(path))
-    wanted = {"model", "config"}
-    if not isinstance(content, dict) or not wanted <= set(content):
-        raise UserError(f"{path}: not a checkpoint of this project (needs {sorted(wanted)})")
-    state, settings = content.pop("model"), content.pop("config")
+    path = Path(path)
+    if foreign.is_llmc(path):
+        config, state, rest = foreign.read_llmc(path)
+        check_finite(state, path)
+        return config, state, rest
+    rest = _torch_load(path)
+    if not isinstance(rest, dict) or not ({"model", "config"} <= set(rest) or "model_args" in rest):
+        raise UserError(
+            f"{path}: not a checkpoint of this project (needs ['config', 'model']), of nanoGPT, "
+            "build-nanogpt or llm.c"
+        )
+    state = rest.pop("model", None)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         raise UserError(f"{path}: its `model` is not a table of tensors")
     state = strip_prefixes(state)
-    if not isinstance(settings, dict) or not all(
-        isinstance(value, int | float) for value in settings.values()
-    ):
-        raise UserError(f"{path}: its `config` is not a table of numbers")
-    config = GPT2Config.from_dict(settings)
+    if foreign.is_nanogpt(rest):
+        config, state, rest = foreign.from_nanogpt(state, rest, path)
+    else:
+        settings = rest.pop("config")
+        if not isinstance(settings, dict) or not all(
+            isinstance(value, int | float) for value in settings.values()
+        ):
+            raise UserError(f"{path}: its `config` is not a table of numbers")
+        config = GPT2Config.from_dict(settings)
+    check_finite(state, path)
+    return config, state, rest
+
+
+def check_finite(state: dict[str, Tensor], path: Path):
+    """Raises UserError for weights that are not numbers."""
     odd = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if odd:
         raise UserError(f"{path}: NaN or infinity in {odd[0]} ({len(odd)} tensors in all)")
-    return config, state, content
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path):
@@ -167,11 +185,11 @@ def save_state(
             "files": files,
         }
         for name in files:
-            _sync(temporary / name)
+            sync(temporary / name)
         write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         _discard(final)  # left by a run that was resumed from an earlier step
         os.replace(temporary, final)
-        _sync(final.parent)
+        sync(final.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(_why_not_written(final, error)) from None
@@ -244,7 +262,8 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
 
 def _torch_load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        with torch.serialization.safe_globals(_stand_ins(path)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
@@ -252,8 +271,17 @@ def _torch_load(path: Path) -> Any:
             f"{path}: refused, it is damaged or holds more than tensors and plain values "
             f"({_short(error)})"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({_short(error)})") from None
+
+
+def _stand_ins(path: Path) -> list[tuple[type, str]]:
+    """Our empty class in place of any GPTConfig that a pickle names, such as build-nanogpt's."""
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        return []  # torch.load will say what is wrong
+    return [(foreign.GPTConfig, name) for name in named if name.endswith(".GPTConfig")]
 
 
 def _fingerprint(path: Path) -> list[int | str]:
@@ -261,7 +289,7 @@ def _fingerprint(path: Path) -> list[int | str]:
         return [os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _sync(path: Path):
+def sync(path: Path):
     """Asks the disk to keep what was written; folders cannot be asked on Windows."""
     if path.is_dir() and os.name == "nt":
         return

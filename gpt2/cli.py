@@ -13,7 +13,15 @@ from pathlib import Path
 
 from .config import TrainConfig, UserError
 from .flags import parse
-from .tool_config import EvalConfig, PrepareConfig, ProfileConfig, SampleConfig, ShowConfig
+from .tool_config import (
+    EvalConfig,
+    ExportConfig,
+    PrepareConfig,
+    ProfileConfig,
+    PushConfig,
+    SampleConfig,
+    ShowConfig,
+)
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
@@ -25,6 +33,8 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
+  gpt2 export    a model -> a folder for transformers, vLLM, llama.cpp
+  gpt2 push      a model -> the Hugging Face Hub
   gpt2 demo      all four on this machine, in a few minutes
 
 `gpt2 COMMAND --help` explains every option. Options are written --name=value; --config=FILE.toml
@@ -36,6 +46,12 @@ SHARDS_USAGE = """usage: gpt2 shards COMMAND …
   gpt2 shards info FOLDER                 a table, and a picture of document lengths
   gpt2 shards show FOLDER|SHARD --doc=17  the text of one document
   gpt2 shards merge FOLDER                joins what `gpt2 prepare --worker=1/16`, … wrote"""
+
+
+MODEL_SOURCES = (
+    "an out_ckpt.pt (or a checkpoint of nanoGPT, build-nanogpt, llm.c), a folder of Hugging "
+    "Face's, gpt2, or OWNER/NAME of the Hub"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,13 +147,13 @@ def shards_merge(argv: list[str]) -> int:
 
 def sample(argv: list[str]) -> int:
     """`gpt2 sample`."""
-    names = {"checkpoint": "an out_ckpt.pt"}
+    names = {"checkpoint": MODEL_SOURCES}
     config, (path,) = parse(SampleConfig, argv, "gpt2 sample", names)
     from .api import GPT2
     from .generate import check_sampling
 
     check_sampling(config.max_new_tokens, **_sampling(config))
-    model = GPT2.from_checkpoint(path, config.device)
+    model = GPT2.from_pretrained(path, device=config.device)
     if config.dtype == "bfloat16":
         model = model.bfloat16()
     if config.prompt:
@@ -182,6 +198,32 @@ def plot(argv: list[str]) -> int:
     from .plot import plot_run
 
     print(plot_run(Path(folder)))
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """`gpt2 export`: a model for other programs."""
+    names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; new or empty"}
+    config, (source, folder) = parse(ExportConfig, argv, "gpt2 export", names)
+    assert config.to == "hf", config.to  # the only one so far
+    from .export import check_target, export_hf
+    from .weights import load
+
+    check_target(Path(folder))
+    print(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}")
+    return 0
+
+
+def push(argv: list[str]) -> int:
+    """`gpt2 push`: a model to the Hub."""
+    names = {
+        "checkpoint": "a folder that `gpt2 export` wrote, or what it takes",
+        "repository": "OWNER/NAME on the Hub",
+    }
+    config, (source, repository) = parse(PushConfig, argv, "gpt2 push", names)
+    from .export import push as upload
+
+    print(upload(source, repository, config.private))
     return 0
 
 
@@ -281,6 +323,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "lm_eval": lm_eval,
     "plot": plot,
+    "export": export,
+    "push": push,
     "demo": demo,
 }
 

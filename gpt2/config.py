@@ -89,19 +89,34 @@ SIZES: dict[str, dict[str, int]] = {
 class ModelOptions:
     """The network."""
 
-    size: str = option("gpt2", "a row of the table of sizes", tuple(SIZES))
+    init: str = option(
+        "",
+        "begin with these weights: a checkpoint (also of nanoGPT, build-nanogpt or llm.c), a "
+        "folder of Hugging Face's, gpt2, or OWNER/NAME of the Hub; empty: fresh ones",
+    )
+    size: str = option(
+        "auto", "a row of the table of sizes; auto: gpt2, or that of init", ("auto", *SIZES)
+    )
     n_layer: int = option(0, "number of blocks; 0: as the size says")
     n_head: int = option(0, "attention heads per block; 0: as the size says")
     n_embd: int = option(0, "width of the residual stream; 0: as the size says")
-    block_size: int = option(1024, "context length, in tokens")
+    block_size: int = option(0, "context length, in tokens; 0: 1024, or that of init")
     dropout: float = option(0.0, "probability of dropping an activation while training")
 
+    def __post_init__(self):
+        if not self.init:  # else `weights.settle` does it, which knows them
+            object.__setattr__(self, "size", "gpt2" if self.size == "auto" else self.size)
+            object.__setattr__(self, "block_size", self.block_size or GPT2Config.block_size)
+
     def shape(self) -> GPT2Config:
-        """The size with what was given instead of it."""
-        given = {k: getattr(self, k) for k in ("n_layer", "n_head", "n_embd") if getattr(self, k)}
-        return GPT2Config(
-            **(SIZES[self.size] | given), block_size=self.block_size, dropout=self.dropout
-        )
+        """The size with what was given instead of it; GPT-2's (124M) where nothing is said."""
+        return GPT2Config(**self.given(), dropout=self.dropout)
+
+    def given(self) -> dict[str, int]:
+        """The sizes that were asked for, by a name of the table or by numbers."""
+        names = ("n_layer", "n_head", "n_embd", "block_size")
+        numbers = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return SIZES.get(self.size, {}) | numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +219,8 @@ class TrainConfig:
     system: SystemOptions = field(default_factory=SystemOptions)
 
     def __post_init__(self):
-        self.model.shape()
+        if not self.model.init:  # whose sizes are known when it is read
+            self.model.shape()
         o = self.optim
         at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
         at_least(1, keep_last=self.output.keep_last, batch_size=self.data.batch_size)

@@ -168,8 +168,7 @@ class Dataset:
         from huggingface_hub import constants, errors, get_session
         from huggingface_hub.utils import build_hf_headers
 
-        # httpx under huggingface_hub 1, httpx2 under 2, with the same names
-        http = importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__)
+        http = http_library()
         # identity: a range of compressed bytes would be no use
         headers = build_hf_headers() | {"Accept-Encoding": "identity"} | (headers or {})
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -270,6 +269,13 @@ def _asked_seconds(headers: Any) -> float:
     except (ValueError, TypeError):
         reset = re.search(r";\s*t=(\d+)", headers.get("RateLimit", ""))
         return float(reset[1]) if reset else 0.0
+
+
+def http_library() -> Any:
+    """What huggingface_hub makes requests by: httpx under 1, httpx2 under 2, of the same names."""
+    from huggingface_hub import errors
+
+    return importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__)
 
 
 def size_of(path: Path) -> int:

@@ -70,8 +70,10 @@ def log_step(  # noqa: PLR0917
         report.say(report.console_line(line, max_steps=steps, seconds_left=left))
 
 
-def check_first_loss(loss: float, state: TrainState, rt: Runtime):
+def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str):
     """Says whether the loss of fresh weights is what theory expects (`GPT.expected_first_loss`).
+
+    Of weights that were given (`init`), the theory knows nothing but that guessing would be worse.
 
     Text that often repeats its last token, such as source code with its spaces, lies a little
     below, because a fresh network slightly prefers the token that it has just read.
@@ -79,6 +81,15 @@ def check_first_loss(loss: float, state: TrainState, rt: Runtime):
     if not rt.is_main:
         return
     expected = state.model.expected_first_loss()
+    if init and loss < expected:
+        report.say(f"first loss {loss:.4f}, of the weights of {init}")
+        return
+    if init:
+        report.warn(
+            f"first loss {loss:.2f}, of the weights of {init}, is no better than guessing "
+            f"({expected:.2f}): are the shards and the model of one tokenizer?"
+        )
+        return
     text = f"first loss {loss:.2f}; fresh weights should give {expected:.2f}"
     if -FIRST_LOSS_BELOW <= loss - expected <= FIRST_LOSS_ABOVE:
         report.say(f"{text}: as expected")

@@ -25,7 +25,7 @@ from .messages import out_of_memory
 from .model import GPT
 from .runtime import Runtime
 from .shards import write_shard
-from .state import TrainState
+from .state import TrainState, settle_init
 from .tool_config import ProfileConfig
 
 WARMUP_STEPS, STEPS = 5, 3
@@ -63,7 +63,8 @@ def run(config: ProfileConfig) -> int:
         if rt.world_size > 1:
             raise UserError("gpt2 profile looks at one process; run it without torchrun")
         config = replace(config, data=replace(config.data, data_dir=data_dir))
-        state = train.build(config, rt, None)
+        config, init = settle_init(config, rt, None)
+        state = train.build(config, rt, None, init)
         try:
             seconds, times = measure(state, config, rt, path)
         except torch.OutOfMemoryError:

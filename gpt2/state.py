@@ -14,9 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, report, rundir
+from . import checkpoint, report, rundir, weights
 from .checkpoint import Resumed
-from .config import BatchPlan, GPT2Config, TrainConfig, UserError, flatten, to_dict
+from .config import (
+    BatchPlan,
+    GPT2Config,
+    ModelOptions,
+    TrainConfig,
+    UserError,
+    flatten,
+    to_dict,
+)
 from .data import TrainLoader
 from .datasets import (
     Dataset,
@@ -31,6 +39,7 @@ from .model import GPT
 from .order import Mixture
 from .runtime import Runtime
 from .tasks import Choice
+from .weights import Weights
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
 COUNTERS = (  # fields of TrainState that a checkpoint holds as they are
@@ -81,7 +90,7 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
         for line in damaged:
             report.warn(f"{line}; using an older checkpoint")
         if found:
-            check_same_shape(found, config.model.shape())
+            check_same_run(found, config.model)
             kept.append(found)
         return str(found.path) if found else None
 
@@ -89,6 +98,36 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     if not path:
         return None
     return kept[0] if kept else checkpoint.load_state(Path(path))
+
+
+def settle_init(
+    config: TrainConfig, rt: Runtime, resumed: Resumed | None
+) -> tuple[TrainConfig, Weights | None]:
+    """The settings with the sizes of the weights that `--init` names, and these weights.
+
+    A run that goes on does not read them again. They are loaded on rank 0 only: DDP gives its
+    weights to the other ranks.
+
+    Raises:
+        UserError: no such weights, or options that contradict them.
+    """
+    options = config.model
+    if not options.init:
+        return config, None
+    loaded: list[Weights] = []
+
+    def look() -> GPT2Config:
+        found = weights.load(options.init)
+        settled = weights.settle(options, found.config)
+        found = weights.for_training(found, settled.block_size)
+        report.say(f"beginning with {found.origin}")
+        for note in found.notes:
+            report.say(note)
+        loaded.append(found)
+        return found.config
+
+    shape = resumed.config if resumed else rt.on_main(look)
+    return replace(config, model=weights.settle(options, shape)), next(iter(loaded), None)
 
 
 def make_way(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
@@ -114,10 +153,17 @@ def _as_user_error():
         raise UserError(f"{error.filename}: {error.strerror or error}") from None
 
 
-def check_same_shape(found: Resumed, shape: GPT2Config):
-    """Raises UserError when the checkpoint is of another network."""
-    ours, theirs = to_dict(shape), to_dict(found.config)
-    ours["dropout"] = theirs["dropout"]  # may change between runs
+def check_same_run(found: Resumed, options: ModelOptions):
+    """Raises UserError when the checkpoint is of another network, or began with other weights."""
+    began_with = found.state.get("settings", {}).get("init", "")
+    if options.init and options.init != began_with:
+        raise UserError(
+            f"{found.path} is of a run that began with {began_with or 'fresh weights'}, not "
+            f"init={options.init}; use another --out_dir, or --resume=never"
+        )
+    theirs = to_dict(found.config)
+    ours = options.given() if options.init else to_dict(options.shape())
+    ours.pop("dropout", None)  # may change between runs
     different = [f"{n} {ours[n]} instead of {theirs[n]}" for n in ours if ours[n] != theirs[n]]
     if different:
         raise UserError(

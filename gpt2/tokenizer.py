@@ -210,15 +210,45 @@ def _gigatoken(folder: Path):
     return gigatoken.Tokenizer.from_json(_tokenizer_json(folder))
 
 
-@functools.cache
-def _tokenizer_json(folder: Path) -> str:
-    """GPT-2's merges in the form of Hugging Face's tokenizer.json."""
+def tokenizer_files(block_size: int) -> dict[str, bytes]:
+    """GPT-2's tokenizer in the files that transformers, vLLM and llama.cpp read, by name.
+
+    There a literal `<|endoftext|>` in a text is token 50256, unless `split_special_tokens=True`.
+
+    Args:
+        block_size: context length of the model, in tokens.
+    """
+    folder = _folder_of_merges()
+    special = {"content": END_OF_TEXT_NAME, "single_word": False, "lstrip": False,
+               "rstrip": False, "normalized": False, "special": True}  # fmt: skip
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_NAME)
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "added_tokens_decoder": {str(END_OF_TEXT): special},
+        **names,
+    }
+    added = ({"id": END_OF_TEXT, **special},)
+    return {
+        "tokenizer.json": _tokenizer_json(folder, added).encode(),
+        "vocab.json": (folder / "encoder.json").read_bytes(),
+        "merges.txt": (folder / "vocab.bpe").read_bytes(),
+        "tokenizer_config.json": json.dumps(settings, indent=1).encode(),
+        "special_tokens_map.json": json.dumps(names, indent=1).encode(),
+    }
+
+
+def _tokenizer_json(folder: Path, added: tuple = ()) -> str:
+    """GPT-2's merges, and tokens that are no text, in the form of Hugging Face's tokenizer.json."""
     _ranks(folder)  # checks the files
     merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # below a title
     vocab = json.loads((folder / "encoder.json").read_text("utf-8"))
     cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": merges}
-    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None,
+    return json.dumps({"version": "1.0", "added_tokens": added, "normalizer": None,
                        "pre_tokenizer": cut, "decoder": cut, "model": model})  # fmt: skip
 
 

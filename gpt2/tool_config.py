@@ -59,6 +59,20 @@ class ShowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What `gpt2 export` writes."""
+
+    to: str = option("hf", "layout: hf is Hugging Face's, which others read as well", ("hf",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """How `gpt2 push` uploads."""
+
+    private: bool = option(False, "make a new repository that only you can see")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Everything that `gpt2 sample` can be told."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import devices, flags, report, runtime
+from . import checkpoint, devices, flags, report, runtime
 from .checkpoint import Resumed
 from .config import TrainConfig, UserError, flatten, plan_batch
 from .data import Batch, TrainLoader, eval_batches
@@ -44,8 +44,10 @@ from .state import (
     out_dir,
     restore,
     save,
+    settle_init,
 )
 from .tasks import HELLASWAG, load
+from .weights import Weights
 
 MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale
 
@@ -61,7 +63,8 @@ def run(config: TrainConfig) -> int:
     """
     with runtime.start(config.system) as rt:
         resumed = find_checkpoint(config, rt)
-        state = build(config, rt, resumed)
+        config, init = settle_init(config, rt, resumed)
+        state = build(config, rt, resumed, init)
         try:
             make_way(config, rt, resumed)
             with open_log(config, rt, resumed) as log:
@@ -190,7 +193,7 @@ def note_step(
     state.stop = state.stop or stops > 0
     state.clock.step(state.plan.tokens_per_step)
     if launched.step == 1:
-        check_first_loss(loss, state, rt)
+        check_first_loss(loss, state, rt, config.model.init)
     last = launched.step == config.optim.max_steps or state.stop
     if due(launched.step, config.output.log_every) or last:
         values = {"loss": loss, "lr": launched.lr, "grad_norm": norm, "tokens": launched.tokens}
@@ -226,7 +229,9 @@ def _count_skipped(state: TrainState, step: int, finite: bool):
         )
 
 
-def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainState:
+def build(
+    config: TrainConfig, rt: Runtime, resumed: Resumed | None, init: Weights | None = None
+) -> TrainState:
     """Model, optimizer and loader, fresh or as a checkpoint left them; checks all that can be."""
     shape = config.model.shape()
     plan = plan_batch(config.data, shape.block_size, rt.world_size)
@@ -235,7 +240,10 @@ def build(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> TrainSta
     hellaswag = []
     if config.eval.eval_hellaswag_every:  # broadcast: other machines may lack the file
         hellaswag = rt.on_main(lambda: load(HELLASWAG, config.eval.hellaswag, report.say))
-    model = GPT(shape).to(rt.device)  # made on the CPU: the same weights on every device
+    model = GPT(shape)  # on the CPU: the same weights on every device
+    if init:
+        checkpoint.load_into(model, init.state, init.origin)
+    model.to(rt.device)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing
     compiled, reason = devices.choose_compile(config.system.compile_model, rt.device)

@@ -1,5 +1,9 @@
-"""A Hugging Face Hub on this machine: what `gpt2 prepare` asks of it, and trouble on demand."""
+"""A Hugging Face Hub on this machine: what this project asks of it, and trouble on demand.
 
+One dataset, and any number of models, which may also be uploaded.
+"""
+
+import base64
 import hashlib
 import io
 import json
@@ -8,12 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2.sources import FINEWEB_REPOSITORY, FINEWEB_REVISION
+
+MODEL_COMMIT = "d" * 40
 
 
 @dataclass
@@ -38,6 +45,9 @@ class FakeHub:
         self.sizes: dict[str, int] = {}  # to be listed with these sizes
         self.ranges = True  # whether requests for a range are understood
         self.token = ""  # that must come along
+        self.models: dict[str, dict[str, bytes]] = {}  # files by repository and path
+        self.private: list[str] = []  # models made private
+        self.uploaded: dict[str, bytes] = {}  # large files that no commit names yet, by sha256
         self.page_size = 1000  # entries per page of a listing
         self.over = threading.Event()
 
@@ -48,6 +58,7 @@ class FakeHub:
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1",
         }
 
@@ -83,6 +94,65 @@ class FakeHub:
             return self._tree(folder, int(parse_qs(url.query).get("cursor", ["0"])[0]))
         code = "EntryNotFound" if path.startswith((api, self._resolve)) else "RepoNotFound"
         return 404, {"X-Error-Code": code}, b"{}"
+
+    def answer_model(self, address: str) -> tuple[int, dict[str, str], bytes] | None:
+        """The same for a file of a model, None for any other address."""
+        owner, _, rest = unquote(urlsplit(address).path).strip("/").partition("/")
+        name, slash, rest = rest.partition("/resolve/")
+        if not slash or owner == "datasets":
+            return None
+        revision, _, path = rest.partition("/")
+        files = self.models.get(f"{owner}/{name}")
+        if files is None:
+            return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        if revision not in ("main", MODEL_COMMIT):
+            return 404, {"X-Error-Code": "RevisionNotFound", "X-Repo-Commit": ""}, b"{}"
+        if path not in files:
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": MODEL_COMMIT}, b"{}"
+        etag = f'"{sha256(files[path])}"'
+        return 200, {"ETag": etag, "X-Repo-Commit": MODEL_COMMIT}, files[path]
+
+    def take(self, method: str, address: str, body: bytes) -> tuple[int, Any]:
+        """(status, JSON) for what comes with an upload: safetensors as large files, by LFS."""
+        path = urlsplit(address).path
+        name = "/".join(path.removeprefix("/api/models").split(".git/")[0].split("/")[1:3])
+        if method == "PUT":
+            self.uploaded[sha256(body)] = body
+            return 200, {}
+        steps = {
+            "/repos/create": lambda: self._create(json.loads(body)),
+            "/validate-yaml": lambda: (200, {"warnings": [], "errors": []}),
+            "/preupload/": lambda: (200, {"files": [
+                {"path": f["path"], "shouldIgnore": False,
+                 "uploadMode": "lfs" if f["path"].endswith("safetensors") else "regular"}
+                for f in json.loads(body)["files"]
+            ]}),
+            "/info/lfs/objects/batch": lambda: (200, {"transfer": "basic", "objects": [
+                {**o, "actions": {"upload": {"href": f"{self.url}/upload/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]}),
+            "/commit/": lambda: self._commit(name, body),
+        }  # fmt: skip
+        return next((step() for part, step in steps.items() if part in path), (404, {}))
+
+    def _create(self, asked: dict) -> tuple[int, Any]:
+        name = f"{asked['organization']}/{asked['name']}"
+        status = 409 if name in self.models else 200
+        if status == 200:
+            self.models[name] = {}
+            hidden = asked.get("private") or asked.get("visibility") == "private"
+            self.private += [name] if hidden else []  # huggingface_hub 1 and 2
+        return status, {"url": f"{self.url}/{name}"}
+
+    def _commit(self, name: str, body: bytes) -> tuple[int, Any]:
+        for entry in map(json.loads, body.splitlines()):
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.models[name][value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                self.models[name][value["path"]] = self.uploaded[value["oid"]]
+        url = f"{self.url}/{name}/commit/{MODEL_COMMIT}"
+        return 200, {"commitUrl": url, "commitOid": MODEL_COMMIT, "success": True}
 
     def _tree(self, folder: str, first: int) -> tuple[int, dict[str, str], bytes]:
         found = [n for n in self.files if not folder or n.startswith(f"{folder}/")]
@@ -124,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         first = int(self.headers.get("Range", "bytes=0-")[len("bytes=") :].split("-")[0])
         place = f"+{first}" if first else ""
         hub.requests.append(f"{self.command} {unquote(urlsplit(self.path).path)}{place}")
-        status, headers, body = hub.answer(self.path, first)
+        status, headers, body = hub.answer_model(self.path) or hub.answer(self.path, first)
         if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
             status, headers, body = 401, {"X-Error-Code": "GatedRepo"}, b"{}"
         waiting = next((t for part, t in hub.trouble.items() if part in self.path and t), [])
@@ -133,12 +203,31 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers, body = trouble.status, trouble.headers, b"{}"
         self.send(status, headers, body if trouble.body is None else trouble.body, trouble)
 
+    def do_POST(self):
+        hub = self.server.hub
+        hub.requests.append(f"{self.command} {unquote(urlsplit(self.path).path)}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        known = not hub.token or self.headers.get("Authorization") == f"Bearer {hub.token}"
+        if self.command == "POST" and not known:
+            self.send(401, {}, b'{"error": "Invalid credentials"}', Trouble())
+            return
+        waiting = next((t for part, t in hub.trouble.items() if part in self.path and t), [])
+        status, answer = hub.take(self.command, self.path, body) if not waiting else (
+            waiting.pop(0).status, {"error": "trouble"}
+        )  # fmt: skip
+        self.send(
+            status, {"Content-Type": "application/json"}, json.dumps(answer).encode(), Trouble()
+        )
+
+    def do_PUT(self):
+        self.do_POST()
+
     def send(self, status, headers, body, trouble):
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             stops = [n for n in (trouble.cut_after, trouble.stall_after) if n >= 0]
             self.wfile.write(body[: min(stops, default=len(body))])
             self.wfile.flush()

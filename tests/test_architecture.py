@@ -8,16 +8,24 @@ from dataclasses import fields
 import pytest
 
 from gpt2.config import TrainConfig, flatten
-from gpt2.tool_config import EvalConfig, PrepareConfig, ProfileConfig, SampleConfig, ShowConfig
+from gpt2.tool_config import (
+    EvalConfig,
+    ExportConfig,
+    PrepareConfig,
+    ProfileConfig,
+    PushConfig,
+    SampleConfig,
+    ShowConfig,
+)
 
 from .conftest import ROOT, run_python
 
 FLOORS = {
     0: "config tool_config flags model ops products kernels cublaslt tokenizer shards sources "
     "readers hub downloads lock",
-    1: "devices runtime data datasets order optim hf sinks workers plan sampling",
+    1: "devices runtime data datasets order optim hf foreign sinks workers plan sampling",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
-    "decode",
+    "decode weights export",
     3: "api state messages train profiler prepare eval_run harness cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -94,6 +102,7 @@ def test_pickles_are_never_trusted():
 
 
 CONFIGS = [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig, EvalConfig]
+CONFIGS += [ExportConfig, PushConfig]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

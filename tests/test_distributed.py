@@ -17,6 +17,7 @@ from gpt2.datasets import SAMPLE_TOKENS
 from gpt2.shards import write_shard
 
 from .conftest import ROOT, TINY, run_python
+from .models import reference, write_nanogpt
 from .test_train import metrics, same, weights
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
@@ -193,3 +194,14 @@ def test_mistake_is_told_once(data_dir, tmp_path):
     done = run_python(*command(2, data_dir, tmp_path, "--grad_acum_steps=2"), check=False)
     assert done.returncode != 0
     assert done.stderr.count("did you mean --grad_accum_steps") == 1
+
+
+def test_given_weights_reach_all_ranks(data_dir, tmp_path):
+    """Read by one rank and sent to the other: the losses are those of one process."""
+    source = write_nanogpt(tmp_path / "ckpt.pt", reference())
+    arguments = [f"--init={source}", "--max_steps=3"]
+    run_python(*command(2, data_dir, tmp_path / "two", *arguments))
+    run_python(*command(1, data_dir, tmp_path / "one", *arguments, "--grad_accum_steps=4"))
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
+    two, one = (weights(tmp_path / n / "out_ckpt.pt") for n in ("two", "one"))
+    assert all(torch.allclose(two[n], one[n], atol=1e-4) for n in one)

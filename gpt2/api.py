@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, generate, report, weights
-from .config import SIZES, GPT2Config, UserError
+from .config import GPT2_VOCAB_SIZE, SIZES, GPT2Config, UserError
 from .devices import choose_device
 from .model import GPT
 from .tokenizer import gpt2_tokenizer
@@ -50,7 +50,7 @@ class GPT2(GPT):
         Raises:
             UserError: no file, or one that is damaged, foreign or would run code.
         """
-        return cls._from_weights(weights.load_local(path), device)
+        return cls.from_weights(weights.load_local(path), device)
 
     @classmethod
     def from_pretrained(
@@ -66,10 +66,15 @@ class GPT2(GPT):
         Raises:
             UserError: no such model, no access or connection, or a network that is not GPT-2's.
         """
-        return cls._from_weights(weights.load(name, revision), device)
+        return cls.from_weights(weights.load(name, revision), device)
 
     @classmethod
-    def _from_weights(cls, found: weights.Weights, device: str) -> "GPT2":
+    def from_weights(cls, found: weights.Weights, device: str = "auto") -> "GPT2":
+        """A model of weights that are read already; says what had to be changed in them.
+
+        Raises:
+            UserError: tensors that do not fit.
+        """
         for note in found.notes:
             report.warn(f"{found.origin}: {note}")
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
@@ -189,6 +194,7 @@ class GPT2(GPT):
         several = list(prompt) if many else [prompt]
         text = isinstance(several[0], str)
         if text:
+            weights.check_vocabulary(self.config, "the model")
             # an empty prompt begins a new document
             end_of_text = gpt2_tokenizer().end_of_text
             rows = [gpt2_tokenizer().encode(p) or [end_of_text] for p in several]
@@ -210,7 +216,8 @@ class TextWriter:
 
     def add(self, token: int) -> str:
         """The text that is certain with this token; nothing after a stop string."""
-        return self._pass_on(self._decoder.decode(gpt2_tokenizer().decode_bytes([token])))
+        known = [token] if token < GPT2_VOCAB_SIZE else []  # others may have added tokens
+        return self._pass_on(self._decoder.decode(gpt2_tokenizer().decode_bytes(known)))
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""

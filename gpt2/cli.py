@@ -170,7 +170,7 @@ def sample(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """`gpt2 eval`."""
-    config, (path,) = parse(EvalConfig, argv, "gpt2 eval", {"checkpoint": "an out_ckpt.pt"})
+    config, (path,) = parse(EvalConfig, argv, "gpt2 eval", {"checkpoint": MODEL_SOURCES})
     from .eval_run import run
 
     return run(path, config)

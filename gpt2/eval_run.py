@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from . import report, runtime
+from . import report, runtime, weights
 from .api import GPT2
-from .checkpoint import load_model
 from .config import EvalOptions, SystemOptions, UserError
 from .data import eval_batches
 from .datasets import open_datasets, split_eval_tokens
@@ -69,13 +68,15 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         raise UserError(f"--json={config.json}: no such folder; make it, or name another file")
     with runtime.start(SystemOptions(device=config.device, dtype=config.dtype)) as rt:
         jobs = list(_jobs(Path(checkpoint), config, rt))
-        model = GPT2.from_checkpoint(checkpoint, str(rt.device))
-        results = _describe(checkpoint, model, rt)
+        found = weights.load(checkpoint)
+        weights.check_vocabulary(found.config, checkpoint)
+        model = GPT2.from_weights(found, str(rt.device))
+        results = _describe(checkpoint, found.step, model, rt)
         for job in jobs:
-            found = job(model, rt)
-            if found is None:
+            part = job(model, rt)
+            if part is None:
                 return 128 + (rt.stop_signal or signal.SIGTERM)
-            results |= found
+            results |= part
         results["seconds"] = round(time.perf_counter() - started, 1)
         if rt.is_main:
             report.say(table(results))
@@ -171,24 +172,16 @@ def _ask(task, spec: str, items: list, model: GPT2, rt: Runtime) -> Results | No
     return results and results | {f"{task.name}_source": spec}
 
 
-def _describe(checkpoint: str, model: GPT2, rt: Runtime) -> Results:
+def _describe(checkpoint: str, step: int | None, model: GPT2, rt: Runtime) -> Results:
     return {
         "checkpoint": checkpoint,
-        "step": _step(checkpoint),
+        "step": step,
         "parameters": model.num_parameters(),
         "block_size": model.config.block_size,
         "device": rt.device_name,
         "dtype": str(rt.dtype).removeprefix("torch."),
         "ranks": rt.world_size,
     }
-
-
-def _step(checkpoint: str) -> int | None:
-    """The training step that a checkpoint of ours was saved at; None for other people's."""
-    try:
-        return load_model(checkpoint)[2].get("step")
-    except UserError:
-        return None
 
 
 def table(results: Results) -> str:

@@ -24,6 +24,7 @@ from .generate import stream
 from .runtime import Runtime
 from .score import score
 from .tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
+from .weights import check_vocabulary
 
 
 def main(checkpoint: str, argv: list[str]) -> int:
@@ -60,7 +61,7 @@ class Harness(TemplateLM):
     there, a literal `<|endoftext|>` in a task's text is text.
 
     Args:
-        checkpoint: whatever `GPT2.from_checkpoint` reads.
+        checkpoint: whatever `GPT2.from_pretrained` reads.
         device: as in `--device` of the harness; None: a GPU if there is one.
         dtype: of the products: float32, bfloat16, float16 or auto; float64: of everything, to
             compare implementations.
@@ -83,7 +84,8 @@ class Harness(TemplateLM):
         self._device = choose_device(device or "auto")
         products = "float32" if dtype == "float64" else dtype
         self._rt = Runtime(self._device, choose_dtype(products, self._device)[0])
-        self._model = GPT2.from_checkpoint(checkpoint, str(self._device))
+        self._model = GPT2.from_pretrained(checkpoint, device=str(self._device))
+        check_vocabulary(self._model.config, checkpoint)
         if dtype == "float64":
             self._model.double()
         self._tokenizer = gpt2_tokenizer()

@@ -115,11 +115,7 @@ def for_training(found: Weights, block_size: int) -> Weights:
     """
     config = found.config
     assert block_size <= config.block_size, (block_size, config.block_size)
-    if config.vocab_size < GPT2_VOCAB_SIZE:
-        raise UserError(
-            f"{found.origin} knows {config.vocab_size:,} tokens; shards have GPT-2's "
-            f"{GPT2_VOCAB_SIZE:,}: it can be sampled from but not trained here"
-        )
+    check_vocabulary(config, found.origin)
     state, notes = dict(found.state), list(found.notes)
     for name, rows, have in (
         ("wte", GPT2_VOCAB_SIZE, config.vocab_size),
@@ -131,6 +127,15 @@ def for_training(found: Weights, block_size: int) -> Weights:
             notes.append(f"{name}: the first {rows:,} of {have:,} rows are used")
     config = replace(config, vocab_size=GPT2_VOCAB_SIZE, block_size=block_size)
     return replace(found, config=config, state=state, notes=tuple(notes))
+
+
+def check_vocabulary(config: GPT2Config, origin: str):
+    """Raises UserError for a vocabulary smaller than GPT-2's, whose ids mean something else."""
+    if config.vocab_size < GPT2_VOCAB_SIZE:
+        raise UserError(
+            f"{origin} knows {config.vocab_size:,} tokens, text and shards are GPT-2's "
+            f"{GPT2_VOCAB_SIZE:,}: it can be exported, and continue token ids in Python"
+        )
 
 
 def download(repository: str, revision: str = "") -> Path:

@@ -49,6 +49,10 @@ def complain(capsys, *argv) -> str:
         (["shards", "show", "/nowhere", "--dok=3"], "did you mean --doc"),
         (["shards", "merge", "/nowhere"], "/nowhere: no folders of workers to join"),
         (["demo", "--max_stepz=2"], "did you mean --max_steps"),
+        (["export", "missing.pt", "x"], "missing.pt: no such checkpoint"),
+        (["export", "missing.pt", "x", "--to=onnx"], "hf"),
+        (["push", "missing.pt", "name"], "'name': name the repository as OWNER/NAME"),
+        (["train", "--init=missing.pt", "--max_steps=1"], "missing.pt: no such checkpoint"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):

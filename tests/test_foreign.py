@@ -50,8 +50,22 @@ def test_nanogpt_of_characters(tmp_path):
     hf = reference(vocab_size=65)
     model = GPT2.from_checkpoint(write_nanogpt(tmp_path / "ckpt.pt", hf), "cpu")
     assert model.config.vocab_size == 65
-    with pytest.raises(UserError, match="token ids must be from 0 to 64"):
+    with pytest.raises(UserError, match="knows 65 tokens, text and shards are GPT-2's 50,257"):
         model.generate("Hello")
+    with pytest.raises(UserError, match="token ids must be from 0 to 64"):
+        model.generate([65])
+    assert len(model.generate([1, 2], 5, temperature=0)) == 7
+
+
+def test_added_tokens_are_no_text(tmp_path):
+    """Rows behind GPT-2's, as others add them, can be the likeliest; they write nothing."""
+    hf = reference(vocab_size=50300)
+    with torch.no_grad():
+        hf.transformer.wte.weight[50257:] *= 9
+    hf.save_pretrained(tmp_path)
+    model = GPT2.from_checkpoint(tmp_path, "cpu")
+    assert max(model.generate([15496], 9, temperature=0)) > 50256
+    assert model.generate("Hello", 9, temperature=0).startswith("Hello")
 
 
 def test_what_is_known_of_a_run_comes_along(tmp_path):

@@ -14,6 +14,7 @@ from gpt2.sources import FINEWEB_FOLDER
 
 from .conftest import ROOT, TINY
 from .fake_hub import fake_hub, parquet_bytes
+from .models import reference
 from .test_tasks import hellaswag_items, lambada_items, write_jsonl
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -49,6 +50,18 @@ ADDED: dict[str, list[str] | None] = {
     ],
     # downloads its tasks; tests/test_harness.py runs it with tasks of its own
     "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": None,
+    'gpt2 sample gpt2 --prompt="Hello world,"': ["--max_new_tokens=5"],
+    "python train_gpt2.py --init=gpt2 --data_dir=data/mine --out_dir=out/tuned "
+    "--learning_rate=3e-5 --max_steps=200": [
+        "--max_steps=2", *(a for a in TINY if not a.startswith(("--n_", "--learning_rate"))),
+    ],
+    "gpt2 export out/out_ckpt.pt --to=hf out/hf": [],
+    "gpt2 push out/out_ckpt.pt OWNER/NAME": [],
+    # need other programs, which Python's package index does not have
+    "python ../llama.cpp/convert_hf_to_gguf.py out/hf --outfile=out/model.gguf": None,
+    'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile': None,
+    'ollama run my-gpt2 "Hello world,"': None,
+    "vllm serve out/hf": None,
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
@@ -111,18 +124,22 @@ def test_every_command_of_the_readme_is_known():
 def test_commands_and_python_of_the_readme(clone, text, tmp_path):
     """In one test, since they build on one another."""
     texts = [text[i : i + 4000] for i in range(0, 40_000, 4000)]
+    reference().save_pretrained(tmp_path / "model")
     with fake_hub({f"{FINEWEB_FOLDER}/000_00000.parquet": parquet_bytes(texts)}) as hub:
+        model = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+        hub.models["openai-community/gpt2"] = model
+        online = {**hub.environment(tmp_path), "HF_TOKEN": "any"}
         for command in commands():
             if ADDED[command] is not None:
-                small = [*shlex.split(command), *ADDED[command]]
-                run(small, clone, **hub.environment(tmp_path))
+                run([*shlex.split(command), *ADDED[command]], clone, **online)
+        for code in blocks("python"):
+            run(["python", "-c", code], clone, **online)
+        assert "model.safetensors" in hub.models["OWNER/NAME"]
     for path in ("fineweb/edufineweb_val_000000.bin", "fineweb/edufineweb_train_000001.bin",
                  "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",
                  "out/loss.png", "out/eval.json", "out/two/out_ckpt.pt", "out/mine/out_ckpt.pt",
-                 "out/h200/loss.png"):  # fmt: skip
+                 "out/h200/loss.png", "out/tuned/out_ckpt.pt", "out/hf/config.json"):  # fmt: skip
         assert (clone / path).exists(), path
-    for code in blocks("python"):
-        run(["python", "-c", code], clone)
 
 
 def test_files_and_links_of_the_readme_exist():

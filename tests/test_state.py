@@ -1,5 +1,6 @@
 """Runs that begin with given weights: the same loop, and exact when they go on."""
 
+import json
 import shutil
 
 import pytest
@@ -129,7 +130,21 @@ def test_vocabulary_of_another_tokenizer(data_dir, tmp_path, capsys):
     path = write_nanogpt(tmp_path / "ckpt.pt", reference(vocab_size=65))
     argv = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", *UNSHAPED]
     assert main(["train", f"--init={path}", *argv]) == 2
-    assert "knows 65 tokens; shards have GPT-2's 50,257" in capsys.readouterr().err
+    assert "knows 65 tokens, text and shards are GPT-2's 50,257" in capsys.readouterr().err
+    assert main(["eval", str(path), f"--data_dir={data_dir}", "--device=cpu"]) == 2
+    assert "knows 65 tokens" in capsys.readouterr().err
+
+
+def test_all_kinds_have_the_same_validation_loss(sources, data_dir, tmp_path, capsys):
+    found = {}
+    for kind, source in sources.items():
+        json_file = tmp_path / "eval.json"
+        argv = [f"--data_dir={data_dir}", "--device=cpu", f"--json={json_file}"]
+        assert main(["eval", str(source), *argv, "--eval_tokens=500"]) == 0
+        found[kind] = json.loads(json_file.read_text())
+    assert {row["val_loss"] for row in found.values()} == {found["own"]["val_loss"]}
+    steps = {"own": 3, "hf": None, "nanogpt": 2000, "build-nanogpt": 250, "llm.c": None}
+    assert {kind: row["step"] for kind, row in found.items()} == steps
 
 
 def test_a_profile_begins_with_the_weights_too(sources, data_dir, tmp_path, capsys):

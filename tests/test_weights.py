@@ -195,5 +195,5 @@ def test_rows_that_training_cannot_meet_are_cut_off(tmp_path):
     assert found.config.block_size == 64
     assert any("wpe: the first 16 of 64 rows" in note for note in cut.notes)
     small = Weights(GPT2Config(vocab_size=65), {}, "x")
-    with pytest.raises(UserError, match="knows 65 tokens"):
+    with pytest.raises(UserError, match="x knows 65 tokens"):
         for_training(small, 16)

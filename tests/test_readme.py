@@ -121,6 +121,7 @@ def test_every_command_of_the_readme_is_known():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # thirty commands, each a process that imports torch
 def test_commands_and_python_of_the_readme(clone, text, tmp_path):
     """In one test, since they build on one another."""
     texts = [text[i : i + 4000] for i in range(0, 40_000, 4000)]

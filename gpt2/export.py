@@ -99,8 +99,9 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
         os.replace(temporary, folder)
         sync(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder} not written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return sorted(path.name for path in folder.iterdir())
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from . import foreign
 from .config import GPT2Config, UserError, to_dict
+from .lora import merged_state, to_peft
 from .shards import write_atomically
 
 FORMAT = 1
@@ -41,14 +42,14 @@ WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)
 
 
 def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
-    """Writes `out_ckpt.pt`, or leaves the old one untouched.
+    """Writes `out_ckpt.pt`, adapters merged, or leaves the old one untouched.
 
     Raises:
         UserError: no space or no permission.
     """
     content = {
         "format": FORMAT,
-        "model": {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()},
+        "model": {name: t.detach().cpu().contiguous() for name, t in merged_state(model).items()},
         "config": to_dict(model.config),
         "step": step,
         "val_loss": val_loss,
@@ -64,6 +65,28 @@ def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def save_adapter(folder: Path, model: nn.Module, base: str):
+    """Writes the adapters of a model as `peft` reads them.
+
+    Raises:
+        UserError: no space or no permission.
+    """
+    tensors, settings = to_peft(model, base)
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        (temporary / "adapter_config.json").write_bytes(settings)
+        for path in temporary.iterdir():
+            sync(path)
+        _discard(folder)
+        os.replace(temporary, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(_why_not_written(folder, error)) from None
 
 
 def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:

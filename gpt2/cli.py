@@ -14,8 +14,10 @@ from pathlib import Path
 from .config import TrainConfig, UserError
 from .flags import parse
 from .tool_config import (
+    ChatConfig,
     EvalConfig,
     ExportConfig,
+    FinetuneConfig,
     PrepareConfig,
     ProfileConfig,
     PushConfig,
@@ -28,8 +30,10 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 prepare   text -> shards of tokens (FineWeb-Edu, your own files, or --source=stdlib)
   gpt2 shards    verify, info, show, merge: look into shards, join those of many machines
   gpt2 train     shards -> a model; the same command again continues the run
+  gpt2 finetune  a model -> one that has learned your text or conversations (also by LoRA)
   gpt2 profile   where the time of a training step goes
   gpt2 sample    a model -> text
+  gpt2 chat      talk with a model that was fine-tuned on conversations
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
@@ -76,6 +80,20 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """`gpt2 train`."""
     config = parse(TrainConfig, argv, "gpt2 train")
+    from . import runtime
+    from .train import run
+
+    return runtime.leave(run(config))
+
+
+def finetune(argv: list[str]) -> int:
+    """`gpt2 finetune`: `gpt2 train` with conversations, epochs and adapters."""
+    config = parse(FinetuneConfig, argv, "gpt2 finetune")
+    if not config.model.init or not config.data.data_dir:
+        raise UserError(
+            "say what to begin with and what to learn: "
+            "gpt2 finetune --init=gpt2 --data=conversations.jsonl"
+        )
     from . import runtime
     from .train import run
 
@@ -149,23 +167,17 @@ def sample(argv: list[str]) -> int:
     """`gpt2 sample`."""
     names = {"checkpoint": MODEL_SOURCES}
     config, (path,) = parse(SampleConfig, argv, "gpt2 sample", names)
-    from .api import GPT2
-    from .generate import check_sampling
+    from .terminal import sample as write
 
-    check_sampling(config.max_new_tokens, **_sampling(config))
-    model = GPT2.from_pretrained(path, device=config.device)
-    if config.dtype == "bfloat16":
-        model = model.bfloat16()
-    if config.prompt:
-        for number in range(config.num_samples):
-            _write_sample(model, config, config.prompt, number)
-        return 0
-    print("Type a beginning and press Enter; an empty line ends.", flush=True)
-    number = 0
-    while prompt := _ask():
-        _write_sample(model, config, prompt, number)
-        number += 1
-    return 0
+    return write(path, config)
+
+
+def chat(argv: list[str]) -> int:
+    """`gpt2 chat`."""
+    config, (path,) = parse(ChatConfig, argv, "gpt2 chat", {"checkpoint": MODEL_SOURCES})
+    from .terminal import chat as talk
+
+    return talk(path, config)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -273,38 +285,6 @@ def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callab
     return commands[name]
 
 
-def _sampling(config: SampleConfig) -> dict[str, float]:
-    return {
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "min_p": config.min_p,
-        "repetition_penalty": config.repetition_penalty,
-    }
-
-
-def _write_sample(model, config: SampleConfig, prompt: str, number: int):
-    """Prints a prompt and, as it is written, what follows."""
-    print(prompt, end="", flush=True)
-    pieces = model.stream(
-        prompt,
-        config.max_new_tokens,
-        stop=config.stop or (),
-        seed=config.seed + number if config.seed >= 0 else None,
-        **_sampling(config),
-    )
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print("\n", flush=True)
-
-
-def _ask() -> str:
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
-
-
 def _complain(text: str) -> int:
     """One line; under torchrun, where every rank finds the same mistakes, from the first."""
     from .runtime import is_first_rank
@@ -318,8 +298,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare,
     "shards": shards,
     "train": train,
+    "finetune": finetune,
     "profile": profile,
     "sample": sample,
+    "chat": chat,
     "eval": evaluate,
     "lm_eval": lm_eval,
     "plot": plot,

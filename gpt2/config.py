@@ -217,6 +217,7 @@ class TrainConfig:
     eval: EvalOptions = field(default_factory=EvalOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
+    tuning = None  # no field: `gpt2 finetune` has options of its own here
 
     def __post_init__(self):
         if not self.model.init:  # whose sizes are known when it is read

@@ -18,9 +18,10 @@ from torch import Tensor
 from .config import BatchPlan
 from .ops import IGNORE
 from .order import Mixture
-from .shards import Shard
+from .shards import WindowReader
 
-Batch = tuple[Tensor, Tensor]  # (inputs, targets), each (B, T) int64
+# (inputs, targets), each (B, T) int64; of conversations also their beginnings, see `packed.Packed`
+Batch = tuple[Tensor, ...]
 
 
 class TrainLoader:
@@ -96,25 +97,18 @@ class TrainLoader:
 
     def _read(self, first: int) -> Batch:
         B, T = self.plan.batch_size, self.plan.block_size
-        rows = np.empty((B, T + 1), dtype=np.int64)
-        for row, (shard, start) in zip(rows, self.order.locate(first, B), strict=True):
-            row[:] = shard.read(start, T + 1)
-        return _to_batch(rows, pin=self.device.type == "cuda")
+        windows = [shard.window(start, T) for shard, start in self.order.locate(first, B)]
+        batch = [torch.from_numpy(np.stack(rows)) for rows in zip(*windows, strict=True)]
+        return tuple(t.pin_memory() if self.device.type == "cuda" else t for t in batch)
 
 
-def _to_batch(rows: np.ndarray, pin: bool) -> Batch:
-    tokens = torch.from_numpy(rows)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return (x.pin_memory(), y.pin_memory()) if pin else (x, y)
-
-
-def available_eval_tokens(shards: list[Shard], asked: int) -> int:
+def available_eval_tokens(shards: list[WindowReader], asked: int) -> int:
     """Tokens that validation predicts: as many as asked for, or all there are."""
     return min(asked, sum(max(0, shard.tokens - 1) for shard in shards))
 
 
 def eval_batches(
-    shards: list[Shard],
+    shards: list[WindowReader],
     *,
     block_size: int,
     batch_size: int,
@@ -133,15 +127,15 @@ def eval_batches(
     windows = list(_eval_windows(shards, block_size, eval_tokens))
     mine = windows[rank::world_size]
     for first in range(0, len(windows[::world_size]), batch_size):
-        rows = np.zeros((batch_size, block_size), dtype=np.int64)
-        targets = np.full((batch_size, block_size), IGNORE, dtype=np.int64)
+        parts = len(windows[0][0].window(0, 0))  # a rank's last batch may hold no window
+        batch = [np.full((batch_size, block_size), fill) for fill in (0, IGNORE, 0)[:parts]]
         for i, (shard, start, count) in enumerate(mine[first : first + batch_size]):
-            tokens = shard.read(start, count + 1)
-            rows[i, :count], targets[i, :count] = tokens[:-1], tokens[1:]
-        yield torch.from_numpy(rows).to(device), torch.from_numpy(targets).to(device)
+            for rows, row in zip(batch, shard.window(start, count), strict=True):
+                rows[i, :count] = row
+        yield tuple(torch.from_numpy(rows).to(device) for rows in batch)
 
 
-def _eval_windows(shards: list[Shard], block_size: int, eval_tokens: int):
+def _eval_windows(shards: list[WindowReader], block_size: int, eval_tokens: int):
     """(shard, start, predicted tokens) of each validation window."""
     left = available_eval_tokens(shards, eval_tokens)
     for shard in shards:

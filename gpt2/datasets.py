@@ -2,7 +2,6 @@
 same when the run goes on.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -15,8 +14,6 @@ from .config import DataOptions, UserError
 from .data import available_eval_tokens
 from .order import Mixture, WindowOrder
 from .shards import Shard, find_shards
-
-SAMPLE_TOKENS = 2**12  # hashed at the beginning, in the middle and at the end of a shard
 
 Identity = list[list]  # [name, tokens, sha256 of samples] of each shard of a dataset
 
@@ -134,7 +131,7 @@ def identify(dataset: Dataset) -> Identity:
         UserError: a damaged shard.
     """
     shards = [*dataset.train, *dataset.val]
-    return sorted([dataset.name_of(s), s.tokens, _hash_of_samples(s)] for s in shards)
+    return sorted([dataset.name_of(s), s.tokens, s.fingerprint()] for s in shards)
 
 
 def remember(datasets: list[Dataset], mixture: Mixture, position: int) -> dict[str, Any]:
@@ -215,15 +212,6 @@ def _only_known(dataset: Dataset, shards: Identity, path: Path) -> Dataset:
         val=[shard for shard in dataset.val if dataset.name_of(shard) in names],
         identity=shards,
     )
-
-
-def _hash_of_samples(shard: Shard) -> str:
-    """sha256 over the first, the middle and the last tokens; all of them in a small shard."""
-    count = min(SAMPLE_TOKENS, shard.tokens)
-    digest = hashlib.sha256()
-    for first in (0, (shard.tokens - count) // 2, shard.tokens - count):
-        digest.update(shard.read(first, count).tobytes())
-    return digest.hexdigest()
 
 
 def _number(text: str) -> float | None:

@@ -22,7 +22,7 @@ from .evaluate import Evaluation, evaluate, together
 from .readers import read_rows
 from .runtime import Runtime
 from .score import BATCH_TOKENS
-from .shards import write_atomically
+from .shards import WindowReader, write_atomically
 from .tasks import HELLASWAG, LAMBADA, load
 from .tokenizer import gpt2_tokenizer
 from .tool_config import EvalConfig
@@ -43,8 +43,8 @@ LABELS = {  # of the table: name of a result -> (what it is, its form, what it w
 }
 
 
-class TokensInMemory:
-    """What `data.eval_batches` needs of a shard."""
+class TokensInMemory(WindowReader):
+    """Tokens to evaluate on, as a shard."""
 
     def __init__(self, ids: np.ndarray):
         self._ids, self.tokens = ids, len(ids)

@@ -10,6 +10,7 @@ import torch
 from .data import Batch
 from .model import GPT
 from .ops import IGNORE
+from .packed import packed
 from .runtime import Runtime
 from .tokenizer import gpt2_tokenizer
 
@@ -49,7 +50,7 @@ def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation | 
 
     Args:
         model: in any mode, which it is in again afterwards.
-        batches: (inputs, targets), each (B, T) int64; equally many on every rank.
+        batches: see `data.Batch`; equally many on every rank.
         rt: this process.
 
     Returns:
@@ -62,11 +63,11 @@ def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation | 
     nats = torch.zeros((), device=rt.device)
     counts = torch.zeros(2, dtype=torch.int64, device=rt.device)
     try:
-        for number, (x, y) in enumerate(batches):
+        for number, (x, y, *begins) in enumerate(batches):
             if number % ASK_EVERY == 0 and rt.stop_requested():
                 return None
             with rt.autocast():
-                nats += model(x, y, reduction="sum")
+                nats += model(x, y, reduction="sum", cache=packed(*begins))
             counts[0] += (y != IGNORE).sum()
             counts[1] += (token_bytes[y.clamp(min=0)] * (y != IGNORE)).sum()
     finally:

@@ -20,7 +20,7 @@ FEWEST_ROWS = 1024  # below, finding the fastest algorithm would not pay
 
 def qkv(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of (..., C) by one product with (3C, C), each (..., C)."""
-    if not _by_cublaslt(x):
+    if not _by_cublaslt(x, layer):
         return layer(x).split(x.shape[-1], dim=-1)
     parts = _QKV.apply(x.flatten(0, -2), layer.weight, layer.bias)
     return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
@@ -28,7 +28,7 @@ def qkv(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
 
 def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, dropout: float = 0.0) -> Tensor:
     """residual + dropout(layer(x)), (..., N) and (..., K) -> (..., N)."""
-    if dropout or not _by_cublaslt(x, residual):
+    if dropout or not _by_cublaslt(x, layer, residual):
         return residual + F.dropout(layer(x), dropout)
     y = _AddLinear.apply(residual.flatten(0, -2), x.flatten(0, -2), layer.weight, layer.bias)
     return y.view_as(residual)
@@ -38,18 +38,19 @@ def add_mlp(
     residual: Tensor, x: Tensor, fc: nn.Linear, proj: nn.Linear, dropout: float = 0.0
 ) -> Tensor:
     """residual + dropout(proj(gelu(fc(x)))), all (..., C)."""
-    if dropout or not _by_cublaslt(x, residual):
+    if dropout or not (_by_cublaslt(x, fc, residual) and proj.weight.requires_grad):
         return residual + F.dropout(proj(gelu(fc(x))), dropout)
     parameters = fc.weight, fc.bias, proj.weight, proj.bias
     return _AddMLP.apply(residual.flatten(0, -2), x.flatten(0, -2), *parameters).view_as(residual)
 
 
-def _by_cublaslt(x: Tensor, residual: Tensor | None = None) -> bool:
-    """Whether this is training in bf16 on a GPU, and large enough."""
+def _by_cublaslt(x: Tensor, layer: nn.Linear, residual: Tensor | None = None) -> bool:
+    """Whether this is training in bf16 on a GPU, of all weights (see `lora`), and large enough."""
     in_bf16 = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is BF16
     stream_too = residual is None or residual.dtype is BF16
     large = x.shape[:-1].numel() >= FEWEST_ROWS and x.shape[-1] % 64 == 0
-    return x.is_cuda and in_bf16 and stream_too and large and torch.is_grad_enabled()
+    trains = torch.is_grad_enabled() and layer.weight.requires_grad
+    return x.is_cuda and in_bf16 and stream_too and large and trains
 
 
 class _QKV(torch.autograd.Function):

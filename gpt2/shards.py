@@ -23,11 +23,35 @@ HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 CHUNK_TOKENS = 2**22  # read at once where a whole shard is gone through: 8 MB
 MANIFEST = "manifest.json"
+SAMPLE_TOKENS = 2**12  # of a fingerprint, at each of three places
 SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
 
 
+class WindowReader:
+    """What training and validation read windows from; has `tokens` and `read`."""
+
+    tokens: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint16 tokens [start, start + count)."""
+        raise NotImplementedError
+
+    def window(self, start: int, count: int) -> tuple[np.ndarray, ...]:
+        """(inputs, targets) of `count` tokens, (count,) int64, the first input at `start`."""
+        tokens = self.read(start, count + 1).astype(np.int64)
+        return tokens[:-1], tokens[1:]
+
+    def fingerprint(self) -> str:
+        """sha256 over the first, the middle and the last tokens; all of them in a small shard."""
+        count = min(SAMPLE_TOKENS, self.tokens)
+        digest = hashlib.sha256()
+        for first in (0, (self.tokens - count) // 2, self.tokens - count):
+            digest.update(self.read(first, count).tobytes())
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True)
-class Shard:
+class Shard(WindowReader):
     """A file whose header has been checked."""
 
     path: Path

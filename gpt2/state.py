@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, report, rundir, weights
+from . import checkpoint, lora, report, rundir, weights
 from .checkpoint import Resumed
 from .config import (
     BatchPlan,
@@ -25,6 +25,7 @@ from .config import (
     flatten,
     to_dict,
 )
+from .conversations import check_eval_tokens, is_chat, open_conversations
 from .data import TrainLoader
 from .datasets import (
     Dataset,
@@ -75,6 +76,14 @@ class TrainState:
     def tokens(self) -> int:
         """Tokens that all ranks have trained on, whatever the batch was at each step."""
         return self.loader.position * self.plan.block_size
+
+    def note_evaluation(self, loss: float) -> bool:
+        """Takes down a validation loss of this step; True when it is the best so far."""
+        improved = loss < self.best_val_loss
+        self.val_loss, self.evaluated_at = loss, self.step
+        self.best_val_loss = loss if improved else self.best_val_loss
+        self.evals_without_gain = 0 if improved else self.evals_without_gain + 1
+        return improved
 
 
 def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
@@ -180,7 +189,8 @@ def order_data(
     Raises:
         UserError: what is wrong with the datasets, or not as it was when the checkpoint was saved.
     """
-    datasets = open_datasets(config.data.data_dir)
+    shape, seed = config.model.shape(), config.system.seed
+    datasets = _open_data(config, shape.block_size, rt)
     identities = rt.on_main(lambda: [identify(dataset) for dataset in datasets])
     datasets = [replace(d, identity=i) for d, i in zip(datasets, identities, strict=True)]
     start = MixStart()
@@ -196,8 +206,30 @@ def order_data(
         )
     if config.data.window_start == "document" and rt.is_main:
         report.say("looking for the beginnings of documents in the training shards")
-    shape, seed = config.model.shape(), config.system.seed
     return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start)
+
+
+def _open_data(config: TrainConfig, block_size: int, rt: Runtime) -> list[Dataset]:
+    """Folders of shards or, for `gpt2 finetune`, files of conversations."""
+    if config.tuning is None or not is_chat(config.data.data_dir):
+        return open_datasets(config.data.data_dir)
+    if config.data.window_start != "anywhere":
+        raise UserError("--window_start=document is for text; conversations are always whole")
+    share = config.tuning.val_share
+    datasets, notes = open_conversations(config.data.data_dir, block_size, share)
+    check_eval_tokens(config.eval.eval_tokens, datasets, block_size)
+    rt.notes.extend(notes)
+    return datasets
+
+
+def settle_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
+    """The settings with the steps that `--epochs=` takes, if these are fewer than max_steps."""
+    if config.tuning is None:
+        return config
+    rows = sum(order.per_epoch for order in state.loader.order.orders)
+    steps = max(1, math.ceil(config.tuning.epochs * rows / state.plan.sequences_per_step))
+    max_steps = min(config.optim.max_steps, steps)
+    return replace(config, optim=replace(config.optim, max_steps=max_steps))
 
 
 def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
@@ -240,17 +272,21 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime):
 
 def export(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
     """Writes the model for use, `out_ckpt.pt`."""
-    save_model(state, out_dir(config) / MODEL_NAME, rt, final)
+    save_model(state, config, MODEL_NAME, rt, final)
 
 
 def export_best(state: TrainState, config: TrainConfig, rt: Runtime):
     """Writes the model with the lowest validation loss so far, `best_ckpt.pt`."""
-    save_model(state, out_dir(config) / BEST_NAME, rt, final=False)
+    save_model(state, config, BEST_NAME, rt, final=False)
 
 
-def save_model(state: TrainState, path: Path, rt: Runtime, final: bool):
-    """Writes the model with its step and validation loss."""
+def save_model(state: TrainState, config: TrainConfig, name: str, rt: Runtime, final: bool):
+    """Writes the model with its step and validation loss; beside it an adapter, if it has one."""
+    path = out_dir(config) / name
     write(rt, lambda: checkpoint.save_model(path, state.model, state.step, state.val_loss), final)
+    if lora.is_adapted(state.model):
+        folder = path.with_name(path.stem.replace("ckpt", "adapter"))
+        write(rt, lambda: checkpoint.save_adapter(folder, state.model, config.model.init), final)
 
 
 def write(rt: Runtime, function: Callable[[], Any], final: bool):

@@ -1,8 +1,20 @@
 """Options of the commands that do not train, as `config.py` has those of training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .config import TrainConfig, UserError, at_least, check_seed, option
+from .config import (
+    DataOptions,
+    EvalOptions,
+    OptimOptions,
+    OutputOptions,
+    TrainConfig,
+    UserError,
+    at_least,
+    check_seed,
+    option,
+)
+
+LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; c_proj is the name of two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +85,16 @@ class PushConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Everything that `gpt2 sample` can be told."""
+class WritingConfig:
+    """How text is written."""
 
-    prompt: str = option("", "text to continue; empty: ask for one again and again")
     max_new_tokens: int = option(100, "tokens to write after the prompt")
     temperature: float = option(0.8, "0: always the likeliest token; 1: as the model says")
     top_k: int = option(50, "choose among this many likeliest tokens; 0: all")
     top_p: float = option(1.0, "choose among the likeliest tokens that sum to this probability")
     min_p: float = option(0.0, "choose among tokens at least this times as likely as the likeliest")
     repetition_penalty: float = option(1.0, "above 1: tokens that have occurred are less likely")
-    stop: str = option("", "end before this string; empty: write max_new_tokens")
     seed: int = option(-1, "the same seed writes the same text; -1: another every time")
-    num_samples: int = option(1, "texts to write for the prompt")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option(
         "float32", "of the weights; bfloat16 is faster on a GPU and rounds", ("float32", "bfloat16")
@@ -93,7 +102,27 @@ class SampleConfig:
 
     def __post_init__(self):
         check_seed(max(0, self.seed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(WritingConfig):
+    """Everything that `gpt2 sample` can be told."""
+
+    prompt: str = option("", "text to continue; empty: ask for one again and again")
+    stop: str = option("", "end before this string; empty: write max_new_tokens")
+    num_samples: int = option(1, "texts to write for the prompt")
+
+    def __post_init__(self):
+        super().__post_init__()
         at_least(1, num_samples=self.num_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(WritingConfig):
+    """Everything that `gpt2 chat` can be told."""
+
+    max_new_tokens: int = option(256, "tokens of an answer, but no more than half the context")
+    system: str = option("", "what the model is told first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,3 +157,94 @@ class EvalConfig:
 
     def __post_init__(self):
         at_least(0, eval_tokens=self.eval_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """Fine-tuning."""
+
+    epochs: float = option(3.0, "passes over the data; max_steps may end the run earlier")
+    val_share: float = option(0.05, "share of the conversations held out for validation")
+    lora_rank: int = option(
+        0, "train adapters of this rank (8, 16, …) instead of all weights; 0: no"
+    )
+    lora_alpha: float = option(16.0, "adapters count alpha / rank times")
+    lora_targets: str = option(
+        ",".join(LORA_TARGETS), "matrices that get adapters; c_attn alone is peft's default"
+    )
+
+    def __post_init__(self):
+        at_least(0, lora_rank=self.lora_rank)
+        self.targets()
+        for name, low, high in (("epochs", 0, 1e6), ("val_share", 0, 1), ("lora_alpha", 0, 1e6)):
+            if not low < getattr(self, name) < high:
+                raise UserError(
+                    f"{name}={getattr(self, name)}: use a number above {low} and below {high:g}"
+                )
+
+    def targets(self) -> list[str]:
+        """The names in lora_targets; raises UserError for one that no block has."""
+        names = [name.strip() for name in self.lora_targets.split(",")]
+        for name in names:
+            if name not in LORA_TARGETS:
+                raise UserError(
+                    f"lora_targets={self.lora_targets}: {name!r} is none of "
+                    f"{', '.join(LORA_TARGETS)}"
+                )
+        return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningData(DataOptions):
+    """Data and batch."""
+
+    data_dir: str = option(
+        "",
+        "a .jsonl (also .gz, .xz, .zst), .json or .parquet file of conversations (OpenAI's "
+        "`messages` or Alpaca's), or a folder of shards; several as a.jsonl:0.8,b.jsonl:0.2",
+        alias="data",
+    )
+    grad_accum_steps: int = option(
+        0, "micro-batches per optimizer step and rank; 0: one, or what total_batch_tokens takes"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptim(OptimOptions):
+    """Optimizer and schedule."""
+
+    max_steps: int = option(1_000_000, "no more optimizer steps than this")
+    learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 3e-5, with adapters 3e-4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningEval(EvalOptions):
+    """Validation."""
+
+    eval_every: int = option(50, "steps between evaluations; 0: only at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOutput(OutputOptions):
+    """Output, checkpoints and logs."""
+
+    out_dir: str = option("out/finetuned", "folder for checkpoints, metrics.jsonl and plots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Everything that `gpt2 finetune` can be told: as `gpt2 train`, with adapters and epochs."""
+
+    data: TuningData = field(default_factory=TuningData)
+    optim: TuningOptim = field(default_factory=TuningOptim)
+    eval: TuningEval = field(default_factory=TuningEval)
+    output: TuningOutput = field(default_factory=TuningOutput)
+    tuning: TuningOptions = field(default_factory=TuningOptions)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
+            object.__setattr__(self.data, "grad_accum_steps", 1)
+        if not self.optim.learning_rate:
+            rate = 3e-4 if self.tuning.lora_rank else 3e-5
+            object.__setattr__(self.optim, "learning_rate", rate)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checkpoint, devices, flags, report, runtime
+from . import checkpoint, devices, flags, lora, report, runtime
 from .checkpoint import Resumed
 from .config import TrainConfig, UserError, flatten, plan_batch
 from .data import Batch, TrainLoader, eval_batches
@@ -31,6 +31,7 @@ from .messages import (
 from .model import GPT
 from .ops import IGNORE
 from .optim import build_optimizer, learning_rate_at, set_learning_rate
+from .packed import packed
 from .runtime import Runtime
 from .sinks import check_names
 from .state import (
@@ -45,6 +46,7 @@ from .state import (
     restore,
     save,
     settle_init,
+    settle_steps,
 )
 from .tasks import HELLASWAG, load
 from .weights import Weights
@@ -65,6 +67,7 @@ def run(config: TrainConfig) -> int:
         resumed = find_checkpoint(config, rt)
         config, init = settle_init(config, rt, resumed)
         state = build(config, rt, resumed, init)
+        config = settle_steps(config, state)
         try:
             make_way(config, rt, resumed)
             with open_log(config, rt, resumed) as log:
@@ -163,12 +166,13 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     lr = learning_rate_at(state.step, config.optim)
     set_learning_rate(state.optimizer, lr)
     batches = next_batches(state, rt)
-    valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y in batches))
+    valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y, *_ in batches))
     loss_sum = torch.zeros((), device=rt.device)
-    for micro, (x, y) in enumerate(batches):
+    for micro, (x, y, *begins) in enumerate(batches):
+        inside = packed(*begins, dropout=config.model.dropout)
         with rt.accumulate(state.forward, last=micro == len(batches) - 1):
             with rt.autocast():
-                loss = state.forward(x, y, reduction="sum")  # nats
+                loss = state.forward(x, y, reduction="sum", cache=inside)  # nats
             # DDP takes the mean over ranks of what should be a sum
             state.scaler.scale(loss * (rt.world_size / valid_tokens)).backward()
         loss_sum += loss.detach()
@@ -243,6 +247,7 @@ def build(
     model = GPT(shape)  # on the CPU: the same weights on every device
     if init:
         checkpoint.load_into(model, init.state, init.origin)
+    lora.adapt(model, config.tuning)
     model.to(rt.device)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing
@@ -294,7 +299,7 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: report.Ru
             state.stop = True
             return
         parts[dataset.name] = result
-    if note_evaluation(state, together(parts.values()).loss):
+    if state.note_evaluation(together(parts.values()).loss):
         export_best(state, config, rt)
     log_evaluation(parts, state, rt, log)
 
@@ -309,15 +314,6 @@ def evaluate_hellaswag(state: TrainState, rt: Runtime, log: report.RunLog):
     log_hellaswag(results, state, rt, log)
 
 
-def note_evaluation(state: TrainState, loss: float) -> bool:
-    """Takes down a validation loss of this step; True when it is the best so far."""
-    improved = loss < state.best_val_loss
-    state.val_loss, state.evaluated_at = loss, state.step
-    state.best_val_loss = loss if improved else state.best_val_loss
-    state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
-    return improved
-
-
 def adopt_evaluation(
     state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog, resumed: Resumed | None
 ):
@@ -330,7 +326,7 @@ def adopt_evaluation(
         return
     same_data = resumed.state["settings"]["data_dir"] == config.data.data_dir
     if same_data and known.get("val_tokens") == asked:
-        note_evaluation(state, known["val_loss"])
+        state.note_evaluation(known["val_loss"])
 
 
 def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):

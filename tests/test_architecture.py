@@ -9,8 +9,10 @@ import pytest
 
 from gpt2.config import TrainConfig, flatten
 from gpt2.tool_config import (
+    ChatConfig,
     EvalConfig,
     ExportConfig,
+    FinetuneConfig,
     PrepareConfig,
     ProfileConfig,
     PushConfig,
@@ -22,11 +24,12 @@ from .conftest import ROOT, run_python
 
 FLOORS = {
     0: "config tool_config flags model ops products kernels cublaslt tokenizer shards sources "
-    "readers hub downloads lock",
-    1: "devices runtime data datasets order optim hf foreign sinks workers plan sampling",
+    "readers hub downloads lock chat_format packed",
+    1: "devices runtime data datasets order optim hf foreign sinks workers plan sampling "
+    "conversations lora",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
     "decode weights export",
-    3: "api state messages train profiler prepare eval_run harness cli __main__",
+    3: "api state messages train profiler prepare eval_run harness terminal cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(p for p in (ROOT / "gpt2").glob("*.py") if p.stem != "__init__")
@@ -68,7 +71,7 @@ def test_imports_point_down_or_along_without_cycles():
         (r"os\.environ|os\.getenv", {"runtime"}),
         (r"torch\.(save|load)\(", {"checkpoint"}),
         (r"(import|from) (tiktoken|gigatoken)\b", {"tokenizer"}),
-        (r"\bprint\(", {"report", "cli"}),
+        (r"\bprint\(", {"report", "cli", "terminal"}),
         (r"20240520", {"shards"}),
     ],
 )
@@ -102,7 +105,7 @@ def test_pickles_are_never_trusted():
 
 
 CONFIGS = [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig, EvalConfig]
-CONFIGS += [ExportConfig, PushConfig]
+CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from gpt2 import checkpoint
-from gpt2.datasets import SAMPLE_TOKENS
-from gpt2.shards import write_shard
+from gpt2.shards import SAMPLE_TOKENS, write_shard
 
 from .conftest import ROOT, TINY, run_python
 from .models import reference, write_nanogpt

@@ -1,0 +1,63 @@
+"""`gpt2 chat` and `gpt2 sample` at the keyboard."""
+
+import json
+
+import pytest
+import torch
+
+from gpt2 import terminal
+from gpt2.api import GPT2
+from gpt2.chat_format import messages_of
+from gpt2.config import UserError
+from gpt2.tool_config import ChatConfig
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(n_layer=1, n_head=2, n_embd=32, block_size=64).eval()
+
+
+def test_what_was_said_is_kept_and_saved_as_training_data(model, tmp_path):
+    talk = terminal.Chat(model, ChatConfig(max_new_tokens=5, seed=1, system="Be kind."))
+    answer = "".join(talk.answer("Hello <|endoftext|>assistant"))
+    assert [m["role"] for m in talk.messages] == ["system", "user", "assistant"]
+    assert talk.messages[-1]["content"] == answer != ""
+    talk.save(str(tmp_path / "t.jsonl"))
+    assert messages_of(json.loads((tmp_path / "t.jsonl").read_text("utf-8"))) == talk.messages
+    with pytest.raises(UserError, match="No such file"):
+        talk.save(str(tmp_path / "none" / "t.jsonl"))
+
+
+def test_a_long_talk_goes_on_and_a_long_message_is_refused(model):
+    talk = terminal.Chat(model, ChatConfig(max_new_tokens=8, seed=1))
+    for _ in range(8):
+        assert list(talk.answer("one two three four"))
+    assert len(talk.messages) == 16
+    with pytest.raises(UserError, match="shorten it"):
+        list(talk.answer("word " * 80))
+    assert len(talk.messages) == 16
+
+
+def test_an_answer_that_is_left_early_is_kept_as_far_as_it_came(model):
+    talk = terminal.Chat(model, ChatConfig(max_new_tokens=20, seed=1))
+    pieces = talk.answer("Hello")
+    first = next(pieces)
+    pieces.close()
+    assert talk.messages[-1] == {"role": "assistant", "content": first}
+
+
+def test_commands(model, tmp_path, monkeypatch, capsys):
+    model.save(tmp_path / "m.pt")
+    lines = iter(["/system Be brief.", "Hi", f"/save {tmp_path / 't.jsonl'}", "/reset", "/nothing",
+                  f"/save {tmp_path / 't.jsonl'}", "/help", "/quit"])  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    config = ChatConfig(max_new_tokens=4, device="cpu")
+    assert terminal.chat(str(tmp_path / "m.pt"), config) == 0
+    said = capsys.readouterr()
+    assert "no command /nothing" in said.err
+    assert terminal.HELP in said.out
+    saved = [
+        json.loads(s)["messages"] for s in (tmp_path / "t.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert [[m["role"] for m in s] for s in saved] == [["system", "user", "assistant"], ["system"]]

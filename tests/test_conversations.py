@@ -227,6 +227,6 @@ def test_options_that_mean_nothing_are_refused(chats, base, tmp_path):
 def test_two_ranks_are_one_with_twice_the_accumulation(chats, base, tmp_path):
     common = ["--max_steps=4", "--log_every=1"]
     assert finetune(base, chats, tmp_path / "one", *common, "--grad_accum_steps=2") == 0
-    run_python(*TORCHRUN, "--nproc_per_node=2", "-m", "gpt2", "finetune", *arguments(base, chats, tmp_path / "two"),
-               *common, "--grad_accum_steps=1")  # fmt: skip
+    argv = [*arguments(base, chats, tmp_path / "two"), *common, "--grad_accum_steps=1"]
+    run_python(*TORCHRUN, "--nproc_per_node=2", "-m", "gpt2", "finetune", *argv)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, generate, report, weights
-from .config import GPT2_VOCAB_SIZE, SIZES, GPT2Config, UserError
+from .config import GPT2_VOCAB_SIZE, SIZES, GPT2Config, ModernConfig, UserError
 from .devices import choose_device
 from .model import GPT
+from .modern import Modern
 from .tokenizer import gpt2_tokenizer
 
 Prompt = str | Sequence[int] | Tensor
@@ -78,7 +79,8 @@ class GPT2(GPT):
         for note in found.notes:
             report.warn(f"{found.origin}: {note}")
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
-            model = cls(found.config)
+            kind = SwitchedGPT2 if isinstance(found.config, ModernConfig) else cls
+            model = kind(found.config)
         checkpoint.load_into(model, found.state, found.origin)
         return model.to(choose_device(device)).eval()
 
@@ -203,6 +205,10 @@ class GPT2(GPT):
         if any(not 0 <= i < self.config.vocab_size for row in rows for i in row):
             raise UserError(f"token ids must be from 0 to {self.config.vocab_size - 1}")
         return rows, many, text
+
+
+class SwitchedGPT2(GPT2, Modern):
+    """The same around the network with switches; `from_checkpoint` gives it where it is needed."""
 
 
 class TextWriter:

@@ -30,6 +30,7 @@ from . import foreign
 from .config import GPT2Config, UserError, to_dict
 from .lora import merged_state, to_peft
 from .shards import write_atomically
+from .switches import SWITCH_NAMES
 
 FORMAT = 1
 MODEL_FILE, STATE_FILE, MANIFEST = "model.safetensors", "train_state.pt", "manifest.json"
@@ -122,7 +123,8 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     else:
         settings = rest.pop("config")
         if not isinstance(settings, dict) or not all(
-            isinstance(value, int | float) for value in settings.values()
+            isinstance(value, int | float) or name in SWITCH_NAMES
+            for name, value in settings.items()
         ):
             raise UserError(f"{path}: its `config` is not a table of numbers")
         config = GPT2Config.from_dict(settings)

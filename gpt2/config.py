@@ -8,24 +8,12 @@ files become these dataclasses in `flags.py`. Units stand in names and help text
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from .options import UserError, at_least, option
+from .switches import Recipe, Switches, check_recipe, check_switches, chosen, switched
+
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + end of text
 DEFAULT_BATCH_TOKENS = 524_288  # 2**19, the "0.5M tokens" of the GPT-3 paper, table 2.1
 WARMUP_FRACTION = 715 / 19_073  # GPT-3 warms up over 375M tokens; here as a share of a 10B run
-
-
-class UserError(ValueError):
-    """Input that a person can correct: one line, saying what is wrong and what to do."""
-
-
-class DamagedFile(UserError):
-    """A file of a source that cannot be read to its end; `name`: as the manifest calls it."""
-
-    name = ""
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] = (), alias: str = "") -> Any:
-    """A dataclass field with the text, the choices and a second name for the command line."""
-    return field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +52,25 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "GPT2Config":
-        """The config that a checkpoint carries; unknown or missing keys are an error."""
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            odd = ", ".join(sorted(set(values) ^ known))
+        """The config that a checkpoint carries; unknown or missing keys are an error.
+
+        One that names switches is a `ModernConfig`, whose other switches are GPT-2's.
+        """
+        known, switches = ({f.name for f in fields(c)} for c in (GPT2Config, Switches))
+        if odd := (set(values) - switches) ^ known:
+            odd = ", ".join(sorted(odd))
             raise UserError(f"the checkpoint's config does not describe a GPT-2: {odd}")
-        return cls(**values)
+        return (ModernConfig if set(values) & switches else GPT2Config)(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModernConfig(Switches, GPT2Config):
+    """Shape of the network in `modern.py`: GPT-2's, and the switches."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        width = self.n_embd // self.n_head
+        check_switches(self, self.n_layer, width, self.block_size, self.dropout)
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -86,7 +87,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Switches):
     """The network."""
 
     init: str = option(
@@ -110,6 +111,8 @@ class ModelOptions:
 
     def shape(self) -> GPT2Config:
         """The size with what was given instead of it; GPT-2's (124M) where nothing is said."""
+        if switched(self):
+            return ModernConfig(**self.given(), dropout=self.dropout, **chosen(self))
         return GPT2Config(**self.given(), dropout=self.dropout)
 
     def given(self) -> dict[str, int]:
@@ -146,7 +149,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimOptions:
+class OptimOptions(Recipe):
     """Optimizer and schedule."""
 
     max_steps: int = option(19_073, "optimizer steps; the default is 10B tokens of 0.5M each")
@@ -239,6 +242,7 @@ class TrainConfig:
         if not 0 <= o.min_lr_ratio <= 1:
             raise UserError(f"min_lr_ratio={o.min_lr_ratio}: use a number from 0 to 1")
         check_seed(self.system.seed)
+        check_recipe(o, self.model, self.system.fp8, self.system.dtype)
 
 
 @dataclass(frozen=True)
@@ -325,10 +329,3 @@ def check_seed(seed: int):
     """Raises UserError for a number that the random generators do not take."""
     if not 0 <= seed < 2**63 - 2**32:  # room for a number per rank and sample
         raise UserError(f"seed={seed}: use a whole number from 0 to 9e18")
-
-
-def at_least(low: int, **values: float):
-    """Raises UserError for a value below `low`, naming it."""
-    for name, value in values.items():
-        if value < low:
-            raise UserError(f"{name}={value}: use {low} or more")

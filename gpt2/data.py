@@ -49,14 +49,15 @@ class TrainLoader:
         self._thread = threading.Thread(target=self._read_ahead, daemon=True)
         self._thread.start()
 
-    def next_step(self) -> list[Batch]:
-        """The micro-batches of the next optimizer step, on the device.
+    def next_step(self, micro_batches: int = 0) -> list[Batch]:
+        """The micro-batches of the next optimizer step, on the device; 0: as many as planned.
 
         Raises:
             UserError: a damaged shard (see `shards.Shard.read`).
         """
-        batches = [self._next() for _ in range(self.plan.grad_accum_steps)]
-        self.position += self.plan.sequences_per_step
+        count = micro_batches or self.plan.grad_accum_steps
+        batches = [self._next() for _ in range(count)]
+        self.position += count * self.plan.batch_size * self.plan.world_size
         return batches
 
     def close(self):

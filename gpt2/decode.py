@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import ModernConfig
 from .model import GPT, KVCache
 from .sampling import Sampling, choose, uniforms
 
@@ -76,11 +77,12 @@ class Decoder:
         self.cache = None
         if use_cache:
             capacity = min(self.block_size, -(-capacity // 64) * 64)  # whole blocks of the kernel
-            self.cache = KVCache(model.config, batch_size, weight, _dtype(weight), capacity)
+            self.cache = model.new_cache(batch_size, _dtype(weight), capacity)
             if static or graph:
                 self.cache.lengths = torch.zeros_like(self.tokens)
         self.head = None
-        if self.device.type == "cuda" and use_cache:  # padded once, not for every token
+        plain = not isinstance(model.config, ModernConfig)
+        if self.device.type == "cuda" and use_cache and plain:  # padded once, not for every token
             self.head = weight.new_zeros(model.config.padded_vocab_size, weight.shape[1])
         self.draft = _Draft(model) if draft else None
         self.graph = self._record() if graph else None

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 from . import hf, report
 from .checkpoint import load_into, sync
-from .config import UserError, to_dict
+from .config import ModernConfig, UserError, to_dict
 from .hub import http_library
 from .model import GPT
+from .switches import switched
 from .tokenizer import tokenizer_files
 from .weights import HUB_ID, Weights, load, load_local
 
@@ -160,6 +161,12 @@ def _upload(folder: Path, repository: str, private: bool) -> str:
 
 def _network(weights: Weights) -> GPT:
     """The network with these weights; UserError unless every tensor is there, and none too many."""
+    if isinstance(weights.config, ModernConfig):
+        names = ", ".join(f"{n}={value}" for n, value in switched(weights.config).items())
+        raise UserError(
+            f"{weights.origin} is not GPT-2's network ({names}), which other programs do not "
+            "know; it can be sampled, evaluated and continued here"
+        )
     with torch.device("meta"):
         model = GPT(weights.config)
     load_into(model, weights.state, weights.origin)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .config import UserError
+from .config import ModernConfig, UserError
 from .decode import DRAFT_MIN_PARAMETERS, DRAFT_TOKENS, GRAPH_MIN_TOKENS, Decoder
 from .model import GPT
 from .sampling import Sampling, check_sampling, filter_logits, pick
@@ -30,6 +30,7 @@ def decoder_for(
     graph = not plain and kind == "cuda" and max_new_tokens >= GRAPH_MIN_TOKENS
     draft = not plain and kind == "cpu" and weight.dtype == torch.float32 and len(prompts) == 1
     draft = draft and max_new_tokens > DRAFT_TOKENS
+    draft = draft and not isinstance(model.config, ModernConfig)  # it knows GPT-2's layers
     draft = draft and model.num_parameters() >= DRAFT_MIN_PARAMETERS
     return Decoder(
         model,

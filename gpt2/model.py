@@ -209,6 +209,10 @@ class GPT(nn.Module):
             cache.advance(T)
         return self.transformer.ln_f(x)
 
+    def new_cache(self, batch_size: int, dtype: torch.dtype, capacity: int) -> KVCache:
+        """Room for `capacity` positions of each row."""
+        return KVCache(self.config, batch_size, self.transformer.wte.weight, dtype, capacity)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, C) -> (…, V), by the token embedding."""
         return head_logits(hidden, self.transformer.wte.weight, self.config.padded_vocab_size)

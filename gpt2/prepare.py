@@ -12,8 +12,9 @@ from contextlib import closing
 import numpy as np
 from tqdm import tqdm
 
-from .config import DamagedFile, UserError
+from .config import UserError
 from .job import DOWNLOADS, Job, open_job, started
+from .options import DamagedFile
 from .plan import forecast, limit_name, limit_text
 from .report import say
 from .tokenizer import Tokenizer, tokenizer_class

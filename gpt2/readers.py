@@ -14,7 +14,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .config import DamagedFile, UserError
+from .config import UserError
+from .options import DamagedFile
 
 
 class Repaired(str):

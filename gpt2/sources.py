@@ -17,9 +17,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote
 
-from .config import DamagedFile, UserError
+from .config import UserError
 from .downloads import Downloads
 from .hub import Dataset, File
+from .options import DamagedFile
 from .readers import Row, read_rows
 
 FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"

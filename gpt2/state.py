@@ -37,6 +37,7 @@ from .datasets import (
     remember,
 )
 from .model import GPT
+from .optim import micro_batches_at, window_at
 from .order import Mixture
 from .runtime import Runtime
 from .tasks import Choice
@@ -68,6 +69,7 @@ class TrainState:
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
     evaluated_at: int = -1  # the step of the last evaluation
+    window: int = 0  # that layers see while `window_warmup` lasts
     stop: bool = False  # agreed by all ranks
     hellaswag: list[Choice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
@@ -84,6 +86,24 @@ class TrainState:
         self.best_val_loss = loss if improved else self.best_val_loss
         self.evals_without_gain = 0 if improved else self.evals_without_gain + 1
         return improved
+
+
+def begin_step(state: TrainState, config: TrainConfig) -> int:
+    """Grows the windows while `window_warmup` lasts; the micro-batches of the step."""
+    width = window_at(state.step, config.optim, state.plan.block_size)
+    if config.optim.window_warmup and width != state.window:
+        state.model.limit_windows(width)
+        state.window = width
+    return micro_batches_at(state.step, config.optim, state.plan)
+
+
+def note_evaluation(state: TrainState, loss: float) -> bool:
+    """Takes down a validation loss of this step; True when it is the best so far."""
+    improved = loss < state.best_val_loss
+    state.val_loss, state.evaluated_at = loss, state.step
+    state.best_val_loss = loss if improved else state.best_val_loss
+    state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
+    return improved
 
 
 def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:

@@ -28,7 +28,7 @@ from .messages import (
     log_step,
     out_of_memory,
 )
-from .model import GPT
+from .modern import network
 from .ops import IGNORE
 from .optim import build_optimizer, learning_rate_at, set_learning_rate
 from .packed import packed
@@ -37,10 +37,12 @@ from .sinks import check_names
 from .state import (
     MODEL_NAME,
     TrainState,
+    begin_step,
     export,
     export_best,
     find_checkpoint,
     make_way,
+    note_evaluation,
     order_data,
     out_dir,
     restore,
@@ -154,6 +156,7 @@ class Launched:
     step: int
     lr: float
     tokens: int  # trained on so far, this step included
+    own_tokens: int  # of this step
     read: Callable[[], list[float]]  # waits; mean loss in nats, norm of the gradient, stops
 
 
@@ -165,7 +168,8 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     """
     lr = learning_rate_at(state.step, config.optim)
     set_learning_rate(state.optimizer, lr)
-    batches = next_batches(state, rt)
+    before = state.tokens
+    batches = next_batches(state, rt, begin_step(state, config))
     valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y, *_ in batches))
     loss_sum = torch.zeros((), device=rt.device)
     for micro, (x, y, *begins) in enumerate(batches):
@@ -185,7 +189,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     read = rt.read_later(parts)
     _update(state, skip=~parts[1].isfinite())
     state.step += 1
-    return Launched(state.step, lr, state.tokens, read)
+    return Launched(state.step, lr, state.tokens, state.tokens - before, read)
 
 
 def note_step(
@@ -195,7 +199,7 @@ def note_step(
     loss, norm, stops = launched.read()
     _count_skipped(state, launched.step, math.isfinite(norm))
     state.stop = state.stop or stops > 0
-    state.clock.step(state.plan.tokens_per_step)
+    state.clock.step(launched.own_tokens)
     if launched.step == 1:
         check_first_loss(loss, state, rt, config.model.init)
     last = launched.step == config.optim.max_steps or state.stop
@@ -204,10 +208,10 @@ def note_step(
         log_step(launched.step, values, state, config, rt, log)
 
 
-def next_batches(state: TrainState, rt: Runtime) -> list[Batch]:
+def next_batches(state: TrainState, rt: Runtime, count: int) -> list[Batch]:
     """The step's micro-batches; a damaged shard is named by the rank that meets it."""
     try:
-        return state.loader.next_step()
+        return state.loader.next_step(count)
     except UserError as error:
         if not rt.is_main:  # rank 0's errors are told by the command line
             report.error(f"[rank {rt.rank}] {error}")
@@ -244,7 +248,7 @@ def build(
     hellaswag = []
     if config.eval.eval_hellaswag_every:  # broadcast: other machines may lack the file
         hellaswag = rt.on_main(lambda: load(HELLASWAG, config.eval.hellaswag, report.say))
-    model = GPT(shape)  # on the CPU: the same weights on every device
+    model = network(shape)  # on the CPU: the same weights on every device
     if init:
         checkpoint.load_into(model, init.state, init.origin)
     lora.adapt(model, config.tuning)
@@ -266,7 +270,7 @@ def build(
     state = TrainState(
         model=model,
         forward=model,
-        optimizer=build_optimizer(model, config.optim),
+        optimizer=build_optimizer(model, config.optim, rt),
         scaler=rt.grad_scaler(),
         loader=loader,
         datasets=datasets,

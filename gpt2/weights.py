@@ -121,8 +121,8 @@ def for_training(found: Weights, block_size: int) -> Weights:
         ("wte", GPT2_VOCAB_SIZE, config.vocab_size),
         ("wpe", block_size, config.block_size),
     ):
-        if rows < have:
-            key = f"transformer.{name}.weight"
+        key = f"transformer.{name}.weight"
+        if rows < have and key in found.state:  # rotary positions have no table
             state[key] = state[key][:rows].clone()
             notes.append(f"{name}: the first {rows:,} of {have:,} rows are used")
     config = replace(config, vocab_size=GPT2_VOCAB_SIZE, block_size=block_size)

@@ -10,6 +10,7 @@ from gpt2 import checkpoint, report, train
 from gpt2.config import TrainConfig, UserError
 from gpt2.datasets import open_datasets, parse_mix, split_eval_tokens
 from gpt2.flags import parse
+from gpt2.model import GPT
 from gpt2.shards import write_shard
 
 from .conftest import TINY
@@ -203,7 +204,7 @@ def test_a_checkpoint_that_does_not_know_its_shards(folders, tmp_path, capsys):
     found = checkpoint.load_state(checkpoint.state_folders(out)[-1])
     del found.state["data"]
     shutil.rmtree(out / "state")
-    model = train.GPT(found.config)
+    model = GPT(found.config)
     checkpoint.load_into(model, found.model, out)
     checkpoint.save_state(out, 2, model, found.state, keep_last=1)
     assert run(folders[0], out, steps=4) == 0

@@ -10,6 +10,7 @@ from gpt2 import checkpoint, report, train
 from gpt2.cli import main
 from gpt2.config import TrainConfig
 from gpt2.flags import parse
+from gpt2.model import GPT
 
 from .conftest import TINY
 from .models import linear_state, reference, write_build_nanogpt, write_llmc, write_nanogpt
@@ -31,7 +32,7 @@ def sources(theirs, tmp_path_factory):
     state = {n: t for n, t in linear_state(theirs).items() if n != "lm_head.weight"}
     path = write_nanogpt(folder / "ckpt.pt", theirs, "_orig_mod.")
     config, _, _ = checkpoint.load_model(path)
-    model = train.GPT(config)
+    model = GPT(config)
     checkpoint.load_into(model, state, path)
     checkpoint.save_model(folder / "out_ckpt.pt", model, 3, 4.0)
     return {

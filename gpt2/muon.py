@@ -1,0 +1,124 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for the rest.
+
+The update of a matrix is its Nesterov momentum made nearly orthogonal: by five steps of a quintic
+Newton–Schulz iteration, over all matrices of one shape at once.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values end between about 0.7 and 1.2
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """(n, rows, columns), rows ≤ columns -> nearly U Vᵀ of each; bf16 on a GPU, else as it is."""
+    a, b, c = QUINTIC
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = a * x + (b * square + c * (square @ square)) @ x
+    return x
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor], Tensor]:
+    return torch.compile(orthogonalise, dynamic=False)
+
+
+class MuonAndAdamW(torch.optim.AdamW):
+    """One optimizer for both. Groups with `parts` are Muon's, the others AdamW's.
+
+    Args:
+        groups: `parts`: how many matrices stand one above the other in each parameter (queries,
+            keys and values: 3); `momentum`.
+        all_sum: sums a tensor over ranks in place; each rank orthogonalises its share.
+        rank: of this process.
+        world_size: ranks.
+        compiled: whether the iteration is compiled.
+        **settings: of AdamW.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        *,
+        all_sum: Callable[[Tensor], Tensor],
+        rank: int,
+        world_size: int,
+        compiled: bool,
+        **settings,
+    ):
+        super().__init__(groups, **settings)
+        self.all_sum, self.rank, self.world_size = all_sum, rank, world_size
+        self.orthogonalise = _compiled() if compiled else orthogonalise
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; none of a parameter where `found_inf` (set by the loop) is 1."""
+        assert closure is None
+        groups = self.param_groups
+        self._step_muon([group for group in groups if "parts" in group])
+        try:
+            self.param_groups = [group for group in groups if "parts" not in group]
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _step_muon(self, groups: list[dict]):  # noqa: C901
+        skip = getattr(self, "found_inf", None)
+        by_shape: dict[tuple[int, int], list[tuple]] = defaultdict(list)
+        for group in groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                for matrix in self._momentum(p, group, skip).chunk(group["parts"]):
+                    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+                    by_shape[tuple(wide.shape)].append((p, group, wide, matrix))
+        updates: dict[Tensor, list[Tensor]] = defaultdict(list)
+        found: dict[int, Tensor] = {}
+        for entries in by_shape.values():
+            stack = self._share(torch.stack([wide for _, _, wide, _ in entries]))
+            for (_, _, wide, matrix), update in zip(entries, stack, strict=True):
+                found[id(matrix)] = update if wide is matrix else update.mT
+            for p, _, _, matrix in entries:
+                updates[p].append(found[id(matrix)])
+        for group in groups:
+            for p in group["params"]:
+                if p in updates:
+                    self._apply(p, torch.cat(updates[p]), group, skip)
+
+    def _momentum(self, p: Tensor, group: dict, skip: Tensor | None) -> Tensor:
+        """The gradient looked ahead with its running mean, which is updated."""
+        state = self.state[p]
+        if not state:  # "step" is what AdamW's loading of states looks for
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["momentum"] = torch.zeros_like(p)
+        grad = p.grad if skip is None else torch.where(skip > 0, 0.0, p.grad)
+        mean = state["momentum"].lerp(grad, 1 - group["momentum"])
+        if skip is not None:
+            mean = torch.where(skip > 0, state["momentum"], mean)
+        state["momentum"].copy_(mean)
+        return grad.lerp(mean, group["momentum"])
+
+    def _share(self, stack: Tensor) -> Tensor:
+        """Orthogonalises this rank's share of a stack; the sum over ranks has them all."""
+        if self.world_size == 1:
+            return self.orthogonalise(stack)
+        each = -(-len(stack) // self.world_size)
+        mine = slice(self.rank * each, min(len(stack), (self.rank + 1) * each))
+        update = torch.zeros_like(stack, dtype=torch.bfloat16 if stack.is_cuda else stack.dtype)
+        if len(stack[mine]):
+            update[mine] = self.orthogonalise(stack[mine])
+        return self.all_sum(update)
+
+    def _apply(self, p: Tensor, update: Tensor, group: dict, skip: Tensor | None):
+        """p ← (1 - lr·decay) p - lr √max(1, rows/columns) update."""
+        rows, columns = p.shape[0] // group["parts"], p.shape[1]
+        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+        new = p * (1 - group["lr"] * group["weight_decay"]) - rate * update.to(p.dtype)
+        p.copy_(new if skip is None else torch.where(skip > 0, p, new))

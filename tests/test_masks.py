@@ -1,0 +1,40 @@
+"""The blocks of FlexAttention hold what the dense mask shows."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from gpt2.masks import BLOCK, documents_of, mask_for, masked_attention
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
+@pytest.mark.parametrize("several", [False, True])
+def test_blocks_equal_the_dense_mask(window, several):
+    torch.manual_seed(0)
+    T = 4 * BLOCK
+    idx = (torch.rand(3, T) < 0.01).long()
+    idx[0], idx[1, 128], idx[1, 255] = 0, 1, 1
+    documents = documents_of(idx, 1) if several else None
+    wide = None if window is None else torch.tensor(window)
+    if window is None and not several:
+        assert mask_for(T, wide, documents, blocks=True) is None
+        return
+    dense = mask_for(T, wide, documents, blocks=False)
+    blocks = mask_for(T, wide, documents, blocks=True)
+    rows = len(dense)
+    assert torch.equal(create_mask(blocks.mask_mod, rows, 1, T, T, "cpu"), dense)
+    squares = dense.view(rows, 1, 4, BLOCK, 4, BLOCK).transpose(3, 4).flatten(4)
+    for counts, numbers, wanted in (
+        (blocks.full_kv_num_blocks, blocks.full_kv_indices, squares.all(-1)),
+        (blocks.kv_num_blocks, blocks.kv_indices, squares.any(-1) & ~squares.all(-1)),
+    ):
+        found = torch.zeros_like(wanted)
+        for r in range(rows):
+            for i in range(4):
+                found[r, 0, i, numbers[r, 0, i, : counts[r, 0, i]].long()] = True
+        # a block may be listed though it shows nothing, never the other way round
+        assert not (wanted & ~found).any()
+    q, k, v = torch.randn(3, 3, 2, T, 16)
+    torch.testing.assert_close(
+        masked_attention(q, k, v, blocks), masked_attention(q, k, v, dense), atol=1e-5, rtol=1e-4
+    )

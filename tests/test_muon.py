@@ -1,0 +1,76 @@
+"""Muon against a plain reference."""
+
+import torch
+
+from gpt2.config import OptimOptions
+from gpt2.muon import orthogonalise
+from gpt2.optim import build_optimizer, learning_rate_at, set_learning_rate
+
+
+def test_singular_values_come_near_one():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 16, 48)))
+    assert values.min() > 0.6 and values.max() < 1.3  # noqa: PT018
+
+
+def reference(w, mean, grad, rate, momentum):
+    """One matrix, one step; Jordan et al. 2024."""
+    mean = momentum * mean + (1 - momentum) * grad
+    x = momentum * mean + (1 - momentum) * grad
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm()
+    for _ in range(5):
+        s = x @ x.T
+        x = 3.4445 * x - 4.7750 * s @ x + 2.0315 * s @ s @ x
+    x = x.T if tall else x
+    return w - rate * max(1, w.shape[0] / w.shape[1]) ** 0.5 * x, mean
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = {"c_attn": (8, 24), "c_fc": (8, 32), "c_proj": (32, 8)}
+        block = torch.nn.ModuleDict({name: torch.nn.Linear(*size) for name, size in sizes.items()})
+        self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList([block])})
+
+
+def test_three_steps_equal_the_reference():
+    torch.manual_seed(0)
+    net = Net()
+    o = OptimOptions(optimizer="muon", muon_lr=0.05, weight_decay=0.0, warmup_steps=0, max_steps=9)
+    optimizer = build_optimizer(net, o)
+    named = {n: p for n, p in net.named_parameters() if p.ndim == 2}
+    wanted = {n: list(p.detach().clone().split(8 if "attn" in n else 99)) for n, p in named.items()}
+    means = {n: [torch.zeros_like(m) for m in parts] for n, parts in wanted.items()}
+    for step in range(3):
+        set_learning_rate(optimizer, learning_rate_at(step, o))
+        rate = o.muon_lr * learning_rate_at(step, o) / o.learning_rate
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        for n, p in named.items():
+            grads = p.grad.split(8 if "attn" in n else 99)
+            for i, grad in enumerate(grads):
+                wanted[n][i], means[n][i] = reference(wanted[n][i], means[n][i], grad, rate, 0.95)
+        optimizer.step()
+    for n, p in named.items():
+        torch.testing.assert_close(p.detach(), torch.cat(wanted[n]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_bad_gradient_changes_nothing():
+    net = Net()
+    optimizer = build_optimizer(net, OptimOptions(optimizer="muon"))
+    for p in net.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_wsd_schedule():
+    o = OptimOptions(schedule="wsd", cooldown=0.5, min_lr_ratio=0.0, max_steps=10, warmup_steps=2,
+                     learning_rate=1.0)  # fmt: skip
+    rates = [learning_rate_at(step, o) for step in range(11)]
+    assert rates[:6] == [0.5, 1, 1, 1, 1, 1]
+    torch.testing.assert_close(torch.tensor(rates[6:]), torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0]))

@@ -5,18 +5,16 @@ Two kinds. `out_ckpt.pt` is for using a model: a dict of `model` (tensors under 
 safetensors, the rest (optimizer, scaler, position in the data, random generators) as tensors and
 plain values, and `manifest.json` with the sha256 of both.
 
-A state is written into `….tmp`, synced to disk, and renamed when whole: the rename is the commit.
-No format notices a flipped bit by itself, so the hashes are compared before anything is loaded.
-Nothing here ever unpickles code: `weights_only=True` everywhere.
+A state is written beside its name and renamed when it is whole (`commit.py`). No format notices a
+flipped bit by itself, so the hashes are compared before anything is loaded. Nothing here ever
+unpickles code: `weights_only=True` everywhere.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import foreign
+from .commit import committed, discard, fingerprint, first_line, sync, why_not_written
 from .config import GPT2Config, UserError, to_dict
-from .lora import merged_state, to_peft
-from .shards import write_atomically
+from .lora import merged_state
 from .switches import SWITCH_NAMES
 
 FORMAT = 1
@@ -48,10 +46,17 @@ def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
     Raises:
         UserError: no space or no permission.
     """
+    write_model(path, model.config, merged_state(model), step, val_loss)
+
+
+def write_model(
+    path: Path, config: GPT2Config, tensors: dict[str, Tensor], step: int, val_loss: float | None
+):
+    """The same for tensors with which nothing else happens meanwhile."""
     content = {
         "format": FORMAT,
-        "model": {name: t.detach().cpu().contiguous() for name, t in merged_state(model).items()},
-        "config": to_dict(model.config),
+        "model": _on_cpu(tensors),
+        "config": to_dict(config),
         "step": step,
         "val_loss": val_loss,
     }
@@ -62,32 +67,21 @@ def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
         sync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        raise UserError(_why_not_written(path, error)) from None
+        raise UserError(why_not_written(path, error)) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def save_adapter(folder: Path, model: nn.Module, base: str):
-    """Writes the adapters of a model as `peft` reads them.
+def write_adapter(folder: Path, tensors: dict[str, Tensor], settings: bytes):
+    """Writes what `lora.to_peft` made of a model's adapters, as `peft` reads it.
 
     Raises:
         UserError: no space or no permission.
     """
-    tensors, settings = to_peft(model, base)
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with committed(folder, (safetensors.SafetensorError,)) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_bytes(settings)
-        for path in temporary.iterdir():
-            sync(path)
-        _discard(folder)
-        os.replace(temporary, folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(_why_not_written(folder, error)) from None
 
 
 def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
@@ -194,33 +188,30 @@ def save_state(
     Raises:
         UserError: no space or no permission; older states are still there.
     """
+    tensors = model.state_dict()
+    return write_state(out_dir, step, model.config, tensors, state, keep_last=keep_last)
+
+
+def write_state(
+    out_dir: Path,
+    step: int,
+    config: GPT2Config,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep_last: int,
+) -> Path:
+    """The same for tensors with which nothing else happens meanwhile."""
     final = out_dir / "state" / f"step_{step:08d}"
-    temporary = final.with_name(final.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-        save_file(tensors, temporary / MODEL_FILE)
+    with committed(final, (RuntimeError, safetensors.SafetensorError)) as temporary:
+        save_file(_on_cpu(tensors), temporary / MODEL_FILE)
         torch.save(state, temporary / STATE_FILE)
-        files = {name: _fingerprint(temporary / name) for name in (MODEL_FILE, STATE_FILE)}
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "config": to_dict(model.config),
-            "files": files,
-        }
-        for name in files:
-            sync(temporary / name)
-        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _discard(final)  # left by a run that was resumed from an earlier step
-        os.replace(temporary, final)
-        sync(final.parent)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(_why_not_written(final, error)) from None
+        files = {name: fingerprint(temporary / name) for name in (MODEL_FILE, STATE_FILE)}
+        manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     with contextlib.suppress(OSError):  # what cannot be deleted now is deleted next time
         for old in state_folders(out_dir)[:-keep_last]:
-            _discard(old)
+            discard(old)
     return final
 
 
@@ -239,14 +230,14 @@ def load_state(path: Path) -> Resumed:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         step, files = int(manifest["step"]), manifest["files"]
         for name in (MODEL_FILE, STATE_FILE):  # fixed names: a manifest cannot point elsewhere
-            if _fingerprint(path / name) != files[name]:
+            if fingerprint(path / name) != files[name]:
                 raise UserError(f"{path}: {name} is damaged (its sha256 differs)")
         model = load_file(path / MODEL_FILE)
         config = GPT2Config.from_dict(manifest["config"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a whole checkpoint ({_short(error)})") from None
+        raise UserError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
     return Resumed(path, step, config, model, _torch_load(path / STATE_FILE))
 
 
@@ -285,6 +276,10 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
 # ---- helpers ------------------------------------------------------------------------------------
 
 
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def _torch_load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_stand_ins(path)):
@@ -294,10 +289,10 @@ def _torch_load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, it is damaged or holds more than tensors and plain values "
-            f"({_short(error)})"
+            f"({first_line(error)})"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({_short(error)})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
 
 
 def _stand_ins(path: Path) -> list[tuple[type, str]]:
@@ -307,41 +302,3 @@ def _stand_ins(path: Path) -> list[tuple[type, str]]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
         return []  # torch.load will say what is wrong
     return [(foreign.GPTConfig, name) for name in named if name.endswith(".GPTConfig")]
-
-
-def _fingerprint(path: Path) -> list[int | str]:
-    with open(path, "rb") as file:
-        return [os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def sync(path: Path):
-    """Asks the disk to keep what was written; folders cannot be asked on Windows."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(folder: Path):
-    """Deletes a state; renamed first, so that half of it never looks whole."""
-    if folder.exists():
-        doomed = folder.with_name(folder.name + ".old.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _why_not_written(path: Path, error: Exception) -> str:
-    reason = _short(error)
-    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
-    if "unexpected pos" in reason or "PytorchStreamWriter" in reason or "space" in reason:
-        reason = "the disk is full"
-    return f"checkpoint {path} not written: {reason} ({free / 2**30:.2f} GiB free)"
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -24,12 +24,12 @@ from .conftest import ROOT, run_python
 
 FLOORS = {
     0: "options switches config tool_config flags modern masks model ops products kernels cublaslt "
-    "tokenizer shards sources readers hub downloads lock chat_format packed",
+    "tokenizer shards sources readers hub downloads lock commit chat_format packed",
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
-    "conversations lora",
+    "conversations lora saver watchdog",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
     "decode weights export",
-    3: "api state messages train profiler prepare eval_run harness terminal cli __main__",
+    3: "api state begin messages train profiler prepare eval_run harness terminal cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(p for p in (ROOT / "gpt2").glob("*.py") if p.stem != "__init__")

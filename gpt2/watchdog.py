@@ -53,6 +53,7 @@ class Watchdog:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._seconds, self._tell, self._leave = seconds, tell, leave
         self._period = min(30.0, seconds / 10)
+        self._recent = max(2.0, 4 * self._period)  # seconds; a busy machine is late now and then
         self._step = self._beats = self._alone = 0
         self._armed = False
         self._moved = self._published = time.monotonic()
@@ -121,14 +122,14 @@ class Watchdog:
     def _alive(self) -> list[int]:
         """Ranks whose sign of life is recent, this one among them."""
         now = time.monotonic()
-        heard = [r for r, (_, at) in self._seen.items() if now - at < 4 * self._period]
+        heard = [r for r, (_, at) in self._seen.items() if now - at < self._recent]
         return sorted({*heard, self._rank})
 
     def _is_alone(self, rank: int) -> bool:
         return rank in self._seen and self._seen[rank][0].split()[2] != "0"
 
     def _reason(self) -> str:
-        if time.monotonic() - self._published > 4 * self._period:
+        if time.monotonic() - self._published > self._recent:
             return "the machine that started the run, or the network to it, does not answer"
         now, alive = time.monotonic(), self._alive()
         for rank, (text, at) in sorted(self._seen.items()):

@@ -102,11 +102,13 @@ class Watchdog:
             self._published = time.monotonic()
 
     def _watch(self):
+        excused = 0.0  # when another rank was last seen to work alone
         while not self._closed.wait(self._period / 2):
-            idle = time.monotonic() - self._moved
-            if not self._armed or idle < self._seconds or self._alone:
-                continue
+            now = time.monotonic()
+            idle = now - self._moved
             if idle < PATIENCE and any(self._is_alone(rank) for rank in self._alive()):
+                excused = now
+            if not self._armed or self._alone or now - max(excused, self._moved) < self._seconds:
                 continue
             if self._rank != min(self._alive(), default=self._rank):
                 if self._closed.wait(2):  # the first of those who noticed tells it

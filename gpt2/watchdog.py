@@ -142,7 +142,7 @@ class Watchdog:
                     f"had done step {step}; its process or its machine is stopped"
                 )
         behind = [(int(text.split()[0]), rank) for rank, (text, _) in self._seen.items()]
-        least, rank = min(behind)
+        least, rank = min(behind, default=(self._beats, self._rank))
         if least < self._beats:
             step, who = _step_and_who(self._seen[rank][0])
             return f"rank {rank} ({who}) has done step {step} and does not go on"

@@ -100,9 +100,7 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return counts[:, None].contiguous(), numbers.to(torch.int32)[:, None].contiguous()
 
 
-def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0
-) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √D) v over what the mask shows; all (B, H, T, D).
 
     Dropout of attention weights is for masks as tables.

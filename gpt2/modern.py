@@ -261,9 +261,7 @@ class Modern(GPT):
             cache.advance(T)
         return parts.ln_f(x)
 
-    def _context(
-        self, idx: Tensor, positions: Tensor, cache: KVCache | Packed | None
-    ) -> Context:
+    def _context(self, idx: Tensor, positions: Tensor, cache: KVCache | Packed | None) -> Context:
         config, documents = self.config, None
         dropout = config.dropout if self.training else 0.0
         if isinstance(cache, Packed):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import GPT2Config, ModernConfig
 from .masks import Cache, Mask, documents_of, mask_for, masked_attention
 from .model import GPT, INIT_STD, KVCache
-from .ops import IGNORE, causal_attention, gelu, head_logits, head_loss, to_residual_stream
+from .ops import causal_attention, gelu, head_logits, head_loss, soft_cap, to_residual_stream
 from .packed import Packed
 from .products import add_linear, add_mlp, linear, qkv
 from .rotary import rotate, turns
@@ -223,12 +223,9 @@ class Modern(GPT):
         if targets is None:
             return self.logits(hidden)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if not self.config.softcap:
-            fp8, rows = self.fp8_head and self.training, self.config.padded_vocab_size
-            return head_loss(hidden, self.head_weight, targets, rows, reduction, fp8)
-        return F.cross_entropy(
-            self.logits(hidden).float(), targets, ignore_index=IGNORE, reduction=reduction
-        )
+        fp8, rows = self.fp8_head and self.training, self.config.padded_vocab_size
+        cap = float(self.config.softcap)
+        return head_loss(hidden, self.head_weight, targets, rows, reduction, fp8, cap)
 
     def hidden(self, idx: Tensor, cache: KVCache | Packed | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C), the output of the last norm."""
@@ -303,13 +300,9 @@ class Modern(GPT):
         return self.transformer.wte.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, C) -> (…, V), capped as Gemma 2 does (Gemma team 2024, arXiv:2408.00118)."""
-        logits, cap = self.raw_logits(hidden), self.config.softcap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits
-
-    def raw_logits(self, hidden: Tensor) -> Tensor:
-        """(…, C) -> (…, V), without a cap."""
-        return head_logits(hidden, self.head_weight, self.config.padded_vocab_size)
+        """(…, C) -> (…, V)."""
+        logits = head_logits(hidden, self.head_weight, self.config.padded_vocab_size)
+        return soft_cap(logits, self.config.softcap)
 
     def flops_per_token(self) -> int:
         """As `GPT.flops_per_token`; tables that are looked up do not count, windows not either."""

@@ -11,10 +11,13 @@ unpickles code: `weights_only=True` everywhere.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,8 @@ from .config import GPT2Config, UserError, to_dict
 from .lora import merged_state
 from .switches import SWITCH_NAMES
 
-FORMAT = 1
+FORMAT = 1  # of out_ckpt.pt
+STATE_FORMAT = 2  # of a state's manifest; 1 had no sha256 of its own
 MODEL_FILE, STATE_FILE, MANIFEST = "model.safetensors", "train_state.pt", "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 # What wrappers put before or into names: torch.compile, DistributedDataParallel, FSDP.
@@ -67,7 +71,7 @@ def write_model(
         sync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        raise UserError(why_not_written(path, error)) from None
+        raise UserError(why_not_written(path, error, _bytes(tensors))) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -115,6 +119,8 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     if foreign.is_nanogpt(rest):
         config, state, rest = foreign.from_nanogpt(state, rest, path)
     else:
+        if rest.get("format") == FORMAT and zipfile.is_zipfile(path):
+            _check_sums(path)
         settings = rest.pop("config")
         if not isinstance(settings, dict) or not all(
             isinstance(value, int | float) or name in SWITCH_NAMES
@@ -203,11 +209,13 @@ def write_state(
 ) -> Path:
     """The same for tensors with which nothing else happens meanwhile."""
     final = out_dir / "state" / f"step_{step:08d}"
-    with committed(final, (RuntimeError, safetensors.SafetensorError)) as temporary:
+    needed = _bytes(tensors) + _bytes(state)
+    with committed(final, (RuntimeError, safetensors.SafetensorError), needed) as temporary:
         save_file(_on_cpu(tensors), temporary / MODEL_FILE)
         torch.save(state, temporary / STATE_FILE)
         files = {name: fingerprint(temporary / name) for name in (MODEL_FILE, STATE_FILE)}
-        manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files}
+        manifest = {"format": STATE_FORMAT, "step": step, "config": to_dict(config), "files": files}
+        manifest["sha256"] = _digest(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     with contextlib.suppress(OSError):  # what cannot be deleted now is deleted next time
         for old in state_folders(out_dir)[:-keep_last]:
@@ -228,6 +236,8 @@ def load_state(path: Path) -> Resumed:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != 1 and manifest.pop("sha256", None) != _digest(manifest):
+            raise UserError(f"{path}: {MANIFEST} is damaged (its sha256 differs)")
         step, files = int(manifest["step"]), manifest["files"]
         for name in (MODEL_FILE, STATE_FILE):  # fixed names: a manifest cannot point elsewhere
             if fingerprint(path / name) != files[name]:
@@ -274,6 +284,34 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
 
 
 # ---- helpers ------------------------------------------------------------------------------------
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return sum(map(_bytes, tree)) if isinstance(tree, list | tuple) else 0
+
+
+def _check_sums(path: Path):
+    """Compares the check sums that are in a file of torch.save, which torch.load does not.
+
+    Raises:
+        UserError: a part that differs.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        damaged = first_line(error)
+    if damaged:
+        raise UserError(f"{path}: damaged ({damaged}); use another checkpoint")
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,17 +1,21 @@
 # make demo    installs, prepares Python's own sources, trains a small GPT, plots and writes text
 # make test    installs what the tests need and runs them
+# make faults  breaks everything on purpose and writes docs/reliability.md (half an hour)
 # make lint    style and format
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto
+
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m tests.faults
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -92,6 +92,14 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path):
                 "optimizer, and embedding_lr and head_lr where they were given, or use another "
                 "--out_dir"
             )
+    members = [pair for own in ours for pair in zip(own["names"], own["params"], strict=True)]
+    for number, (name, parameter) in enumerate(members):  # torch itself does not compare shapes
+        for kind, tensor in stored["state"].get(number, {}).items():
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape != parameter.shape:
+                raise UserError(
+                    f"{origin}: {kind} of {name} is {tuple(tensor.shape)} instead of "
+                    f"{tuple(parameter.shape)}; use another checkpoint, or --resume=never"
+                )
 
 
 def learning_rate_at(step: int, options: OptimOptions) -> float:

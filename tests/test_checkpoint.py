@@ -38,6 +38,7 @@ def test_model_round_trip(model, tmp_path):
 @pytest.mark.parametrize(
     "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module.module."]
 )
+@pytest.mark.fault(10, "four mixes of prefixes")
 def test_prefixes_of_wrappers_are_removed(model, tmp_path, prefix):
     state = {prefix + n: t for n, t in model.state_dict().items()}
     state[prefix + "lm_head.weight"] = model.transformer.wte.weight.detach()  # tied, as in nanoGPT
@@ -74,6 +75,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("where", ["model", "config", "all"])
+@pytest.mark.fault(11, "os.mkdir in a .pt, in three places and in the old format")
 def test_hostile_pickle_is_refused(model, tmp_path, monkeypatch, where):
     monkeypatch.chdir(tmp_path)
     content = {"model": model.state_dict(), "config": dict(vars(SHAPE))}
@@ -107,6 +109,7 @@ def test_damaged_model_files(tmp_path, content, message):
         checkpoint.load_model(path)
 
 
+@pytest.mark.fault(6, "out_ckpt.pt without its last bytes")
 def test_truncated_model_file(model, tmp_path):
     path = tmp_path / "x.pt"
     checkpoint.save_model(path, model, 1, None)
@@ -134,6 +137,7 @@ def test_missing_file():
         checkpoint.load_model("nowhere.pt")
 
 
+@pytest.mark.fault(12, "NaN in out_ckpt.pt")
 def test_weights_that_are_not_numbers(model, tmp_path):
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = float("nan")
@@ -173,6 +177,7 @@ def test_same_step_may_be_saved_again(model, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train_state.pt"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
+@pytest.mark.fault(6, "half, empty and missing files of a state")
 def test_any_damage_is_noticed(model, tmp_path, name, damage):
     save(tmp_path, model, 1)
     path = save(tmp_path, model, 2) / name
@@ -193,6 +198,7 @@ def test_any_damage_is_noticed(model, tmp_path, name, damage):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 1}', '{"step": "x", "files": {}}'])
+@pytest.mark.fault(6, "manifests that are empty, cut or of another shape")
 def test_damaged_manifest(model, tmp_path, text):
     path = save(tmp_path, model, 1)
     (path / "manifest.json").write_text(text)
@@ -200,6 +206,7 @@ def test_damaged_manifest(model, tmp_path, text):
         checkpoint.load_state(path)
 
 
+@pytest.mark.fault(13)
 def test_manifest_cannot_point_elsewhere(model, tmp_path):
     """A file named in the manifest with a path is not opened; only the two known names are."""
     path = save(tmp_path, model, 1)
@@ -210,6 +217,7 @@ def test_manifest_cannot_point_elsewhere(model, tmp_path):
         checkpoint.load_state(path)
 
 
+@pytest.mark.fault(11, "the same in train_state.pt with right hashes")
 def test_hostile_state_is_refused(model, tmp_path, monkeypatch):
     """Even with a manifest whose hashes are right."""
     monkeypatch.chdir(tmp_path)

@@ -66,6 +66,7 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(two_ranks, data_dir, tm
     assert not any("module" in name for name in ours)
 
 
+@pytest.mark.fault(23, "two ranks")
 def test_killed_ranks_continue_with_the_same_bits(two_ranks, data_dir, tmp_path):
     whole = weights(two_ranks[0] / "out_ckpt.pt")
     arguments = ["--max_steps=10", "--eval_every=5", "--save_every=3"]
@@ -78,6 +79,7 @@ def test_killed_ranks_continue_with_the_same_bits(two_ranks, data_dir, tmp_path)
     assert metrics(tmp_path) == metrics(two_ranks[0])
 
 
+@pytest.mark.fault(24, "two ranks, then one")
 def test_run_goes_on_with_another_number_of_ranks(two_ranks, data_dir, tmp_path):
     """Two ranks up to step 6, one from there: the same tokens in the same steps."""
     arguments = ["--max_steps=10", "--save_every=6", "--eval_every=5"]
@@ -139,6 +141,7 @@ def test_activation_checkpointing_on_two_ranks(two_ranks, data_dir, tmp_path):
     assert metrics(tmp_path) == metrics(two_ranks[0])
 
 
+@pytest.mark.fault(19, "SIGTERM to rank 1 only")
 def test_signal_to_one_rank_stops_all_at_the_same_step(data_dir, tmp_path):
     process = subprocess.Popen(
         [sys.executable, *command(2, data_dir, tmp_path, "--max_steps=100000", "--save_every=0")],
@@ -166,6 +169,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(data_dir, tmp_path):
     assert len(found.state["rng"]) == 2
 
 
+@pytest.mark.fault(20, "a token that only rank 1 reads is invalid")
 def test_error_on_one_rank_is_told(data_dir, tmp_path):
     """A bad token that only rank 1 reads: in windows 4 to 7 of an unshuffled step of eight.
 

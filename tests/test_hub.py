@@ -152,6 +152,7 @@ def test_something_else_than_the_hub(hub, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.fault(25, "a connection that ends in the middle")
 def test_a_cut_download_goes_on(hub, tmp_path, ranges):
     hub.ranges = ranges
     hub.trouble["resolve"] = [Trouble(cut_after=300_000), Trouble(503), Trouble(cut_after=200_000)]

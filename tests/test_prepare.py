@@ -212,6 +212,7 @@ def test_default_folder(tmp_path, monkeypatch):
     assert (tmp_path / "data" / "my-corpus" / "my-corpus_val_000000.bin").is_file()
 
 
+@pytest.mark.fault(25, "null, no text, wrong types")
 def test_bad_rows_are_counted_and_do_not_move_anything(tmp_path, capsys):
     texts = make_texts(400)
     rows = [json.dumps({"text": t}) for t in texts]

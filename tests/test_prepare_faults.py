@@ -65,6 +65,7 @@ def processes_of(group):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.fault(25, "SIGKILL 50 times")
 def test_fifty_kills_do_not_change_a_byte(tmp_path):
     """Real processes, which the system ends while they read, encode, write, rename or start."""
     source, out_dir = tmp_path / "source", tmp_path / "out"
@@ -134,6 +135,7 @@ def flip(data):
 
 
 @pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.fault(25, "cut and flipped parquet")
 def test_a_damaged_file_is_replaced_by_a_whole_copy(tmp_path, half_done, damage):
     source, out_dir, whole, victim = half_done(damage)
     manifest = read_manifest(out_dir)

@@ -72,6 +72,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.fault(14, "magic, version, count, odd size, empty")
 def test_damage_is_found_on_opening(tmp_path, content, message):
     path = tmp_path / "x_train_000001.bin"
     path.write_bytes(content)
@@ -83,6 +84,7 @@ def test_damage_is_found_on_opening(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("bad", [50257, 50303, 65535])
+@pytest.mark.fault(15, "50257, 50303, 65535")
 def test_ids_outside_the_vocabulary(tmp_path, bad):
     path = tmp_path / "x_train_000001.bin"
     path.write_bytes(shard_bytes([1, 2, 3, bad, 4]))
@@ -92,6 +94,7 @@ def test_ids_outside_the_vocabulary(tmp_path, bad):
         shard.read(2, 3)
 
 
+@pytest.mark.fault(17)
 def test_file_cut_short_after_opening(tmp_path):
     path = tmp_path / "x_train_000001.bin"
     path.write_bytes(GOOD)
@@ -169,6 +172,7 @@ def test_manifest_round_trip(tmp_path):
     "change", [{"name": "../x_train_000001.bin"}, {"name": "x"}, {"split": "val"}, {"tokens": "3"},
                {"name": "C:\\x_train_000001.bin"}, {"sha256": None}, {"documents": None}],
 )  # fmt: skip
+@pytest.mark.fault(13, "../ and C:\\\\ in a manifest of shards")
 def test_manifest_whose_entries_are_no_shards_of_its_folder(tmp_path, change):
     entry = {"name": "x_train_000001.bin", "split": "train", "tokens": 3, "documents": 1}
     write_manifest(tmp_path, {"shards": [entry | {"sha256": "0" * 64} | change]})

@@ -113,6 +113,7 @@ def test_checkpoint_is_what_the_documentation_says(data_dir, tmp_path):
     "arguments",
     [["--max_steps=12"], ["--max_steps=12", "--dropout=0.2"], ["--max_steps=7", "--dtype=float16"]],
 )
+@pytest.mark.fault(23, "5 + 7 steps instead of 12, with dropout, in fp16")
 def test_interrupted_run_gives_the_same_bits(data_dir, tmp_path, arguments):
     """12 steps in one go, and 5 + 7 with everything forgotten in between."""
     arguments = [*arguments, "--save_every=5", "--warmup_steps=3"]
@@ -129,6 +130,7 @@ def test_interrupted_run_gives_the_same_bits(data_dir, tmp_path, arguments):
 
 
 @pytest.mark.parametrize("forgotten", ["position", "optimizer", "rng", "scaler"])
+@pytest.mark.fault(23, "without position, moments, random state, scale: other bits")
 def test_each_part_of_a_checkpoint_matters(data_dir, tmp_path, forgotten, monkeypatch):
     """What makes the test above able to fail: without this part the bits differ."""
     arguments = ["--max_steps=8", "--save_every=4", "--dropout=0.1"]
@@ -200,6 +202,7 @@ def test_resume_from_a_named_state(data_dir, tmp_path):
     assert same(weights(tmp_path / "a/out_ckpt.pt"), weights(tmp_path / "b/out_ckpt.pt"))
 
 
+@pytest.mark.fault(5, "one bit of the newest weights, before a resume")
 def test_damaged_checkpoint_falls_back_to_the_one_before(data_dir, tmp_path, capsys):
     arguments = ["--max_steps=6", "--save_every=2"]
     train.run(config(data_dir, tmp_path, *arguments))
@@ -213,6 +216,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(data_dir, tmp_path, cap
     assert same(weights(tmp_path / "out_ckpt.pt"), whole)
 
 
+@pytest.mark.fault(7, "every train_state.pt emptied")
 def test_all_checkpoints_damaged_is_an_error(data_dir, tmp_path):
     train.run(config(data_dir, tmp_path, "--max_steps=4", "--save_every=2"))
     for path in tmp_path.glob("state/*/train_state.pt"):
@@ -221,6 +225,7 @@ def test_all_checkpoints_damaged_is_an_error(data_dir, tmp_path):
         train.run(config(data_dir, tmp_path, "--max_steps=4"))
 
 
+@pytest.mark.fault(8, "n_embd of another run")
 def test_checkpoint_of_another_network(data_dir, tmp_path):
     train.run(config(data_dir, tmp_path, "--max_steps=1"))
     before = sorted(tmp_path.rglob("*"))
@@ -240,6 +245,7 @@ def test_two_micro_batches_equal_one_of_twice_the_size(data_dir, tmp_path):
         torch.testing.assert_close(other[name], tensor, atol=2e-5, rtol=0)
 
 
+@pytest.mark.fault(22, "NaN in one gradient, twice")
 def test_not_finite_gradient_is_skipped(data_dir, tmp_path, monkeypatch):
     """One bad step changes no weight; the next good one does."""
     seen = []
@@ -262,6 +268,7 @@ def test_not_finite_gradient_is_skipped(data_dir, tmp_path, monkeypatch):
     assert [r["step"] for r in rows if "nonfinite" in r] == [3, 4]
 
 
+@pytest.mark.fault(22, "infinity without end")
 def test_endless_nan_ends_the_run_and_keeps_the_checkpoint(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MAX_SKIPPED_STEPS", 3)
     original = torch.nn.utils.clip_grad_norm_
@@ -287,6 +294,7 @@ def test_endless_nan_ends_the_run_and_keeps_the_checkpoint(data_dir, tmp_path, m
     assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000004"]
 
 
+@pytest.mark.fault(3, "ENOSPC in the middle of a save")
 def test_full_disk_does_not_end_the_run(data_dir, tmp_path, monkeypatch, capsys):
     original = checkpoint.save_file
 
@@ -302,6 +310,7 @@ def test_full_disk_does_not_end_the_run(data_dir, tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.fault(3, "ENOSPC in the last save")
 def test_full_disk_at_the_last_save_is_an_error(data_dir, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -385,6 +394,7 @@ def test_nan_in_validation_is_never_the_best(data_dir, tmp_path, monkeypatch):
     assert best(tmp_path) == (2, 3.0)
 
 
+@pytest.mark.fault(18)
 def test_signal_during_evaluation_ends_it(data_dir, tmp_path, monkeypatch):
     original = train.eval_batches
 
@@ -460,6 +470,7 @@ def test_mistakes_are_found_before_the_first_step(data_dir, tmp_path, arguments,
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.fault(4, "a file where the folder should be")
 def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write to out_dir"):
@@ -467,6 +478,7 @@ def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.fault(14, "one of several shards cut by two bytes")
 def test_missing_and_damaged_shards(data_dir, tmp_path, split):
     shutil.copytree(data_dir, tmp_path / "d")
     paths = sorted((tmp_path / "d").glob(f"*_{split}_*"))
@@ -479,6 +491,7 @@ def test_missing_and_damaged_shards(data_dir, tmp_path, split):
         train.run(config(tmp_path / "d", tmp_path / "out"))
 
 
+@pytest.mark.fault(15, "the same while training")
 def test_token_outside_the_vocabulary(data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "d")
     bad = np.full(1000, 50257, dtype=np.uint16)
@@ -590,6 +603,7 @@ def test_fp8_is_refused_where_it_cannot_be(data_dir, tmp_path):
         train.run(config(data_dir, tmp_path, "--fp8=head", "--device=cpu"))
 
 
+@pytest.mark.fault(26)
 def test_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, monkeypatch):
     """Before it touches anything, such as what looks like leftovers of a crash."""
     half_written = tmp_path / "state/step_00000009.tmp"
@@ -609,6 +623,7 @@ def test_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.fault(18)
 def test_signals_save_and_stop_with_their_exit_code(data_dir, tmp_path, monkeypatch, name):
     step = train.train_step
 

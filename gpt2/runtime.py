@@ -1,7 +1,8 @@
 """The machine: processes, device, precision, compilation, seeds and signals.
 
-The only module that knows torch.distributed and environment variables. Everything above it works
-with a `Runtime` and does not ask whether there is one rank or many, a GPU or none.
+The only module that knows environment variables and, beside `parallel`, torch.distributed.
+Everything above it works with a `Runtime` and does not ask whether there is one rank or many, a GPU
+or none.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import parallel
 from .config import SystemOptions, UserError
 from .devices import choose_device, choose_dtype, describe
 
@@ -36,6 +38,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     notes: list[str] = field(default_factory=list)  # what was chosen, and why
+    sharded: bool = False  # by FSDP2, see `parallel`; else every rank holds all
     stop_signal: int = 0  # number of the signal that asked this rank to stop, 0: none
 
     @property
@@ -59,9 +62,25 @@ class Runtime:
         """Scales the loss in fp16, whose small numbers end at 6e-8; does nothing elsewhere."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
+    def place(self, model: nn.Module):
+        """Moves a model on the CPU to the device: all of it, or this rank's part; in place."""
+        if self.sharded:
+            parallel.shard(model, self.device, self.dtype)
+        else:
+            model.to(self.device)
+
+    def compile(self, model: nn.Module):
+        """Compiles in place: names in the state dict stay as they are.
+
+        FSDP gathers weights between blocks, where the compiler could not look past; so each block
+        is compiled by itself, all by the same code.
+        """
+        for part in model.transformer.h if self.sharded else [model]:
+            part.compile()
+
     def wrap(self, model: nn.Module) -> Callable[..., Tensor]:
         """The callable to train with. The raw model keeps its plain names for checkpoints."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self.sharded:
             return model
         on_gpu = self.device.type == "cuda"
         return DistributedDataParallel(
@@ -73,7 +92,9 @@ class Runtime:
 
     def accumulate(self, forward: Callable, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of a micro-batch: gradients are sent on the last only."""
-        if self.world_size == 1 or last:
+        if self.sharded:
+            parallel.send_gradients(forward, last)
+        if self.world_size == 1 or self.sharded or last:
             return contextlib.nullcontext()
         return forward.no_sync()
 
@@ -165,7 +186,13 @@ def start(options: SystemOptions) -> Iterator[Runtime]:
     )
     device = choose_device(options.device, local_rank)
     dtype, reason = choose_dtype(options.dtype, device)
-    rt = Runtime(device, dtype, rank, world_size)
+    sharded = options.parallel == "fsdp" and world_size > 1
+    if sharded and dtype == torch.float16:
+        raise UserError(
+            "parallel=fsdp does not scale the loss, which float16 needs; use --parallel=ddp, or "
+            "--dtype=float32 (bfloat16 where the GPU has it)"
+        )
+    rt = Runtime(device, dtype, rank, world_size, sharded=sharded)
     rt.notes.append(f"device {describe(device)}, dtype {str(dtype)[6:]}: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -175,7 +202,10 @@ def start(options: SystemOptions) -> Iterator[Runtime]:
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=START_TIMEOUT)
-        rt.notes.append(f"{world_size} ranks by {backend}")
+        how = "each with a part of the weights (fsdp)" if sharded else "each with all weights (ddp)"
+        rt.notes.append(f"{world_size} ranks by {backend}, {how}")
+    elif options.parallel == "fsdp":
+        rt.notes.append("parallel=fsdp: one rank holds all weights")
     seed(options.seed)
     try:
         with _catch_signals(rt):

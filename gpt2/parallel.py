@@ -10,9 +10,11 @@ callers do not ask what they have.
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -21,6 +23,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .options import UserError
 
 
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype):
@@ -101,3 +105,67 @@ def cut(full: Tensor, like: Tensor) -> Tensor:
         return full
     # None: no rank sends anything
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def is_part(t) -> bool:
+    """Whether this is a tensor of which every rank holds a part."""
+    return isinstance(t, DTensor)
+
+
+def like(full: Tensor, like: Tensor) -> Tensor:
+    """A full tensor, which all ranks hold alike, on the device of another and cut like it."""
+    if not isinstance(like, DTensor):
+        return full
+    return as_part_of(cut(full.to(like.device, like.dtype), like), like)
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The state dict with whole tensors on the CPU, one after the other, where `keep` is true.
+
+    All ranks must ask together; those that do not keep it get an empty one.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        full = whole(tensor)
+        if keep:
+            state[name] = full.detach().cpu()
+    return state
+
+
+def write_parts(folder: Path, tensors: dict[str, Tensor]):
+    """Writes tensors by Distributed Checkpoint, every rank its parts, all ranks together.
+
+    As safetensors, one file per rank. Its own format is not used: its metadata are a pickle, which
+    runs what it is told to when it is read.
+
+    Raises:
+        UserError: on all ranks, when one could not write.
+    """
+    writer = dcp.HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
+    try:
+        dcp.save(tensors, storage_writer=writer)
+    except (dcp.CheckpointException, OSError) as error:  # the first is no Exception
+        raise UserError(f"checkpoint {folder} not written: {_reason(error)}") from None
+
+
+def read_parts(folder: Path, tensors: dict[str, Tensor]):
+    """Fills tensors with what any number of ranks wrote; each rank reads what it holds.
+
+    The files must have been compared with their hashes; nothing in them is executed.
+
+    Raises:
+        UserError: tensors that are not there, or of another shape.
+    """
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path=str(folder)))
+    except (dcp.CheckpointException, RuntimeError, ValueError, AssertionError, OSError) as error:
+        raise UserError(f"{folder} does not fit the model: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the first failure; DCP gives one for each rank."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -93,7 +93,7 @@ class MuonAndAdamW(torch.optim.AdamW):
                 self._apply(local(p), cut(update, p), p.shape, group, skip)
 
     def _momentum(self, p: Tensor, group: dict, skip: Tensor | None) -> Tensor:
-        """The gradient looked ahead with its running mean, which is updated; of all ranks' parts."""
+        """The whole gradient, looked ahead with its running mean, which is updated."""
         state = self.state[p]
         if not state:  # "step" is what AdamW's loading of states looks for
             state["step"] = torch.zeros((), dtype=torch.float32)

@@ -120,10 +120,12 @@ def like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """The state dict with whole tensors on the CPU, one after the other, where `keep` is true.
+    """The state dict; of a model in parts, whole tensors on the CPU, one after the other.
 
-    All ranks must ask together; those that do not keep it get an empty one.
+    All ranks must ask together; those that do not `keep` them get an empty one.
     """
+    if not is_sharded(model):
+        return model.state_dict()
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         full = whole(tensor)

@@ -25,8 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from . import parallel
 from .config import SystemOptions, UserError
 from .devices import choose_device, choose_dtype, describe
+from .watchdog import Watchdog
 
 START_TIMEOUT = datetime.timedelta(minutes=30)  # the first step may compile for minutes
+MARGIN = datetime.timedelta(minutes=10)  # of a collective's timeout beyond that of the watchdog
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm is often told to send
 
 
 @dataclass
@@ -40,6 +43,9 @@ class Runtime:
     notes: list[str] = field(default_factory=list)  # what was chosen, and why
     sharded: bool = False  # by FSDP2, see `parallel`; else every rank holds all
     stop_signal: int = 0  # number of the signal that asked this rank to stop, 0: none
+    hang_timeout: int = 0  # seconds; 0: none
+    watchdog: Watchdog | None = None  # where there are other ranks
+    watched: bool = False  # whether the first step is done
 
     @property
     def is_main(self) -> bool:
@@ -92,6 +98,7 @@ class Runtime:
 
     def accumulate(self, forward: Callable, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of a micro-batch: gradients are sent on the last only."""
+        self._beat()
         if self.sharded:
             parallel.send_gradients(forward, last)
         if self.world_size == 1 or self.sharded or last:
@@ -101,15 +108,43 @@ class Runtime:
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Calls a function on rank 0; every rank gets its result, or the UserError it raised."""
         result, problem = None, None
-        if self.is_main:
-            try:
-                result = function()
-            except UserError as error:
-                problem = str(error)
-        result, problem = self.broadcast((result, problem))
+        with self._long_timeout():
+            if self.is_main:
+                try:
+                    with self.alone():
+                        result = function()
+                except UserError as error:
+                    problem = str(error)
+            result, problem = self.broadcast((result, problem))
+        self._beat()
         if problem:
             raise UserError(problem)
         return result
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        """Around long work of this rank for which the others wait: they are not to call it hung."""
+        return self.watchdog.alone() if self.watchdog else contextlib.nullcontext()
+
+    def reached(self, step: int):
+        """Takes down that a step is done; from the first on a rank that hangs is noticed soon."""
+        if self.watchdog:
+            self.watchdog.reached(step)
+            if not self.watched:
+                _set_timeout(datetime.timedelta(seconds=self.hang_timeout) + MARGIN)
+            self.watched = True
+
+    def _beat(self):
+        if self.watchdog:
+            self.watchdog.beat()
+
+    @contextlib.contextmanager
+    def _long_timeout(self) -> Iterator[None]:
+        """A slow disk of one rank must not end the collective in which the others wait for it."""
+        if self.watched:
+            _set_timeout(START_TIMEOUT)
+        yield
+        if self.watched:
+            _set_timeout(datetime.timedelta(seconds=self.hang_timeout) + MARGIN)
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, on every rank; changes the tensor."""
@@ -143,6 +178,7 @@ class Runtime:
 
     def stop_requested(self) -> bool:
         """Whether a signal has asked any rank to stop; all ranks must ask together."""
+        self._beat()
         return self.all_sum(self.stop_flag()).item() > 0
 
     def broadcast(self, value: Any) -> Any:
@@ -178,8 +214,15 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def start(options: SystemOptions) -> Iterator[Runtime]:
-    """Joins the process group (under torchrun), chooses the device and catches signals."""
+def start(
+    options: SystemOptions, tell: Callable[[str], None] = lambda text: None
+) -> Iterator[Runtime]:
+    """Joins the process group (under torchrun), chooses the device and catches signals.
+
+    Args:
+        options: of the machine.
+        tell: is given a line when a rank hangs, before the process ends.
+    """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
@@ -204,6 +247,7 @@ def start(options: SystemOptions) -> Iterator[Runtime]:
         dist.init_process_group(backend, timeout=START_TIMEOUT)
         how = "each with a part of the weights (fsdp)" if sharded else "each with all weights (ddp)"
         rt.notes.append(f"{world_size} ranks by {backend}, {how}")
+        _watch(rt, options.hang_timeout_seconds, tell)
     elif options.parallel == "fsdp":
         rt.notes.append("parallel=fsdp: one rank holds all weights")
     seed(options.seed)
@@ -211,8 +255,26 @@ def start(options: SystemOptions) -> Iterator[Runtime]:
         with _catch_signals(rt):
             yield rt
     finally:
+        if rt.watchdog:
+            rt.watchdog.close()
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _watch(rt: Runtime, seconds: int, tell: Callable[[str], None]):
+    """Starts the watchdog, where this torch lets us have the store by which the ranks met."""
+    get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+    if seconds and get_store:
+        store = dist.PrefixStore("watchdog", get_store())
+        rt.hang_timeout = seconds
+        rt.watchdog = Watchdog(store, rt.rank, rt.world_size, seconds=seconds, tell=tell)
+
+
+def _set_timeout(timeout: datetime.timedelta):
+    """Sets how long collectives that begin from now on wait, where this torch can."""
+    set_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+    if set_timeout:
+        set_timeout(timeout)
 
 
 def _keep_freed_memory():
@@ -229,13 +291,14 @@ def _keep_freed_memory():
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def leave(code: int) -> int:
+def leave(code: int, at_once: bool = False) -> int:
     """The exit code of a run that is over; one of several ranks ends its process here.
 
-    While Python takes itself apart, a thread of gloo that wants Python's lock makes the process
-    abort (seen once in hundreds of runs): a finished run would be reported as failed.
+    So does a run that ends `at_once`, while a thread is still writing. While Python takes itself
+    apart, a thread of gloo that wants Python's lock makes the process abort (seen once in hundreds
+    of runs): a finished run would be reported as failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if at_once or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -255,7 +318,7 @@ def seed(number: int):
 
 @contextlib.contextmanager
 def _catch_signals(rt: Runtime) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop_signal`; a second Ctrl-C, a second later, ends at once.
+    """SIGINT, SIGTERM and SIGUSR1 set `stop_signal`; a second Ctrl-C, later, ends at once.
 
     A terminal sends Ctrl-C to the whole process group and torchrun passes it on once more, so a
     repetition within a second is the same request.
@@ -269,7 +332,7 @@ def _catch_signals(rt: Runtime) -> Iterator[None]:
         elif number == signal.SIGINT and time.monotonic() - first_time > 1:
             raise KeyboardInterrupt
 
-    caught = [signal.SIGINT, signal.SIGTERM]
+    caught = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
     try:
         before = {number: signal.signal(number, handle) for number in caught}
     except ValueError:  # not the main thread: signals belong to the program that embeds us

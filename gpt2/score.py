@@ -105,7 +105,8 @@ def _score_batch(model: GPT, rows: list[Row], width: int, rt: Runtime) -> Tensor
     ids, targets = ids.to(rt.device), targets.to(rt.device)
     counts = targets != IGNORE
     with rt.autocast():
-        hidden = method(model, "hidden")(ids)[counts]  # (N, C): no logits where nothing is predicted
+        # (N, C): no logits where nothing is predicted
+        hidden = method(model, "hidden")(ids)[counts]
     parts = []
     for part, wanted in zip(hidden.split(HEAD_ROWS), targets[counts].split(HEAD_ROWS), strict=True):
         with rt.autocast():

@@ -14,9 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checkpoint, devices, flags, lora, parallel, report, runtime
+from . import checkpoint, devices, lora, parallel, report, runtime
+from .begin import (
+    adopt_evaluation,
+    find_checkpoint,
+    make_way,
+    open_log,
+    order_data,
+    reserved,
+    settle_init,
+    settle_steps,
+)
 from .checkpoint import Resumed
-from .config import TrainConfig, UserError, flatten, plan_batch
+from .config import TrainConfig, UserError, plan_batch
 from .data import Batch, TrainLoader, eval_batches
 from .datasets import split_eval_tokens
 from .evaluate import evaluate, together
@@ -34,21 +44,7 @@ from .optim import build_optimizer, learning_rate_at, set_learning_rate
 from .packed import packed
 from .runtime import Runtime
 from .sinks import check_names
-from .state import (
-    MODEL_NAME,
-    TrainState,
-    begin_step,
-    export,
-    export_best,
-    find_checkpoint,
-    make_way,
-    order_data,
-    out_dir,
-    restore,
-    save,
-    settle_init,
-    settle_steps,
-)
+from .state import MODEL_NAME, TrainState, begin_step, export, export_best, out_dir, restore, save
 from .tasks import HELLASWAG, load
 from .weights import Weights
 
@@ -64,14 +60,14 @@ def run(config: TrainConfig) -> int:
     Raises:
         UserError: anything that a person can correct; whatever had been saved is still there.
     """
-    with runtime.start(config.system) as rt:
+    with runtime.start(config.system, report.error) as rt, reserved(config, rt):
         resumed = find_checkpoint(config, rt)
         config, init = settle_init(config, rt, resumed)
         state = build(config, rt, resumed, init)
         config = settle_steps(config, state)
         try:
             make_way(config, rt, resumed)
-            with open_log(config, rt, resumed) as log:
+            with state.saver, open_log(config, rt, resumed) as log:
                 announce(state, config, rt, resumed)
                 adopt_evaluation(state, config, rt, log, resumed)
                 loop(state, config, rt, log)
@@ -86,6 +82,7 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
     resumed_at, max_steps = state.step, config.optim.max_steps
     state.clock.start(state.seconds)
+    state.stop = rt.stop_requested()  # while the data were opened and the model was made
     launched: deque[Launched] = deque()
     while not between_steps(state, config, rt, log, resumed_at):
         try:
@@ -196,6 +193,7 @@ def note_step(
 ):
     """Waits for a step's numbers, acts on them and logs them."""
     loss, norm, stops = launched.read()
+    rt.reached(launched.step)
     _count_skipped(state, launched.step, math.isfinite(norm))
     state.stop = state.stop or stops > 0
     state.clock.step(launched.own_tokens)
@@ -315,34 +313,3 @@ def evaluate_hellaswag(state: TrainState, rt: Runtime, log: report.RunLog):
         return
     state.hellaswag_at = state.step
     log_hellaswag(results, state, rt, log)
-
-
-def adopt_evaluation(
-    state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog, resumed: Resumed | None
-):
-    """Takes from the log an evaluation that the interrupted run made after its last save."""
-    known = rt.broadcast(log.recorded(state.step))
-    if known.get("hellaswag_items") == len(state.hellaswag):
-        state.hellaswag_at = state.step
-    asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
-    if not resumed or "val_loss" not in known or state.evaluated_at == state.step:
-        return
-    same_data = resumed.state["settings"]["data_dir"] == config.data.data_dir
-    if same_data and known.get("val_tokens") == asked:
-        state.note_evaluation(known["val_loss"])
-
-
-def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
-    """metrics.jsonl and the services; also writes the settings as a file that --config= reads."""
-    settings = flatten(config)
-    if rt.is_main:
-        own = {name: value for name, value in settings.items() if name != "resume"}
-        (out_dir(config) / "config.toml").write_text(flags.to_toml(own), encoding="utf-8")
-    return report.open_run(
-        out_dir(config),
-        config=settings,
-        sinks=config.output.log_to,
-        run_name=config.output.run_name,
-        resume_step=resumed.step if resumed else None,
-        is_main=rt.is_main,
-    )

@@ -24,12 +24,12 @@ from .conftest import ROOT, run_python
 
 FLOORS = {
     0: "options switches config tool_config flags modern masks model ops products kernels cublaslt "
-    "tokenizer shards sources readers hub downloads lock chat_format packed",
+    "tokenizer shards sources readers hub downloads lock commit chat_format packed",
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
-    "conversations lora",
+    "conversations lora saver watchdog parallel",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
-    "decode weights export",
-    3: "api state messages train profiler prepare eval_run harness terminal cli __main__",
+    "decode weights export sharded",
+    3: "api state begin messages train profiler prepare eval_run harness terminal cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(p for p in (ROOT / "gpt2").glob("*.py") if p.stem != "__init__")
@@ -67,7 +67,7 @@ def test_imports_point_down_or_along_without_cycles():
 @pytest.mark.parametrize(
     ("pattern", "owners"),
     [
-        (r"torch\.distributed|^import torch\.distributed|\bdist\.", {"runtime"}),
+        (r"torch\.distributed|^import torch\.distributed|\bdist\.", {"runtime", "parallel"}),
         (r"os\.environ|os\.getenv", {"runtime"}),
         (r"torch\.(save|load)\(", {"checkpoint"}),
         (r"(import|from) (tiktoken|gigatoken)\b", {"tokenizer"}),

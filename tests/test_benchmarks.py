@@ -153,3 +153,16 @@ def test_generate_beside_transformers(tmp_path):
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert "transformers" in done.stdout
     assert (tmp_path / "generate.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_cost_of_saving():
+    arguments = ["--size=gpt2-tiny", *SMALL, "--block_size=16", "--steps=2", "--rows=2"]
+    done = run_python("-m", "benchmarks.saving", *arguments, "--device=cpu")
+    row = json.loads(done.stdout.splitlines()[-6])
+    assert {kind: len(seconds) for kind, seconds in row["row_seconds"].items()} == {
+        "none": 2, "later": 2, "at once": 2,
+    }  # fmt: skip
+    assert row["state_bytes"] > 12 * row["parameters"]
+    assert row["stall_seconds"] > 0
+    assert "of 250 steps" in done.stdout

@@ -9,22 +9,18 @@ callers do not ask what they have.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .options import UserError
+
+# The parts of torch.distributed that are used here are imported where they are needed: all other
+# runs and commands would wait a second for them.
 
 
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype):
@@ -38,12 +34,14 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype):
         device: of this rank.
         dtype: of the products; weights are gathered in it, gradients summed in float32.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     low = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in (*model.transformer.h, model):
         for p in unit.parameters():
-            if not isinstance(p, DTensor):
+            if not is_part(p):
                 p.data = p.data.to(device)
                 dist.broadcast(p.data, 0)
         fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -51,7 +49,8 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype):
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` has cut this model."""
-    return isinstance(model, FSDPModule)
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(model, module.FSDPModule)
 
 
 def send_gradients(model: nn.Module, now: bool):
@@ -63,6 +62,8 @@ def method(model: nn.Module, name: str) -> Callable:
     """A method that is called by itself, past `forward`: gathers weights as `forward` does."""
     if not is_sharded(model):
         return getattr(model, name)
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
     alias = f"gathered_{name}"  # under the own name, `forward` would gather twice
     if not hasattr(model, alias):
         setattr(model, alias, getattr(model, name))
@@ -73,7 +74,7 @@ def method(model: nn.Module, name: str) -> Callable:
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """Scales gradients so that their norm over all ranks is `limit` at most; () the norm before."""
     parameters = [p for p in parameters if p.grad is not None]
-    if not any(isinstance(p, DTensor) for p in parameters):
+    if not any(map(is_part, parameters)):
         return nn.utils.clip_grad_norm_(parameters, limit)
     norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
     if math.isfinite(limit):
@@ -81,40 +82,45 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     return norm
 
 
+def is_part(t) -> bool:
+    """Whether this is a tensor of which every rank holds a part, a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
 def local(t: Tensor) -> Tensor:
     """This rank's part, which shares its memory; a plain tensor is whole."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if is_part(t) else t
 
 
 def whole(t: Tensor) -> Tensor:
     """The tensor with the parts of all ranks, who must ask together."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_part(t) else t
 
 
 def as_part_of(part: Tensor, like: Tensor) -> Tensor:
     """A part that was computed from `local(like)`, as a tensor cut like it."""
-    if not isinstance(like, DTensor):
+    if not is_part(like):
         return part
+    from torch.distributed.tensor import DTensor
+
     shape = {"shape": like.shape, "stride": like.stride()}
     return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **shape)
 
 
 def cut(full: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a full tensor, which all ranks hold alike."""
-    if not isinstance(like, DTensor):
+    if not is_part(like):
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     # None: no rank sends anything
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def is_part(t) -> bool:
-    """Whether this is a tensor of which every rank holds a part."""
-    return isinstance(t, DTensor)
-
-
 def like(full: Tensor, like: Tensor) -> Tensor:
     """A full tensor, which all ranks hold alike, on the device of another and cut like it."""
-    if not isinstance(like, DTensor):
+    if not is_part(like):
         return full
     return as_part_of(cut(full.to(like.device, like.dtype), like), like)
 
@@ -143,6 +149,8 @@ def write_parts(folder: Path, tensors: dict[str, Tensor]):
     Raises:
         UserError: on all ranks, when one could not write.
     """
+    import torch.distributed.checkpoint as dcp
+
     writer = dcp.HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer)
@@ -158,6 +166,8 @@ def read_parts(folder: Path, tensors: dict[str, Tensor]):
     Raises:
         UserError: tensors that are not there, or of another shape.
     """
+    import torch.distributed.checkpoint as dcp
+
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path=str(folder)))
     except (dcp.CheckpointException, RuntimeError, ValueError, AssertionError, OSError) as error:

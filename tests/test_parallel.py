@@ -37,9 +37,8 @@ def go(config, world):
                  sharded=config.system.parallel == "fsdp")
     runtime.seed(1337)
     state = train.build(config, rt, None)
+    steps = [train.train_step(state, config, rt).read()[:2] for _ in range(3)]
     scores = score(state.model, ROWS, rt, batch_tokens=16)
-    steps = [train.train_step(state, config, rt).read()[:2] for _ in range(5)]
-    scores += score(state.model, ROWS, rt, batch_tokens=16)
     found = {n: parallel.whole(p).clone() for n, p in state.model.state_dict().items()}
     for p in state.model.parameters():
         p.grad = torch.full_like(p, torch.nan)
@@ -67,15 +66,14 @@ SWITCHES = [
     *("--window=16", "--document_mask=True", "--zero_init=True", MUON),
 ]
 CASES = {
-    "AdamW": [],
     "Muon": [MUON],
-    "checkpointed": ["--activation_checkpointing=True"],
+    "AdamW": ["--dropout=0.1", "--activation_checkpointing=True"],
     "switches": SWITCHES,
-    "dropout": ["--dropout=0.1"],
     "bfloat16": ["--dtype=bfloat16", "--activation_checkpointing=True"],
 }
 
 
+@pytest.mark.timeout(500)
 def test_losses_equal_those_of_ddp(data_dir, tmp_path):
     """Tolerances in float32: 1e-6 in loss, 1e-5 in weights, 1e-4 of the norm; 0.01 in bf16.
 
@@ -86,7 +84,7 @@ def test_losses_equal_those_of_ddp(data_dir, tmp_path):
     script.write_text(STEPS, encoding="utf-8")
     options = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", *TINY]
     done = run_python(*TORCHRUN, "--nproc_per_node=2", script, json.dumps(CASES), *options,
-                      env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+                      env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=480)  # fmt: skip
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if "RESULT" in line]
     assert [line[0] for line in lines] == list(CASES)
     for name, loss, norm, weight, score in lines:

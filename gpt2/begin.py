@@ -23,6 +23,7 @@ from .lock import locked
 from .order import Mixture
 from .runtime import Runtime
 from .state import TrainState, out_dir
+from .switches import defaults, switched
 from .weights import Weights
 
 BUSY = "run folder {folder} is in use by {holder}"
@@ -124,8 +125,10 @@ def check_same_run(found: Resumed, options: ModelOptions):
             f"{found.path} is of a run that began with {began_with or 'fresh weights'}, not "
             f"init={options.init}; use another --out_dir, or --resume=never"
         )
-    theirs = to_dict(found.config)
-    ours = options.given() if options.init else to_dict(options.shape())
+    theirs = defaults() | to_dict(found.config)
+    ours = defaults() | to_dict(options.shape())
+    if options.init:  # the rest is that of the weights
+        ours = options.given() | switched(options)
     ours.pop("dropout", None)  # may change between runs
     different = [f"{n} {ours[n]} instead of {theirs[n]}" for n in ours if ours[n] != theirs[n]]
     if different:
@@ -169,6 +172,11 @@ def _open_data(config: TrainConfig, block_size: int, rt: Runtime) -> list[Datase
         return open_datasets(config.data.data_dir)
     if config.data.window_start != "anywhere":
         raise UserError("--window_start=document is for text; conversations are always whole")
+    if config.model.document_mask:
+        raise UserError(
+            f"init={config.model.init} has document_mask: the end-of-text tokens between messages "
+            "would hide them from one another; begin with another model"
+        )
     share = config.tuning.val_share
     datasets, notes = open_conversations(config.data.data_dir, block_size, share)
     check_eval_tokens(config.eval.eval_tokens, datasets, block_size)

@@ -18,7 +18,7 @@ from .config import BatchPlan, TrainConfig, UserError, flatten
 from .data import TrainLoader
 from .datasets import Dataset, remember
 from .model import GPT
-from .optim import micro_batches_at, window_at
+from .optim import check_groups, micro_batches_at, window_at
 from .runtime import Runtime
 from .saver import Saver
 from .tasks import Choice
@@ -49,7 +49,6 @@ class TrainState:
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
     evaluated_at: int = -1  # the step of the last evaluation
-    window: int = 0  # that layers see while `window_warmup` lasts
     stop: bool = False  # agreed by all ranks
     hellaswag: list[Choice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
@@ -71,10 +70,8 @@ class TrainState:
 
 def begin_step(state: TrainState, config: TrainConfig) -> int:
     """Grows the windows while `window_warmup` lasts; the micro-batches of the step."""
-    width = window_at(state.step, config.optim, state.plan.block_size)
-    if config.optim.window_warmup and width != state.window:
-        state.model.limit_windows(width)
-        state.window = width
+    if config.optim.window_warmup:
+        state.model.limit_windows(window_at(state.step, config.optim, state.plan.block_size))
     return micro_batches_at(state.step, config.optim, state.plan)
 
 
@@ -105,6 +102,7 @@ def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
 def restore(state: TrainState, resumed: Resumed, rt: Runtime):
     """Puts back what `save` stored; the loader already stands at its position."""
     content = resumed.state
+    check_groups(state.optimizer, content["optimizer"], resumed.path)
     if resumed.in_parts:
         optimizer = sharded.read(state.model, state.optimizer, resumed)
     else:

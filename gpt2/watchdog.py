@@ -53,6 +53,7 @@ class Watchdog:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._seconds, self._tell, self._leave = seconds, tell, leave
         self._period = min(30.0, seconds / 10)
+        self._recent = max(2.0, 4 * self._period)  # seconds; a busy machine is late now and then
         self._step = self._beats = self._alone = 0
         self._armed = False
         self._moved = self._published = time.monotonic()
@@ -101,11 +102,13 @@ class Watchdog:
             self._published = time.monotonic()
 
     def _watch(self):
+        excused = 0.0  # when another rank was last seen to work alone
         while not self._closed.wait(self._period / 2):
-            idle = time.monotonic() - self._moved
-            if not self._armed or idle < self._seconds or self._alone:
-                continue
+            now = time.monotonic()
+            idle = now - self._moved
             if idle < PATIENCE and any(self._is_alone(rank) for rank in self._alive()):
+                excused = now
+            if not self._armed or self._alone or now - max(excused, self._moved) < self._seconds:
                 continue
             if self._rank != min(self._alive(), default=self._rank):
                 if self._closed.wait(2):  # the first of those who noticed tells it
@@ -121,14 +124,14 @@ class Watchdog:
     def _alive(self) -> list[int]:
         """Ranks whose sign of life is recent, this one among them."""
         now = time.monotonic()
-        heard = [r for r, (_, at) in self._seen.items() if now - at < 4 * self._period]
+        heard = [r for r, (_, at) in self._seen.items() if now - at < self._recent]
         return sorted({*heard, self._rank})
 
     def _is_alone(self, rank: int) -> bool:
         return rank in self._seen and self._seen[rank][0].split()[2] != "0"
 
     def _reason(self) -> str:
-        if time.monotonic() - self._published > 4 * self._period:
+        if time.monotonic() - self._published > self._recent:
             return "the machine that started the run, or the network to it, does not answer"
         now, alive = time.monotonic(), self._alive()
         for rank, (text, at) in sorted(self._seen.items()):
@@ -139,7 +142,7 @@ class Watchdog:
                     f"had done step {step}; its process or its machine is stopped"
                 )
         behind = [(int(text.split()[0]), rank) for rank, (text, _) in self._seen.items()]
-        least, rank = min(behind)
+        least, rank = min(behind, default=(self._beats, self._rank))
         if least < self._beats:
             step, who = _step_and_who(self._seen[rank][0])
             return f"rank {rank} ({who}) has done step {step} and does not go on"

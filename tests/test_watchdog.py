@@ -104,7 +104,7 @@ def test_store_that_is_gone_is_said():
         def set(self, key, value):
             raise RuntimeError("connection reset by peer")
 
-    rank = Rank(Gone(), 1)
+    rank = Rank(Gone(), 1, seconds=2.5)
     rank.dog.reached(4)
     assert rank.left.wait(5)
     assert "the machine that started the run, or the network to it, does not answer" in rank.told[0]

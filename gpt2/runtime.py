@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import parallel
 from .config import SystemOptions, UserError
 from .devices import choose_device, choose_dtype, describe
+from .meeting import meet
 from .watchdog import Watchdog
 
 START_TIMEOUT = datetime.timedelta(minutes=30)  # the first step may compile for minutes
@@ -244,7 +245,10 @@ def start(
         _keep_freed_memory()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=START_TIMEOUT)
+        store = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))[0]
+        store = dist.PrefixStore(meet(store, rank, world_size), store)
+        ranks = {"rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, store=store, timeout=START_TIMEOUT, **ranks)
         how = "each with a part of the weights (fsdp)" if sharded else "each with all weights (ddp)"
         rt.notes.append(f"{world_size} ranks by {backend}, {how}")
         _watch(rt, options.hang_timeout_seconds, tell)

@@ -27,7 +27,7 @@ FLOORS = {
     "cublaslt decode_kernels one_token tokenizer shards sources readers hub downloads lock commit "
     "chat_format packed",
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
-    "conversations lora saver watchdog parallel",
+    "conversations lora saver watchdog parallel meeting",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
     "decode weights export sharded",
     3: "api state begin messages train profiler prepare eval_run harness terminal cli __main__",

@@ -37,6 +37,7 @@ def wait_for(process: subprocess.Popen, text: str):
     pytest.fail("".join(seen))
 
 
+@pytest.mark.timeout(400)
 def test_killed_rank_restarts_from_the_last_checkpoint(data_dir, tmp_path):
     """kill -9 of one of two: torchrun starts both again, losses and weights to the last bit."""
     steps = ["--max_steps=12", "--save_every=2"]
@@ -50,7 +51,7 @@ def test_killed_rank_restarts_from_the_last_checkpoint(data_dir, tmp_path):
     try:
         wait_for(process, " 5/")
         os.kill(max(_children(process.pid)), signal.SIGKILL)
-        rest, _ = process.communicate(timeout=150)
+        rest, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, rest

@@ -63,6 +63,8 @@ ADDED: dict[str, list[str] | None] = {
     'ollama run my-gpt2 "Hello world,"': None,
     "vllm serve out/hf": None,
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
+    "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
+    "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
     "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,

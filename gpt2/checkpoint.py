@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import foreign, parallel
-from .commit import committed, discard, fingerprint, first_line, sync, why_not_written
+from .commit import committed, discard, first_line, sync, why_not_written
 from .config import GPT2Config, UserError, to_dict
+from .integrity import check_files, check_sums, digest, fingerprints, size_of
 from .lora import merged_state
 from .switches import SWITCH_NAMES
 
-FORMAT = 1
+FORMAT = 1  # of out_ckpt.pt
+STATE_FORMAT = 2  # of a state's manifest; 1 had no sha256 of its own
 MODEL_FILE, STATE_FILE, MANIFEST = "model.safetensors", "train_state.pt", "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 PART_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # as DCP names them
@@ -71,7 +72,7 @@ def write_model(
         sync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        raise UserError(why_not_written(path, error)) from None
+        raise UserError(why_not_written(path, error, size_of(tensors))) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -119,6 +120,8 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     if foreign.is_nanogpt(rest):
         config, state, rest = foreign.from_nanogpt(state, rest, path)
     else:
+        if rest.get("format") == FORMAT and zipfile.is_zipfile(path):
+            check_sums(path)
         settings = rest.pop("config")
         if not isinstance(settings, dict) or not all(
             isinstance(value, int | float) or name in SWITCH_NAMES
@@ -208,21 +211,27 @@ def write_state(
     keep_last: int,
 ) -> Path:
     """The same for tensors with which nothing else happens meanwhile."""
-    with new_state(out_dir, step, keep_last) as temporary:
+    with new_state(out_dir, step, keep_last, size_of(tensors) + size_of(state)) as temporary:
         save_file(_on_cpu(tensors), temporary / MODEL_FILE)
         write_rest(temporary, step, config, state)
     return out_dir / "state" / f"step_{step:08d}"
 
 
 @contextlib.contextmanager
-def new_state(out_dir: Path, step: int, keep_last: int) -> Iterator[Path]:
+def new_state(out_dir: Path, step: int, keep_last: int, needed: int = 0) -> Iterator[Path]:
     """A folder for the files of a state; at the end it is committed, and older states deleted.
+
+    Args:
+        out_dir: the run's folder.
+        step: optimizer steps done.
+        keep_last: how many states stay.
+        needed: bytes that will be written, as far as they are known.
 
     Raises:
         UserError: no space or no permission; older states are still there.
     """
     final = out_dir / "state" / f"step_{step:08d}"
-    with committed(final, (RuntimeError, safetensors.SafetensorError)) as temporary:
+    with committed(final, (RuntimeError, safetensors.SafetensorError), needed) as temporary:
         yield temporary
     with contextlib.suppress(OSError):  # what cannot be deleted now is deleted next time
         for old in state_folders(out_dir)[:-keep_last]:
@@ -232,10 +241,9 @@ def new_state(out_dir: Path, step: int, keep_last: int) -> Iterator[Path]:
 def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any]):
     """Adds what is not in safetensors, and the manifest of all files."""
     torch.save(state, folder / STATE_FILE)
-    names = sorted(path.name for path in folder.iterdir())
-    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
-        files = dict(zip(names, pool.map(lambda n: fingerprint(folder / n), names), strict=True))
-    manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files}
+    files = fingerprints(folder, sorted(path.name for path in folder.iterdir()))
+    manifest = {"format": STATE_FORMAT, "step": step, "config": to_dict(config), "files": files}
+    manifest["sha256"] = digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -256,9 +264,11 @@ def load_state(path: Path, verify: bool = True) -> Resumed:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != 1 and manifest.pop("sha256", None) != digest(manifest):
+            raise UserError(f"{path}: {MANIFEST} is damaged (its sha256 differs)")
         step, files = int(manifest["step"]), manifest["files"]
         parts = [name for name in files if PART_FILE.fullmatch(name)]
-        _check_files(path, files, [*(parts or [MODEL_FILE]), STATE_FILE], verify or not parts)
+        check_files(path, files, [*(parts or [MODEL_FILE]), STATE_FILE], verify or not parts)
         model = {} if parts else load_file(path / MODEL_FILE)
         config = GPT2Config.from_dict(manifest["config"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -266,19 +276,6 @@ def load_state(path: Path, verify: bool = True) -> Resumed:
             raise
         raise UserError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
     return Resumed(path, step, config, model, _torch_load(path / STATE_FILE), bool(parts))
-
-
-def _check_files(path: Path, files: dict[str, Any], names: list[str], verify: bool):
-    """Names are fixed, or of a fixed form: a manifest cannot point elsewhere."""
-    # Parts are found by looking into the folder, where nothing else must lie
-    odd = {p.name for p in path.glob("*.safetensors")} - set(names)
-    if odd:
-        raise UserError(f"{path}: {min(odd)} is not in its manifest")
-    with ThreadPoolExecutor() as pool:
-        prints = pool.map(lambda n: fingerprint(path / n) if verify else files[n], names)
-        for name, found in zip(names, prints, strict=True):
-            if found != files[name]:
-                raise UserError(f"{path}: {name} is damaged (its sha256 differs)")
 
 
 def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:

@@ -15,12 +15,15 @@ from .config import UserError
 
 
 @contextlib.contextmanager
-def committed(final: Path, problems: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+def committed(
+    final: Path, problems: tuple[type[Exception], ...] = (), needed: int = 0
+) -> Iterator[Path]:
     """An empty folder to write into, which takes the name `final` at the end of the block.
 
     Args:
         final: replaced if it is there.
         problems: errors, beside OSError, by which writers say that they could not write.
+        needed: bytes that will be written, as far as it is known; for the message.
 
     Raises:
         UserError: no space or no permission; what was there before is still there.
@@ -37,7 +40,7 @@ def committed(final: Path, problems: tuple[type[Exception], ...] = ()) -> Iterat
         os.replace(temporary, final)
         sync(final.parent)
     except (OSError, *problems) as error:
-        raise UserError(why_not_written(final, error)) from None
+        raise UserError(why_not_written(final, error, needed)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -68,14 +71,15 @@ def discard(folder: Path):
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def why_not_written(path: Path, error: Exception) -> str:
-    """One line about a failed write, with the space that is left."""
+def why_not_written(path: Path, error: Exception, needed: int = 0) -> str:
+    """One line about a failed write, with the bytes needed and the space that is left."""
     reason = first_line(error)
     free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
     # torch says "unexpected pos" when a disk is full, and nothing of a disk
     if "unexpected pos" in reason or "PytorchStreamWriter" in reason or "space" in reason:
         reason = "the disk is full"
-    return f"checkpoint {path} not written: {reason} ({free / 2**30:.2f} GiB free)"
+    needs = f"needs {needed / 2**30:.2f} GiB, " if needed else ""
+    return f"checkpoint {path} not written: {reason} ({needs}{free / 2**30:.2f} GiB free)"
 
 
 def first_line(error: Exception) -> str:

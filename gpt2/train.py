@@ -36,6 +36,7 @@ from .messages import (
     log_evaluation,
     log_hellaswag,
     log_step,
+    note_batch,
     out_of_memory,
 )
 from .modern import network
@@ -182,7 +183,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     parts = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
     parts = rt.all_sum(torch.stack(parts))
     read = rt.read_later(parts)
-    _update(state, skip=~parts[1].isfinite())
+    _update(state, skip=~parts[:2].isfinite().all())
     state.step += 1
     return Launched(state.step, lr, state.tokens, state.tokens - before, read)
 
@@ -193,7 +194,7 @@ def note_step(
     """Waits for a step's numbers, acts on them and logs them."""
     loss, norm, stops = launched.read()
     rt.reached(launched.step)
-    _count_skipped(state, launched.step, math.isfinite(norm))
+    count_skipped(state, config, rt, launched, math.isfinite(loss + norm))
     state.stop = state.stop or stops > 0
     state.clock.step(launched.own_tokens)
     if launched.step == 1:
@@ -223,13 +224,18 @@ def _update(state: TrainState, skip: Tensor):
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def _count_skipped(state: TrainState, step: int, finite: bool):
+def count_skipped(
+    state: TrainState, config: TrainConfig, rt: Runtime, launched: Launched, finite: bool
+):
+    """Counts steps in a row that changed nothing; raises UserError, with their text, after many."""
     state.skipped = 0 if finite else state.skipped + 1
     if state.skipped >= MAX_SKIPPED_STEPS:
+        own = launched.own_tokens
+        batch = rt.on_main(lambda: note_batch(state, config, launched.tokens - own, own))
         raise UserError(
-            f"the gradient was NaN or infinite in {state.skipped} steps in a row, up to step "
-            f"{step}; the checkpoints are untouched: continue with a lower "
-            "--learning_rate, or with --dtype=float32"
+            f"the loss or the gradient was NaN or infinite in {state.skipped} steps in a row, up "
+            f"to step {launched.step}, which read {batch}; the checkpoints are untouched: continue "
+            "with a lower --learning_rate, or with --dtype=float32"
         )
 
 

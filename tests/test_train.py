@@ -18,7 +18,7 @@ from gpt2 import checkpoint, devices, report, runtime, train
 from gpt2.config import BatchPlan, TrainConfig, UserError
 from gpt2.flags import parse
 from gpt2.messages import out_of_memory
-from gpt2.shards import write_shard
+from gpt2.shards import open_shard, write_shard
 
 from .conftest import TINY
 
@@ -272,9 +272,18 @@ def test_endless_nan_ends_the_run_and_keeps_the_checkpoint(data_dir, tmp_path, m
         norm = original(parameters, limit)
         return norm * math.inf if len(calls) > 4 else norm
 
+    seen, original_batches = [], train.next_batches
+    monkeypatch.setattr(
+        train, "next_batches", lambda *a: seen.append(original_batches(*a)) or seen[-1]
+    )
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(UserError, match="3 steps in a row, up to step 7"):
+    with pytest.raises(UserError, match=r"3 steps in a row, up to step 7, which read .*bin from"):
         train.run(config(data_dir, tmp_path, "--max_steps=20", "--save_every=4"))
+    windows = json.loads((tmp_path / "nonfinite.json").read_text())["windows"]
+    read = [open_shard(Path(w["shard"])).read(w["first_token"], w["tokens"]) for w in windows]
+    assert len(read) == 8
+    expected = np.concatenate([torch.cat([x, y[:, -1:]], 1).numpy() for x, y in seen[6]])
+    assert sorted(map(bytes, np.array(read, np.int64))) == sorted(map(bytes, expected))
     assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000004"]
 
 

@@ -12,12 +12,14 @@ unpickles code: `weights_only=True` everywhere.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import foreign, parallel
-from .commit import committed, discard, first_line, sync, why_not_written
+from .commit import committed, discard, fingerprint, first_line, sync, why_not_written
 from .config import GPT2Config, UserError, to_dict
-from .integrity import check_files, check_sums, digest, fingerprints, size_of
+from .integrity import check_files, check_sums, size_of
 from .lora import merged_state
 from .switches import SWITCH_NAMES
 
@@ -242,9 +244,11 @@ def new_state(out_dir: Path, step: int, keep_last: int, needed: int = 0) -> Iter
 def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any]):
     """Adds what is not in safetensors, and the manifest of all files."""
     torch.save(state, folder / STATE_FILE)
-    files = fingerprints(folder, sorted(path.name for path in folder.iterdir()))
+    names = sorted(path.name for path in folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        files = dict(zip(names, pool.map(lambda n: fingerprint(folder / n), names), strict=True))
     manifest = {"format": STATE_FORMAT, "step": step, "config": to_dict(config), "files": files}
-    manifest["sha256"] = digest(manifest)
+    manifest["sha256"] = _digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -265,7 +269,7 @@ def load_state(path: Path, verify: bool = True) -> Resumed:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != 1 and manifest.pop("sha256", None) != digest(manifest):
+        if manifest["format"] != 1 and manifest.pop("sha256", None) != _digest(manifest):
             raise UserError(f"{path}: {MANIFEST} is damaged (its sha256 differs)")
         step, files = int(manifest["step"]), manifest["files"]
         parts = [name for name in files if PART_FILE.fullmatch(name)]
@@ -312,6 +316,10 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
 
 
 # ---- helpers ------------------------------------------------------------------------------------
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

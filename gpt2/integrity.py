@@ -1,7 +1,5 @@
 """Whether the files of a checkpoint are those that were written."""
 
-import hashlib
-import json
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +10,6 @@ from torch import Tensor
 
 from .commit import fingerprint, first_line
 from .options import UserError
-
-
-def fingerprints(folder: Path, names: list[str]) -> dict[str, list[int | str]]:
-    """Size and sha256 of several files; hashing lets go of Python's lock."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(lambda n: fingerprint(folder / n), names), strict=True))
 
 
 def check_files(path: Path, files: dict[str, Any], names: list[str], verify: bool):
@@ -38,15 +30,11 @@ def check_files(path: Path, files: dict[str, Any], names: list[str], verify: boo
     odd = {p.name for p in path.glob("*.safetensors")} - set(names)
     if odd:
         raise UserError(f"{path}: {min(odd)} is not in its manifest")
-    prints = fingerprints(path, names) if verify else files
-    for name in names:
-        if prints[name] != files[name]:
-            raise UserError(f"{path}: {name} is damaged (its sha256 differs)")
-
-
-def digest(manifest: dict) -> str:
-    """sha256 of the manifest itself."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        prints = pool.map(lambda n: fingerprint(path / n) if verify else files[n], names)
+        for name, found in zip(names, prints, strict=True):
+            if found != files[name]:
+                raise UserError(f"{path}: {name} is damaged (its sha256 differs)")
 
 
 def size_of(tree: Any) -> int:

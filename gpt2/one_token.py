@@ -3,6 +3,8 @@
 Shapes: `B` sequences, `C` channels, `H` heads, `D` = C / H, `V` vocabulary.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from .model import GPT, Block, KVCache
@@ -21,23 +23,32 @@ def knows(model: GPT) -> bool:
     )
 
 
-def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+def product(x: Tensor, layer: nn.Module, **around) -> Tensor:
+    """`ops.small_linear` with the weight of a layer, and its bias if it has one."""
+    return small_linear(x, layer.weight, getattr(layer, "bias", None), **around)
+
+
+def next_logits(
+    model: GPT, tokens: Tensor, cache: KVCache, product: Callable[..., Tensor] = product
+) -> Tensor:
     """Reads the newest token of every row, (B,) ids -> (B, V).
 
     Args:
         model: one that `knows` accepts.
         tokens: (B,) int64.
-        cache: with `lengths`; has a position more afterwards.
+        cache: has a position more afterwards.
+        product: computes the products, also that of the head with the embedding.
     """
     parts, heads = model.transformer, model.config.n_head
-    x = parts.wte(tokens) + parts.wpe(cache.lengths)  # (B, C)
+    start = cache.length if cache.lengths is None else cache.lengths
+    x = parts.wte(tokens) + parts.wpe.weight[start]  # (B, C)
     for layer, block in enumerate(parts.h):
         attn, mlp = block.attn, block.mlp
-        qkv = small_linear(x, attn.c_attn.weight, attn.c_attn.bias, norm=block.ln_1)
+        qkv = product(x, attn.c_attn, norm=block.ln_1)
         q, k, v = qkv.unflatten(1, (3, heads, 1, -1)).unbind(1)  # (B, H, 1, D)
         y = cache.attend(layer, q, k, v).flatten(1)
-        x = small_linear(y, attn.c_proj.weight, attn.c_proj.bias, residual=x)
-        y = small_linear(x, mlp.c_fc.weight, mlp.c_fc.bias, norm=block.ln_2, gelu=True)
-        x = small_linear(y, mlp.c_proj.weight, mlp.c_proj.bias, residual=x)
+        x = product(y, attn.c_proj, residual=x)
+        y = product(x, mlp.c_fc, norm=block.ln_2, gelu=True)
+        x = product(y, mlp.c_proj, residual=x)
     cache.advance(1)
-    return small_linear(x, parts.wte.weight, norm=parts.ln_f)
+    return product(x, parts.wte, norm=parts.ln_f)

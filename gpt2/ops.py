@@ -6,6 +6,7 @@ of 128.
 
 import importlib.util
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -306,6 +307,28 @@ def small_linear(
     y = F.linear(norm(x) if norm else x, weight, bias)
     y = F.gelu(y, approximate="tanh") if gelu else y
     return y if residual is None else residual + y
+
+
+def half_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """layer(x) for one row on a CPU, (1, K) -> (1, N), by a copy of the weight in float16.
+
+    Where PyTorch has FBGEMM (x86), its packed form, which sums in float32 and is up to three times
+    as fast as PyTorch's product of a matrix with a vector.
+
+    Args:
+        layer: with a `weight` (N, K), and a `bias` (N,) or none.
+    """
+    weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    weight = weight.half()
+
+    def product(x: Tensor) -> Tensor:
+        y = torch.mv(weight, x.flatten().half()).to(x.dtype)
+        return (y if bias is None else y + bias)[None]
+
+    return product
 
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

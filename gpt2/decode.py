@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from . import one_token
 from .config import ModernConfig
 from .model import GPT, KVCache
-from .ops import half_linear
 from .sampling import Sampling, choose, uniforms
 
 DRAFT_TOKENS = 12  # checked in one pass
@@ -260,7 +259,7 @@ class _Draft:
         layers = [model.transformer.wte]
         for block in model.transformer.h:
             layers += block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-        self.copies = {layer: half_linear(layer) for layer in layers}
+        self.copies = {layer: one_token.half_linear(layer) for layer in layers}
         self.plain_seconds = 0.0
         self.rounds, self.tokens, self.seconds = 0, 0, 0.0
 

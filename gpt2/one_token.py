@@ -1,16 +1,70 @@
 """One new token of each of a few sequences: what `model.GPT` computes, in five kernels a layer.
 
-Shapes: `B` sequences, `C` channels, `H` heads, `D` = C / H, `V` vocabulary.
+Shapes: `B` sequences, `C` channels, `H` heads, `D` = C / H, `V` vocabulary, `K` in, `N` out.
 """
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import GPT, Block, KVCache
-from .ops import small_linear
+from .ops import HAS_TRITON
 
 FEW_ROWS = 4  # each row reads the weights again, if from the cache of the GPU; more are multiplied
+
+
+def small_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: nn.LayerNorm | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + gelu(norm(x) weightᵀ + bias), each of them if it is given, for a few rows.
+
+    On a GPU one kernel: with few rows the number of kernels is what takes time.
+
+    Args:
+        x: (B, K).
+        weight: (N, K).
+        bias: (N,).
+        norm: a LayerNorm of width K.
+        gelu: the tanh form.
+        residual: (B, N).
+    """
+    if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
+        from .decode_kernels import small_linear_
+
+        return small_linear_(x, weight, bias, norm, gelu, residual)
+    y = F.linear(norm(x) if norm else x, weight, bias)
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else residual + y
+
+
+def half_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """layer(x) for one row on a CPU, (1, K) -> (1, N), by a copy of the weight in float16.
+
+    Where PyTorch has FBGEMM (x86), its packed form, which sums in float32 and is up to three times
+    as fast as PyTorch's product of a matrix with a vector.
+
+    Args:
+        layer: with a `weight` (N, K), and a `bias` (N,) or none.
+    """
+    weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    weight = weight.half()
+
+    def product(x: Tensor) -> Tensor:
+        y = torch.mv(weight, x.flatten().half()).to(x.dtype)
+        return (y if bias is None else y + bias)[None]
+
+    return product
 
 
 def knows(model: GPT) -> bool:
@@ -24,7 +78,7 @@ def knows(model: GPT) -> bool:
 
 
 def product(x: Tensor, layer: nn.Module, **around) -> Tensor:
-    """`ops.small_linear` with the weight of a layer, and its bias if it has one."""
+    """`small_linear` with the weight of a layer, and its bias if it has one."""
     return small_linear(x, layer.weight, getattr(layer, "bias", None), **around)
 
 

@@ -6,11 +6,10 @@ of 128.
 
 import importlib.util
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORE = -1  # a target that is not predicted
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # on Linux it comes with PyTorch
@@ -311,58 +310,6 @@ def cached_attention(  # noqa: PLR0917 - what attention has
     visible = torch.arange(end, device=q.device) <= at[:, None, :, None]  # (B, 1, T, S)
     keys, values = keys[:, :, :end], values[:, :, :end]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
-
-
-def small_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: nn.LayerNorm | None = None,
-    gelu: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """residual + gelu(norm(x) weightᵀ + bias), each of them if it is given, for a few rows.
-
-    On a GPU one kernel: with few rows the number of kernels is what takes time.
-
-    Args:
-        x: (B, K).
-        weight: (N, K).
-        bias: (N,).
-        norm: a LayerNorm of width K.
-        gelu: the tanh form.
-        residual: (B, N).
-    """
-    if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
-        from .decode_kernels import small_linear_
-
-        return small_linear_(x, weight, bias, norm, gelu, residual)
-    y = F.linear(norm(x) if norm else x, weight, bias)
-    y = F.gelu(y, approximate="tanh") if gelu else y
-    return y if residual is None else residual + y
-
-
-def half_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """layer(x) for one row on a CPU, (1, K) -> (1, N), by a copy of the weight in float16.
-
-    Where PyTorch has FBGEMM (x86), its packed form, which sums in float32 and is up to three times
-    as fast as PyTorch's product of a matrix with a vector.
-
-    Args:
-        layer: with a `weight` (N, K), and a `bias` (N,) or none.
-    """
-    weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
-    if "fbgemm" in torch.backends.quantized.supported_engines:
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    weight = weight.half()
-
-    def product(x: Tensor) -> Tensor:
-        y = torch.mv(weight, x.flatten().half()).to(x.dtype)
-        return (y if bias is None else y + bias)[None]
-
-    return product
 
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

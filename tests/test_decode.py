@@ -11,7 +11,8 @@ from gpt2 import decode
 from gpt2.config import GPT2Config
 from gpt2.decode import Decoder
 from gpt2.model import GPT
-from gpt2.ops import cached_attention, causal_attention_reference, half_linear
+from gpt2.one_token import half_linear
+from gpt2.ops import cached_attention, causal_attention_reference
 from gpt2.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)

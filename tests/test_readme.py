@@ -38,6 +38,10 @@ ADDED: dict[str, list[str] | None] = {
     "python train_gpt2.py --config=configs/gpt2_124m.toml --learning_rate=1e-3": [
         *NO_BATCH, "--total_batch_tokens=2048", "--out_dir=out/recipe",
     ],
+    "python train_gpt2.py --config=configs/speedrun.toml --mlp=swiglu --window_pattern=SSSL "
+    "--window=256": [
+        *SMALL, "--n_layer=6", "--total_batch_tokens=0", "--window=8", "--out_dir=out/modern",
+    ],
     "gpt2 plot out/": [],
     'gpt2 sample out/out_ckpt.pt --prompt="Hello world,"': ["--max_new_tokens=5"],
     "gpt2 prepare --source=my_texts --out_dir=data/mine": [],

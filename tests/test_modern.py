@@ -37,6 +37,7 @@ CASES = [
     {"positions": "rotary"}, {"window_pattern": "SL", "window": 5}, {"document_mask": True},
     {"qk_norm": True}, {"norm": "rmsnorm"}, {"norm_embedding": True}, {"mlp": "relu2"},
     {"mlp": "swiglu"}, {"bias": False}, {"softcap": 5.0}, {"untied_head": True},
+    {"attention_scale": 0.5}, {"positions": "rotary", "rope_fraction": 0.5, "rope_base": 50.0},
     {"value_embeddings": 2}, {"skips": "unet"}, {"skips": "unet+input"}, ALL,
 ]  # fmt: skip
 OPTIONS = [f"--{n}={v}" for n, v in ALL.items()]

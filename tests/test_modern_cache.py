@@ -45,7 +45,7 @@ def model_of(switches, **shape):
     return model
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(COMBINATIONS, st.integers(0, 9))
 def test_cached_decoding_equals_the_full_pass(switches, seed):
     """Prompts of different lengths, one beyond the context, and on past its end."""
@@ -57,7 +57,7 @@ def test_cached_decoding_equals_the_full_pass(switches, seed):
     assert cached[2] == generate(model, prompts[2:3], 20, temperature=0)[0]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(COMBINATIONS)
 def test_packed_rows_are_what_each_is_alone(switches):
     switches = switches | {"document_mask": False}  # refused with conversations
@@ -68,7 +68,7 @@ def test_packed_rows_are_what_each_is_alone(switches):
     torch.testing.assert_close(model(idx, cache=Packed(begins)), alone)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(COMBINATIONS)
 def test_checkpointed_activations_and_the_chunked_head_change_no_gradient(switches):
     """Against plain cross-entropy of whole logits."""

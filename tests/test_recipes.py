@@ -1,7 +1,5 @@
 """Every recipe that is shipped, made small: first loss, exact resume, two ranks like one."""
 
-import json
-import os
 import shutil
 import sys
 
@@ -56,26 +54,15 @@ def test_exact_resume_while_batch_window_and_momentum_grow(data_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv on Windows")
-def test_two_ranks_equal_one(data_dir, tmp_path):
-    """All recipes in one pair of processes, against one process with twice the accumulation."""
-    script, listed = tmp_path / "all.py", tmp_path / "all.json"
-    two = [arguments(recipe, data_dir, tmp_path / f"two_{recipe.stem}") for recipe in RECIPES]
-    listed.write_text(json.dumps(two))
-    script.write_text(
-        "import json, pathlib, sys\n"
-        "from gpt2 import runtime, train\nfrom gpt2.config import TrainConfig\n"
-        "from gpt2.flags import parse\n"
-        "for argv in json.loads(pathlib.Path(sys.argv[1]).read_text()):\n"
-        "    assert train.run(parse(TrainConfig, argv, 'gpt2 train')) == 0\n"
-        "runtime.leave(0)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run_python(*TORCHRUN, "--nproc_per_node=2", script, listed, env=environment, timeout=400)
-    for recipe in RECIPES:
-        run(recipe, data_dir, tmp_path / recipe.stem, "--grad_accum_steps=4")
-        one, both = metrics(tmp_path / recipe.stem), metrics(tmp_path / f"two_{recipe.stem}")
-        assert list(one) == [1, 2, 3, 4]
-        assert both == pytest.approx(one, abs=1e-4), recipe.stem
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_two_ranks_equal_one(recipe, data_dir, tmp_path):
+    """Against one process with twice the accumulation."""
+    two = arguments(recipe, data_dir, tmp_path / "two")
+    run_python(*TORCHRUN, "--nproc_per_node=2", "train_gpt2.py", *two)
+    run(recipe, data_dir, tmp_path / "one", "--grad_accum_steps=4")
+    one, both = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert list(one) == [1, 2, 3, 4]
+    assert both == pytest.approx(one, abs=1e-4)
 
 
 SPEEDRUN = ROOT / "configs/speedrun.toml"

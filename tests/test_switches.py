@@ -42,6 +42,8 @@ def test_refused_by_name(arguments, message):
 def test_adapters_are_not_for_muon():
     with pytest.raises(UserError, match="for whole matrices"):
         parse(FinetuneConfig, ["--lora_rank=4", "--optimizer=muon"], "gpt2 finetune")
+    config = parse(FinetuneConfig, ["--optimizer=muon"], "gpt2 finetune")
+    assert config.optim.learning_rate == 3e-5
 
 
 def test_conversations_are_not_for_a_document_mask(tmp_path):

@@ -7,6 +7,7 @@ Shapes: as in `model.py`.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,8 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 class Cache(KVCache):
     """A cache for layers with windows, and of several documents."""
+
+    PER_ROW: ClassVar = KVCache.PER_ROW | {"documents": 0}
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -55,6 +55,7 @@ class Batch(Decoder):
         self.slots, self.scores = slots, None
         rows, block_size = slots if graph else 1, model.config.block_size
         super().__init__(model, rows, block_size, Sampling(), static=True, graph=graph)
+        self.few = self.few and graph  # without one there may soon be many
         if self.head is not None:
             self.head[: model.config.vocab_size] = model.transformer.wte.weight
         self.tokens = self.tokens if graph else self.tokens.new_zeros(slots)

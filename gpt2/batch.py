@@ -76,7 +76,8 @@ class Batch(Decoder):
         """Reads a prompt; the row is written from the next step on."""
         at = len(self.rows)
         assert at < self.slots, "no free slot"
-        assert row.tokens and 0 < row.limit <= self.block_size - len(row.tokens), row
+        assert row.tokens, "a prompt needs a token"
+        assert 0 < row.limit <= self.block_size - len(row.tokens), row
         row.numbers = uniforms(row.seed, 1, row.limit).flatten().tolist()
         if at == self.cache.keys.shape[1]:
             self._grow()

@@ -17,6 +17,7 @@ from gpt2.tool_config import (
     ProfileConfig,
     PushConfig,
     SampleConfig,
+    ServeConfig,
     ShowConfig,
 )
 
@@ -29,8 +30,9 @@ FLOORS = {
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
     "conversations lora",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
-    "decode weights export",
-    3: "api state messages train profiler prepare eval_run harness terminal cli __main__",
+    "decode batch weights export",
+    3: "api state messages train profiler prepare eval_run harness terminal "
+    "engine answers guard protocol serve cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(p for p in (ROOT / "gpt2").glob("*.py") if p.stem != "__init__")
@@ -106,7 +108,7 @@ def test_pickles_are_never_trusted():
 
 
 CONFIGS = [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig, EvalConfig]
-CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig]
+CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, ServeConfig]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

@@ -74,10 +74,10 @@ class Server:
             assert time.monotonic() < deadline, now
             time.sleep(0.05)
 
-    def stop(self, number=signal.SIGINT) -> tuple[int, str]:
+    def stop(self, ask=True) -> tuple[int, str]:
         self.client.close()
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+        if ask and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
         rest, _ = self.process.communicate(timeout=60)
         return self.process.returncode, self.said + rest
 
@@ -311,8 +311,9 @@ def test_ctrl_c_ends_open_streams_and_the_key_is_wanted(model):
     server.process.send_signal(signal.SIGINT)
     with pytest.raises(openai.APIError, match="shutting down"):
         list(stream)
-    code, said = server.stop()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 5
+    code, said = server.stop(ask=False)
+    assert time.monotonic() - began < 30  # Python itself takes a while to end on a busy machine
     assert code == 130
     assert "Traceback" not in said
     assert "interrupted" in said

@@ -73,6 +73,12 @@ def conversations(count: int) -> list[dict]:
     return made
 
 
+def until(page, expression: str):
+    """Asks from outside: the page's policy forbids what wait_for_function does."""
+    while not page.evaluate(expression):
+        page.wait_for_timeout(50)
+
+
 def shoot(url: str, folder: Path):
     """Four pictures: a talk on a desk and on a phone, in the light and in the dark."""
     from playwright.sync_api import sync_playwright
@@ -90,14 +96,14 @@ def shoot(url: str, folder: Path):
                                        ):  # fmt: skip
             page = browser.new_context(**settings, color_scheme=scheme).new_page()
             page.goto(url)
-            page.wait_for_function("model")
+            until(page, "Boolean(model)")
             if name == "desk-light":
                 page.click("#gear")
             for text in ("Hi there", "Who are you?", "What is the capital of France?",
                          "Which river flows through Paris?"):  # fmt: skip
                 page.fill("#input", text)
                 page.click("#send")
-                page.wait_for_function("!running && messages.at(-1)?.stats")
+                until(page, "!running && Boolean(messages.at(-1)?.stats)")
             page.screenshot(path=str(folder / f"{name}.png"))
             if name == "phone-light":
                 page.click("#gear")

@@ -71,7 +71,8 @@ def measure(port: int, clients: int, options: argparse.Namespace) -> tuple[dict,
     seconds = time.perf_counter() - began
 
     def percentiles(name: str) -> dict[str, float]:
-        cuts = statistics.quantiles([r[name] for r in rows], n=100, method="inclusive")
+        values = [row[name] for row in rows]
+        cuts = statistics.quantiles(values * (1 + (len(values) < 2)), n=100, method="inclusive")
         return {f"p{p}": round(cuts[p - 1], 4) for p in (50, 90, 99)}
 
     return {

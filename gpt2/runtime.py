@@ -6,7 +6,6 @@ or none.
 """
 
 import contextlib
-import ctypes
 import datetime
 import os
 import random
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
 from .config import SystemOptions, UserError
-from .devices import choose_device, choose_dtype, describe
+from .devices import choose_device, choose_dtype, describe, keep_freed_memory
 from .meeting import meet
 from .watchdog import Watchdog
 
@@ -242,7 +241,7 @@ def start(
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 products on tensor cores
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))[0]
@@ -281,20 +280,6 @@ def _set_timeout(timeout: datetime.timedelta):
         set_timeout(timeout)
 
 
-def _keep_freed_memory():
-    """Asks glibc to reuse large blocks instead of giving them back to the system.
-
-    By default every tensor over 32 MB is mapped anew, and its pages are cleared one by one when
-    they are first touched: on two cores that took half the time of a training step. The numbers
-    do not change. Other systems' allocators are left as they are.
-    """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def leave(code: int, at_once: bool = False) -> int:
     """The exit code of a run that is over; one of several ranks ends its process here.
 
@@ -307,6 +292,11 @@ def leave(code: int, at_once: bool = False) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def variable(name: str) -> str:
+    """A variable of the environment; empty where there is none."""
+    return os.environ.get(name, "")
 
 
 def is_first_rank() -> bool:

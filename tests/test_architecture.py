@@ -13,6 +13,7 @@ from gpt2.tool_config import (
     EvalConfig,
     ExportConfig,
     FinetuneConfig,
+    InspectConfig,
     PrepareConfig,
     ProfileConfig,
     PushConfig,
@@ -28,8 +29,8 @@ FLOORS = {
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
     "conversations lora",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
-    "decode weights export",
-    3: "api state messages train profiler prepare eval_run harness terminal cli __main__",
+    "decode weights export lens page",
+    3: "api state messages train profiler prepare eval_run harness terminal inspect_model cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(p for p in (ROOT / "gpt2").glob("*.py") if p.stem != "__init__")
@@ -105,7 +106,7 @@ def test_pickles_are_never_trusted():
 
 
 CONFIGS = [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig, EvalConfig]
-CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig]
+CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, InspectConfig]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

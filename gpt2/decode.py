@@ -4,7 +4,8 @@ Three ways to the same tokens:
 
 - in turn: one forward pass per token, over a cache with static shapes;
 - CUDA graph (a GPU): that pass, with the choice of the token in it, is recorded once and replayed,
-  since launching its kernels one by one takes ten times as long as running them;
+  since launching its kernels one by one takes ten times as long as running them; with few
+  sequences it is the pass of `one_token`, which has half as many kernels;
 - draft and check (one sequence in float32 on a CPU): a pass is bound by reading the weights, so a
   copy of them with half the bytes drafts tokens and the float32 weights check a dozen at a time
   (Leviathan et al. 2023, with the same random number for both choices). What is kept are the
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import one_token
 from .config import ModernConfig
 from .model import GPT, KVCache
 from .sampling import Sampling, choose, uniforms
@@ -81,8 +83,12 @@ class Decoder:
             if static or graph:
                 self.cache.lengths = torch.zeros_like(self.tokens)
         self.head = None
+        static, autocast = static or graph, torch.is_autocast_enabled(self.device.type)
+        few = use_cache and static and not autocast and batch_size <= one_token.FEW_ROWS
+        self.few = few and one_token.knows(model)
         plain = not isinstance(model.config, ModernConfig)
-        if self.device.type == "cuda" and use_cache and plain:  # padded once, not for every token
+        if self.device.type == "cuda" and use_cache and plain and not self.few:
+            # padded once, not for every token
             self.head = weight.new_zeros(model.config.padded_vocab_size, weight.shape[1])
         self.draft = _Draft(model) if draft else None
         self.graph = self._record() if graph else None
@@ -179,6 +185,8 @@ class Decoder:
             hidden = self.model.hidden(torch.tensor(padded, device=self.device))
             return self.model.logits(hidden[range(len(rows)), [len(w) - 1 for w in windows]])
         with _on(self.device):  # where Triton launches
+            if self.few:
+                return one_token.next_logits(self.model, self.tokens, self.cache)
             hidden = self.model.hidden(self.tokens[:, None], self.cache)[:, -1]
         if self.head is None:
             return self.model.logits(hidden)

@@ -125,7 +125,10 @@ def choose(
         sampling: the settings.
         seen: (B, V) bool; needed with a repetition penalty.
     """
-    logits, s = logits.float(), sampling
+    s = sampling
+    if s.temperature == 0 and s.repetition_penalty == 1:
+        return logits.argmax(-1)
+    logits = logits.float()
     if s.repetition_penalty != 1:
         logits = penalise(logits, seen, s.repetition_penalty)
     if s.temperature == 0:

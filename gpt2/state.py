@@ -97,15 +97,6 @@ def begin_step(state: TrainState, config: TrainConfig) -> int:
     return micro_batches_at(state.step, config.optim, state.plan)
 
 
-def note_evaluation(state: TrainState, loss: float) -> bool:
-    """Takes down a validation loss of this step; True when it is the best so far."""
-    improved = loss < state.best_val_loss
-    state.val_loss, state.evaluated_at = loss, state.step
-    state.best_val_loss = loss if improved else state.best_val_loss
-    state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
-    return improved
-
-
 def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     """The state to continue from, or None for a new run; changes nothing but our leftovers."""
     kept: list[Resumed] = []  # what rank 0 has read need not be read twice

@@ -42,7 +42,6 @@ from .state import (
     export_best,
     find_checkpoint,
     make_way,
-    note_evaluation,
     order_data,
     out_dir,
     restore,

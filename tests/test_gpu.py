@@ -220,7 +220,7 @@ def sharp():
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, DRAWN])
-@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+@pytest.mark.parametrize("prompts", [PROMPTS + PROMPTS[:2], PROMPTS, PROMPTS[:1]])
 def test_graph_equals_plain_decoding(sharp, prompts, settings):
     """150 tokens through a context of 64; without cache is the plainest form."""
     recorded = generate(sharp, prompts, 150, **settings)
@@ -232,11 +232,14 @@ def test_graph_equals_plain_decoding(sharp, prompts, settings):
 
 def test_graph_in_bf16_equals_the_same_pass_unrecorded(sharp):
     model = copy.deepcopy(sharp).bfloat16()
-    for sampling in (Sampling(temperature=0), Sampling(temperature=0.9, top_k=40)):
-        passes = [Decoder(model, 4, 250, sampling, static=True, graph=g) for g in (True, False)]
-        recorded, plain = (list(d.write(PROMPTS, 150, seed=1)) for d in passes)
-        assert recorded == plain
-        assert list(passes[0].write(PROMPTS, 150, seed=1)) == plain  # the graph again
+    for prompts in (PROMPTS, PROMPTS * 2):  # few rows, and more
+        for sampling in (Sampling(temperature=0), Sampling(temperature=0.9, top_k=40)):
+            rows = len(prompts)
+            passes = [Decoder(model, rows, 250, sampling, static=True, graph=g) for g in (1, 0)]
+            assert passes[0].few == (rows <= 4)
+            recorded, plain = (list(d.write(prompts, 150, seed=1)) for d in passes)
+            assert recorded == plain
+            assert list(passes[0].write(prompts, 150, seed=1)) == plain  # the graph again
 
 
 def test_stream_from_a_graph_stops_and_frees(sharp):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from gpt2 import products
 from gpt2.config import GPT2Config
@@ -48,7 +49,7 @@ def test_as_exact_as_plain_layers_in_bf16(name, rows, device, monkeypatch):
     exact = call(name, copy.deepcopy(block).double(), *in_double)
     compiled = torch.compile(call) if device == "cuda" else call
     with torch.autocast(device, torch.bfloat16):
-        assert products._by_cublaslt(x) == (device == "cuda")
+        assert products._by_cublaslt(x, block.attn.c_attn) == (device == "cuda")
         monkeypatch.setattr(products, "_by_cublaslt", lambda *_: True)
         ours, again = call(name, block, *inputs), compiled(name, block, *inputs)
         monkeypatch.setattr(products, "_by_cublaslt", lambda *_: False)
@@ -68,7 +69,7 @@ def test_small_inputs_dropout_and_inference_take_the_plain_way(monkeypatch):
     """`_by_cublaslt` is asked with what decides; a CPU never qualifies."""
     x = torch.randn(1, 2048, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not products._by_cublaslt(x)
+        assert not products._by_cublaslt(x, nn.Linear(64, 64))
     block = Block(GPT2Config(n_embd=64, n_head=1), 0)
     monkeypatch.setattr(products, "_by_cublaslt", lambda *_: True)
     torch.manual_seed(0)

@@ -1,0 +1,143 @@
+"""Triton kernels for one new token of each sequence. Imported on CUDA devices only, by `ops`.
+
+Such a pass is bound by reading weights and cached keys and values, and with few sequences by the
+number of kernels. Each is tested against its plain form in `ops`: `pytest -m gpu`, and in Triton's
+interpreter where Triton is installed without a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+FEW_PROGRAMS = 256  # then each is given more threads, since they do not fill the GPU
+
+
+@triton.jit
+def _small_linear(  # noqa: PLR0917 - Triton launches by position
+    x, gain, shift, weight, bias, residual, out, outputs, eps, width: tl.constexpr,
+    normed: tl.constexpr, biased: tl.constexpr, gelu: tl.constexpr, added: tl.constexpr,
+    tile: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program per row and `tile` outputs. With a norm, `block` holds the whole row."""
+    n = tl.program_id(0) * tile + tl.arange(0, tile)
+    exists = n < outputs
+    x += tl.program_id(1) * width
+    at = tl.program_id(1) * outputs + n
+    y = tl.zeros((tile,), tl.float32)
+    for start in tl.static_range(0, width, block):
+        k = start + tl.arange(0, block)
+        inside = k < width
+        # asked for first, because it takes longest
+        w = tl.load(
+            weight + n[:, None] * width + k[None, :],
+            mask=exists[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        v = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+        if normed:
+            v = tl.where(inside, v - tl.sum(v, 0) / width, 0.0)
+            v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps)
+            v *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+            v += tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+        y += tl.sum(w.to(tl.float32) * v[None, :], 1)
+    if biased:
+        y += tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
+    if gelu:  # ½ (1 + tanh u) = σ(2u), see `ops.gelu`
+        y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    if added:
+        y += tl.load(residual + at, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + at, y, mask=exists)
+
+
+def small_linear_(  # noqa: PLR0917 - what there is around a product
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: nn.LayerNorm | None,
+    gelu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """`ops.small_linear` in one kernel, which reads the weight once for each row.
+
+    Args:
+        x: (B, K) contiguous.
+        weight: (N, K) contiguous, fewer than 2^31 numbers.
+        bias: (N,).
+        norm: of width K.
+        gelu: apply it.
+        residual: (B, N) contiguous.
+    """
+    (rows, width), outputs = x.shape, len(weight)
+    assert all(t is None or t.is_contiguous() for t in (x, weight, residual))
+    out = x.new_empty(rows, outputs)
+    tile = 2 if outputs <= 1024 else 4 if outputs <= 16384 else 8
+    whole = triton.next_power_of_2(width)
+    gain, shift, eps = (norm.weight, norm.bias, norm.eps) if norm else (x, x, 0.0)
+    _small_linear[(triton.cdiv(outputs, tile), rows)](
+        x, gain, shift, weight, x if bias is None else bias, x if residual is None else residual,
+        out, outputs, eps, width, norm is not None, bias is not None, gelu, residual is not None,
+        tile, whole if norm else min(1024, whole), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _cached_attention(  # noqa: PLR0917 - Triton launches by position
+    q, k, v, keys, values, lengths, out, q_row, k_row, v_row, capacity, scale,
+    heads: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program per row and head: online softmax (Milakov & Gimelshein 2018) over its cache."""
+    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    d = tl.arange(0, lanes)
+    real = d < width
+    length = tl.load(lengths + row)
+    new_k = tl.load(k + row * k_row + head * width + d, mask=real, other=0.0)
+    new_v = tl.load(v + row * v_row + head * width + d, mask=real, other=0.0)
+    cache = (row * heads + head) * capacity * width
+    tl.store(keys + cache + length * width + d, new_k, mask=real)
+    tl.store(values + cache + length * width + d, new_v, mask=real)
+    query = tl.load(q + row * q_row + head * width + d, mask=real, other=0.0).to(tl.float32) * scale
+    top = tl.sum(query * new_k.to(tl.float32), 0)  # the new position sees itself
+    total = top * 0.0 + 1.0
+    mixed = new_v.to(tl.float32)
+    for start in range(0, length, block):
+        s = start + tl.arange(0, block)
+        at = cache + s[:, None] * width + d[None, :]
+        mask = (s < length)[:, None] & real[None, :]
+        key = tl.load(keys + at, mask=mask, other=0.0)
+        value = tl.load(values + at, mask=mask, other=0.0)  # on its way while scores are computed
+        score = tl.sum(key.to(tl.float32) * query[None, :], 1)
+        score = tl.where(s < length, score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 0))
+        shrink, p = tl.exp(top - new_top), tl.exp(score - new_top)
+        mixed = mixed * shrink + tl.sum(p[:, None] * value.to(tl.float32), 0)
+        total = total * shrink + tl.sum(p, 0)
+        top = new_top
+    tl.store(out + (row * heads + head) * width + d, mixed / total, mask=real)
+
+
+def cached_attention_(  # noqa: PLR0917 - what attention has
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+) -> Tensor:
+    """`ops.cached_attention` of one new position: reads no more of the cache than is filled.
+
+    Args:
+        q: (B, H, 1, D) with the heads of a row side by side in memory; so k and v.
+        k: (B, H, 1, D).
+        v: (B, H, 1, D).
+        keys: (B, H, S_max, D), contiguous, changed in place.
+        values: (B, H, S_max, D), contiguous, changed in place.
+        lengths: (B,) int64, positions of each row before the new one.
+    """
+    B, heads, _, width = q.shape
+    for t in (q, k, v):
+        assert t.stride()[1::2] == (width, 1)
+    assert all(t.is_contiguous() for t in (keys, values))
+    out = torch.empty(B, 1, heads, width, device=q.device, dtype=q.dtype)
+    few = B * heads <= FEW_PROGRAMS
+    _cached_attention[(B * heads,)](
+        q, k, v, keys, values, lengths, out, q.stride(0), k.stride(0), v.stride(0),
+        keys.shape[2], width**-0.5, heads, width, triton.next_power_of_2(width),
+        256 if few else 64, num_warps=8 if few else 4,
+    )  # fmt: skip
+    return out.transpose(1, 2)

@@ -127,7 +127,8 @@ def look(model: GPT, ids: list[int], top: int = 10, lens_top: int = 5, attention
         log_probs = _log_softmax(model.logits(model.transformer.ln_f(x)))
         values, indices = log_probs.topk(min(lens_top, logits.shape[1]))
         layers.append((indices, values.exp(), log_probs[:-1].gather(1, actual)[:, 0].exp()))
-    lens_ids, lens_probs, lens_actual = (torch.stack(part).cpu() for part in zip(*layers))
+    parts = zip(*layers, strict=True)
+    lens_ids, lens_probs, lens_actual = (torch.stack(part).cpu() for part in parts)
     return Look(
         ids, nats[:, 0].cpu(), ranks.cpu(), top_ids.cpu(), top_log.exp().cpu(),
         lens_ids, lens_probs, lens_actual,

@@ -31,7 +31,8 @@ FLOORS = {
     "conversations lora",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
     "decode weights export lens page",
-    3: "api state messages train profiler prepare eval_run harness terminal inspect_model cli __main__",
+    3: "api state messages train profiler prepare eval_run harness terminal "
+    "inspect_model cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(p for p in (ROOT / "gpt2").glob("*.py") if p.stem != "__init__")

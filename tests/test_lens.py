@@ -93,7 +93,9 @@ def test_numbers_of_each_token(switches):
     for at in range(len(IDS) - 1):
         p = probabilities[at]
         assert seen.ranks[at] == 1 + (p > p[IDS[at + 1]]).sum()
-        assert math.isclose(math.exp(-seen.nats[at]), p[IDS[at + 1]], rel_tol=1e-6)  # softcap is float32
+        assert math.isclose(
+            math.exp(-seen.nats[at]), p[IDS[at + 1]], rel_tol=1e-6
+        )  # softcap is float32
     for at in range(len(IDS)):  # the last one too: what may follow
         best = probabilities[at].sort(descending=True)
         assert seen.top_ids[at].tolist() == best.indices[:4].tolist()

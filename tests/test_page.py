@@ -33,7 +33,9 @@ def test_names_of_tokens():
     assert page.token_name(encode("🙂")[0]) == list("🙂".encode()[:2])
 
 
-@pytest.mark.parametrize("text", ["plain words\n", "a 🙂🙃 b", "日本語の文", "e\u0301 \u202e x", "🙂"])
+@pytest.mark.parametrize(
+    "text", ["plain words\n", "a 🙂🙃 b", "日本語の文", "e\u0301 \u202e x", "🙂"]
+)
 def test_pieces_join_to_the_text(text):
     ids = gpt2_tokenizer().encode(text)
     pieces = page.pieces(ids)

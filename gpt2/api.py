@@ -39,6 +39,9 @@ class GPT2(GPT):
             shape = GPT2Config(**(SIZES[shape] | given))
         elif given:
             raise UserError("give a GPT2Config or single fields, not both")
+        if isinstance(shape, ModernConfig) != isinstance(self, Modern):
+            other = "GPT2" if isinstance(self, Modern) else "SwitchedGPT2"
+            raise UserError(f"{type(self).__name__}: for this config use {other}")
         super().__init__(shape)
 
     @classmethod

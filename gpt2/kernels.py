@@ -17,9 +17,17 @@ BLOCK, WARPS = 2048, 4  # columns at a time, and warps per row: the fastest on a
 
 
 @triton.jit
+def _capped(x, cap: tl.constexpr):
+    """cap · tanh(x / cap), by tanh u = 1 - 2 / (1 + e^(2u)); x where cap is 0."""
+    if cap > 0:
+        x = cap - 2 * cap / (1.0 + tl.exp2(x * (2 * LOG2_E / cap)))
+    return x
+
+
+@triton.jit
 def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
     logits, targets, losses, log_sums, vocab: tl.constexpr, padded: tl.constexpr,
-    needs_grad: tl.constexpr, block: tl.constexpr,
+    needs_grad: tl.constexpr, cap: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One program per row: its loss, log2 Σ e^x, and in place of its logits their gradient."""
     row = tl.program_id(0).to(tl.int64)  # row · padded does not fit into 32 bits
@@ -33,28 +41,32 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
     for start in range(0, padded, block):
         at = start + columns
         # The mask ends at a multiple of 128, so that loads stay 16 bytes wide.
-        x = tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32)
+        x = _capped(tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32), cap)
         x = tl.where(at < vocab, x * LOG2_E, -float("inf"))
         new_top = tl.maximum(top, x)
         total = total * tl.exp2(top - new_top) + tl.exp2(x - new_top)
         top = new_top
     peak = tl.max(top, 0)
     log_sum = peak + tl.log2(tl.sum(total * tl.exp2(top - peak), 0))
-    wanted = tl.load(logits + tl.maximum(target, 0)).to(tl.float32) * LOG2_E
+    wanted = _capped(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap) * LOG2_E
     tl.store(losses + row, tl.where(counts, (log_sum - wanted) / LOG2_E, 0.0))
     tl.store(log_sums + row, log_sum)
     # Second pass: softmax - one-hot.
     if needs_grad:
         for start in range(0, padded, block):
             at = start + columns
-            x = tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32)
-            x = tl.where(at < vocab, x * LOG2_E, -float("inf"))
+            y = _capped(tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32), cap)
+            x = tl.where(at < vocab, y * LOG2_E, -float("inf"))
             gradient = tl.exp2(x - log_sum) - tl.where(at == target, 1.0, 0.0)
+            if cap > 0:
+                gradient *= 1.0 - (y / cap) * (y / cap)
             gradient = tl.where(counts, gradient, 0.0).to(logits.dtype.element_ty)
             tl.store(logits + at, gradient, mask=at < padded)
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool) -> Tensor:
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool, softcap: float = 0.0
+) -> Tensor:
     """Sum of the cross-entropies in nats; with needs_grad the logits become its gradient.
 
     The softmax is computed in two passes, the first with a running maximum (Milakov & Gimelshein
@@ -63,17 +75,27 @@ def cross_entropy_(logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool
     Args:
         logits: (N, P) contiguous, of which the first `vocab` columns count.
         targets: (N,) int64, negative where nothing is predicted.
+        softcap: see `ops.soft_cap`.
     """
-    return _launch_cross_entropy(logits, targets, vocab, needs_grad)[0]
+    return _launch_cross_entropy(logits, targets, vocab, needs_grad, softcap)[0]
 
 
 def _launch_cross_entropy(
-    logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool
+    logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool, softcap: float
 ) -> tuple[Tensor, Tensor]:
     rows, padded = logits.shape
     losses, log_sums = torch.empty(2, rows, device=logits.device, dtype=torch.float32)
     _cross_entropy[(rows,)](
-        logits, targets, losses, log_sums, vocab, padded, needs_grad, BLOCK, num_warps=WARPS
+        logits,
+        targets,
+        losses,
+        log_sums,
+        vocab,
+        padded,
+        needs_grad,
+        float(softcap),
+        BLOCK,
+        num_warps=WARPS,
     )
     return losses.sum(), log_sums
 
@@ -93,7 +115,7 @@ def cross_entropy_fp8(logits: Tensor, targets: Tensor, vocab: int) -> tuple[Tens
         (), (N, P), (P, N).
     """
     rows, padded = logits.shape
-    loss, log_sums = _launch_cross_entropy(logits, targets, vocab, needs_grad=False)
+    loss, log_sums = _launch_cross_entropy(logits, targets, vocab, False, 0.0)
     gradient = logits.new_empty(rows, padded, dtype=torch.float8_e5m2)
     transposed = logits.new_empty(padded, rows, dtype=torch.float8_e5m2)
     grid = (rows // 64 * (padded // 128),)

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from .model import KVCache
+
 BLOCK = 128  # positions, FlexAttention's default
 Mask = Tensor | BlockMask | None  # None: all earlier positions
 
 
-def documents_of(idx: Tensor, separator: int) -> Tensor:
-    """(B, T) ids -> (B, T) numbers of documents; a separator is the first token of its own."""
-    return (idx == separator).cumsum(1)
+def documents_of(begins: Tensor) -> Tensor:
+    """(B, T) bool, where documents begin -> (B, T) their numbers."""
+    return begins.cumsum(1)
 
 
 def mask_for(T: int, window: Tensor | None, documents: Tensor | None, blocks: bool) -> Mask:
@@ -26,7 +28,7 @@ def mask_for(T: int, window: Tensor | None, documents: Tensor | None, blocks: bo
     Args:
         T: positions.
         window: () int64, positions that a query sees, itself included; None: all.
-        documents: (B, T) as `documents_of` gives them; None: all is one document.
+        documents: (B, T) numbers that never fall along a row; None: all is one document.
         blocks: for FlexAttention, whose window and documents may change without compiling anew.
     """
     if window is None and documents is None:
@@ -98,8 +100,49 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return counts[:, None].contiguous(), numbers.to(torch.int32)[:, None].contiguous()
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """softmax(q kᵀ / √D) v over what the mask shows; all (B, H, T, D)."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
+    """softmax(q kᵀ / √D) v over what the mask shows; all (B, H, T, D).
+
+    Dropout of attention weights is for masks as tables.
+    """
     if isinstance(mask, BlockMask):
+        assert not dropout
         return flex_attention(q, k, v, block_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+class Cache(KVCache):
+    """A cache for layers with windows, and of several documents."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        shape = self.keys.shape[1], self.keys.shape[3]
+        self.documents = torch.zeros(shape, dtype=torch.int64, device=self.keys.device)
+
+    def enter(self, begins: Tensor, positions: Tensor) -> Tensor:
+        """Takes down where documents begin, (B, T) bool; (B, T) the documents' numbers."""
+        rows = torch.arange(len(self.documents), device=begins.device)
+        rows = (rows if self.rows is None else self.rows)[:, None]
+        at = positions.expand(begins.shape)
+        before = self.documents[rows, (at[:, :1] - 1).clamp(min=0)] * (at[:, :1] > 0)
+        numbers = before + begins.cumsum(1)
+        self.documents[rows, at] = numbers
+        return numbers
+
+    def attend_to(  # noqa: PLR0917 - what attention has
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: Tensor | None,
+        positions: Tensor, documents: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """As `attend`, over what window and documents show."""
+        T, keys, values = q.shape[2], self.keys[layer], self.values[layer]
+        if self.rows is not None:
+            keys[self.rows, :, :T], values[self.rows, :, :T] = k, v
+            seen = visible(positions, positions, window, documents, documents)
+            return masked_attention(q, k, v, seen)
+        end = self.length + T
+        rows = torch.arange(len(q), device=q.device)[:, None]
+        at = positions.expand(len(q), T)
+        keys[rows, :, at], values[rows, :, at] = k.transpose(1, 2), v.transpose(1, 2)
+        kept = None if documents is None else self.documents[:, :end]
+        seen = visible(at, torch.arange(end, device=q.device), window, documents, kept)
+        return masked_attention(q, keys[:, :, :end], values[:, :, :end], seen)

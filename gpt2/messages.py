@@ -2,9 +2,10 @@
 
 from . import report
 from .checkpoint import Resumed
-from .config import BatchPlan, TrainConfig, flatten
+from .config import BatchPlan, OptimOptions, TrainConfig, flatten
 from .datasets import split_eval_tokens
 from .evaluate import Evaluation, together
+from .optim import sequences_left
 from .runtime import Runtime
 from .state import TrainState
 
@@ -65,7 +66,8 @@ def log_step(  # noqa: PLR0917
     log.record(step, **values)
     if rt.is_main:
         steps = config.optim.max_steps
-        left = state.clock.seconds_left((steps - step) * state.plan.tokens_per_step)
+        windows = sequences_left(step, config.optim, state.plan)
+        left = state.clock.seconds_left(windows * state.plan.block_size)
         line = {"step": step} | values
         report.say(report.console_line(line, max_steps=steps, seconds_left=left))
 
@@ -109,7 +111,7 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     for note in rt.notes:
         report.say(note)
     report.say(str(state.plan))
-    for line in describe_data(state, config.optim.max_steps):
+    for line in describe_data(state, config.optim):
         report.say(line)
     asked = config.eval.eval_tokens
     have = sum(split_eval_tokens(state.datasets, asked))
@@ -123,10 +125,10 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
                 report.say(f"changed since then: {name} {before.get(name)} -> {now[name]}")
 
 
-def describe_data(state: TrainState, max_steps: int) -> list[str]:
+def describe_data(state: TrainState, options: OptimOptions) -> list[str]:
     """A line for each dataset: its share, and how often the run will read it."""
     lines = []
-    windows = max_steps * state.plan.sequences_per_step
+    windows = sequences_left(0, options, state.plan)
     for dataset, order in zip(state.datasets, state.loader.order.orders, strict=True):
         share = f"{dataset.name}: {dataset.share:.1%} of the tokens; " if dataset.share < 1 else ""
         held = sum(shard.tokens for shard in dataset.train)
@@ -136,7 +138,7 @@ def describe_data(state: TrainState, max_steps: int) -> list[str]:
             longer = f" ({times:.2f} times those of the shards: windows begin with documents)"
         lines.append(
             f"{share}{order.tokens_per_epoch:,} training tokens per epoch{longer}; "
-            f"{max_steps} steps are {windows * dataset.share / order.per_epoch:.2f} epochs"
+            f"{options.max_steps} steps are {windows * dataset.share / order.per_epoch:.2f} epochs"
         )
     return lines
 

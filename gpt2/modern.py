@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import GPT2Config, ModernConfig
-from .masks import Mask, documents_of, mask_for, masked_attention, visible
+from .masks import Cache, Mask, documents_of, mask_for, masked_attention
 from .model import GPT, INIT_STD, KVCache
-from .ops import IGNORE, causal_attention, gelu, head_logits, head_loss, to_residual_stream
+from .ops import causal_attention, gelu, head_logits, head_loss, soft_cap, to_residual_stream
+from .packed import Packed
+from .products import add_linear, add_mlp, linear, qkv
+from .rotary import rotate, turns
+
+EPS = torch.finfo(torch.float32).eps  # of RMSNorm, whatever the precision of its input
 
 
 def network(config: GPT2Config) -> GPT:
@@ -26,62 +31,7 @@ def network(config: GPT2Config) -> GPT:
 
 def rms_norm(x: Tensor) -> Tensor:
     """x / √(mean of x²) over the last dimension (Zhang & Sennrich 2019, eq. 4), without a gain."""
-    return F.rms_norm(x, (x.shape[-1],))
-
-
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary positions (Su et al. 2021, eq. 34): pair i of x turns by position · base^(-2i/D).
-
-    Args:
-        x: (B, H, T, D); its two halves hold the pairs' two members.
-        positions: (T,) or (B, T).
-        base: of the wavelengths.
-    """
-    half = x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = positions[..., None] * rates  # (T, D/2) or (B, T, D/2)
-    if angles.ndim == 3:
-        angles = angles[:, None]  # every head
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
-
-
-class Cache(KVCache):
-    """A cache for layers with windows, and of several documents."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        shape = self.keys.shape[1], self.keys.shape[3]
-        self.documents = torch.zeros(shape, dtype=torch.int64, device=self.keys.device)
-
-    def enter(self, begins: Tensor, positions: Tensor) -> Tensor:
-        """Takes down where documents begin, (B, T) bool; (B, T) the documents' numbers."""
-        rows = torch.arange(len(self.documents), device=begins.device)
-        rows = (rows if self.rows is None else self.rows)[:, None]
-        at = positions.expand(begins.shape)
-        before = self.documents[rows, (at[:, :1] - 1).clamp(min=0)] * (at[:, :1] > 0)
-        numbers = before + begins.cumsum(1)
-        self.documents[rows, at] = numbers
-        return numbers
-
-    def attend_to(  # noqa: PLR0917 - what attention has
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: Tensor | None,
-        positions: Tensor, documents: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """As `attend`, over what window and documents show."""
-        T, keys, values = q.shape[2], self.keys[layer], self.values[layer]
-        if self.rows is not None:
-            keys[self.rows, :, :T], values[self.rows, :, :T] = k, v
-            seen = visible(positions, positions, window, documents, documents)
-            return masked_attention(q, k, v, seen)
-        end = self.length + T
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        at = positions.expand(len(q), T)
-        keys[rows, :, at], values[rows, :, at] = k.transpose(1, 2), v.transpose(1, 2)
-        kept = None if documents is None else self.documents[:, :end]
-        seen = visible(at, torch.arange(end, device=q.device), window, documents, kept)
-        return masked_attention(q, keys[:, :, :end], values[:, :, :end], seen)
+    return F.rms_norm(x, (x.shape[-1],), eps=EPS)
 
 
 class Context:
@@ -89,6 +39,8 @@ class Context:
 
     def __init__(self, positions: Tensor, cache: Cache | None, documents: Tensor | None):
         self.positions, self.cache, self.documents = positions, cache, documents
+        self.turned: Tensor | None = None  # with rotary positions, see `rotary.turns`
+        self.dropout = 0.0  # of attention weights
         self.windows: dict[str, Tensor | None] = {}  # of a letter of the pattern
         self.masks: dict[str, Mask] = {}  # the same, without a cache
 
@@ -107,32 +59,38 @@ class Attention(nn.Module):
         if value_table(config, layer) is not None:
             self.value_mix = nn.Parameter(torch.full((2,), 0.5))
 
-    def forward(self, x: Tensor, context: Context, extra: Tensor | None) -> Tensor:
-        """(B, T, C), and (B, T, C) of value embeddings or None -> (B, T, C)."""
+    def forward(
+        self, residual: Tensor, x: Tensor, context: Context, extra: Tensor | None
+    ) -> Tensor:
+        """(B, T, C), the input (B, T, C), value embeddings (B, T, C) or None -> (B, T, C)."""
         B, T, C = x.shape
-        config, heads, cache = self.config, self.config.n_head, context.cache
-        q, k, v = self.c_attn(x).split(C, dim=-1)
+        config, heads = self.config, self.config.n_head
+        # `qkv` takes it that a bias of the keys does not matter: it does once they are turned
+        own = self.c_attn.bias is None
+        q, k, v = qkv(x, self.c_attn) if own else self.c_attn(x).split(C, dim=-1)
         if self.value_mix is not None:  # Zhou et al. 2024, arXiv:2410.17897, and modded-nanogpt
-            v = (self.value_mix[0] * v + self.value_mix[1] * rms_norm(extra)).to(v.dtype)
+            of_x, of_token = self.value_mix.unbind()
+            v = (of_x * v + of_token * extra).to(v.dtype)
         q, k, v = (part.view(B, T, heads, C // heads).transpose(1, 2) for part in (q, k, v))
         if config.qk_norm:  # Henry et al. 2020; without a gain
             q, k = rms_norm(q), rms_norm(k)
-        if config.positions == "rotary":
-            q, k = (rotate(part, context.positions, config.rope_base) for part in (q, k))
-        if config.qk_norm or config.positions == "rotary":
-            q, k = q.to(v.dtype), k.to(v.dtype)
-        window = context.windows[self.kind]
-        if cache is not None and (window is not None or context.documents is not None):
-            given = context.positions, context.documents
-            y = cache.attend_to(self.layer, q, k, v, window, *given)
-        elif cache is not None:
-            y = cache.attend(self.layer, q, k, v)
-        elif (mask := context.masks[self.kind]) is not None:
-            y = masked_attention(q, k, v, mask)
-        else:
-            y = causal_attention(q, k, v, config.dropout if self.training else 0.0)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, config.dropout, self.training)
+        if config.attention_scale:
+            q = q * (config.attention_scale * (C // heads) ** 0.5)
+        if context.turned is not None:
+            q, k = rotate(q, context.turned), rotate(k, context.turned)
+        y = self._attend(q.to(v.dtype), k.to(v.dtype), v, context)
+        dropout = config.dropout if self.training else 0.0
+        return add_linear(residual, y.transpose(1, 2).reshape(B, T, C), self.c_proj, dropout)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        cache, window, documents = context.cache, context.windows[self.kind], context.documents
+        if cache is not None and (window is not None or documents is not None):
+            return cache.attend_to(self.layer, q, k, v, window, context.positions, documents)
+        if cache is not None:
+            return cache.attend(self.layer, q, k, v)
+        if (mask := context.masks[self.kind]) is not None:
+            return masked_attention(q, k, v, mask, context.dropout)
+        return causal_attention(q, k, v, context.dropout)
 
 
 class MLP(nn.Module):
@@ -146,15 +104,18 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(C, first, bias=config.bias)
         self.c_proj = nn.Linear(wide, C, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = self.c_fc(x)
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        """(B, T, C) and (B, T, C), which the layers transform -> (B, T, C)."""
+        dropout = self.config.dropout if self.training else 0.0
+        if self.config.mlp == "gelu" and self.config.bias:
+            return add_mlp(residual, x, self.c_fc, self.c_proj, dropout)
+        x = linear(x, self.c_fc)
         if self.config.mlp == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         else:
             x = F.relu(x).square() if self.config.mlp == "relu2" else gelu(x)
-        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
+        return add_linear(residual, x, self.c_proj, dropout)
 
 
 class Norm(nn.Module):
@@ -188,9 +149,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, first: Tensor, context: Context, extra: Tensor | None) -> Tensor:
         """(B, T, C), the embedding (B, T, C), and of value embeddings or None -> (B, T, C)."""
         if self.mix is not None:
-            x = (self.mix[0] * x + self.mix[1] * first).to(x.dtype)
-        x = x + self.attn(self.ln_1(x), context, extra).to(x.dtype)
-        return x + self.mlp(self.ln_2(x)).to(x.dtype)
+            of_x, of_first = self.mix.unbind()
+            x = (of_x * x + of_first * first).to(x.dtype)
+        x = self.attn(x, self.ln_1(x), context, extra)
+        return self.mlp(x, self.ln_2(x))
 
 
 def value_table(config: ModernConfig, layer: int) -> int | None:
@@ -206,7 +168,7 @@ class Modern(GPT):
         nn.Module.__init__(self)
         self.config = config
         self.fp8_head = self.checkpoint_activations = False
-        self.widest: Tensor | None = None  # while windows grow: no layer sees more, () int64
+        self.widest: Tensor | None = None  # see `limit_windows`, () int64
         V, C = config.vocab_size, config.n_embd
         parts = {"wte": nn.Embedding(V, C)}
         if config.positions == "learned":
@@ -237,9 +199,16 @@ class Modern(GPT):
                 module.bias.zero_()
 
     def limit_windows(self, positions: int):
-        """No layer of `window_pattern` sees more than so many positions, from now on."""
-        device = self.transformer.wte.weight.device
-        self.widest = torch.tensor(positions, device=device)
+        """While training, no layer of `window_pattern` sees more, until the limit is the context.
+
+        The number is a tensor, so that another one compiles nothing anew.
+        """
+        if positions >= self.config.block_size:
+            self.widest = None
+        elif self.widest is None:
+            self.widest = torch.tensor(positions, device=self.transformer.wte.weight.device)
+        else:
+            self.widest.fill_(positions)
 
     def forward(
         self,
@@ -254,17 +223,15 @@ class Modern(GPT):
         if targets is None:
             return self.logits(hidden)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if not self.config.softcap:
-            fp8, rows = self.fp8_head and self.training, self.config.padded_vocab_size
-            return head_loss(hidden, self.head_weight, targets, rows, reduction, fp8)
-        return F.cross_entropy(
-            self.logits(hidden).float(), targets, ignore_index=IGNORE, reduction=reduction
-        )
+        fp8, rows = self.fp8_head and self.training, self.config.padded_vocab_size
+        cap = float(self.config.softcap)
+        return head_loss(hidden, self.head_weight, targets, rows, reduction, fp8, cap)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: KVCache | Packed | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C), the output of the last norm."""
         config, T, parts = self.config, idx.shape[1], self.transformer
         start = cache.start() if cache is not None else 0
+        assert isinstance(start, Tensor) or start + T <= config.block_size, (start, T)
         positions = start + torch.arange(T, device=idx.device)
         context = self._context(idx, positions, cache)
         x = parts.wte(idx)
@@ -272,45 +239,56 @@ class Modern(GPT):
             x = x + parts.wpe(positions)
         x = to_residual_stream(rms_norm(x) if config.norm_embedding else x)
         first = x = F.dropout(x, config.dropout, self.training)
-        extras = [table(idx) for table in parts.value_tables] if config.value_embeddings else []
-        kept: list[Tensor] = []
+        tables = parts.value_tables if config.value_embeddings else ()
+        extras = [to_residual_stream(rms_norm(table(idx))) for table in tables]
+        skips = list(self.skip_weights.unbind()) if self.skip_weights is not None else []
+        half, kept = len(skips), []
         for layer, block in enumerate(parts.h):
-            if self.skip_weights is not None and layer >= config.n_layer - len(self.skip_weights):
-                weight = self.skip_weights[layer - config.n_layer + len(self.skip_weights)]
-                x = (x + weight * kept.pop()).to(x.dtype)  # Ronneberger et al. 2015
+            if layer >= config.n_layer - half:  # Ronneberger et al. 2015
+                x = (x + skips[layer - config.n_layer + half] * kept.pop()).to(x.dtype)
             table = value_table(config, layer)
             extra = None if table is None else extras[table]
             if self.training and self.checkpoint_activations:
                 x = checkpoint(block, x, first, context, extra, use_reentrant=False)
             else:
                 x = block(x, first, context, extra)
-            if self.skip_weights is not None and layer < len(self.skip_weights):
+            if layer < half:
                 kept.append(x)
         if cache is not None:
             cache.advance(T)
         return parts.ln_f(x)
 
-    def _context(self, idx: Tensor, positions: Tensor, cache: KVCache | None) -> Context:
+    def _context(self, idx: Tensor, positions: Tensor, cache: KVCache | Packed | None) -> Context:
         config, documents = self.config, None
-        if config.document_mask:  # the last id of the vocabulary is the end of text
-            separator = config.vocab_size - 1
-            if cache is not None:
-                documents = cache.enter(idx == separator, positions)
-            else:
-                documents = documents_of(idx, separator)
+        dropout = config.dropout if self.training else 0.0
+        if isinstance(cache, Packed):
+            assert not config.document_mask  # `conversations` refuses it
+            documents, dropout, cache = cache.begins, cache.dropout, None
+        elif config.document_mask:  # the last id of the vocabulary is the end of text
+            begins = idx == config.vocab_size - 1
+            documents = documents_of(begins) if cache is None else cache.enter(begins, positions)
         context = Context(positions, cache, documents)
-        blocks = idx.is_cuda and torch.compiler.is_compiling()
-        for letter in set(config.window_pattern or "L"):
-            window = None
-            if letter == "S":
-                window = torch.full((), config.window, device=idx.device)
-            if self.widest is not None and config.window_pattern:
-                widest = self.widest.to(idx.device)
-                window = widest if window is None else torch.minimum(window, widest)
+        context.dropout = dropout
+        if config.positions == "rotary":
+            pairs = config.n_embd // config.n_head // 2
+            turning = round(pairs * config.rope_fraction)
+            context.turned = turns(positions, pairs, turning, float(config.rope_base))
+        blocks = idx.is_cuda and torch.compiler.is_compiling() and not dropout
+        for letter in sorted(set(config.window_pattern or "L")):
+            window = self._window(letter, idx.device)
             context.windows[letter] = window
             if cache is None:
                 context.masks[letter] = mask_for(idx.shape[1], window, documents, blocks)
         return context
+
+    def _window(self, letter: str, device: torch.device) -> Tensor | None:
+        """Positions that layers of a letter see, () int64, or None for all."""
+        window = None
+        if letter == "S":
+            window = torch.full((), self.config.window, device=device)
+        if self.widest is None or not (self.training and self.config.window_pattern):
+            return window
+        return self.widest if window is None else torch.minimum(window, self.widest)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, capacity: int) -> KVCache:
         """Room for `capacity` positions of each row."""
@@ -322,13 +300,9 @@ class Modern(GPT):
         return self.transformer.wte.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, C) -> (…, V), capped as Gemma 2 does (Gemma team 2024, arXiv:2408.00118)."""
-        logits, cap = self.raw_logits(hidden), self.config.softcap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits
-
-    def raw_logits(self, hidden: Tensor) -> Tensor:
-        """(…, C) -> (…, V), without a cap."""
-        return head_logits(hidden, self.head_weight, self.config.padded_vocab_size)
+        """(…, C) -> (…, V)."""
+        logits = head_logits(hidden, self.head_weight, self.config.padded_vocab_size)
+        return soft_cap(logits, self.config.softcap)
 
     def flops_per_token(self) -> int:
         """As `GPT.flops_per_token`; tables that are looked up do not count, windows not either."""
@@ -338,7 +312,17 @@ class Modern(GPT):
         return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
     def expected_first_loss(self) -> float:
-        """As `GPT.expected_first_loss`; a head of zeros guesses evenly."""
-        if self.config.zero_init and self.head is not None:
-            return math.log(self.config.vocab_size)
-        return super().expected_first_loss()
+        """As `GPT.expected_first_loss`; a head of zeros guesses evenly.
+
+        Where the stream is the embedding and little else, a tied head answers with the token just
+        read: its logit is σ·C (times 1/√2 where a position is added), the others' variance C·σ².
+        """
+        c, even = self.config, math.log(self.config.vocab_size)
+        if c.zero_init and self.head is not None:
+            return even
+        spread = super().expected_first_loss()
+        if self.head is not None or not (c.zero_init or c.norm_embedding):
+            return spread
+        own = INIT_STD * c.n_embd * (1.0 if c.positions == "rotary" else 0.5**0.5)
+        own = c.softcap * math.tanh(own / c.softcap) if c.softcap else own
+        return spread + math.log1p(math.exp(own - spread))

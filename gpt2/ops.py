@@ -36,6 +36,7 @@ def head_loss(  # noqa: PLR0917
     padded_rows: int,
     reduction: str,
     fp8: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of the tied head in nats, computed in float32 over the V real ids.
 
@@ -49,23 +50,37 @@ def head_loss(  # noqa: PLR0917
         padded_rows: P, see `head_logits`.
         reduction: "sum", "mean" over the targets that count, or "none" for (N,).
         fp8: three products in fp8 (Micikevicius et al. 2022) where gradients are wanted, on a GPU.
+        softcap: see `soft_cap`; not with fp8.
     """
+    assert not (fp8 and softcap)
     if reduction == "none":
-        return head_loss_reference(x, weight, targets, padded_rows, reduction)
+        return head_loss_reference(x, weight, targets, padded_rows, reduction, softcap)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     fp8 = fp8 and needs_grad and x.is_cuda
-    loss = _HeadLoss.apply(x, weight, targets, padded_rows, needs_grad, fp8)
+    loss = _HeadLoss.apply(x, weight, targets, padded_rows, needs_grad, fp8, softcap)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
 
-def head_loss_reference(
-    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, reduction: str
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap · tanh(logits / cap) in float32 (Gemma team 2024, arXiv:2408.00118); cap 0: logits."""
+    if not cap:
+        return logits
+    return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+
+
+def head_loss_reference(  # noqa: PLR0917
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    padded_rows: int,
+    reduction: str,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The same, all rows at once."""
-    logits = head_logits(x, weight, padded_rows)
+    logits = soft_cap(head_logits(x, weight, padded_rows), softcap)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
@@ -85,9 +100,10 @@ class _HeadLoss(torch.autograd.Function):
         padded_rows: int,
         needs_grad: bool,
         fp8: bool,
+        softcap: float,
     ) -> Tensor:
         loss, grad_x, grad_weight = _head_loss_and_gradients(
-            x, weight, targets, padded_rows, needs_grad, fp8
+            x, weight, targets, padded_rows, needs_grad, fp8, softcap
         )
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
@@ -95,12 +111,19 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return (grad_x * upstream).to(grad_x.dtype), grad_weight * upstream, None, None, None, None
+        grads = (grad_x * upstream).to(grad_x.dtype), grad_weight * upstream
+        return *grads, None, None, None, None, None
 
 
 @torch.library.custom_op("gpt2::head_loss_and_gradients", mutates_args=())
 def _head_loss_and_gradients(  # noqa: PLR0917
-    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool, fp8: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    padded_rows: int,
+    needs_grad: bool,
+    fp8: bool,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of x, gradient of weight); the gradients are empty without needs_grad.
 
@@ -120,7 +143,8 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     chunk = _rows_at_once(n) if x.is_cuda else width
     for start in range(0, n, chunk):
         part, target = x[start : start + chunk], targets[start : start + chunk]
-        loss, grad = _loss_and_gradient_of_logits(part @ head.t(), target, rows, needs_grad)
+        logits = part @ head.t()
+        loss, grad = _loss_and_gradient_of_logits(logits, target, rows, needs_grad, softcap)
         total += loss
         if needs_grad:
             grad_x[start : start + chunk] = grad @ head
@@ -168,7 +192,13 @@ def _head_in_fp8(
 
 @_head_loss_and_gradients.register_fake
 def _(  # noqa: PLR0917
-    x: Tensor, weight: Tensor, targets: Tensor, padded_rows: int, needs_grad: bool, fp8: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    padded_rows: int,
+    needs_grad: bool,
+    fp8: bool,
+    softcap: float,
 ):
     exact = torch.promote_types(x.dtype, torch.float32)
     grads = (torch.empty_like(x), torch.empty_like(weight))
@@ -178,24 +208,28 @@ def _(  # noqa: PLR0917
 
 
 def _loss_and_gradient_of_logits(
-    logits: Tensor, target: Tensor, vocab: int, needs_grad: bool
+    logits: Tensor, target: Tensor, vocab: int, needs_grad: bool, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of (n, P) logits, and its gradient, softmax - one-hot."""
+    """Sum of the cross-entropies of (n, P) logits, and its gradient, softmax - one-hot.
+
+    With a cap the softmax is that of y = cap · tanh(x / cap), and dy/dx = 1 - (y / cap)².
+    """
     if logits.is_cuda and logits.dtype != torch.float64 and HAS_TRITON:
         from .kernels import cross_entropy_
 
-        return cross_entropy_(logits, target, vocab, needs_grad), logits
+        return cross_entropy_(logits, target, vocab, needs_grad, softcap), logits
     dtype, target = logits.dtype, target[:, None]
     counts = target != IGNORE
     target = target.clamp(min=0)
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    logits = soft_cap(logits.to(torch.promote_types(dtype, torch.float32)), softcap)
+    factor = counts * (1 - (logits / softcap).square()) if softcap and needs_grad else counts
     logits[:, vocab:] = float("-inf")
     log_sum = logits.logsumexp(-1, keepdim=True)
     loss = ((log_sum - logits.gather(1, target)) * counts).sum()
     if needs_grad:
         logits = logits.sub_(log_sum).exp_()
         logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-        logits = logits.mul_(counts).to(dtype)
+        logits = logits.mul_(factor).to(dtype)
     return loss, logits
 
 

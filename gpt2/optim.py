@@ -1,23 +1,18 @@
 """Parameter groups, AdamW or Muon with it, and the schedules as pure functions of the step."""
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from .config import BatchPlan, OptimOptions, warmup_steps
+from .config import BatchPlan, OptimOptions, UserError, warmup_steps
 from .muon import MuonAndAdamW
 from .runtime import Runtime
 
-
-def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Two groups: matrices and embeddings decay, biases and LayerNorm do not."""
-    trained = [p for p in parameters if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+MOMENTUM_BEGINS = 0.85  # of Muon, where it grows (modded-nanogpt)
 
 
 def build_optimizer(
@@ -25,53 +20,78 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) in its fused form, alone or with Muon.
 
-    A group whose learning rate is not `learning_rate` says so by `lr_ratio`, their quotient.
+    Matrices and embeddings decay, biases and norms do not. A group whose learning rate is not
+    `learning_rate` says so by `lr_ratio`, their quotient; all say which parameters they hold.
 
     Args:
         model: its parameters.
         options: rates and decay.
         rt: with Muon, the ranks that share its work.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    embeddings = [(n, p) for n, p in named if _is_table(n)] if options.embedding_lr else []
-    head = [(n, p) for n, p in named if n == "head.weight"] if options.head_lr else []
-    muon = [(n, p) for n, p in named if ".h." in n and p.ndim == 2]
-    muon = muon if options.optimizer == "muon" else []
-    apart = {n for n, _ in (*embeddings, *head, *muon)}
-    rest = [p for n, p in named if n not in apart]
-    groups = parameter_groups(rest, options.weight_decay)
-    for members, rate in ((embeddings, options.embedding_lr), (head, options.head_lr)):
-        if members:
-            groups.append(_group(members, rate, options))
-    common = {
-        "lr": options.learning_rate,
-        "betas": (options.beta1, options.beta2),
-        "eps": 1e-8,
-        "fused": True,
-    }
-    if not muon:
-        return torch.optim.AdamW([g for g in groups if g["params"] or len(groups) == 2], **common)
-    for parts in (1, 3):  # c_attn holds queries, keys and values
-        members = [(n, p) for n, p in muon if ("c_attn" in n) == (parts == 3)]
-        extra = {"parts": parts, "momentum": options.muon_momentum}
-        groups.append(_group(members, options.muon_lr, options) | extra)
-    rank, world_size = (rt.rank, rt.world_size) if rt else (0, 1)
-    all_sum = rt.all_sum if rt else lambda tensor: tensor
-    compiled = rt is not None and rt.device.type == "cuda"
+    o = options
+    left = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def take(wanted: Callable[[str, nn.Parameter], bool], **settings) -> dict:
+        """A group of those that are wanted and in no group yet."""
+        names = [n for n, p in left.items() if wanted(n, p)]
+        return {"params": [left.pop(n) for n in names], "names": names} | settings
+
+    decays = {"weight_decay": o.weight_decay}
+    apart = []
+    if o.embedding_lr:
+        apart.append(take(_is_table, **decays, lr_ratio=o.embedding_lr / o.learning_rate))
+    if o.head_lr:
+        ratio = o.head_lr / o.learning_rate
+        apart.append(take(lambda n, _: n == "head.weight", **decays, lr_ratio=ratio))
+    if o.optimizer == "muon":
+        muon = {
+            "weight_decay": o.weight_decay if o.muon_weight_decay < 0 else o.muon_weight_decay,
+            "lr_ratio": o.muon_lr / o.learning_rate,
+            "momentum": o.muon_momentum,
+        }
+        apart.append(take(lambda n, p: _in_block(n, p) and "c_attn" not in n, parts=1, **muon))
+        apart.append(take(_in_block, parts=3, **muon))  # queries, keys and values
+    groups = [take(lambda _, p: p.ndim >= 2, **decays), take(lambda *_: True, weight_decay=0.0)]
+    groups = [g for g in groups + apart if g["params"] or o.optimizer == "adamw"]
+    common = {"lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": 1e-8, "fused": True}
+    if o.optimizer != "muon":
+        return torch.optim.AdamW(groups, **common)
     return MuonAndAdamW(
-        [g for g in groups if g["params"]],
-        all_sum=all_sum, rank=rank, world_size=world_size, compiled=compiled, **common,
-    )  # fmt: skip
+        groups,
+        all_sum=rt.all_sum if rt else lambda tensor: tensor,
+        rank=rt.rank if rt else 0,
+        world_size=rt.world_size if rt else 1,
+        compiled=rt is not None and rt.device.type == "cuda",
+        **common,
+    )
 
 
-def _is_table(name: str) -> bool:
+def _is_table(name: str, _: nn.Parameter) -> bool:
     return name.startswith(("transformer.wte", "transformer.wpe", "transformer.value_tables"))
 
 
-def _group(members: list[tuple[str, nn.Parameter]], rate: float, options: OptimOptions) -> dict:
-    ratio = rate / options.learning_rate if options.learning_rate else 0.0
-    parameters = [p for _, p in members]
-    return {"params": parameters, "weight_decay": options.weight_decay, "lr_ratio": ratio}
+def _in_block(name: str, p: nn.Parameter) -> bool:
+    return ".h." in name and p.ndim == 2
+
+
+def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path):
+    """Raises UserError when a stored state would go to other parameters than it is of.
+
+    Args:
+        optimizer: the one that is to go on.
+        stored: the state dict of the one before.
+        origin: where it is from.
+    """
+    ours, theirs = optimizer.param_groups, stored["param_groups"]
+    pairs = itertools.zip_longest(ours, theirs, fillvalue={"params": (), "names": ()})
+    for own, other in pairs:
+        same = own["names"] == other.get("names", own["names"])  # older ones had no names
+        if not same or len(own["params"]) != len(other["params"]):
+            raise UserError(
+                f"{origin} is of a run with another optimizer for some parameters; give the same "
+                "optimizer, and embedding_lr and head_lr where they were given, or use another "
+                "--out_dir"
+            )
 
 
 def learning_rate_at(step: int, options: OptimOptions) -> float:
@@ -85,28 +105,60 @@ def learning_rate_at(step: int, options: OptimOptions) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     if options.schedule == "wsd":
-        left = (options.max_steps - step) / max(1, options.cooldown * options.max_steps)
-        share = min(1.0, max(0.0, left))
+        decay = min(options.cooldown * options.max_steps, options.max_steps - warmup)
+        share = min(1.0, max(0.0, (options.max_steps - step) / max(1, decay)))
         return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * share)
     progress = min(1.0, (step - warmup) / max(1, options.max_steps - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * cosine)
 
 
+def momentum_at(step: int, options: OptimOptions) -> float:
+    """Muon's momentum: from `MOMENTUM_BEGINS` along a line over `muon_momentum_warmup` steps."""
+    full, warmup = options.muon_momentum, options.muon_momentum_warmup
+    if step >= warmup:
+        return full
+    return MOMENTUM_BEGINS + step / warmup * (full - MOMENTUM_BEGINS)
+
+
 def micro_batches_at(step: int, options: OptimOptions, plan: BatchPlan) -> int:
-    """Micro-batches of the step-th update: from 1 to all over `batch_warmup` of the run."""
-    full = plan.grad_accum_steps
-    warmup = options.batch_warmup * options.max_steps
-    return full if step >= warmup else 1 + int(step / warmup * (full - 1))
+    """Micro-batches of the step-th update: from an eighth to all, by eighths, rounded up."""
+    return math.ceil(plan.grad_accum_steps * _eighths(step, options.batch_warmup, options) / 8)
 
 
 def window_at(step: int, options: OptimOptions, full: int) -> int:
-    """Positions that a layer may see at the step-th update: eighths of `full`, up to all."""
-    warmup = options.window_warmup * options.max_steps
-    return full if step >= warmup else math.ceil(full / 8) * (1 + int(step / warmup * 7))
+    """Positions that a layer may see at the step-th update: from an eighth of `full` to all."""
+    return math.ceil(full * _eighths(step, options.window_warmup, options) / 8)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float):
-    """Gives every group the learning rate, times its `lr_ratio` if it has one."""
+def _eighths(step: int, share: float, options: OptimOptions) -> int:
+    """1 … 7 over this share of the run, then 8."""
+    warmup = share * options.max_steps
+    return 8 if step >= warmup else 1 + int(7 * step / warmup)
+
+
+def sequences_left(step: int, options: OptimOptions, plan: BatchPlan) -> int:
+    """Windows that all ranks together train on from the step-th update (from 0) to the last."""
+    grown = max(step, min(options.max_steps, math.ceil(options.batch_warmup * options.max_steps)))
+    micro = sum(micro_batches_at(i, options, plan) for i in range(step, grown))
+    micro += (options.max_steps - grown) * plan.grad_accum_steps
+    return micro * plan.batch_size * plan.world_size
+
+
+def check_plan(options: OptimOptions, plan: BatchPlan):
+    """Raises UserError for a warm-up of a batch that cannot be smaller."""
+    if options.batch_warmup and plan.grad_accum_steps == 1:
+        raise UserError(
+            "batch_warmup takes fewer micro-batches at first, and a step has only one; use a "
+            "smaller --batch_size, or leave it out"
+        )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, options: OptimOptions) -> float:
+    """Gives every group the rate of the step-th update, times its `lr_ratio`; returns the rate."""
+    rate, momentum = learning_rate_at(step, options), momentum_at(step, options)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
+        if "momentum" in group:
+            group["momentum"] = momentum
+    return rate

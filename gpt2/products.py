@@ -34,6 +34,14 @@ def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, dropout: float = 0
     return y.view_as(residual)
 
 
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(x), (..., K) -> (..., N)."""
+    if not _by_cublaslt(x, layer):
+        return layer(x)
+    y = _AddLinear.apply(None, x.flatten(0, -2), layer.weight, layer.bias)
+    return y.unflatten(0, x.shape[:-1])
+
+
 def add_mlp(
     residual: Tensor, x: Tensor, fc: nn.Linear, proj: nn.Linear, dropout: float = 0.0
 ) -> Tensor:
@@ -57,10 +65,11 @@ class _QKV(torch.autograd.Function):
     """Gradients of q, k and v stay apart: joining them costs more than three smaller products."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None):
         x, weight = x.to(BF16), weight.to(BF16)
         ctx.save_for_backward(x, weight)
-        y = _product(x, weight, transpose_b=True, bias=bias.to(BF16))
+        ctx.biased = bias is not None
+        y = _product(x, weight, transpose_b=True, bias=_cast(bias))
         return y.split(x.shape[1], dim=1)
 
     @staticmethod
@@ -70,6 +79,8 @@ class _QKV(torch.autograd.Function):
         for dy, part in zip(grads, weight.split(x.shape[1]), strict=True):
             dx = _product(dy, part, add=dx)
         dw = torch.cat([_weight_gradient(dy, x) for dy in grads])
+        if not ctx.biased:
+            return dx, dw, None
         # A bias of the keys adds the same to all scores of a query, which softmax does not see.
         dbq, dbv = (dy.sum(0, dtype=torch.float32) for dy in (grads[0], grads[2]))
         return dx, dw, torch.cat([dbq, torch.zeros_like(dbq), dbv])
@@ -77,16 +88,22 @@ class _QKV(torch.autograd.Function):
 
 class _AddLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor):
+    def forward(ctx, residual: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None):
         x, weight = x.to(BF16), weight.to(BF16)
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, transpose_b=True, bias=bias.to(BF16), add=residual)
+        ctx.adds, ctx.biased = residual is not None, bias is not None
+        return _product(x, weight, transpose_b=True, bias=_cast(bias), add=residual)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
         dx, dw = _product(dy, weight), _weight_gradient(dy, x)
-        return dy, dx, dw, dy.sum(0, dtype=torch.float32)
+        db = dy.sum(0, dtype=torch.float32) if ctx.biased else None
+        return dy if ctx.adds else None, dx, dw, db
+
+
+def _cast(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(BF16)
 
 
 class _AddMLP(torch.autograd.Function):

@@ -158,7 +158,8 @@ def flops(model: GPT, tokens: int) -> dict[str, int]:
     `GPT.flops_per_token`.
     """
     c = model.config
-    matrices = 12 * c.n_layer * c.n_embd**2
+    blocks = model.transformer.h.parameters()
+    matrices = sum(p.numel() for p in blocks if p.ndim == 2)
     return {
         "products": 6 * matrices * tokens,
         "head": 6 * c.n_embd * c.padded_vocab_size * tokens,

@@ -37,9 +37,10 @@ from .datasets import (
     remember,
 )
 from .model import GPT
-from .optim import micro_batches_at, window_at
+from .optim import check_groups, micro_batches_at, window_at
 from .order import Mixture
 from .runtime import Runtime
+from .switches import defaults, switched
 from .tasks import Choice
 from .weights import Weights
 
@@ -69,7 +70,6 @@ class TrainState:
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
     evaluated_at: int = -1  # the step of the last evaluation
-    window: int = 0  # that layers see while `window_warmup` lasts
     stop: bool = False  # agreed by all ranks
     hellaswag: list[Choice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
@@ -90,10 +90,8 @@ class TrainState:
 
 def begin_step(state: TrainState, config: TrainConfig) -> int:
     """Grows the windows while `window_warmup` lasts; the micro-batches of the step."""
-    width = window_at(state.step, config.optim, state.plan.block_size)
-    if config.optim.window_warmup and width != state.window:
-        state.model.limit_windows(width)
-        state.window = width
+    if config.optim.window_warmup:
+        state.model.limit_windows(window_at(state.step, config.optim, state.plan.block_size))
     return micro_batches_at(state.step, config.optim, state.plan)
 
 
@@ -181,8 +179,10 @@ def check_same_run(found: Resumed, options: ModelOptions):
             f"{found.path} is of a run that began with {began_with or 'fresh weights'}, not "
             f"init={options.init}; use another --out_dir, or --resume=never"
         )
-    theirs = to_dict(found.config)
-    ours = options.given() if options.init else to_dict(options.shape())
+    theirs = defaults() | to_dict(found.config)
+    ours = defaults() | to_dict(options.shape())
+    if options.init:  # the rest is that of the weights
+        ours = options.given() | switched(options)
     ours.pop("dropout", None)  # may change between runs
     different = [f"{n} {ours[n]} instead of {theirs[n]}" for n in ours if ours[n] != theirs[n]]
     if different:
@@ -226,6 +226,11 @@ def _open_data(config: TrainConfig, block_size: int, rt: Runtime) -> list[Datase
         return open_datasets(config.data.data_dir)
     if config.data.window_start != "anywhere":
         raise UserError("--window_start=document is for text; conversations are always whole")
+    if config.model.document_mask:
+        raise UserError(
+            f"init={config.model.init} has document_mask: the end-of-text tokens between messages "
+            "would hide them from one another; begin with another model"
+        )
     share = config.tuning.val_share
     datasets, notes = open_conversations(config.data.data_dir, block_size, share)
     check_eval_tokens(config.eval.eval_tokens, datasets, block_size)
@@ -265,6 +270,7 @@ def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
 def restore(state: TrainState, resumed: Resumed, rt: Runtime):
     """Puts back what `save` stored; the loader already stands at its position."""
     content = resumed.state
+    check_groups(state.optimizer, content["optimizer"], resumed.path)
     checkpoint.load_into(state.model, resumed.model, resumed.path)
     options = [
         {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups

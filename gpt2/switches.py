@@ -22,6 +22,7 @@ class Switches:
         ("learned", "rotary"),
     )
     rope_base: float = option(DEFAULT_ROPE_BASE, "rotary positions: base of the wavelengths")
+    rope_fraction: float = option(1.0, "rotary positions: share of each head's pairs that turn")
     window_pattern: str = option(
         "",
         "attention of the layers in turn, repeated: S sees the last `window` positions, L all, as "
@@ -32,6 +33,9 @@ class Switches:
         False, "no position sees another document; an end-of-text token begins one"
     )
     qk_norm: bool = option(False, "RMSNorm over each head's queries and keys")
+    attention_scale: float = option(
+        0.0, "queries times keys are multiplied by it; 0: by 1 / √(n_embd / n_head)"
+    )
     norm: str = option("layernorm", "rmsnorm has neither gain nor bias", ("layernorm", "rmsnorm"))
     norm_embedding: bool = option(False, "RMSNorm over the embedding of each token")
     mlp: str = option("gelu", "what the MLP does between its layers", ("gelu", "relu2", "swiglu"))
@@ -64,16 +68,23 @@ class Recipe:
     )
     muon_lr: float = option(0.02, "peak learning rate of Muon")
     muon_momentum: float = option(0.95, "Muon: decay of the mean of gradients")
+    muon_momentum_warmup: int = option(0, "Muon: steps in which its momentum grows from 0.85")
+    muon_weight_decay: float = option(-1.0, "Muon: decay of its matrices; -1: weight_decay")
     embedding_lr: float = option(0.0, "peak learning rate of embeddings; 0: learning_rate")
     head_lr: float = option(0.0, "peak learning rate of an untied head; 0: learning_rate")
     schedule: str = option("cosine", "wsd: warm-up, stable, then linear decay", ("cosine", "wsd"))
     cooldown: float = option(0.4, "wsd: share of max_steps in which the rate decays")
     batch_warmup: float = option(
-        0.0, "share of max_steps in which a step grows from one micro-batch to all"
+        0.0, "share of max_steps in which a step grows from an eighth of its micro-batches to all"
     )
     window_warmup: float = option(
         0.0, "share of max_steps in which the windows of window_pattern grow to their width"
     )
+
+
+def defaults() -> dict[str, Any]:
+    """GPT-2's switches, by name."""
+    return chosen(Switches())
 
 
 def chosen(values: Switches) -> dict[str, Any]:
@@ -87,9 +98,7 @@ def switched(values: Switches) -> dict[str, Any]:
             if getattr(values, f.name) != f.default}  # fmt: skip
 
 
-def check_switches(  # noqa: C901 - a list
-    s: Switches, n_layer: int, head_width: int, block_size: int, dropout: float
-):
+def check_switches(s: Switches, n_layer: int, head_width: int, block_size: int, dropout: float):
     """Raises UserError for switches that do not fit together, or mean nothing."""
     for f in fields(Switches):
         value, choices = getattr(s, f.name), f.metadata["choices"]
@@ -98,13 +107,8 @@ def check_switches(  # noqa: C901 - a list
         if choices and value not in choices:
             raise UserError(f"{f.name}={value!r}: use {' or '.join(choices)}")
     at_least(0, softcap=s.softcap, window=s.window, value_embeddings=s.value_embeddings)
-    if s.rope_base != DEFAULT_ROPE_BASE and s.positions != "rotary":
-        raise UserError("rope_base is for positions=rotary; give both")
-    if s.rope_base <= 1:
-        raise UserError(f"rope_base={s.rope_base}: use a number above 1")
-    if s.positions == "rotary" and head_width % 2:
-        raise UserError(f"positions=rotary turns pairs, and heads are {head_width} wide; use an "
-                        "even n_embd / n_head")  # fmt: skip
+    at_least(0, attention_scale=s.attention_scale)
+    _check_rotary(s, head_width)
     if set(s.window_pattern) - set("SL"):
         raise UserError(f"window_pattern={s.window_pattern}: use the letters S and L, as in SSSL")
     if ("S" in s.window_pattern) != (s.window > 0):
@@ -121,6 +125,20 @@ def check_switches(  # noqa: C901 - a list
         raise UserError(f"skips={s.skips} needs two layers or more")
 
 
+def _check_rotary(s: Switches, head_width: int):
+    if s.rope_base != DEFAULT_ROPE_BASE and s.positions != "rotary":
+        raise UserError("rope_base is for positions=rotary; give both")
+    if s.rope_fraction != 1 and s.positions != "rotary":
+        raise UserError("rope_fraction is for positions=rotary; give both")
+    if not 0 < s.rope_fraction <= 1:
+        raise UserError(f"rope_fraction={s.rope_fraction}: use a number above 0 and up to 1")
+    if s.rope_base <= 1:
+        raise UserError(f"rope_base={s.rope_base}: use a number above 1")
+    if s.positions == "rotary" and head_width % 2:
+        raise UserError(f"positions=rotary turns pairs, and heads are {head_width} wide; use an "
+                        "even n_embd / n_head")  # fmt: skip
+
+
 def check_recipe(r: Recipe, s: Switches, fp8: str, dtype: str):  # noqa: C901 - a list
     """Raises UserError for options of training that mean nothing here, or do not fit together."""
     at_least(0, muon_lr=r.muon_lr, embedding_lr=r.embedding_lr, head_lr=r.head_lr)
@@ -130,11 +148,13 @@ def check_recipe(r: Recipe, s: Switches, fp8: str, dtype: str):  # noqa: C901 - 
     if not 0 <= r.muon_momentum < 1:
         raise UserError(f"muon_momentum={r.muon_momentum}: use a number from 0 up to below 1")
     default = Recipe()
-    if r.optimizer != "muon":
-        for name in ("muon_lr", "muon_momentum"):
-            if getattr(r, name) != getattr(default, name):
-                raise UserError(f"{name} is for --optimizer=muon; give both")
-    elif dtype == "float16":
+    for name in ("muon_lr", "muon_momentum", "muon_momentum_warmup", "muon_weight_decay"):
+        if r.optimizer != "muon" and getattr(r, name) != getattr(default, name):
+            raise UserError(f"{name} is for --optimizer=muon; give both")
+    at_least(0, muon_momentum_warmup=r.muon_momentum_warmup)
+    if r.muon_momentum_warmup and r.muon_momentum < 0.85:
+        raise UserError(f"muon_momentum={r.muon_momentum}: muon_momentum_warmup begins at 0.85")
+    if r.optimizer == "muon" and dtype == "float16":
         raise UserError("optimizer=muon does not work with dtype=float16; use bfloat16 or float32")
     if r.schedule != "wsd" and r.cooldown != default.cooldown:
         raise UserError("cooldown is for --schedule=wsd; give both")

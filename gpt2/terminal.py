@@ -93,7 +93,13 @@ class Chat:
 
 def chat(path: str, config: ChatConfig) -> int:
     """Talks until the input ends or `/quit`."""
-    talk = Chat(_load(path, config), config)
+    model = _load(path, config)
+    if getattr(model.config, "document_mask", False):
+        raise UserError(
+            f"{path} has document_mask: the end-of-text tokens between messages hide them from one "
+            "another; `gpt2 sample` continues texts with it"
+        )
+    talk = Chat(model, config)
     print("Type a message and press Enter; /help tells the rest.", flush=True)
     while (line := _ask()) is not None and line.strip() != "/quit":
         try:

@@ -261,6 +261,8 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.tuning.lora_rank and self.optim.optimizer == "muon":
+            raise UserError("optimizer=muon is for whole matrices; leave it or lora_rank out")
         if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
             object.__setattr__(self.data, "grad_accum_steps", 1)
         if not self.optim.learning_rate:

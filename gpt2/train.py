@@ -30,7 +30,7 @@ from .messages import (
 )
 from .modern import network
 from .ops import IGNORE
-from .optim import build_optimizer, learning_rate_at, set_learning_rate
+from .optim import build_optimizer, check_plan, set_rates
 from .packed import packed
 from .runtime import Runtime
 from .sinks import check_names
@@ -165,8 +165,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     The loss is the sum over the step's valid tokens divided by their number over all ranks, so its
     gradient does not depend on how the step is cut into micro-batches and ranks.
     """
-    lr = learning_rate_at(state.step, config.optim)
-    set_learning_rate(state.optimizer, lr)
+    lr = set_rates(state.optimizer, state.step, config.optim)
     before = state.tokens
     batches = next_batches(state, rt, begin_step(state, config))
     valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y, *_ in batches))
@@ -242,6 +241,7 @@ def build(
     """Model, optimizer and loader, fresh or as a checkpoint left them; checks all that can be."""
     shape = config.model.shape()
     plan = plan_batch(config.data, shape.block_size, rt.world_size)
+    check_plan(config.optim, plan)
     datasets, mixture = order_data(config, rt, resumed)
     check_names(config.output.log_to)
     hellaswag = []

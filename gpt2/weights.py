@@ -15,8 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from . import checkpoint, hf
-from .config import GPT2_VOCAB_SIZE, GPT2Config, ModelOptions, UserError
+from .config import GPT2_VOCAB_SIZE, GPT2Config, ModelOptions, ModernConfig, UserError
 from .hub import http_library
+from .switches import chosen, defaults, switched
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that mean OpenAI's weights
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -89,14 +90,15 @@ def settle(options: ModelOptions, found: GPT2Config) -> ModelOptions:
     Raises:
         UserError: options that contradict it.
     """
-    have = {name: getattr(found, name) for name in ("n_layer", "n_head", "n_embd")}
-    asked = options.given()
+    sizes = {name: getattr(found, name) for name in ("n_layer", "n_head", "n_embd")}
+    switches = defaults() | (chosen(found) if isinstance(found, ModernConfig) else {})
+    have, asked = sizes | switches, options.given() | switched(options)
     wrong = [f"{n}={have[n]}, not {asked[n]}" for n in have if asked.get(n, have[n]) != have[n]]
     if wrong:
-        raise UserError(
-            f"init={options.init} has {', '.join(wrong)}; leave --size, --n_layer, --n_head and "
-            "--n_embd out"
-        )
+        leave_out = "leave --size, --n_layer, --n_head and --n_embd out"
+        if not all(asked.get(n, have[n]) == have[n] for n in switches):
+            leave_out = "its switches are taken over; leave them out"
+        raise UserError(f"init={options.init} has {', '.join(wrong)}; {leave_out}")
     if options.block_size > found.block_size:
         raise UserError(
             f"block_size={options.block_size}: init={options.init} knows {found.block_size} "

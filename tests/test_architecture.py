@@ -24,9 +24,9 @@ from gpt2.tool_config import (
 from .conftest import ROOT, run_python
 
 FLOORS = {
-    0: "options switches config tool_config flags modern masks model ops products kernels cublaslt "
-    "decode_kernels one_token tokenizer shards sources readers hub downloads lock chat_format "
-    "packed",
+    0: "options switches config tool_config flags modern masks rotary model ops products kernels "
+    "cublaslt decode_kernels one_token tokenizer shards sources readers hub downloads lock "
+    "chat_format packed",
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
     "conversations lora",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "

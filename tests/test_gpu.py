@@ -63,15 +63,16 @@ def test_attention_in_bf16_against_float64():
     assert error(found, exact) < 1e-2
 
 
+@pytest.mark.parametrize("cap", [0.0, 1.5])  # logits have a deviation of 0.55
 @pytest.mark.parametrize("implementation", [head_loss, head_loss_reference])
-def test_head_loss_in_bf16_against_float64(implementation):
+def test_head_loss_in_bf16_against_float64(implementation, cap):
     x = torch.randn(2048, 768, device="cuda", requires_grad=True)
     weight = (torch.randn(50257, 768, device="cuda") * 0.02).requires_grad_()
     targets = torch.randint(0, 50257, (2048,), device="cuda")
-    exact = head_loss_reference(x.double(), weight.double(), targets, 50304, "sum")
+    exact = head_loss_reference(x.double(), weight.double(), targets, 50304, "sum", softcap=cap)
     exact_grads = torch.autograd.grad(exact, (x, weight))
     with torch.autocast("cuda", torch.bfloat16):
-        loss = implementation(x, weight, targets, 50304, "sum")
+        loss = implementation(x, weight, targets, 50304, "sum", softcap=cap)
     grads = torch.autograd.grad(loss, (x, weight))
     assert error(loss, exact) < 1e-4
     for found, wanted in zip(grads, exact_grads, strict=True):
@@ -110,24 +111,25 @@ def test_fp8_head_against_float64():
     assert not grads[0][::7].any()
 
 
+@pytest.mark.parametrize("cap", [0.0, 5.0])  # logits have a deviation of 8
 @pytest.mark.parametrize("compiled", [True, False])
-def test_head_loss_ignores_and_leaves_out_padding(compiled):
+def test_head_loss_ignores_and_leaves_out_padding(compiled, cap):
     """Also rows of which nothing counts, in float32 against float64."""
     x = torch.randn(5000, 64, device="cuda", requires_grad=True)
     weight = torch.randn(1001, 64, device="cuda", requires_grad=True)
     targets = torch.randint(0, 1001, (5000,), device="cuda")
     targets[::7] = -1
-    exact = head_loss_reference(x.double(), weight.double(), targets, 1024, "sum")
+    exact = head_loss_reference(x.double(), weight.double(), targets, 1024, "sum", softcap=cap)
     exact_grads = torch.autograd.grad(exact, (x, weight))
     function = torch.compile(head_loss) if compiled else head_loss
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    loss = function(x, weight, targets, 1024, "sum")
+    loss = function(x, weight, targets, 1024, "sum", softcap=cap)
     grads = torch.autograd.grad(loss, (x, weight))
     assert error(loss, exact) < 1e-6
     for found, wanted in zip(grads, exact_grads, strict=True):
         assert error(found, wanted) < 1e-5
     with torch.no_grad():
-        assert error(function(x, weight, targets, 1024, "sum"), exact) < 1e-6
+        assert error(function(x, weight, targets, 1024, "sum", softcap=cap), exact) < 1e-6
 
 
 def test_chunked_head_takes_less_memory():

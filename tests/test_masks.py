@@ -14,7 +14,7 @@ def test_blocks_equal_the_dense_mask(window, several):
     T = 4 * BLOCK
     idx = (torch.rand(3, T) < 0.01).long()
     idx[0], idx[1, 128], idx[1, 255] = 0, 1, 1
-    documents = documents_of(idx, 1) if several else None
+    documents = documents_of(idx == 1) if several else None
     wide = None if window is None else torch.tensor(window)
     if window is None and not several:
         assert mask_for(T, wide, documents, blocks=True) is None

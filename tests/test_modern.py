@@ -12,7 +12,8 @@ from gpt2.api import GPT2
 from gpt2.config import GPT2Config, ModernConfig, UserError, to_dict
 from gpt2.export import export_hf
 from gpt2.model import GPT
-from gpt2.modern import network, rotate
+from gpt2.modern import network
+from gpt2.rotary import rotate, turns
 from gpt2.weights import load
 
 from .conftest import run_python
@@ -136,8 +137,8 @@ def test_the_recipe_equals_a_plain_reference():
 def test_rotary_scores_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 8)
     at = torch.tensor([0, 3, 50])
-    scores = [(rotate(q, at[i : i + 1] + 7, 100.0) * rotate(k, at[i : i + 1], 100.0)).sum()
-              for i in range(3)]  # fmt: skip
+    turned = [[turns(at[i : i + 1] + more, 4, 4, 100.0) for more in (7, 0)] for i in range(3)]
+    scores = [(rotate(q, far) * rotate(k, near)).sum() for far, near in turned]
     torch.testing.assert_close(scores[0], scores[1])
     torch.testing.assert_close(scores[0], scores[2])
 

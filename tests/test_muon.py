@@ -4,7 +4,7 @@ import torch
 
 from gpt2.config import OptimOptions
 from gpt2.muon import orthogonalise
-from gpt2.optim import build_optimizer, learning_rate_at, set_learning_rate
+from gpt2.optim import build_optimizer, learning_rate_at, set_rates
 
 
 def test_singular_values_come_near_one():
@@ -44,7 +44,7 @@ def test_three_steps_equal_the_reference():
     wanted = {n: list(p.detach().clone().split(8 if "attn" in n else 99)) for n, p in named.items()}
     means = {n: [torch.zeros_like(m) for m in parts] for n, parts in wanted.items()}
     for step in range(3):
-        set_learning_rate(optimizer, learning_rate_at(step, o))
+        set_rates(optimizer, step, o)
         rate = o.muon_lr * learning_rate_at(step, o) / o.learning_rate
         for p in net.parameters():
             p.grad = torch.randn_like(p)

@@ -35,16 +35,18 @@ def test_head_equals_plain_product(rows, padded):
 @pytest.mark.parametrize("implementation", [head_loss, head_loss_reference])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("n", [1, 16, 45])  # less than, exactly and more than one chunk of 16 rows
-def test_head_loss_and_gradients_equal_the_formula(implementation, reduction, n):
+@pytest.mark.parametrize("cap", [0.0, 3.0])  # most logits reach beyond 3
+def test_head_loss_and_gradients_equal_the_formula(implementation, reduction, n, cap):
     x = torch.randn(n, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(100, 16, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 100, (n,))
     targets[1::5] = -1
     upstream = torch.randn(n if reduction == "none" else (), dtype=torch.float64)
-    loss = implementation(x, weight, targets, 128, reduction)
+    loss = implementation(x, weight, targets, 128, reduction, softcap=cap)
     ours = torch.autograd.grad(loss, (x, weight), upstream)
     keep = targets >= 0
-    logprobs = (x @ weight.t()).log_softmax(-1)
+    logits = x @ weight.t()
+    logprobs = (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
     each = -logprobs.gather(1, targets.clamp(min=0)[:, None])[:, 0] * keep
     plain = {"sum": each.sum(), "mean": each.sum() / keep.sum(), "none": each}[reduction]
     theirs = torch.autograd.grad(plain, (x, weight), upstream)
@@ -53,18 +55,19 @@ def test_head_loss_and_gradients_equal_the_formula(implementation, reduction, n)
         torch.testing.assert_close(a, b)
 
 
-def test_chunked_head_loss_in_bf16_is_as_exact_as_the_plain_form(monkeypatch):
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_chunked_head_loss_in_bf16_is_as_exact_as_the_plain_form(monkeypatch, cap):
     """Both against double precision; also without gradients, where nothing is kept."""
     torch.manual_seed(0)
     x = torch.randn(300, 64, requires_grad=True)
     weight = (torch.randn(1000, 64) * 0.1).requires_grad_()
     targets = torch.randint(0, 1000, (300,))
-    exact = head_loss_reference(x.double(), weight.double(), targets, 1024, "sum")
+    exact = head_loss_reference(x.double(), weight.double(), targets, 1024, "sum", softcap=cap)
     exact_grads = torch.autograd.grad(exact, (x, weight))
     errors = {}
     for implementation in (head_loss, head_loss_reference):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = implementation(x, weight, targets, 1024, "sum")
+            loss = implementation(x, weight, targets, 1024, "sum", softcap=cap)
         assert loss.dtype is torch.float32
         grads = torch.autograd.grad(loss, (x, weight))
         assert [g.dtype for g in grads] == [torch.float32, torch.float32]
@@ -76,5 +79,14 @@ def test_chunked_head_loss_in_bf16_is_as_exact_as_the_plain_form(monkeypatch):
         assert ours < max(1.2 * plain, 5e-3)
     monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # where gradients would begin
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        without = head_loss(x, weight, targets, 1024, "sum")
+        without = head_loss(x, weight, targets, 1024, "sum", softcap=cap)
     assert without.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+def test_cap_of_very_large_logits_has_no_gradient_and_no_nan():
+    x = torch.full((2, 4), 1e4, requires_grad=True)
+    weight = torch.randn(9, 4).requires_grad_()
+    loss = head_loss(x, weight, torch.tensor([3, -1]), 128, "sum", softcap=15.0)
+    grads = torch.autograd.grad(loss, (x, weight))
+    assert torch.isfinite(loss)
+    assert not any(g.any() for g in grads)

@@ -1,0 +1,379 @@
+"""Validation loss after so many seconds of training, for a list of recipes on one machine.
+
+    python -m benchmarks.sprint configs/speedrun.toml configs/sprint_gpt2_adamw.toml --data_dir=data
+    python -m benchmarks.sprint configs/speedrun.toml --seeds=1,2,3 --data_dir=data
+    python -m benchmarks.sprint --ablate=configs/speedrun.toml --seconds=60 --data_dir=data
+    python -m benchmarks.sprint "slower = configs/speedrun.toml --muon_lr=0.01" --data_dir=data
+
+A recipe is a file of `configs/`, with options behind it if it needs some, and "name =" before it if
+it should have one. Each runs in a process of its own by the step of `gpt2 train`; with several
+`--devices=cuda:0,cuda:1` as many run at once. The clock counts training only: compilation,
+validation and the start are left out. A first stretch of steps compiles and measures the speed,
+from which `max_steps` follows, so that schedules end with the time; then weights, optimizer and
+data are as they were at the beginning. Validation is all of the folder's validation shards, in
+windows of at most block_size tokens; its loss is the mean over all predicted tokens.
+
+`--ablate=CONFIG` runs the recipe, and the recipe without each of its switches in turn.
+
+Written to --out_dir: sprint.jsonl, sprint.md (the table) and sprint.png (loss against seconds).
+"""
+
+import argparse
+import inspect
+import json
+import queue
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from gpt2 import runtime, train
+from gpt2.config import TrainConfig, UserError
+from gpt2.data import TrainLoader, available_eval_tokens, eval_batches
+from gpt2.evaluate import Evaluation, evaluate
+from gpt2.flags import parse
+from gpt2.runtime import Runtime
+from gpt2.state import TrainState, begin_step, save_model
+from gpt2.switches import Recipe, Switches
+
+FAR = 10**9  # steps, while the speed is measured
+STRETCH_SECONDS = 2.0  # of each of three measurements of the speed
+TOGETHER = {  # switched off with the switch that they belong to
+    "window_pattern": ("window", "window_warmup"),
+    "positions": ("rope_base",),
+    "untied_head": ("head_lr",),
+    "optimizer": ("muon_lr", "muon_momentum"),
+    "schedule": ("cooldown",),
+}
+NUMBERS = {"embedding_lr", "head_lr", "muon_lr", "muon_momentum", "cooldown", "rope_base", "window"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe to run."""
+
+    name: str
+    argv: tuple[str, ...]  # of `gpt2 train`
+    seed: int
+
+
+def recipes(options: argparse.Namespace) -> list[Job]:
+    """What the command line asks for, each with each seed."""
+    named: dict[str, list[str]] = {}
+    for text in options.recipes:
+        name, found, rest = text.partition(" = ")
+        path, *extra = shlex.split(rest if found else text)
+        name = name.strip() if found else " ".join([Path(path).stem, *extra])
+        named[name] = [f"--config={path}", *extra]
+    if options.ablate:
+        named |= ablations(options.ablate)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    return [Job(n, (*argv, *options.extra), seed) for n, argv in named.items() for seed in seeds]
+
+
+def ablations(path: Path) -> dict[str, list[str]]:
+    """The recipe of a file, and for each switch in it the same without it."""
+    given = tomllib.loads(path.read_text("utf-8"))
+    defaults = {f.name: f.default for f in (*fields(Switches), *fields(Recipe))}
+    found = {path.stem: [f"--config={path}"]}
+    for name in given:
+        if name not in defaults or name in NUMBERS:
+            continue
+        off = {n: defaults[n] for n in (name, *TOGETHER.get(name, ())) if n in given}
+        found[f"without {name}"] = [f"--config={path}", *(f"--{n}={v}" for n, v in off.items())]
+    return found
+
+
+def sprint(options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of one job: an evaluation each, the last at the end of its time."""
+    argv = [f"--data_dir={options.data_dir}", *options.extra, f"--seed={options.seed}"]
+    config = parse(TrainConfig, [*argv, f"--device={options.device}"], "sprint")
+    with runtime.start(config.system) as rt:
+        began = time.perf_counter()
+        state = train.build(config, rt, None)
+        try:
+            config = calibrate(state, config, rt, options.seconds)
+            row = {
+                "name": options.only,
+                "seed": options.seed,
+                "device": rt.device_name,
+                "torch": torch.__version__,
+                "parameters": state.model.num_parameters(),
+                "max_steps": config.optim.max_steps,
+                "tokens_per_step": state.plan.tokens_per_step,
+                "start_seconds": round(time.perf_counter() - began, 1),
+            }
+            yield from timed(state, config, rt, options, row)
+            if options.save:
+                save_model(state, config, "out_ckpt.pt", rt, final=True)
+        finally:
+            state.loader.close()
+
+
+def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: float) -> TrainConfig:
+    """The settings whose `max_steps` fill the time; all else is as it was before."""
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    options = config.optim
+    compiling = replace(config, optim=replace(options, max_steps=FAR, batch_warmup=0))
+    for _ in range(3):
+        train.train_step(state, compiling, rt).read()
+    steps = 1 + int(STRETCH_SECONDS * speed(state, compiling, rt, 3) / tokens_of(state))
+    rate = statistics.median(speed(state, compiling, rt, steps) for _ in range(3))
+    # while the batch grows, the average step has about half its micro-batches
+    full, share = state.plan.grad_accum_steps, options.batch_warmup
+    average = (1 - share) + share * (full + 1) / (2 * full)
+    steps = max(1, int(seconds * rate / (tokens_of(state) * average)))
+    state.model.load_state_dict(before)
+    state.optimizer.state.clear()
+    state.step = state.window = 0
+    state.loader.close()
+    order, plan = state.loader.order, state.plan
+    state.loader = TrainLoader(order, plan, rank=rt.rank, position=0, device=rt.device)
+    return replace(config, optim=replace(options, max_steps=steps))
+
+
+def tokens_of(state: TrainState) -> int:
+    """Tokens of a whole step."""
+    return state.plan.tokens_per_step
+
+
+def speed(state: TrainState, config: TrainConfig, rt: Runtime, steps: int) -> float:
+    """Tokens per second over some steps."""
+    synchronise(rt)
+    began = time.perf_counter()
+    for _ in range(steps):
+        train.train_step(state, config, rt)
+    synchronise(rt)
+    return steps * tokens_of(state) / (time.perf_counter() - began)
+
+
+def synchronise(rt: Runtime):
+    """Waits for the device."""
+    if rt.device.type == "cuda":
+        torch.cuda.synchronize(rt.device)
+
+
+def timed(
+    state: TrainState, config: TrainConfig, rt: Runtime, options: argparse.Namespace, row: dict
+) -> Iterator[dict]:
+    """Trains to the end of the time; a row at each evaluation."""
+    max_steps = config.optim.max_steps
+    marks = {round(max_steps * (i + 1) / options.evaluations) for i in range(options.evaluations)}
+    validate(state, config, rt, options.val_tokens)  # compiles
+    seconds, launched = 0.0, deque()
+    synchronise(rt)
+    began = time.perf_counter()
+    while state.step < max_steps:
+        launched.append(train.train_step(state, config, rt))
+        while len(launched) > rt.steps_ahead:
+            loss = launched.popleft().read()[0]
+        over = seconds + time.perf_counter() - began > options.seconds
+        if state.step not in marks and not over and state.step < max_steps:
+            continue
+        while launched:
+            loss = launched.popleft().read()[0]
+        synchronise(rt)
+        seconds += time.perf_counter() - began
+        found = validate(state, config, rt, options.val_tokens)
+        if found is None:
+            return
+        yield row | {
+            "step": state.step,
+            "tokens": state.tokens,
+            "seconds": seconds,
+            "tokens_per_second": state.tokens / seconds,
+            "train_loss": loss,
+            "val_loss": found.loss,
+            "val_tokens": found.tokens,
+            "bits_per_byte": found.bits_per_byte,
+            "peak_gib": peak_gib(rt),
+        }
+        if over:
+            return
+        synchronise(rt)
+        began = time.perf_counter()
+
+
+def validate(state: TrainState, config: TrainConfig, rt: Runtime, tokens: int) -> Evaluation | None:
+    """The loss over so many tokens of the validation shards; None after a signal."""
+    begin_step(state, config)  # windows are as wide as in the step that follows
+    shards = [shard for dataset in state.datasets for shard in dataset.val]
+    batches = eval_batches(
+        shards,
+        block_size=state.plan.block_size,
+        batch_size=state.plan.batch_size,
+        eval_tokens=available_eval_tokens(shards, tokens),
+        device=rt.device,
+    )
+    return evaluate(state.model, batches, rt)
+
+
+def peak_gib(rt: Runtime) -> float | None:
+    """GiB that tensors took at most."""
+    if rt.device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(rt.device) / 2**30
+
+
+def run_all(jobs: list[Job], options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of all jobs, as they come; on each device one job after the other."""
+    waiting: queue.Queue = queue.Queue()
+    rows: queue.Queue = queue.Queue()
+    for job in jobs:
+        waiting.put(job)
+    devices = options.devices.split(",")
+
+    def work(device: str):
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                break
+            run_one(job, device, options, rows)
+        rows.put(None)
+
+    for device in devices:
+        threading.Thread(target=work, args=(device,), daemon=True).start()
+    ended = 0
+    while ended < len(devices):
+        row = rows.get()
+        if row is None:
+            ended += 1
+        else:
+            yield row
+
+
+def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queue):
+    """One job in a process of its own."""
+    command = [
+        sys.executable, "-m", "benchmarks.sprint", f"--only={job.name}", f"--device={device}",
+        f"--seed={job.seed}", f"--seconds={options.seconds}", f"--data_dir={options.data_dir}",
+        f"--evaluations={options.evaluations}", f"--val_tokens={options.val_tokens}", *job.argv,
+    ]  # fmt: skip
+    if options.save:
+        command += ["--save", f"--out_dir={options.out_dir / job.name}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                rows.put(json.loads(line))
+    if process.returncode:
+        rows.put({"name": job.name, "seed": job.seed, "failed": process.returncode})
+
+
+def table(rows: Iterable[dict]) -> str:
+    """The last row of each recipe and seed: mean and spread over seeds, as Markdown."""
+    ends: dict[str, dict[int, dict]] = defaultdict(dict)
+    for row in rows:
+        ends[row["name"]][row["seed"]] = row
+    lines = ["| recipe | loss | spread | seeds | seconds | steps | tokens/s | GiB |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name, by_seed in ends.items():
+        done = [row for row in by_seed.values() if "val_loss" in row]
+        if not done:
+            lines.append(f"| {name} | failed | | | | | | |")
+            continue
+        losses = [row["val_loss"] for row in done]
+        row = done[0]
+        spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
+        memory = f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
+        rate = statistics.mean(r["tokens_per_second"] for r in done)
+        lines.append(
+            f"| {name} | {statistics.mean(losses):.4f} | {spread} | {len(losses)} | "
+            f"{row['seconds']:.1f} | {row['step']} | {rate:,.0f} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], path: Path):
+    """Loss against seconds, a line for each recipe and seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[tuple[str, int], list[dict]] = defaultdict(list)
+    for row in rows:
+        if "val_loss" in row:
+            curves[row["name"], row["seed"]].append(row)
+    colours: dict[str, str] = {}
+    for (name, _), curve in curves.items():
+        label = None if name in colours else f"{name}: {curve[-1]['val_loss']:.3f}"
+        colour = colours.setdefault(name, f"C{len(colours)}")
+        seconds, losses = ([row[key] for row in curve] for key in ("seconds", "val_loss"))
+        axes.plot(seconds, losses, color=colour, label=label, marker=".")
+    if curves:
+        lowest = min(row["val_loss"] for curve in curves.values() for row in curve)
+        axes.set_ylim(lowest - 0.1, lowest + 2.5)
+        axes.legend(fontsize=8)
+        axes.set_title(next(iter(curves.values()))[0]["device"], fontsize=9)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; what it does not know goes to `gpt2 train`."""
+    made = argparse.ArgumentParser(
+        description=inspect.cleandoc(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("recipes", nargs="*", help="files of configs/, see above")
+    made.add_argument("--ablate", type=Path, help="a file of configs/: also without each switch")
+    made.add_argument("--data_dir", required=True, help="folder of shards")
+    made.add_argument("--seconds", type=float, default=200.0, help="of training")
+    made.add_argument("--seeds", default="1337", help="comma-separated")
+    made.add_argument("--evaluations", type=int, default=8, help="on the way, the last included")
+    made.add_argument("--val_tokens", type=int, default=FAR, help="at most; as a rule all")
+    default = "cuda:0" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--devices", default=default, help="comma-separated, a job each")
+    made.add_argument("--out_dir", type=Path, default=Path("out/sprint"))
+    made.add_argument("--save", action="store_true", help="keep the models, as out_ckpt.pt")
+    for name in ("--only", "--device"):
+        made.add_argument(name, help=argparse.SUPPRESS)
+    made.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    return made
+
+
+def main() -> int:
+    """Runs all jobs, or with --only one of them."""
+    options, options.extra = parser().parse_known_args()
+    if options.only:
+        if options.save:
+            options.out_dir.mkdir(parents=True, exist_ok=True)
+            options.extra.append(f"--out_dir={options.out_dir}")
+        try:
+            for row in sprint(options):
+                print(json.dumps(row), flush=True)
+        except UserError as error:
+            print(f"{options.only}: {error}", file=sys.stderr)
+            return 2
+        return 0
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with (options.out_dir / "sprint.jsonl").open("a", encoding="utf-8") as log:
+        for row in run_all(recipes(options), options):
+            rows.append(row)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            said = "failed, see above"
+            if "val_loss" in row:
+                said = f"{row['seconds']:6.1f} s  step {row['step']}  loss {row['val_loss']:.4f}"
+            print(f"{row['name']} (seed {row['seed']}): {said}", flush=True)
+    (options.out_dir / "sprint.md").write_text(table(rows), encoding="utf-8")
+    draw(rows, options.out_dir / "sprint.png")
+    print("\n" + table(rows))
+    return int(any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

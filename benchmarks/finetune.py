@@ -174,7 +174,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--warmup", type=int, default=3, help="steps before them")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--only", choices=SIZES, help="one size, in this process")
-    made.add_argument("--out_dir", type=Path, help="also write finetune.jsonl and finetune.md there")
+    made.add_argument(
+        "--out_dir", type=Path, help="also write finetune.jsonl and finetune.md there"
+    )
     return made
 
 

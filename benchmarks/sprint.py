@@ -29,8 +29,8 @@ import sys
 import threading
 import time
 import tomllib
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -44,6 +44,8 @@ from gpt2.flags import parse
 from gpt2.runtime import Runtime
 from gpt2.state import TrainState, begin_step, save_model
 from gpt2.switches import Recipe, Switches
+
+from .sprint_report import draw, table
 
 FAR = 10**9  # steps, while the speed is measured
 STRETCH_SECONDS = 2.0  # of each of three measurements of the speed
@@ -267,57 +269,6 @@ def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queu
                 rows.put(json.loads(line))
     if process.returncode:
         rows.put({"name": job.name, "seed": job.seed, "failed": process.returncode})
-
-
-def table(rows: Iterable[dict]) -> str:
-    """The last row of each recipe and seed: mean and spread over seeds, as Markdown."""
-    ends: dict[str, dict[int, dict]] = defaultdict(dict)
-    for row in rows:
-        ends[row["name"]][row["seed"]] = row
-    lines = ["| recipe | loss | spread | seeds | seconds | steps | tokens/s | GiB |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for name, by_seed in ends.items():
-        done = [row for row in by_seed.values() if "val_loss" in row]
-        if not done:
-            lines.append(f"| {name} | failed | | | | | | |")
-            continue
-        losses = [row["val_loss"] for row in done]
-        row = done[0]
-        spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
-        memory = f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
-        rate = statistics.mean(r["tokens_per_second"] for r in done)
-        lines.append(
-            f"| {name} | {statistics.mean(losses):.4f} | {spread} | {len(losses)} | "
-            f"{row['seconds']:.1f} | {row['step']} | {rate:,.0f} | {memory} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows: list[dict], path: Path):
-    """Loss against seconds, a line for each recipe and seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    curves: dict[tuple[str, int], list[dict]] = defaultdict(list)
-    for row in rows:
-        if "val_loss" in row:
-            curves[row["name"], row["seed"]].append(row)
-    colours: dict[str, str] = {}
-    for (name, _), curve in curves.items():
-        label = None if name in colours else f"{name}: {curve[-1]['val_loss']:.3f}"
-        colour = colours.setdefault(name, f"C{len(colours)}")
-        seconds, losses = ([row[key] for row in curve] for key in ("seconds", "val_loss"))
-        axes.plot(seconds, losses, color=colour, label=label, marker=".")
-    if curves:
-        lowest = min(row["val_loss"] for curve in curves.values() for row in curve)
-        axes.set_ylim(lowest - 0.1, lowest + 2.5)
-        axes.legend(fontsize=8)
-        axes.set_title(next(iter(curves.values()))[0]["device"], fontsize=9)
-    axes.set_xlabel("seconds of training")
-    axes.set_ylabel("validation loss, nats per token")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The benchmarks run, with small numbers; what they measure is in dev/LOG.md."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -170,3 +171,14 @@ def test_finetune_trains_all_weights_and_then_adapters(tmp_path):
         assert row["tokens_per_second"] > 0
         assert 5 < row["loss"] < 12
     assert "| gpt2-tiny, 2 × 32 | LoRA, rank 2 | 1,024 |" in done.stdout
+
+
+def test_loader(tmp_path):
+    arguments = ["--shard_tokens=100000", "--batch_size=2", "--block_size=1024", "--seconds=0.2"]
+    done = run_python("-m", "benchmarks.loader", *arguments)
+    cold, warm, step = done.stdout.splitlines()
+    for line in (cold, warm):
+        rates = re.findall(r"([\d.]+)M", line)
+        assert len(rates) == 2
+        assert all(float(rate) > 0.001 for rate in rates)
+    assert step.startswith("a step of 3.4 ms waits")

@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORE = -1  # a target that is not predicted
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # on Linux it comes with PyTorch
@@ -310,36 +310,6 @@ def cached_attention(  # noqa: PLR0917 - what attention has
     visible = torch.arange(end, device=q.device) <= at[:, None, :, None]  # (B, 1, T, S)
     keys, values = keys[:, :, :end], values[:, :, :end]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
-
-
-def small_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: nn.LayerNorm | None = None,
-    gelu: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """residual + gelu(norm(x) weightᵀ + bias), each of them if it is given, for a few rows.
-
-    On a GPU one kernel: with few rows the number of kernels is what takes time.
-
-    Args:
-        x: (B, K).
-        weight: (N, K).
-        bias: (N,).
-        norm: a LayerNorm of width K.
-        gelu: the tanh form.
-        residual: (B, N).
-    """
-    if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
-        from .decode_kernels import small_linear_
-
-        return small_linear_(x, weight, bias, norm, gelu, residual)
-    y = F.linear(norm(x) if norm else x, weight, bias)
-    y = F.gelu(y, approximate="tanh") if gelu else y
-    return y if residual is None else residual + y
 
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -275,11 +275,11 @@ class FinetuneConfig(TrainConfig):
     tuning: TuningOptions = field(default_factory=TuningOptions)
 
     def __post_init__(self):
+        if not self.optim.learning_rate:
+            rate = 3e-4 if self.tuning.lora_rank else 3e-5
+            object.__setattr__(self.optim, "learning_rate", rate)
         super().__post_init__()
         if self.tuning.lora_rank and self.optim.optimizer == "muon":
             raise UserError("optimizer=muon is for whole matrices; leave it or lora_rank out")
         if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
             object.__setattr__(self.data, "grad_accum_steps", 1)
-        if not self.optim.learning_rate:
-            rate = 3e-4 if self.tuning.lora_rank else 3e-5
-            object.__setattr__(self.optim, "learning_rate", rate)

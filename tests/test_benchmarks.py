@@ -1,6 +1,7 @@
 """The benchmarks run, with small numbers; what they measure is in dev/LOG.md."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -153,3 +154,14 @@ def test_generate_beside_transformers(tmp_path):
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert "transformers" in done.stdout
     assert (tmp_path / "generate.png").stat().st_size > 5000
+
+
+def test_loader(tmp_path):
+    arguments = ["--shard_tokens=100000", "--batch_size=2", "--block_size=1024", "--seconds=0.2"]
+    done = run_python("-m", "benchmarks.loader", *arguments)
+    cold, warm, step = done.stdout.splitlines()
+    for line in (cold, warm):
+        rates = re.findall(r"([\d.]+)M", line)
+        assert len(rates) == 2
+        assert all(float(rate) > 0.001 for rate in rates)
+    assert step.startswith("a step of 3.4 ms waits")

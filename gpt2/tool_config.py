@@ -159,6 +159,24 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Everything that `gpt2 inspect` can be told."""
+
+    file: str = option("", "a file with the text, instead of an argument; UTF-8")
+    out: str = option("inspect.html", "page to write; empty (--out=): only the table")
+    top: int = option(10, "likeliest tokens to show in each place")
+    special: bool = option(
+        False, "read a literal <|endoftext|> as the token between documents, not as text"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self):
+        at_least(1, top=self.top)
+        if self.top > 100:
+            raise UserError(f"top={self.top}: use 100 or fewer")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileConfig(TrainConfig):
     """Everything that `gpt2 profile` can be told: the options of `gpt2 train`, and one more."""
 

@@ -13,6 +13,7 @@ from gpt2.tool_config import (
     EvalConfig,
     ExportConfig,
     FinetuneConfig,
+    InspectConfig,
     PrepareConfig,
     ProfileConfig,
     PushConfig,
@@ -30,8 +31,8 @@ FLOORS = {
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
     "conversations lora",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
-    "decode batch weights export",
-    3: "api state messages train profiler prepare eval_run harness terminal "
+    "decode batch weights export lens page",
+    3: "api state messages train profiler prepare eval_run harness terminal inspect_model "
     "engine answers guard protocol serve cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -109,6 +110,7 @@ def test_pickles_are_never_trusted():
 
 CONFIGS = [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig, EvalConfig]
 CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, ServeConfig]
+CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, InspectConfig]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

@@ -50,6 +50,9 @@ ADDED: dict[str, list[str] | None] = {
     ],
     # downloads its tasks; tests/test_harness.py runs it with tasks of its own
     "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": None,
+    'gpt2 inspect out/out_ckpt.pt "The cat sat on the mat, and the dog sat on the"': [
+        "--out=out/inspect.html",
+    ],
     'gpt2 sample gpt2 --prompt="Hello world,"': ["--max_new_tokens=5"],
     "python train_gpt2.py --init=gpt2 --data_dir=data/mine --out_dir=out/tuned "
     "--learning_rate=3e-5 --max_steps=200": [
@@ -148,7 +151,8 @@ def test_commands_and_python_of_the_readme(clone, text, tmp_path):
         assert "model.safetensors" in hub.models["OWNER/NAME"]
     for path in ("fineweb/edufineweb_val_000000.bin", "fineweb/edufineweb_train_000001.bin",
                  "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",
-                 "out/loss.png", "out/eval.json", "out/two/out_ckpt.pt", "out/mine/out_ckpt.pt",
+                 "out/loss.png", "out/eval.json", "out/inspect.html", "out/two/out_ckpt.pt",
+                 "out/mine/out_ckpt.pt",
                  "out/h200/loss.png", "out/tuned/out_ckpt.pt", "out/hf/config.json"):  # fmt: skip
         assert (clone / path).exists(), path
 

@@ -23,6 +23,7 @@ from .tool_config import (
     ProfileConfig,
     PushConfig,
     SampleConfig,
+    ServeConfig,
     ShowConfig,
 )
 
@@ -36,6 +37,7 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 sample    a model -> text
   gpt2 chat      talk with a model that was fine-tuned on conversations
   gpt2 inspect   what a model makes of a text: probabilities, layers, attention, as a page
+  gpt2 serve     a model -> a chat page, and OpenAI's API
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
@@ -191,6 +193,18 @@ def inspect(argv: list[str]) -> int:
     return run(path, text, config)
 
 
+def serve(argv: list[str]) -> int:
+    """`gpt2 serve`: a chat page, and OpenAI's API."""
+    config, (path,) = parse(ServeConfig, argv, "gpt2 serve", {"checkpoint": MODEL_SOURCES})
+    try:
+        from .serve import run
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
+            raise
+        raise UserError(f'{error.name} is not installed; run: pip install -e ".[serve]"') from None
+    return run(path, config)
+
+
 def evaluate(argv: list[str]) -> int:
     """`gpt2 eval`."""
     config, (path,) = parse(EvalConfig, argv, "gpt2 eval", {"checkpoint": MODEL_SOURCES})
@@ -314,6 +328,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sample": sample,
     "chat": chat,
     "inspect": inspect,
+    "serve": serve,
     "eval": evaluate,
     "lm_eval": lm_eval,
     "plot": plot,

@@ -183,10 +183,14 @@ class Decoder:
             padded = [window + [0] * (longest - len(window)) for window in windows]
             hidden = self.model.hidden(torch.tensor(padded, device=self.device))
             return self.model.logits(hidden[range(len(rows)), [len(w) - 1 for w in windows]])
+        return self._logits_after(self.tokens, self.cache)
+
+    def _logits_after(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """(B, V) after one more token (B,) of every row of a cache."""
         with _on(self.device):  # where Triton launches
             if self.few:
-                return one_token.next_logits(self.model, self.tokens, self.cache)
-            hidden = self.model.hidden(self.tokens[:, None], self.cache)[:, -1]
+                return one_token.next_logits(self.model, tokens, cache)
+            hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
         if self.head is None:
             return self.model.logits(hidden)
         return F.linear(hidden, self.head)[:, : self.model.config.vocab_size]

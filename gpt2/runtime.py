@@ -212,6 +212,11 @@ def leave(code: int) -> int:
     return code
 
 
+def variable(name: str) -> str:
+    """A variable of the environment; empty where there is none."""
+    return os.environ.get(name, "")
+
+
 def is_first_rank() -> bool:
     """Whether this process is rank 0 under torchrun, or the only one."""
     return os.environ.get("RANK", "0") == "0"

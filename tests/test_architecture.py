@@ -18,6 +18,7 @@ from gpt2.tool_config import (
     ProfileConfig,
     PushConfig,
     SampleConfig,
+    ServeConfig,
     ShowConfig,
 )
 
@@ -30,9 +31,9 @@ FLOORS = {
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
     "conversations lora",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
-    "decode weights export lens page",
-    3: "api state messages train profiler prepare eval_run harness terminal "
-    "inspect_model cli __main__",
+    "decode batch weights export lens page",
+    3: "api state messages train profiler prepare eval_run harness terminal inspect_model "
+    "engine answers guard protocol serve cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(p for p in (ROOT / "gpt2").glob("*.py") if p.stem != "__init__")
@@ -108,7 +109,7 @@ def test_pickles_are_never_trusted():
 
 
 CONFIGS = [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig, EvalConfig]
-CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, InspectConfig]
+CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, InspectConfig, ServeConfig]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
@@ -138,7 +139,7 @@ def test_files_and_functions_stay_short():
         text = path.read_text("utf-8")
         assert len(text.splitlines()) <= 350, f"{path.name} is too long"
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = node.end_lineno - node.lineno + 1
                 doc = ast.get_docstring(node) or ""
                 assert length - len(doc.splitlines()) <= 50, f"{path.name}: {node.name}"
@@ -146,7 +147,8 @@ def test_files_and_functions_stay_short():
 
 def test_nothing_but_definitions_at_import_time():
     allowed = (
-        ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign,
+        ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign,
+        ast.AnnAssign,
     )  # fmt: skip
     for path in SOURCES:
         for node in ast.parse(path.read_text("utf-8")).body:

@@ -65,6 +65,12 @@ ADDED: dict[str, list[str] | None] = {
     'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile': None,
     'ollama run my-gpt2 "Hello world,"': None,
     "vllm serve out/hf": None,
+    "python train_gpt2.py --config=configs/speedrun.toml --mlp=swiglu --window_pattern=SSSL "
+    "--window=256": [
+        *SMALL, "--n_layer=6", "--total_batch_tokens=0", "--window=8", "--out_dir=out/modern",
+    ],
+    'pip install -e ".[serve]"': None,
+    "gpt2 serve out/finetuned/out_ckpt.pt": None,  # does not end; tests/test_serve.py runs it
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,

@@ -36,8 +36,8 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 profile   where the time of a training step goes
   gpt2 sample    a model -> text
   gpt2 chat      talk with a model that was fine-tuned on conversations
-  gpt2 inspect   what a model makes of a text: probabilities, layers, attention, as a page
   gpt2 serve     a model -> a chat page, and OpenAI's API
+  gpt2 inspect   what a model makes of a text: probabilities, layers, attention, as a page
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
@@ -184,15 +184,6 @@ def chat(argv: list[str]) -> int:
     return talk(path, config)
 
 
-def inspect(argv: list[str]) -> int:
-    """`gpt2 inspect`."""
-    names = {"checkpoint": MODEL_SOURCES, "text": "text to look at; - reads it from stdin"}
-    config, (path, text) = parse(InspectConfig, argv, "gpt2 inspect", names, optional=("text",))
-    from .inspect_model import run
-
-    return run(path, text, config)
-
-
 def serve(argv: list[str]) -> int:
     """`gpt2 serve`: a chat page, and OpenAI's API."""
     config, (path,) = parse(ServeConfig, argv, "gpt2 serve", {"checkpoint": MODEL_SOURCES})
@@ -203,6 +194,15 @@ def serve(argv: list[str]) -> int:
             raise
         raise UserError(f'{error.name} is not installed; run: pip install -e ".[serve]"') from None
     return run(path, config)
+
+
+def inspect(argv: list[str]) -> int:
+    """`gpt2 inspect`."""
+    names = {"checkpoint": MODEL_SOURCES, "text": "text to look at; - reads it from stdin"}
+    config, (path, text) = parse(InspectConfig, argv, "gpt2 inspect", names, optional=("text",))
+    from .inspect_model import run
+
+    return run(path, text, config)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -327,8 +327,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "profile": profile,
     "sample": sample,
     "chat": chat,
-    "inspect": inspect,
     "serve": serve,
+    "inspect": inspect,
     "eval": evaluate,
     "lm_eval": lm_eval,
     "plot": plot,

@@ -126,24 +126,6 @@ class ChatConfig(WritingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
-    """Everything that `gpt2 inspect` can be told."""
-
-    file: str = option("", "a file with the text, instead of an argument; UTF-8")
-    out: str = option("inspect.html", "page to write; empty (--out=): only the table")
-    top: int = option(10, "likeliest tokens to show in each place")
-    special: bool = option(
-        False, "read a literal <|endoftext|> as the token between documents, not as text"
-    )
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-
-    def __post_init__(self):
-        at_least(1, top=self.top)
-        if self.top > 100:
-            raise UserError(f"top={self.top}: use 100 or fewer")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Everything that `gpt2 serve` can be told."""
 
@@ -174,6 +156,24 @@ class ServeConfig:
         at_least(1, slots=self.slots)
         if self.port > 65535:
             raise UserError(f"port={self.port}: use 1 to 65535, or 0 for any free one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Everything that `gpt2 inspect` can be told."""
+
+    file: str = option("", "a file with the text, instead of an argument; UTF-8")
+    out: str = option("inspect.html", "page to write; empty (--out=): only the table")
+    top: int = option(10, "likeliest tokens to show in each place")
+    special: bool = option(
+        False, "read a literal <|endoftext|> as the token between documents, not as text"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self):
+        at_least(1, top=self.top)
+        if self.top > 100:
+            raise UserError(f"top={self.top}: use 100 or fewer")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,8 @@ def test_pickles_are_never_trusted():
 
 
 CONFIGS = [ProfileConfig, PrepareConfig, SampleConfig, ShowConfig, EvalConfig]
-CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, InspectConfig, ServeConfig]
+CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, ServeConfig]
+CONFIGS += [ExportConfig, PushConfig, FinetuneConfig, ChatConfig, InspectConfig]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

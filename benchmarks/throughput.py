@@ -35,10 +35,10 @@ import numpy as np
 import torch
 
 from gpt2 import runtime, train
+from gpt2.begin import settle_init
 from gpt2.config import GPT2_VOCAB_SIZE, SIZES, TrainConfig
 from gpt2.flags import parse
 from gpt2.shards import HEADER_BYTES, write_shard
-from gpt2.state import settle_init
 
 SHARD_TOKENS = 4_000_000
 STEPS_TIMED = 10  # together

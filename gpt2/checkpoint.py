@@ -3,11 +3,12 @@
 Two kinds. `out_ckpt.pt` is for using a model: a dict of `model` (tensors under GPT-2's names),
 `config`, `step`, `val_loss`, `format`. `state/step_00000250/` is for continuing a run: the model as
 safetensors, the rest (optimizer, scaler, position in the data, random generators) as tensors and
-plain values, and `manifest.json` with the sha256 of both.
+plain values, and `manifest.json` with the sha256 of both. Where ranks hold parts, the model and the
+optimizer's moments are one safetensors file per rank instead (`sharded.py`).
 
-A state is written into `….tmp`, synced to disk, and renamed when whole: the rename is the commit.
-No format notices a flipped bit by itself, so the hashes are compared before anything is loaded.
-Nothing here ever unpickles code: `weights_only=True` everywhere.
+A state is written beside its name and renamed when it is whole (`commit.py`). No format notices a
+flipped bit by itself, so the hashes are compared before anything is loaded. Nothing here ever
+unpickles code: `weights_only=True` everywhere.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ import json
 import os
 import pickle
 import re
-import shutil
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +29,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import foreign
+from . import foreign, parallel
+from .commit import committed, discard, fingerprint, first_line, sync, why_not_written
 from .config import GPT2Config, UserError, to_dict
-from .lora import merged_state, to_peft
-from .shards import write_atomically
+from .integrity import check_files, check_sums, size_of
+from .lora import merged_state
 from .switches import SWITCH_NAMES
 
-FORMAT = 1
+FORMAT = 1  # of out_ckpt.pt
+STATE_FORMAT = 2  # of a state's manifest; 1 had no sha256 of its own
 MODEL_FILE, STATE_FILE, MANIFEST = "model.safetensors", "train_state.pt", "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
+PART_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # as DCP names them
 # What wrappers put before or into names: torch.compile, DistributedDataParallel, FSDP.
 WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)\.")
 
@@ -48,10 +54,17 @@ def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
     Raises:
         UserError: no space or no permission.
     """
+    write_model(path, model.config, merged_state(model), step, val_loss)
+
+
+def write_model(
+    path: Path, config: GPT2Config, tensors: dict[str, Tensor], step: int, val_loss: float | None
+):
+    """The same for tensors with which nothing else happens meanwhile."""
     content = {
         "format": FORMAT,
-        "model": {name: t.detach().cpu().contiguous() for name, t in merged_state(model).items()},
-        "config": to_dict(model.config),
+        "model": _on_cpu(tensors),
+        "config": to_dict(config),
         "step": step,
         "val_loss": val_loss,
     }
@@ -62,32 +75,21 @@ def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
         sync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        raise UserError(_why_not_written(path, error)) from None
+        raise UserError(why_not_written(path, error, size_of(tensors))) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def save_adapter(folder: Path, model: nn.Module, base: str):
-    """Writes the adapters of a model as `peft` reads them.
+def write_adapter(folder: Path, tensors: dict[str, Tensor], settings: bytes):
+    """Writes what `lora.to_peft` made of a model's adapters, as `peft` reads it.
 
     Raises:
         UserError: no space or no permission.
     """
-    tensors, settings = to_peft(model, base)
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with committed(folder, (safetensors.SafetensorError,)) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_bytes(settings)
-        for path in temporary.iterdir():
-            sync(path)
-        _discard(folder)
-        os.replace(temporary, folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(_why_not_written(folder, error)) from None
 
 
 def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
@@ -121,6 +123,8 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     if foreign.is_nanogpt(rest):
         config, state, rest = foreign.from_nanogpt(state, rest, path)
     else:
+        if rest.get("format") == FORMAT and zipfile.is_zipfile(path):
+            check_sums(path)
         settings = rest.pop("config")
         if not isinstance(settings, dict) or not all(
             isinstance(value, int | float) or name in SWITCH_NAMES
@@ -157,6 +161,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{source} does not fit the model: {', '.join(problems[:3])}{more}")
+    state = {n: parallel.like(t, own[n]) for n, t in state.items()}
     model.load_state_dict(state, assign=any(t.is_meta for t in own.values()))
 
 
@@ -175,8 +180,9 @@ class Resumed:
     path: Path
     step: int
     config: GPT2Config
-    model: dict[str, Tensor]
+    model: dict[str, Tensor]  # empty if it is in parts
     state: dict[str, Any]
+    in_parts: bool = False  # see `sharded`
 
 
 def save_state(
@@ -194,34 +200,56 @@ def save_state(
     Raises:
         UserError: no space or no permission; older states are still there.
     """
+    tensors = model.state_dict()
+    return write_state(out_dir, step, model.config, tensors, state, keep_last=keep_last)
+
+
+def write_state(
+    out_dir: Path,
+    step: int,
+    config: GPT2Config,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep_last: int,
+) -> Path:
+    """The same for tensors with which nothing else happens meanwhile."""
+    with new_state(out_dir, step, keep_last, size_of(tensors) + size_of(state)) as temporary:
+        save_file(_on_cpu(tensors), temporary / MODEL_FILE)
+        write_rest(temporary, step, config, state)
+    return out_dir / "state" / f"step_{step:08d}"
+
+
+@contextlib.contextmanager
+def new_state(out_dir: Path, step: int, keep_last: int, needed: int = 0) -> Iterator[Path]:
+    """A folder for the files of a state; at the end it is committed, and older states deleted.
+
+    Args:
+        out_dir: the run's folder.
+        step: optimizer steps done.
+        keep_last: how many states stay.
+        needed: bytes that will be written, as far as they are known.
+
+    Raises:
+        UserError: no space or no permission; older states are still there.
+    """
     final = out_dir / "state" / f"step_{step:08d}"
-    temporary = final.with_name(final.name + ".tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-        save_file(tensors, temporary / MODEL_FILE)
-        torch.save(state, temporary / STATE_FILE)
-        files = {name: _fingerprint(temporary / name) for name in (MODEL_FILE, STATE_FILE)}
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "config": to_dict(model.config),
-            "files": files,
-        }
-        for name in files:
-            sync(temporary / name)
-        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _discard(final)  # left by a run that was resumed from an earlier step
-        os.replace(temporary, final)
-        sync(final.parent)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(_why_not_written(final, error)) from None
+    with committed(final, (RuntimeError, safetensors.SafetensorError), needed) as temporary:
+        yield temporary
     with contextlib.suppress(OSError):  # what cannot be deleted now is deleted next time
         for old in state_folders(out_dir)[:-keep_last]:
-            _discard(old)
-    return final
+            discard(old)
+
+
+def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any]):
+    """Adds what is not in safetensors, and the manifest of all files."""
+    torch.save(state, folder / STATE_FILE)
+    names = sorted(path.name for path in folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        files = dict(zip(names, pool.map(lambda n: fingerprint(folder / n), names), strict=True))
+    manifest = {"format": STATE_FORMAT, "step": step, "config": to_dict(config), "files": files}
+    manifest["sha256"] = _digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def state_folders(out_dir: Path) -> list[Path]:
@@ -229,25 +257,30 @@ def state_folders(out_dir: Path) -> list[Path]:
     return sorted(p for p in (out_dir / "state").glob("step_*") if STEP_FOLDER.fullmatch(p.name))
 
 
-def load_state(path: Path) -> Resumed:
-    """Reads one state after comparing its files with the manifest.
+def load_state(path: Path, verify: bool = True) -> Resumed:
+    """Reads one state after comparing its files with the manifest; parts are left where they are.
+
+    Args:
+        path: the folder.
+        verify: whether the hashes of parts are compared: once is enough for all ranks.
 
     Raises:
         UserError: what is damaged or missing.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != 1 and manifest.pop("sha256", None) != _digest(manifest):
+            raise UserError(f"{path}: {MANIFEST} is damaged (its sha256 differs)")
         step, files = int(manifest["step"]), manifest["files"]
-        for name in (MODEL_FILE, STATE_FILE):  # fixed names: a manifest cannot point elsewhere
-            if _fingerprint(path / name) != files[name]:
-                raise UserError(f"{path}: {name} is damaged (its sha256 differs)")
-        model = load_file(path / MODEL_FILE)
+        parts = [name for name in files if PART_FILE.fullmatch(name)]
+        check_files(path, files, [*(parts or [MODEL_FILE]), STATE_FILE], verify or not parts)
+        model = {} if parts else load_file(path / MODEL_FILE)
         config = GPT2Config.from_dict(manifest["config"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a whole checkpoint ({_short(error)})") from None
-    return Resumed(path, step, config, model, _torch_load(path / STATE_FILE))
+        raise UserError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
+    return Resumed(path, step, config, model, _torch_load(path / STATE_FILE), bool(parts))
 
 
 def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
@@ -285,6 +318,14 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
 # ---- helpers ------------------------------------------------------------------------------------
 
 
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def _torch_load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_stand_ins(path)):
@@ -294,10 +335,10 @@ def _torch_load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, it is damaged or holds more than tensors and plain values "
-            f"({_short(error)})"
+            f"({first_line(error)})"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({_short(error)})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
 
 
 def _stand_ins(path: Path) -> list[tuple[type, str]]:
@@ -307,41 +348,3 @@ def _stand_ins(path: Path) -> list[tuple[type, str]]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
         return []  # torch.load will say what is wrong
     return [(foreign.GPTConfig, name) for name in named if name.endswith(".GPTConfig")]
-
-
-def _fingerprint(path: Path) -> list[int | str]:
-    with open(path, "rb") as file:
-        return [os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def sync(path: Path):
-    """Asks the disk to keep what was written; folders cannot be asked on Windows."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(folder: Path):
-    """Deletes a state; renamed first, so that half of it never looks whole."""
-    if folder.exists():
-        doomed = folder.with_name(folder.name + ".old.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _why_not_written(path: Path, error: Exception) -> str:
-    reason = _short(error)
-    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
-    if "unexpected pos" in reason or "PytorchStreamWriter" in reason or "space" in reason:
-        reason = "the disk is full"
-    return f"checkpoint {path} not written: {reason} ({free / 2**30:.2f} GiB free)"
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -1,7 +1,7 @@
 """The command line: `gpt2 COMMAND …`. Each command imports what it needs, and only then.
 
-Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 130 and 143 stopped by
-Ctrl-C or SIGTERM, with everything saved.
+Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 75 a rank hung, try again;
+130, 143 and 138 stopped by Ctrl-C, SIGTERM or SIGUSR1, with everything saved.
 """
 
 import difflib
@@ -83,11 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """`gpt2 train`."""
-    config = parse(TrainConfig, argv, "gpt2 train")
-    from . import runtime
-    from .train import run
-
-    return runtime.leave(run(config))
+    return _train(parse(TrainConfig, argv, "gpt2 train"))
 
 
 def finetune(argv: list[str]) -> int:
@@ -98,10 +94,7 @@ def finetune(argv: list[str]) -> int:
             "say what to begin with and what to learn: "
             "gpt2 finetune --init=gpt2 --data=conversations.jsonl"
         )
-    from . import runtime
-    from .train import run
-
-    return runtime.leave(run(config))
+    return _train(config)
 
 
 def profile(argv: list[str]) -> int:
@@ -298,6 +291,17 @@ def demo(argv: list[str]) -> int:
 @dataclass(frozen=True)
 class _NoOptions:
     """No options but those named above."""
+
+
+def _train(config: TrainConfig | FinetuneConfig) -> int:
+    from . import runtime
+    from .train import run
+
+    try:
+        return runtime.leave(run(config))
+    except KeyboardInterrupt:  # the second: a checkpoint that is being written is not waited for
+        print("interrupted", file=sys.stderr)
+        return runtime.leave(130, at_once=True)
 
 
 def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callable:

@@ -204,8 +204,19 @@ class SystemOptions:
         "head: its products in fp8, on GPUs that have it (H100, RTX 4090, …)",
         ("none", "head"),
     )
+    parallel: str = option(
+        "ddp",
+        "with several ranks: ddp (each holds all weights) or fsdp (each holds a part of weights, "
+        "gradients and moments: for models that do not fit)",
+        ("ddp", "fsdp"),
+    )
     activation_checkpointing: bool = option(
         False, "keep only the input of each block and compute the rest again: less memory, slower"
+    )
+    hang_timeout_seconds: int = option(
+        300,
+        "several ranks: after so long without progress the run ends and names the rank that "
+        "hangs; 0: after half an hour, by PyTorch",
     )
     seed: int = option(1337, "seed of the weights, the order of the data and dropout")
 
@@ -231,6 +242,7 @@ class TrainConfig:
         at_least(1, eval_tokens=self.eval.eval_tokens)
         at_least(0, eval_every=self.eval.eval_every, save_every=self.output.save_every)
         at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
+        at_least(0, hang_timeout_seconds=self.system.hang_timeout_seconds)
         at_least(0, eval_hellaswag_every=self.eval.eval_hellaswag_every)
         if self.eval.hellaswag != "hub" and not self.eval.eval_hellaswag_every:
             raise UserError("--hellaswag= is used with --eval_hellaswag_every=STEPS; give both")

@@ -1,5 +1,8 @@
 """What a training run says: where it stands before the first step, and a line for each step."""
 
+import contextlib
+import json
+
 from . import report
 from .checkpoint import Resumed
 from .config import BatchPlan, OptimOptions, TrainConfig, flatten
@@ -7,7 +10,8 @@ from .datasets import split_eval_tokens
 from .evaluate import Evaluation, together
 from .optim import sequences_left
 from .runtime import Runtime
-from .state import TrainState
+from .shards import write_atomically
+from .state import TrainState, out_dir
 
 FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
 MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that say where, not what
@@ -97,6 +101,28 @@ def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str):
         report.say(f"{text}: as expected")
     else:
         report.warn(f"{text}: check the data, the learning rate and the initialisation")
+
+
+def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, tokens: int) -> str:
+    """Writes which text a step read, of all ranks, into nonfinite.json; the first of it in words.
+
+    Args:
+        state: of the run.
+        config: its settings.
+        tokens_before: that the run had trained on before the step.
+        tokens: of the step.
+    """
+    length = state.plan.block_size
+    found = state.loader.order.locate(tokens_before // length, tokens // length)
+    windows = [
+        {"shard": str(shard.path), "first_token": int(start), "tokens": length + 1}
+        for shard, start in found
+    ]
+    path, content = out_dir(config) / "nonfinite.json", {"tokens_before": tokens_before}
+    with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+        write_atomically(path, json.dumps(content | {"windows": windows}, indent=1).encode())
+    first = f"{windows[0]['shard']} from token {windows[0]['first_token']:,}"
+    return f"{first} and {len(windows) - 1} more windows (all in {path})"
 
 
 def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None):

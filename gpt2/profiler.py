@@ -20,12 +20,13 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from . import report, runtime, train
+from .begin import settle_init
 from .config import GPT2_VOCAB_SIZE, TrainConfig, UserError
 from .messages import out_of_memory
 from .model import GPT
 from .runtime import Runtime
 from .shards import write_shard
-from .state import TrainState, settle_init
+from .state import TrainState
 from .tool_config import ProfileConfig
 
 WARMUP_STEPS, STEPS = 5, 3

@@ -4,45 +4,24 @@ What a checkpoint must hold for the run to go on bit for bit: weights, optimizer
 in the data, and the random generators of every rank.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, lora, report, rundir, weights
-from .checkpoint import Resumed
-from .config import (
-    BatchPlan,
-    GPT2Config,
-    ModelOptions,
-    TrainConfig,
-    UserError,
-    flatten,
-    to_dict,
-)
-from .conversations import check_eval_tokens, is_chat, open_conversations
+from . import checkpoint, lora, parallel, report, sharded
+from .checkpoint import Resumed, write_adapter, write_model, write_state
+from .config import BatchPlan, TrainConfig, UserError, flatten
 from .data import TrainLoader
-from .datasets import (
-    Dataset,
-    MixStart,
-    build_mixture,
-    continue_mix,
-    identify,
-    open_datasets,
-    remember,
-)
+from .datasets import Dataset, remember
 from .model import GPT
 from .optim import check_groups, micro_batches_at, window_at
-from .order import Mixture
 from .runtime import Runtime
-from .switches import defaults, switched
+from .saver import Saver
 from .tasks import Choice
-from .weights import Weights
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
 COUNTERS = (  # fields of TrainState that a checkpoint holds as they are
@@ -73,6 +52,7 @@ class TrainState:
     stop: bool = False  # agreed by all ranks
     hellaswag: list[Choice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
+    saver: Saver = field(default_factory=lambda: Saver(report.warn))
 
     @property
     def tokens(self) -> int:
@@ -95,187 +75,43 @@ def begin_step(state: TrainState, config: TrainConfig) -> int:
     return micro_batches_at(state.step, config.optim, state.plan)
 
 
-def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
-    """The state to continue from, or None for a new run; changes nothing but our leftovers."""
-    kept: list[Resumed] = []  # what rank 0 has read need not be read twice
-
-    def look() -> str | None:
-        out = out_dir(config)
-        rundir.check_writable(out)
-        with _as_user_error():
-            rundir.clean(out)
-        found, damaged = checkpoint.find_state(out, config.output.resume)
-        for line in damaged:
-            report.warn(f"{line}; using an older checkpoint")
-        if found:
-            check_same_run(found, config.model)
-            kept.append(found)
-        return str(found.path) if found else None
-
-    path = rt.on_main(look)
-    if not path:
-        return None
-    return kept[0] if kept else checkpoint.load_state(Path(path))
-
-
-def settle_init(
-    config: TrainConfig, rt: Runtime, resumed: Resumed | None
-) -> tuple[TrainConfig, Weights | None]:
-    """The settings with the sizes of the weights that `--init` names, and these weights.
-
-    A run that goes on does not read them again. They are loaded on rank 0 only: DDP gives its
-    weights to the other ranks.
-
-    Raises:
-        UserError: no such weights, or options that contradict them.
-    """
-    options = config.model
-    if not options.init:
-        return config, None
-    loaded: list[Weights] = []
-
-    def look() -> GPT2Config:
-        found = weights.load(options.init)
-        settled = weights.settle(options, found.config)
-        found = weights.for_training(found, settled.block_size)
-        report.say(f"beginning with {found.origin}")
-        for note in found.notes:
-            report.say(note)
-        loaded.append(found)
-        return found.config
-
-    shape = resumed.config if resumed else rt.on_main(look)
-    return replace(config, model=weights.settle(options, shape)), next(iter(loaded), None)
-
-
-def make_way(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
-    """Moves aside what an earlier run left beyond the state to continue from."""
-
-    def move():
-        out = out_dir(config)
-        own = resumed and resumed.path.resolve().parent == (out / "state").resolve()
-        back = config.output.resume not in ("auto", "never")
-        with _as_user_error():
-            moved = rundir.archive(out, resumed.step if own else -1, going_back=back)
-        if moved:
-            report.say(f"moved files of an earlier run to {moved}")
-
-    rt.on_main(move)
-
-
-@contextlib.contextmanager
-def _as_user_error():
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror or error}") from None
-
-
-def check_same_run(found: Resumed, options: ModelOptions):
-    """Raises UserError when the checkpoint is of another network, or began with other weights."""
-    began_with = found.state.get("settings", {}).get("init", "")
-    if options.init and options.init != began_with:
-        raise UserError(
-            f"{found.path} is of a run that began with {began_with or 'fresh weights'}, not "
-            f"init={options.init}; use another --out_dir, or --resume=never"
-        )
-    theirs = defaults() | to_dict(found.config)
-    ours = defaults() | to_dict(options.shape())
-    if options.init:  # the rest is that of the weights
-        ours = options.given() | switched(options)
-    ours.pop("dropout", None)  # may change between runs
-    different = [f"{n} {ours[n]} instead of {theirs[n]}" for n in ours if ours[n] != theirs[n]]
-    if different:
-        raise UserError(
-            f"{found.path} is of another network: you asked for {', '.join(different)}; "
-            "use the same settings, another --out_dir, or --resume=never"
-        )
-
-
-def order_data(
-    config: TrainConfig, rt: Runtime, resumed: Resumed | None
-) -> tuple[list[Dataset], Mixture]:
-    """The datasets, and the order of their windows: from the beginning or as a checkpoint goes on.
-
-    Raises:
-        UserError: what is wrong with the datasets, or not as it was when the checkpoint was saved.
-    """
-    shape, seed = config.model.shape(), config.system.seed
-    datasets = _open_data(config, shape.block_size, rt)
-    identities = rt.on_main(lambda: [identify(dataset) for dataset in datasets])
-    datasets = [replace(d, identity=i) for d, i in zip(datasets, identities, strict=True)]
-    start = MixStart()
-    if resumed and "data" in resumed.state:
-        position = resumed.state["position"]
-        stored = resumed.state["data"]
-        datasets, start, notes = continue_mix(datasets, stored, position, resumed.path)
-        rt.notes.extend(notes)
-    elif resumed:
-        rt.notes.append(
-            f"{resumed.path} does not say which shards it was trained on: it is of an older "
-            "version, whose order was another; what was read in this epoch may come again"
-        )
-    if config.data.window_start == "document" and rt.is_main:
-        report.say("looking for the beginnings of documents in the training shards")
-    return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start)
-
-
-def _open_data(config: TrainConfig, block_size: int, rt: Runtime) -> list[Dataset]:
-    """Folders of shards or, for `gpt2 finetune`, files of conversations."""
-    if config.tuning is None or not is_chat(config.data.data_dir):
-        return open_datasets(config.data.data_dir)
-    if config.data.window_start != "anywhere":
-        raise UserError("--window_start=document is for text; conversations are always whole")
-    if config.model.document_mask:
-        raise UserError(
-            f"init={config.model.init} has document_mask: the end-of-text tokens between messages "
-            "would hide them from one another; begin with another model"
-        )
-    share = config.tuning.val_share
-    datasets, notes = open_conversations(config.data.data_dir, block_size, share)
-    check_eval_tokens(config.eval.eval_tokens, datasets, block_size)
-    rt.notes.extend(notes)
-    return datasets
-
-
-def settle_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
-    """The settings with the steps that `--epochs=` takes, if these are fewer than max_steps."""
-    if config.tuning is None:
-        return config
-    rows = sum(order.per_epoch for order in state.loader.order.orders)
-    steps = max(1, math.ceil(config.tuning.epochs * rows / state.plan.sequences_per_step))
-    max_steps = min(config.optim.max_steps, steps)
-    return replace(config, optim=replace(config.optim, max_steps=max_steps))
-
-
 def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
     """Commits a checkpoint to continue from; a failure only ends the run when it is the last."""
     content = {
         "position": state.loader.position,
-        "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "rng": rt.gather(rt.rng_state()),
         **{name: getattr(state, name) for name in COUNTERS},
         "data": remember(state.datasets, state.loader.order, state.loader.position),
         "settings": flatten(config),
     }
-    keep = config.output.keep_last
-    write(
-        rt,
-        lambda: checkpoint.save_state(out_dir(config), state.step, state.model, content, keep),
-        final,
-    )
+    tensors = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    step, shape, keep = state.step, state.model.config, config.output.keep_last
+    if rt.sharded:
+        given = out_dir(config), step, shape, tensors, content
+        _now(lambda: sharded.write(*given, keep_last=keep, rt=rt), rt, final)
+        return
+
+    def commit(t: dict):
+        rest = content | {"optimizer": t["optimizer"]}
+        write_state(out_dir(config), step, shape, t["model"], rest, keep_last=keep)
+
+    write(state, rt, tensors, commit, final)
 
 
 def restore(state: TrainState, resumed: Resumed, rt: Runtime):
     """Puts back what `save` stored; the loader already stands at its position."""
     content = resumed.state
     check_groups(state.optimizer, content["optimizer"], resumed.path)
-    checkpoint.load_into(state.model, resumed.model, resumed.path)
+    if resumed.in_parts:
+        optimizer = sharded.read(state.model, state.optimizer, resumed)
+    else:
+        checkpoint.load_into(state.model, resumed.model, resumed.path)
+        optimizer = sharded.cut(state.optimizer, resumed)
     options = [
         {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
     ]
-    state.optimizer.load_state_dict(content["optimizer"])
+    state.optimizer.load_state_dict(optimizer)
     for group, asked in zip(state.optimizer.param_groups, options, strict=True):
         group.update(asked)  # only the moments come from the checkpoint: options may change
     if content["scaler"] and state.scaler.is_enabled():  # empty unless that run was fp16
@@ -299,17 +135,48 @@ def export_best(state: TrainState, config: TrainConfig, rt: Runtime):
 
 def save_model(state: TrainState, config: TrainConfig, name: str, rt: Runtime, final: bool):
     """Writes the model with its step and validation loss; beside it an adapter, if it has one."""
-    path = out_dir(config) / name
-    write(rt, lambda: checkpoint.save_model(path, state.model, state.step, state.val_loss), final)
-    if lora.is_adapted(state.model):
-        folder = path.with_name(path.stem.replace("ckpt", "adapter"))
-        write(rt, lambda: checkpoint.save_adapter(folder, state.model, config.model.init), final)
+    path, shape = out_dir(config) / name, state.model.config
+    step, val_loss = state.step, state.val_loss
+    weights = "merged" if lora.is_adapted(state.model) else "model"  # "model" is in `save` as well
+    whole = parallel.whole_state(state.model, keep=rt.is_main)
+    tensors = {weights: lora.merged_state(state.model, whole)}
+    if weights == "merged":
+        tensors["adapter"], settings = lora.to_peft(state.model, config.model.init, whole)
+
+    def write_both(t: dict):
+        write_model(path, shape, t[weights], step, val_loss)
+        if weights == "merged":
+            folder = path.with_name(path.stem.replace("ckpt", "adapter"))
+            write_adapter(folder, t["adapter"], settings)
+
+    write(state, rt, tensors, write_both, final)
 
 
-def write(rt: Runtime, function: Callable[[], Any], final: bool):
-    """Writes on rank 0. A full disk is no reason to lose the run, unless it was the last chance."""
+def write(state: TrainState, rt: Runtime, tensors: dict, function: Callable, final: bool):
+    """Calls `function` with the tensors on rank 0: the last time now, else from copies, later.
+
+    A full disk is no reason to lose the run, unless it was the last chance.
+
+    Raises:
+        UserError: it was the last time, and it failed.
+    """
+
+    def now():
+        state.saver.wait()
+        function(tensors)
+
+    if final:
+        rt.on_main(now)
+    elif rt.is_main:
+        with rt.alone():  # as long as the one before is being written
+            copies = state.saver.copy(state.step, tensors)
+        state.saver.write_later(lambda: function(copies))
+
+
+def _now(function: Callable[[], None], rt: Runtime, final: bool):
+    """The same for a function that all ranks call, and that writes at once."""
     try:
-        rt.on_main(function)
+        function()
     except UserError as error:
         if final:
             raise

@@ -14,9 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checkpoint, devices, flags, lora, report, runtime
+from . import checkpoint, devices, lora, parallel, report, runtime
+from .begin import (
+    adopt_evaluation,
+    find_checkpoint,
+    make_way,
+    open_log,
+    order_data,
+    reserved,
+    settle_init,
+    settle_steps,
+)
 from .checkpoint import Resumed
-from .config import TrainConfig, UserError, flatten, plan_batch
+from .config import TrainConfig, UserError, plan_batch
 from .data import Batch, TrainLoader, eval_batches
 from .datasets import split_eval_tokens
 from .evaluate import evaluate, together
@@ -26,6 +36,7 @@ from .messages import (
     log_evaluation,
     log_hellaswag,
     log_step,
+    note_batch,
     out_of_memory,
 )
 from .modern import network
@@ -34,21 +45,7 @@ from .optim import build_optimizer, check_plan, set_rates
 from .packed import packed
 from .runtime import Runtime
 from .sinks import check_names
-from .state import (
-    MODEL_NAME,
-    TrainState,
-    begin_step,
-    export,
-    export_best,
-    find_checkpoint,
-    make_way,
-    order_data,
-    out_dir,
-    restore,
-    save,
-    settle_init,
-    settle_steps,
-)
+from .state import MODEL_NAME, TrainState, begin_step, export, export_best, out_dir, restore, save
 from .tasks import HELLASWAG, load
 from .weights import Weights
 
@@ -64,14 +61,14 @@ def run(config: TrainConfig) -> int:
     Raises:
         UserError: anything that a person can correct; whatever had been saved is still there.
     """
-    with runtime.start(config.system) as rt:
+    with runtime.start(config.system, report.error) as rt, reserved(config, rt):
         resumed = find_checkpoint(config, rt)
         config, init = settle_init(config, rt, resumed)
         state = build(config, rt, resumed, init)
         config = settle_steps(config, state)
         try:
             make_way(config, rt, resumed)
-            with open_log(config, rt, resumed) as log:
+            with state.saver, open_log(config, rt, resumed) as log:
                 announce(state, config, rt, resumed)
                 adopt_evaluation(state, config, rt, log, resumed)
                 loop(state, config, rt, log)
@@ -86,6 +83,7 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
     resumed_at, max_steps = state.step, config.optim.max_steps
     state.clock.start(state.seconds)
+    state.stop = rt.stop_requested()  # while the data were opened and the model was made
     launched: deque[Launched] = deque()
     while not between_steps(state, config, rt, log, resumed_at):
         try:
@@ -175,17 +173,17 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
         with rt.accumulate(state.forward, last=micro == len(batches) - 1):
             with rt.autocast():
                 loss = state.forward(x, y, reduction="sum", cache=inside)  # nats
-            # DDP takes the mean over ranks of what should be a sum
+            # DDP and FSDP take the mean over ranks of what should be a sum
             state.scaler.scale(loss * (rt.world_size / valid_tokens)).backward()
         loss_sum += loss.detach()
     state.scaler.unscale_(state.optimizer)
     limit = config.optim.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    grad_norm = parallel.clip_gradients(state.model.parameters(), limit)
     # one message for all that ranks must agree on, copied while the weights change
     parts = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
     parts = rt.all_sum(torch.stack(parts))
     read = rt.read_later(parts)
-    _update(state, skip=~parts[1].isfinite())
+    _update(state, skip=~parts[:2].isfinite().all())
     state.step += 1
     return Launched(state.step, lr, state.tokens, state.tokens - before, read)
 
@@ -195,7 +193,8 @@ def note_step(
 ):
     """Waits for a step's numbers, acts on them and logs them."""
     loss, norm, stops = launched.read()
-    _count_skipped(state, launched.step, math.isfinite(norm))
+    rt.reached(launched.step)
+    count_skipped(state, config, rt, launched, math.isfinite(loss + norm))
     state.stop = state.stop or stops > 0
     state.clock.step(launched.own_tokens)
     if launched.step == 1:
@@ -225,13 +224,18 @@ def _update(state: TrainState, skip: Tensor):
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def _count_skipped(state: TrainState, step: int, finite: bool):
+def count_skipped(
+    state: TrainState, config: TrainConfig, rt: Runtime, launched: Launched, finite: bool
+):
+    """Counts steps in a row that changed nothing; raises UserError, with their text, after many."""
     state.skipped = 0 if finite else state.skipped + 1
     if state.skipped >= MAX_SKIPPED_STEPS:
+        own = launched.own_tokens
+        batch = rt.on_main(lambda: note_batch(state, config, launched.tokens - own, own))
         raise UserError(
-            f"the gradient was NaN or infinite in {state.skipped} steps in a row, up to step "
-            f"{step}; the checkpoints are untouched: continue with a lower "
-            "--learning_rate, or with --dtype=float32"
+            f"the loss or the gradient was NaN or infinite in {state.skipped} steps in a row, up "
+            f"to step {launched.step}, which read {batch}; the checkpoints are untouched: continue "
+            "with a lower --learning_rate, or with --dtype=float32"
         )
 
 
@@ -251,12 +255,12 @@ def build(
     if init:
         checkpoint.load_into(model, init.state, init.origin)
     lora.adapt(model, config.tuning)
-    model.to(rt.device)
+    rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing
     compiled, reason = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
-        model.compile()  # in place: names in the state dict stay as they are
+        rt.compile(model)
     rt.notes.append(f"compile_model {compiled}: {reason}")
     runtime.seed(config.system.seed + rt.rank)  # from here on only dropout draws
     loader = TrainLoader(
@@ -315,34 +319,3 @@ def evaluate_hellaswag(state: TrainState, rt: Runtime, log: report.RunLog):
         return
     state.hellaswag_at = state.step
     log_hellaswag(results, state, rt, log)
-
-
-def adopt_evaluation(
-    state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog, resumed: Resumed | None
-):
-    """Takes from the log an evaluation that the interrupted run made after its last save."""
-    known = rt.broadcast(log.recorded(state.step))
-    if known.get("hellaswag_items") == len(state.hellaswag):
-        state.hellaswag_at = state.step
-    asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
-    if not resumed or "val_loss" not in known or state.evaluated_at == state.step:
-        return
-    same_data = resumed.state["settings"]["data_dir"] == config.data.data_dir
-    if same_data and known.get("val_tokens") == asked:
-        state.note_evaluation(known["val_loss"])
-
-
-def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
-    """metrics.jsonl and the services; also writes the settings as a file that --config= reads."""
-    settings = flatten(config)
-    if rt.is_main:
-        own = {name: value for name, value in settings.items() if name != "resume"}
-        (out_dir(config) / "config.toml").write_text(flags.to_toml(own), encoding="utf-8")
-    return report.open_run(
-        out_dir(config),
-        config=settings,
-        sinks=config.output.log_to,
-        run_name=config.output.run_name,
-        resume_step=resumed.step if resumed else None,
-        is_main=rt.is_main,
-    )

@@ -26,13 +26,14 @@ from .conftest import ROOT, run_python
 
 FLOORS = {
     0: "options switches config tool_config flags modern masks rotary model ops products kernels "
-    "cublaslt decode_kernels one_token tokenizer shards sources readers hub downloads lock "
-    "chat_format packed",
+    "cublaslt decode_kernels one_token tokenizer shards sources readers hub downloads lock commit "
+    "integrity chat_format packed",
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "
-    "conversations lora",
+    "conversations lora saver watchdog parallel meeting",
     2: "checkpoint evaluate score tasks generate report plot rundir inspect_shards merge job "
-    "decode batch weights export lens page",
-    3: "api state messages train profiler prepare eval_run harness terminal inspect_model "
+    "decode batch weights export sharded lens page",
+    3: "api state begin messages train profiler prepare eval_run harness terminal "
+    "inspect_model "
     "engine answers guard protocol serve cli __main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -71,7 +72,7 @@ def test_imports_point_down_or_along_without_cycles():
 @pytest.mark.parametrize(
     ("pattern", "owners"),
     [
-        (r"torch\.distributed|^import torch\.distributed|\bdist\.", {"runtime"}),
+        (r"torch\.distributed|^import torch\.distributed|\bdist\.", {"runtime", "parallel"}),
         (r"os\.environ|os\.getenv", {"runtime"}),
         (r"torch\.(save|load)\(", {"checkpoint"}),
         (r"(import|from) (tiktoken|gigatoken)\b", {"tokenizer"}),

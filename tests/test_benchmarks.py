@@ -182,3 +182,16 @@ def test_loader(tmp_path):
         assert len(rates) == 2
         assert all(float(rate) > 0.001 for rate in rates)
     assert step.startswith("a step of 3.4 ms waits")
+
+
+@pytest.mark.slow
+def test_cost_of_saving():
+    arguments = ["--size=gpt2-tiny", *SMALL, "--block_size=16", "--steps=2", "--rows=2"]
+    done = run_python("-m", "benchmarks.saving", *arguments, "--device=cpu")
+    row = json.loads(done.stdout.splitlines()[-6])
+    assert {kind: len(seconds) for kind, seconds in row["row_seconds"].items()} == {
+        "none": 2, "later": 2, "at once": 2,
+    }  # fmt: skip
+    assert row["state_bytes"] > 12 * row["parameters"]
+    assert row["stall_seconds"] > 0
+    assert "of 250 steps" in done.stdout

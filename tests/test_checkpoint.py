@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from gpt2 import checkpoint, rundir
+from gpt2 import checkpoint, commit, rundir
 from gpt2.config import GPT2Config, UserError
 from gpt2.model import GPT
 
@@ -216,7 +216,7 @@ def test_hostile_state_is_refused(model, tmp_path, monkeypatch):
     path = save(tmp_path, model, 1)
     torch.save({"number": Bomb()}, path / "train_state.pt")
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["train_state.pt"] = checkpoint._fingerprint(path / "train_state.pt")
+    manifest["files"]["train_state.pt"] = commit.fingerprint(path / "train_state.pt")
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="refused"):
         checkpoint.load_state(path)
@@ -234,7 +234,7 @@ def test_clean_removes_what_a_crash_left(model, tmp_path):
 KILLED = """
 import sys, torch
 from pathlib import Path
-from gpt2 import checkpoint, rundir
+from gpt2 import checkpoint, commit, rundir
 from gpt2.config import GPT2Config
 from gpt2.model import GPT
 model = GPT(GPT2Config(n_layer=2, n_head=2, n_embd=64, block_size=8, vocab_size=20000))

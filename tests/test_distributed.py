@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2 import checkpoint
+from gpt2 import checkpoint, commit
 from gpt2.shards import SAMPLE_TOKENS, write_shard
 
 from .conftest import ROOT, TINY, run_python
@@ -82,7 +82,7 @@ def test_run_goes_on_with_another_number_of_ranks(two_ranks, data_dir, tmp_path)
     """Two ranks up to step 6, one from there: the same tokens in the same steps."""
     arguments = ["--max_steps=10", "--save_every=6", "--eval_every=5"]
     run_python(*command(2, data_dir, tmp_path, *arguments))
-    checkpoint._discard(checkpoint.state_folders(tmp_path)[-1])
+    commit.discard(checkpoint.state_folders(tmp_path)[-1])
     done = run_python(
         "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY, *arguments,
         "--grad_accum_steps=4",

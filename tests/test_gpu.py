@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from gpt2 import checkpoint, devices, train
+from gpt2 import checkpoint, commit, devices, train
 from gpt2.config import GPT2Config, TrainConfig, UserError
 from gpt2.decode import Decoder
 from gpt2.flags import parse
@@ -173,7 +173,7 @@ def test_interrupted_run_goes_on_where_it_was(data_dir, tmp_path, dtype):
     arguments += ["--dropout=0.1", "--compile_model=False"]
     run(data_dir, tmp_path, *arguments)
     whole, losses = weights(tmp_path / "out_ckpt.pt"), metrics(tmp_path)
-    checkpoint._discard(checkpoint.state_folders(tmp_path)[-1])
+    commit.discard(checkpoint.state_folders(tmp_path)[-1])
     run(data_dir, tmp_path, *arguments)
     assert metrics(tmp_path) == pytest.approx(losses, abs=1e-3)
     for name, tensor in weights(tmp_path / "out_ckpt.pt").items():

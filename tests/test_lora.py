@@ -7,7 +7,7 @@ from gpt2 import checkpoint
 from gpt2.api import GPT2
 from gpt2.config import OptimOptions, UserError
 from gpt2.flags import parse
-from gpt2.lora import adapt, is_adapted, merged_state
+from gpt2.lora import adapt, is_adapted, merged_state, to_peft
 from gpt2.optim import build_optimizer
 from gpt2.tool_config import FinetuneConfig, TuningOptions
 
@@ -71,7 +71,7 @@ def test_peft_loads_the_adapter_with_equal_logits(tmp_path):
         for name, p in ours.named_parameters():
             if name.endswith("lora_B"):
                 p.normal_(0, 0.3)
-    checkpoint.save_adapter(tmp_path / "adapter", ours, str(tmp_path / "base"))
+    checkpoint.write_adapter(tmp_path / "adapter", *to_peft(ours, str(tmp_path / "base")))
     before = theirs(IDX).logits
     loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     with torch.no_grad():

@@ -72,13 +72,15 @@ ADDED: dict[str, list[str] | None] = {
         *SMALL, "--n_layer=6", "--total_batch_tokens=0", "--window=8", "--out_dir=out/modern",
     ],
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
+    "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
+    "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
+    "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,
     "python -m benchmarks.generate --nanogpt=../nanoGPT": None,
     "python -m benchmarks.loader": [
         "--shard_tokens=100000", "--batch_size=2", "--seconds=0.1",
     ],
-    "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,
     "python -m benchmarks.memory": [
         "--sizes=gpt2-tiny", "--batch_sizes=1", "--block_size=32", "--device=cpu",
         "--n_layer=1", "--n_head=2", "--n_embd=32", "--dtype=float32",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -17,7 +18,7 @@ from gpt2 import checkpoint, devices, report, runtime, train
 from gpt2.config import BatchPlan, TrainConfig, UserError
 from gpt2.flags import parse
 from gpt2.messages import out_of_memory
-from gpt2.shards import write_shard
+from gpt2.shards import open_shard, write_shard
 
 from .conftest import TINY
 
@@ -271,9 +272,18 @@ def test_endless_nan_ends_the_run_and_keeps_the_checkpoint(data_dir, tmp_path, m
         norm = original(parameters, limit)
         return norm * math.inf if len(calls) > 4 else norm
 
+    seen, original_batches = [], train.next_batches
+    monkeypatch.setattr(
+        train, "next_batches", lambda *a: seen.append(original_batches(*a)) or seen[-1]
+    )
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(UserError, match="3 steps in a row, up to step 7"):
+    with pytest.raises(UserError, match=r"3 steps in a row, up to step 7, which read .*bin from"):
         train.run(config(data_dir, tmp_path, "--max_steps=20", "--save_every=4"))
+    windows = json.loads((tmp_path / "nonfinite.json").read_text())["windows"]
+    read = [open_shard(Path(w["shard"])).read(w["first_token"], w["tokens"]) for w in windows]
+    assert len(read) == 8
+    expected = np.concatenate([torch.cat([x, y[:, -1:]], 1).numpy() for x, y in seen[6]])
+    assert sorted(map(bytes, np.array(read, np.int64))) == sorted(map(bytes, expected))
     assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000004"]
 
 
@@ -578,3 +588,47 @@ def test_signal_while_numbers_are_late_saves_the_last_step(data_dir, tmp_path, m
 def test_fp8_is_refused_where_it_cannot_be(data_dir, tmp_path):
     with pytest.raises(UserError, match="fp8=head needs --dtype=bfloat16 and a GPU"):
         train.run(config(data_dir, tmp_path, "--fp8=head", "--device=cpu"))
+
+
+def test_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, monkeypatch):
+    """Before it touches anything, such as what looks like leftovers of a crash."""
+    half_written = tmp_path / "state/step_00000009.tmp"
+
+    def second(state, config, rt):
+        half_written.mkdir(parents=True)
+        with pytest.raises(UserError, match=rf"run folder .* is in use by pid {os.getpid()} on"):
+            train.run(c)
+        assert half_written.exists()
+        monkeypatch.undo()
+        return train.train_step(state, config, rt)
+
+    c = config(data_dir, tmp_path, "--max_steps=1")
+    monkeypatch.setattr(train, "train_step", second)
+    assert train.run(c) == 0
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_signals_save_and_stop_with_their_exit_code(data_dir, tmp_path, monkeypatch, name):
+    step = train.train_step
+
+    def interrupted(state, config, rt):
+        if state.step == 3:
+            signal.raise_signal(getattr(signal, name))
+        return step(state, config, rt)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}[name]
+    assert train.run(config(data_dir, tmp_path, "--max_steps=9")) == code
+    assert checkpoint.find_state(tmp_path, "auto")[0].step == 4
+
+
+def test_signal_before_the_first_step_ends_without_one(data_dir, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return network(*arguments)
+
+    network = train.network
+    monkeypatch.setattr(train, "network", interrupted)
+    assert train.run(config(data_dir, tmp_path, "--max_steps=9")) == 143
+    assert not (tmp_path / "metrics.jsonl").exists()

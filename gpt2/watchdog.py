@@ -1,0 +1,158 @@
+"""Finds the rank that hangs, where the others would wait for it in silence.
+
+Each rank publishes how far it is, every tenth of the limit. A rank that has made no progress for
+the whole limit looks at what the others have published, says which of them is behind or silent, and
+ends its process; the launcher then ends the others. A rank that works alone, such as the one that
+writes a checkpoint to a slow disk while the others wait, publishes that too and is waited for.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+HUNG = 75  # exit code: "try again" of sysexits.h
+PATIENCE = 1800.0  # seconds for what a rank does alone
+
+
+class Store(Protocol):
+    """Strings that all ranks share, as torch's TCPStore."""
+
+    def set(self, key: str, value: str) -> None:
+        """Stores."""
+
+    def get(self, key: str) -> bytes:
+        """Waits until it is there."""
+
+
+class Watchdog:
+    """Watches one rank, and remembers the others' last signs of life.
+
+    Args:
+        store: see `Store`.
+        rank: of this process.
+        world_size: number of ranks.
+        seconds: without progress, after which the process ends.
+        tell: is given the one line that says why.
+        leave: is given the exit code and does not return.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        seconds: float,
+        tell: Callable[[str], None],
+        leave: Callable[[int], None] = os._exit,
+    ):
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._seconds, self._tell, self._leave = seconds, tell, leave
+        self._period = min(30.0, seconds / 10)
+        self._recent = max(2.0, 4 * self._period)  # seconds; a busy machine is late now and then
+        self._step = self._beats = self._alone = 0
+        self._armed = False
+        self._moved = self._published = time.monotonic()
+        self._seen: dict[int, tuple[str, float]] = {}  # what a rank last published, and when
+        self._closed = threading.Event()
+        for work in (self._publish, self._watch):  # two: the store may hang as well
+            threading.Thread(target=work, name="watchdog", daemon=True).start()
+
+    def beat(self):
+        """Progress: called at the same places by all ranks."""
+        self._beats += 1
+        self._moved = time.monotonic()
+
+    def reached(self, step: int):
+        """A step is done. From the first on the limit counts; before, the network is compiled."""
+        self._step, self._armed = step, True
+        self.beat()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around work for which the other ranks wait."""
+        self._alone += 1
+        try:
+            yield
+        finally:
+            self._alone -= 1
+            self._moved = time.monotonic()
+
+    def close(self):
+        """Stops watching."""
+        self._closed.set()
+
+    def _publish(self):
+        number = 0
+        while not self._closed.wait(self._period if number else 0):
+            number += 1
+            own = f"{self._beats} {self._step} {self._alone} {number} {_who()}"
+            try:
+                self._store.set(str(self._rank), own)
+                for rank in range(self._world_size):
+                    text = self._store.get(str(rank)).decode()
+                    if self._seen.get(rank, ("",))[0] != text:
+                        self._seen[rank] = text, time.monotonic()
+            except RuntimeError:  # torch's errors of a store that is gone: it does not answer
+                continue
+            self._published = time.monotonic()
+
+    def _watch(self):
+        excused = 0.0  # when another rank was last seen to work alone
+        while not self._closed.wait(self._period / 2):
+            now = time.monotonic()
+            idle = now - self._moved
+            if idle < PATIENCE and any(self._is_alone(rank) for rank in self._alive()):
+                excused = now
+            if not self._armed or self._alone or now - max(excused, self._moved) < self._seconds:
+                continue
+            if self._rank != min(self._alive(), default=self._rank):
+                if self._closed.wait(2):  # the first of those who noticed tells it
+                    return
+            else:
+                self._tell(
+                    f"[rank {self._rank}] no progress for {idle:.0f} seconds after step "
+                    f"{self._step}: {self._reason()}; this run ends here, and the same command "
+                    "goes on from the last checkpoint"
+                )
+            self._leave(HUNG)
+
+    def _alive(self) -> list[int]:
+        """Ranks whose sign of life is recent, this one among them."""
+        now = time.monotonic()
+        heard = [r for r, (_, at) in self._seen.items() if now - at < self._recent]
+        return sorted({*heard, self._rank})
+
+    def _is_alone(self, rank: int) -> bool:
+        return rank in self._seen and self._seen[rank][0].split()[2] != "0"
+
+    def _reason(self) -> str:
+        if time.monotonic() - self._published > self._recent:
+            return "the machine that started the run, or the network to it, does not answer"
+        now, alive = time.monotonic(), self._alive()
+        for rank, (text, at) in sorted(self._seen.items()):
+            if rank not in alive:
+                step, who = _step_and_who(text)
+                return (
+                    f"rank {rank} ({who}) has given no sign of life for {now - at:.0f} seconds and "
+                    f"had done step {step}; its process or its machine is stopped"
+                )
+        behind = [(int(text.split()[0]), rank) for rank, (text, _) in self._seen.items()]
+        least, rank = min(behind, default=(self._beats, self._rank))
+        if least < self._beats:
+            step, who = _step_and_who(self._seen[rank][0])
+            return f"rank {rank} ({who}) has done step {step} and does not go on"
+        return "all ranks wait at the same place, for the network between them or their devices"
+
+
+def _who() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _step_and_who(text: str) -> tuple[str, str]:
+    _, step, _, _, who = text.split(" ", 4)
+    return step, who

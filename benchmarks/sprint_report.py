@@ -1,4 +1,4 @@
-"""The table and the picture of `benchmarks/sprint.py`."""
+"""The table and the picture of `benchmarks.sprint`."""
 
 import statistics
 from collections import defaultdict

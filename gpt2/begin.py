@@ -61,7 +61,7 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     path = rt.on_main(look)
     if not path:
         return None
-    return kept[0] if kept else checkpoint.load_state(Path(path))
+    return kept[0] if kept else checkpoint.load_state(Path(path), verify=False)
 
 
 def settle_init(

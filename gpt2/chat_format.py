@@ -56,15 +56,16 @@ def fit(messages: Sequence[Message], room: int) -> list[Message]:
     Raises:
         UserError: what stays is too long.
     """
-    kept = list(messages)
-    while (length := len(encode_prompt(kept))) > room:
+    kept, answer = list(messages), len(_head("assistant"))
+    lengths = [len(encode_prompt([message])) - answer for message in kept]  # texts are apart
+    while (length := sum(lengths) + answer) > room:
         oldest = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), None)
         if oldest is None:
             raise UserError(
                 f"the message takes {length:,} tokens with what belongs to it, and there is room "
                 f"for {max(0, room):,}; shorten it, or ask for a shorter answer"
             )
-        del kept[oldest]
+        del kept[oldest], lengths[oldest]
     return kept
 
 

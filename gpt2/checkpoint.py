@@ -3,7 +3,8 @@
 Two kinds. `out_ckpt.pt` is for using a model: a dict of `model` (tensors under GPT-2's names),
 `config`, `step`, `val_loss`, `format`. `state/step_00000250/` is for continuing a run: the model as
 safetensors, the rest (optimizer, scaler, position in the data, random generators) as tensors and
-plain values, and `manifest.json` with the sha256 of both.
+plain values, and `manifest.json` with the sha256 of both. Where ranks hold parts, the model and the
+optimizer's moments are one safetensors file per rank instead (`sharded.py`).
 
 A state is written beside its name and renamed when it is whole (`commit.py`). No format notices a
 flipped bit by itself, so the hashes are compared before anything is loaded. Nothing here ever
@@ -17,7 +18,8 @@ import os
 import pickle
 import re
 import zipfile
-import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import foreign
+from . import foreign, parallel
 from .commit import committed, discard, fingerprint, first_line, sync, why_not_written
 from .config import GPT2Config, UserError, to_dict
+from .integrity import check_files, check_sums, size_of
 from .lora import merged_state
 from .switches import SWITCH_NAMES
 
@@ -37,6 +40,7 @@ FORMAT = 1  # of out_ckpt.pt
 STATE_FORMAT = 2  # of a state's manifest; 1 had no sha256 of its own
 MODEL_FILE, STATE_FILE, MANIFEST = "model.safetensors", "train_state.pt", "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
+PART_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # as DCP names them
 # What wrappers put before or into names: torch.compile, DistributedDataParallel, FSDP.
 WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)\.")
 
@@ -71,7 +75,7 @@ def write_model(
         sync(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        raise UserError(why_not_written(path, error, _bytes(tensors))) from None
+        raise UserError(why_not_written(path, error, size_of(tensors))) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -120,7 +124,7 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
         config, state, rest = foreign.from_nanogpt(state, rest, path)
     else:
         if rest.get("format") == FORMAT and zipfile.is_zipfile(path):
-            _check_sums(path)
+            check_sums(path)
         settings = rest.pop("config")
         if not isinstance(settings, dict) or not all(
             isinstance(value, int | float) or name in SWITCH_NAMES
@@ -157,6 +161,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{source} does not fit the model: {', '.join(problems[:3])}{more}")
+    state = {n: parallel.like(t, own[n]) for n, t in state.items()}
     model.load_state_dict(state, assign=any(t.is_meta for t in own.values()))
 
 
@@ -175,8 +180,9 @@ class Resumed:
     path: Path
     step: int
     config: GPT2Config
-    model: dict[str, Tensor]
+    model: dict[str, Tensor]  # empty if it is in parts
     state: dict[str, Any]
+    in_parts: bool = False  # see `sharded`
 
 
 def save_state(
@@ -208,19 +214,42 @@ def write_state(
     keep_last: int,
 ) -> Path:
     """The same for tensors with which nothing else happens meanwhile."""
-    final = out_dir / "state" / f"step_{step:08d}"
-    needed = _bytes(tensors) + _bytes(state)
-    with committed(final, (RuntimeError, safetensors.SafetensorError), needed) as temporary:
+    with new_state(out_dir, step, keep_last, size_of(tensors) + size_of(state)) as temporary:
         save_file(_on_cpu(tensors), temporary / MODEL_FILE)
-        torch.save(state, temporary / STATE_FILE)
-        files = {name: fingerprint(temporary / name) for name in (MODEL_FILE, STATE_FILE)}
-        manifest = {"format": STATE_FORMAT, "step": step, "config": to_dict(config), "files": files}
-        manifest["sha256"] = _digest(manifest)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        write_rest(temporary, step, config, state)
+    return out_dir / "state" / f"step_{step:08d}"
+
+
+@contextlib.contextmanager
+def new_state(out_dir: Path, step: int, keep_last: int, needed: int = 0) -> Iterator[Path]:
+    """A folder for the files of a state; at the end it is committed, and older states deleted.
+
+    Args:
+        out_dir: the run's folder.
+        step: optimizer steps done.
+        keep_last: how many states stay.
+        needed: bytes that will be written, as far as they are known.
+
+    Raises:
+        UserError: no space or no permission; older states are still there.
+    """
+    final = out_dir / "state" / f"step_{step:08d}"
+    with committed(final, (RuntimeError, safetensors.SafetensorError), needed) as temporary:
+        yield temporary
     with contextlib.suppress(OSError):  # what cannot be deleted now is deleted next time
         for old in state_folders(out_dir)[:-keep_last]:
             discard(old)
-    return final
+
+
+def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any]):
+    """Adds what is not in safetensors, and the manifest of all files."""
+    torch.save(state, folder / STATE_FILE)
+    names = sorted(path.name for path in folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        files = dict(zip(names, pool.map(lambda n: fingerprint(folder / n), names), strict=True))
+    manifest = {"format": STATE_FORMAT, "step": step, "config": to_dict(config), "files": files}
+    manifest["sha256"] = _digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def state_folders(out_dir: Path) -> list[Path]:
@@ -228,8 +257,12 @@ def state_folders(out_dir: Path) -> list[Path]:
     return sorted(p for p in (out_dir / "state").glob("step_*") if STEP_FOLDER.fullmatch(p.name))
 
 
-def load_state(path: Path) -> Resumed:
-    """Reads one state after comparing its files with the manifest.
+def load_state(path: Path, verify: bool = True) -> Resumed:
+    """Reads one state after comparing its files with the manifest; parts are left where they are.
+
+    Args:
+        path: the folder.
+        verify: whether the hashes of parts are compared: once is enough for all ranks.
 
     Raises:
         UserError: what is damaged or missing.
@@ -239,16 +272,15 @@ def load_state(path: Path) -> Resumed:
         if manifest["format"] != 1 and manifest.pop("sha256", None) != _digest(manifest):
             raise UserError(f"{path}: {MANIFEST} is damaged (its sha256 differs)")
         step, files = int(manifest["step"]), manifest["files"]
-        for name in (MODEL_FILE, STATE_FILE):  # fixed names: a manifest cannot point elsewhere
-            if fingerprint(path / name) != files[name]:
-                raise UserError(f"{path}: {name} is damaged (its sha256 differs)")
-        model = load_file(path / MODEL_FILE)
+        parts = [name for name in files if PART_FILE.fullmatch(name)]
+        check_files(path, files, [*(parts or [MODEL_FILE]), STATE_FILE], verify or not parts)
+        model = {} if parts else load_file(path / MODEL_FILE)
         config = GPT2Config.from_dict(manifest["config"])
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
-    return Resumed(path, step, config, model, _torch_load(path / STATE_FILE))
+    return Resumed(path, step, config, model, _torch_load(path / STATE_FILE), bool(parts))
 
 
 def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
@@ -288,30 +320,6 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
 
 def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of the tensors in nested dicts and lists."""
-    if isinstance(tree, Tensor):
-        return tree.nbytes
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return sum(map(_bytes, tree)) if isinstance(tree, list | tuple) else 0
-
-
-def _check_sums(path: Path):
-    """Compares the check sums that are in a file of torch.save, which torch.load does not.
-
-    Raises:
-        UserError: a part that differs.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        damaged = first_line(error)
-    if damaged:
-        raise UserError(f"{path}: damaged ({damaged}); use another checkpoint")
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,10 +18,12 @@ from .tool_config import (
     EvalConfig,
     ExportConfig,
     FinetuneConfig,
+    InspectConfig,
     PrepareConfig,
     ProfileConfig,
     PushConfig,
     SampleConfig,
+    ServeConfig,
     ShowConfig,
 )
 
@@ -34,6 +36,8 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 profile   where the time of a training step goes
   gpt2 sample    a model -> text
   gpt2 chat      talk with a model that was fine-tuned on conversations
+  gpt2 serve     a model -> a chat page, and OpenAI's API
+  gpt2 inspect   what a model makes of a text: probabilities, layers, attention, as a page
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
@@ -173,6 +177,27 @@ def chat(argv: list[str]) -> int:
     return talk(path, config)
 
 
+def serve(argv: list[str]) -> int:
+    """`gpt2 serve`: a chat page, and OpenAI's API."""
+    config, (path,) = parse(ServeConfig, argv, "gpt2 serve", {"checkpoint": MODEL_SOURCES})
+    try:
+        from .serve import run
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
+            raise
+        raise UserError(f'{error.name} is not installed; run: pip install -e ".[serve]"') from None
+    return run(path, config)
+
+
+def inspect(argv: list[str]) -> int:
+    """`gpt2 inspect`."""
+    names = {"checkpoint": MODEL_SOURCES, "text": "text to look at; - reads it from stdin"}
+    config, (path, text) = parse(InspectConfig, argv, "gpt2 inspect", names, optional=("text",))
+    from .inspect_model import run
+
+    return run(path, text, config)
+
+
 def evaluate(argv: list[str]) -> int:
     """`gpt2 eval`."""
     config, (path,) = parse(EvalConfig, argv, "gpt2 eval", {"checkpoint": MODEL_SOURCES})
@@ -306,6 +331,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "profile": profile,
     "sample": sample,
     "chat": chat,
+    "serve": serve,
+    "inspect": inspect,
     "eval": evaluate,
     "lm_eval": lm_eval,
     "plot": plot,

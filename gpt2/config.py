@@ -204,6 +204,12 @@ class SystemOptions:
         "head: its products in fp8, on GPUs that have it (H100, RTX 4090, …)",
         ("none", "head"),
     )
+    parallel: str = option(
+        "ddp",
+        "with several ranks: ddp (each holds all weights) or fsdp (each holds a part of weights, "
+        "gradients and moments: for models that do not fit)",
+        ("ddp", "fsdp"),
+    )
     activation_checkpointing: bool = option(
         False, "keep only the input of each block and compute the rest again: less memory, slower"
     )

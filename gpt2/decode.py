@@ -18,7 +18,6 @@ Shapes: `B` sequences, `N` new tokens, `V` vocabulary.
 """
 
 import contextlib
-import copy
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -184,10 +183,14 @@ class Decoder:
             padded = [window + [0] * (longest - len(window)) for window in windows]
             hidden = self.model.hidden(torch.tensor(padded, device=self.device))
             return self.model.logits(hidden[range(len(rows)), [len(w) - 1 for w in windows]])
+        return self._logits_after(self.tokens, self.cache)
+
+    def _logits_after(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """(B, V) after one more token (B,) of every row of a cache."""
         with _on(self.device):  # where Triton launches
             if self.few:
-                return one_token.next_logits(self.model, self.tokens, self.cache)
-            hidden = self.model.hidden(self.tokens[:, None], self.cache)[:, -1]
+                return one_token.next_logits(self.model, tokens, cache)
+            hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
         if self.head is None:
             return self.model.logits(hidden)
         return F.linear(hidden, self.head)[:, : self.model.config.vocab_size]
@@ -253,22 +256,27 @@ class Decoder:
 
 
 class _Draft:
-    """A model's copy whose matrices are float16, for one token of one sequence at a time."""
+    """A copy of the matrices in float16, for one token of one sequence at a time."""
 
     def __init__(self, model: GPT):
-        self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # shares them
-        for block in self.model.transformer.h:
-            for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"),
-                               (block.mlp, "c_fc"), (block.mlp, "c_proj")):  # fmt: skip
-                setattr(part, name, _HalfLinear(getattr(part, name)))
-        self.head = model.transformer.wte.weight.half()
+        self.model = model
+        layers = [model.transformer.wte]
+        for block in model.transformer.h:
+            layers += block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+        self.copies = {layer: one_token.half_linear(layer) for layer in layers}
         self.plain_seconds = 0.0
         self.rounds, self.tokens, self.seconds = 0, 0, 0.0
 
     def logits(self, token: Tensor, cache: KVCache) -> Tensor:
         """(1,) -> (1, V)."""
-        hidden = self.model.hidden(token[:, None], cache)
-        return torch.mv(self.head, hidden.flatten().half())[None]
+        return one_token.next_logits(self.model, token, cache, self._product)
+
+    def _product(
+        self, x: Tensor, layer: nn.Module, *, norm=None, gelu=False, residual=None
+    ) -> Tensor:
+        y = self.copies[layer](norm(x) if norm else x)
+        y = F.gelu(y, approximate="tanh") if gelu else y
+        return y if residual is None else residual + y
 
     def count(self, tokens: int, seconds: float):
         """Takes note of a round."""
@@ -280,17 +288,6 @@ class _Draft:
         if not self.plain_seconds or self.rounds < 3:
             return bool(self.plain_seconds)
         return self.seconds < self.plain_seconds * self.tokens
-
-
-class _HalfLinear(nn.Module):
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = linear.weight.half()
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(1, 1, C) -> (1, 1, C')."""
-        return (torch.mv(self.weight, x.flatten().half()) + self.bias)[None, None]
 
 
 def _receive(sent: deque[tuple[Tensor, torch.cuda.Event | None]], rows: list[list[int]]):

@@ -1,5 +1,6 @@
 """Which device, which precision, compiled or not: the choice, and the reason for it."""
 
+import ctypes
 import shutil
 import sys
 
@@ -128,3 +129,17 @@ def allow_fp8(requested: str, device: torch.device, dtype: torch.dtype) -> bool:
             f"(RTX 4090, L4, H100, …), not {str(dtype)[6:]} on {describe(device)}; leave it out"
         )
     return True
+
+
+def keep_freed_memory():
+    """Asks glibc to reuse large blocks instead of giving them back to the system.
+
+    By default every tensor over 32 MB is mapped anew, and its pages are cleared one by one when
+    they are first touched: on two cores that took half the time of a training step. The numbers
+    do not change. Other systems' allocators are left as they are.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)

@@ -16,8 +16,9 @@ import numpy as np
 from . import report, runtime, weights
 from .api import GPT2
 from .config import EvalOptions, SystemOptions, UserError
+from .conversations import check_eval_tokens, is_chat, open_conversations
 from .data import eval_batches
-from .datasets import open_datasets, split_eval_tokens
+from .datasets import Dataset, open_datasets, split_eval_tokens
 from .evaluate import Evaluation, evaluate, together
 from .readers import read_rows
 from .runtime import Runtime
@@ -89,7 +90,8 @@ def _jobs(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Job]:
     """What there is to do, with all input read and checked."""
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
     data_dir, eval_tokens = config.data_dir, config.eval_tokens
-    of_run = {} if asked else _settings_of_run(checkpoint)
+    settings = _settings_of_run(checkpoint)
+    of_run = {} if asked else settings
     if not asked:
         data_dir = of_run.get("data_dir", "")
         if not data_dir:
@@ -99,7 +101,7 @@ def _jobs(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Job]:
             )
     eval_tokens = eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
     if data_dir:
-        datasets = open_datasets(data_dir, with_training=False)
+        datasets = _open(data_dir, settings, eval_tokens)
         counts = split_eval_tokens(datasets, eval_tokens)
         parts = [(d.name, d.val, n) for d, n in zip(datasets, counts, strict=True)]
         yield partial(_loss, "val", data_dir, parts)
@@ -111,6 +113,20 @@ def _jobs(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Job]:
             # broadcast: the other ranks may be on machines without the file
             items = rt.on_main(partial(load, task, spec, report.say))
             yield partial(_ask, task, spec, items)
+
+
+def _open(data_dir: str, settings: Results, eval_tokens: int) -> list[Dataset]:
+    """Folders of shards; or files of conversations, of which the run's held out ones count."""
+    if not is_chat(data_dir):
+        return open_datasets(data_dir, with_training=False)
+    if "val_share" not in settings:
+        raise UserError(
+            f"{data_dir}: which conversations were held out stands in the config.toml beside a "
+            "checkpoint of `gpt2 finetune`, and there is none; use --text= or shards"
+        )
+    datasets, _ = open_conversations(data_dir, settings["block_size"], settings["val_share"])
+    check_eval_tokens(eval_tokens, datasets, settings["block_size"])
+    return datasets
 
 
 def _settings_of_run(checkpoint: Path) -> Results:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from .config import UserError
 
+OPTIONAL = {"nargs": "?", "default": ""}
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -26,20 +27,27 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(cls: type, argv: list[str], prog: str, positional: dict[str, str] | None = None):
+def parse(
+    cls: type,
+    argv: list[str],
+    prog: str,
+    positional: dict[str, str] | None = None,
+    optional: tuple[str, ...] = (),
+):
     """Turns arguments into an instance of `cls`; with `positional`, into (instance, values).
 
     Args:
         cls: a dataclass made of `option` fields and of groups (dataclasses of such fields).
         argv: arguments without the program's name.
         prog: name of the command, for the help text.
-        positional: name -> help of required arguments without dashes.
+        positional: name -> help of arguments without dashes.
+        optional: those of them that may be left out, and are "" then.
 
     Raises:
         UserError: unknown option, value of a wrong type, unreadable TOML file.
         SystemExit: after `--help`.
     """
-    parser = _build_parser(cls, prog, positional or {})
+    parser = _build_parser(cls, prog, positional or {}, optional)
     names = [name for action in parser._actions for name in action.option_strings]
     arguments = _expand_config_files([_normalise(a) for a in argv], names)
     for argument in arguments:
@@ -63,7 +71,9 @@ def to_toml(flat: dict[str, Any]) -> str:
     return "".join(f"{name} = {text(value)}\n" for name, value in flat.items())
 
 
-def _build_parser(cls: type, prog: str, positional: dict[str, str]) -> _Parser:
+def _build_parser(
+    cls: type, prog: str, positional: dict[str, str], optional: tuple[str, ...]
+) -> _Parser:
     parser = _Parser(
         prog=prog,
         description=cls.__doc__,
@@ -71,7 +81,7 @@ def _build_parser(cls: type, prog: str, positional: dict[str, str]) -> _Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
     )
     for name, text in positional.items():
-        parser.add_argument(name, help=text)
+        parser.add_argument(name, help=text, **OPTIONAL if name in optional else {})
     parser.add_argument("--config", metavar="FILE.toml", help="read options from a TOML file")
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.type):

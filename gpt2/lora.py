@@ -65,28 +65,38 @@ def is_adapted(model: nn.Module) -> bool:
     return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, in which adapters are added to their matrices and so no longer there."""
-    state = model.state_dict()
+def merged_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict, in which adapters are added to their matrices and so no longer there.
+
+    Args:
+        model: with or without adapters.
+        state: its state dict, if that is already at hand; an empty one stays empty.
+    """
+    state = dict(model.state_dict() if state is None else state)
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            state[f"{name}.weight"] = module.merged()
-            del state[f"{name}.lora_A"], state[f"{name}.lora_B"]
+        if isinstance(module, LoRALinear) and state:
+            a, b = state.pop(f"{name}.lora_A"), state.pop(f"{name}.lora_B")
+            state[f"{name}.weight"] = state[f"{name}.weight"] + module.scale * (b @ a)
     return state
 
 
-def to_peft(model: nn.Module, base: str) -> tuple[dict[str, Tensor], bytes]:
+def to_peft(
+    model: nn.Module, base: str, state: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], bytes]:
     """(tensors, adapter_config.json) under which `peft` knows the adapters of a model.
 
     Args:
         model: with adapters.
         base: where its frozen weights are from.
+        state: as for `merged_state`.
     """
+    state = model.state_dict() if state is None else state
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     tensors = {
-        f"{PEFT_PREFIX}{name}.{part}.weight": getattr(module, part).detach().cpu().contiguous()
-        for name, module in found.items()
+        f"{PEFT_PREFIX}{name}.{part}.weight": state[f"{name}.{part}"].detach().cpu().contiguous()
+        for name in found
         for part in ("lora_A", "lora_B")
+        if state
     }
     one = next(iter(found.values()))
     rank = len(one.lora_A)

@@ -6,6 +6,8 @@ is seen of. Everywhere else the same mask goes into PyTorch's attention as a tab
 Shapes: `B` batch, `H` heads, `T` time, `D` head width, `N` blocks of a row.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,6 +115,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float
 
 class Cache(KVCache):
     """A cache for layers with windows, and of several documents."""
+
+    PER_ROW: ClassVar = KVCache.PER_ROW | {"documents": 0}
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -10,7 +10,9 @@ Shapes: `B` batch, `T` new positions, `S` positions so far, `C` channels (n_embd
 `D` = C / H, `V` vocabulary.
 """
 
+import copy
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,8 @@ class KVCache:
     where they are not, or where a CUDA graph, which cannot hold numbers that change, reads it.
     `length` is then that of the longest row.
     """
+
+    PER_ROW: ClassVar = {"keys": 1, "values": 1, "lengths": 0}  # tensor -> its dimension of rows
 
     def __init__(
         self,
@@ -76,6 +80,19 @@ class KVCache:
         self.length += count
         if self.lengths is not None:
             self.lengths += count
+
+    def first(self, rows: int) -> "KVCache":
+        """The first rows alone, in the same memory; needs `lengths`."""
+        part = copy.copy(self)
+        for name, dim in self.PER_ROW.items():
+            setattr(part, name, getattr(self, name).narrow(dim, 0, rows))
+        return part
+
+    def take(self, row: int, other: "KVCache", source: int):
+        """Makes a row a copy of a row of another cache, or of this one; needs `lengths`."""
+        for name, dim in self.PER_ROW.items():
+            kept = getattr(other, name).select(dim, source)
+            getattr(self, name).select(dim, row).copy_(kept)
 
 
 class CausalSelfAttention(nn.Module):

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .parallel import as_part_of, cut, local, whole
+
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values end between about 0.7 and 1.2
 
 
@@ -69,41 +71,40 @@ class MuonAndAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = groups
 
-    def _step_muon(self, groups: list[dict]):  # noqa: C901
+    def _step_muon(self, groups: list[dict]):
         skip = getattr(self, "found_inf", None)
-        by_shape: dict[tuple[int, int], list[tuple]] = defaultdict(list)
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, dict]]] = defaultdict(list)
         for group in groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                for matrix in self._momentum(p, group, skip).chunk(group["parts"]):
-                    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-                    by_shape[tuple(wide.shape)].append((p, group, wide, matrix))
-        updates: dict[Tensor, list[Tensor]] = defaultdict(list)
-        found: dict[int, Tensor] = {}
-        for entries in by_shape.values():
-            stack = self._share(torch.stack([wide for _, _, wide, _ in entries]))
-            for (_, _, wide, matrix), update in zip(entries, stack, strict=True):
-                found[id(matrix)] = update if wide is matrix else update.mT
-            for p, _, _, matrix in entries:
-                updates[p].append(found[id(matrix)])
-        for group in groups:
-            for p in group["params"]:
-                if p in updates:
-                    self._apply(p, torch.cat(updates[p]), group, skip)
+                if p.grad is not None:
+                    rows, columns = p.shape[0] // group["parts"], p.shape[1]
+                    by_shape[min(rows, columns), max(rows, columns)].append((p, group))
+        for members in by_shape.values():  # no more than one shape at a time is held whole
+            matrices = [
+                matrix
+                for p, group in members
+                for matrix in self._momentum(p, group, skip).chunk(group["parts"])
+            ]
+            wide = torch.stack([m if m.shape[0] <= m.shape[1] else m.mT for m in matrices])
+            pairs = zip(self._share(wide), matrices, strict=True)
+            updates = iter([u if m.shape[0] <= m.shape[1] else u.mT for u, m in pairs])
+            for p, group in members:
+                update = torch.cat([next(updates) for _ in range(group["parts"])])
+                self._apply(local(p), cut(update, p), p.shape, group, skip)
 
     def _momentum(self, p: Tensor, group: dict, skip: Tensor | None) -> Tensor:
-        """The gradient looked ahead with its running mean, which is updated."""
+        """The whole gradient, looked ahead with its running mean, which is updated."""
         state = self.state[p]
         if not state:  # "step" is what AdamW's loading of states looks for
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["momentum"] = torch.zeros_like(p)
-        grad = p.grad if skip is None else torch.where(skip > 0, 0.0, p.grad)
-        mean = state["momentum"].lerp(grad, 1 - group["momentum"])
+        before, grad = local(state["momentum"]), local(p.grad)
+        grad = grad if skip is None else torch.where(skip > 0, 0.0, grad)
+        mean = before.lerp(grad, 1 - group["momentum"])
         if skip is not None:
-            mean = torch.where(skip > 0, state["momentum"], mean)
-        state["momentum"].copy_(mean)
-        return grad.lerp(mean, group["momentum"])
+            mean = torch.where(skip > 0, before, mean)
+        before.copy_(mean)
+        return whole(as_part_of(grad.lerp(mean, group["momentum"]), p))
 
     def _share(self, stack: Tensor) -> Tensor:
         """Orthogonalises this rank's share of a stack; the sum over ranks has them all."""
@@ -116,9 +117,9 @@ class MuonAndAdamW(torch.optim.AdamW):
             update[mine] = self.orthogonalise(stack[mine])
         return self.all_sum(update)
 
-    def _apply(self, p: Tensor, update: Tensor, group: dict, skip: Tensor | None):
-        """p ← (1 - lr·decay) p - lr √max(1, rows/columns) update."""
-        rows, columns = p.shape[0] // group["parts"], p.shape[1]
+    def _apply(self, p: Tensor, update: Tensor, shape: tuple, group: dict, skip: Tensor | None):
+        """p ← (1 - lr·decay) p - lr √max(1, rows/columns) update; both may be parts of `shape`."""
+        rows, columns = shape[0] // group["parts"], shape[1]
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
         new = p * (1 - group["lr"] * group["weight_decay"]) - rate * update.to(p.dtype)
         p.copy_(new if skip is None else torch.where(skip > 0, p, new))

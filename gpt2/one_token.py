@@ -1,14 +1,70 @@
 """One new token of each of a few sequences: what `model.GPT` computes, in five kernels a layer.
 
-Shapes: `B` sequences, `C` channels, `H` heads, `D` = C / H, `V` vocabulary.
+Shapes: `B` sequences, `C` channels, `H` heads, `D` = C / H, `V` vocabulary, `K` in, `N` out.
 """
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import GPT, Block, KVCache
-from .ops import small_linear
+from .ops import HAS_TRITON
 
 FEW_ROWS = 4  # each row reads the weights again, if from the cache of the GPU; more are multiplied
+
+
+def small_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: nn.LayerNorm | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + gelu(norm(x) weightᵀ + bias), each of them if it is given, for a few rows.
+
+    On a GPU one kernel: with few rows the number of kernels is what takes time.
+
+    Args:
+        x: (B, K).
+        weight: (N, K).
+        bias: (N,).
+        norm: a LayerNorm of width K.
+        gelu: the tanh form.
+        residual: (B, N).
+    """
+    if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
+        from .decode_kernels import small_linear_
+
+        return small_linear_(x, weight, bias, norm, gelu, residual)
+    y = F.linear(norm(x) if norm else x, weight, bias)
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else residual + y
+
+
+def half_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """layer(x) for one row on a CPU, (1, K) -> (1, N), by a copy of the weight in float16.
+
+    Where PyTorch has FBGEMM (x86), its packed form, which sums in float32 and is up to three times
+    as fast as PyTorch's product of a matrix with a vector.
+
+    Args:
+        layer: with a `weight` (N, K), and a `bias` (N,) or none.
+    """
+    weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    weight = weight.half()
+
+    def product(x: Tensor) -> Tensor:
+        y = torch.mv(weight, x.flatten().half()).to(x.dtype)
+        return (y if bias is None else y + bias)[None]
+
+    return product
 
 
 def knows(model: GPT) -> bool:
@@ -21,23 +77,32 @@ def knows(model: GPT) -> bool:
     )
 
 
-def next_logits(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+def product(x: Tensor, layer: nn.Module, **around) -> Tensor:
+    """`small_linear` with the weight of a layer, and its bias if it has one."""
+    return small_linear(x, layer.weight, getattr(layer, "bias", None), **around)
+
+
+def next_logits(
+    model: GPT, tokens: Tensor, cache: KVCache, product: Callable[..., Tensor] = product
+) -> Tensor:
     """Reads the newest token of every row, (B,) ids -> (B, V).
 
     Args:
         model: one that `knows` accepts.
         tokens: (B,) int64.
-        cache: with `lengths`; has a position more afterwards.
+        cache: has a position more afterwards.
+        product: computes the products, also that of the head with the embedding.
     """
     parts, heads = model.transformer, model.config.n_head
-    x = parts.wte(tokens) + parts.wpe(cache.lengths)  # (B, C)
+    start = cache.length if cache.lengths is None else cache.lengths
+    x = parts.wte(tokens) + parts.wpe.weight[start]  # (B, C)
     for layer, block in enumerate(parts.h):
         attn, mlp = block.attn, block.mlp
-        qkv = small_linear(x, attn.c_attn.weight, attn.c_attn.bias, norm=block.ln_1)
+        qkv = product(x, attn.c_attn, norm=block.ln_1)
         q, k, v = qkv.unflatten(1, (3, heads, 1, -1)).unbind(1)  # (B, H, 1, D)
         y = cache.attend(layer, q, k, v).flatten(1)
-        x = small_linear(y, attn.c_proj.weight, attn.c_proj.bias, residual=x)
-        y = small_linear(x, mlp.c_fc.weight, mlp.c_fc.bias, norm=block.ln_2, gelu=True)
-        x = small_linear(y, mlp.c_proj.weight, mlp.c_proj.bias, residual=x)
+        x = product(y, attn.c_proj, residual=x)
+        y = product(x, mlp.c_fc, norm=block.ln_2, gelu=True)
+        x = product(y, mlp.c_proj, residual=x)
     cache.advance(1)
-    return small_linear(x, parts.wte.weight, norm=parts.ln_f)
+    return product(x, parts.wte, norm=parts.ln_f)

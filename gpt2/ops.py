@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORE = -1  # a target that is not predicted
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # on Linux it comes with PyTorch
@@ -58,9 +58,9 @@ def head_loss(  # noqa: PLR0917
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    fp8 = fp8 and needs_grad and x.is_cuda
-    loss = _HeadLoss.apply(x, weight, targets, padded_rows, needs_grad, fp8, softcap)
+    gradients = torch.is_grad_enabled() * (2 if weight.requires_grad else int(x.requires_grad))
+    fp8 = fp8 and gradients == 2 and x.is_cuda
+    loss = _HeadLoss.apply(x, weight, targets, padded_rows, gradients, fp8, softcap)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
 
@@ -98,12 +98,12 @@ class _HeadLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         padded_rows: int,
-        needs_grad: bool,
+        gradients: int,
         fp8: bool,
         softcap: float,
     ) -> Tensor:
         loss, grad_x, grad_weight = _head_loss_and_gradients(
-            x, weight, targets, padded_rows, needs_grad, fp8, softcap
+            x, weight, targets, padded_rows, gradients, fp8, softcap
         )
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
@@ -111,8 +111,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        grads = (grad_x * upstream).to(grad_x.dtype), grad_weight * upstream
-        return *grads, None, None, None, None, None
+        of_weight = grad_weight * upstream if grad_weight.numel() else None
+        return (grad_x * upstream).to(grad_x.dtype), of_weight, None, None, None, None, None
 
 
 @torch.library.custom_op("gpt2::head_loss_and_gradients", mutates_args=())
@@ -121,11 +121,11 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     weight: Tensor,
     targets: Tensor,
     padded_rows: int,
-    needs_grad: bool,
+    gradients: int,
     fp8: bool,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient of x, gradient of weight); the gradients are empty without needs_grad.
+    """(loss, gradient of x, gradient of weight); `gradients` 1: only of x, 0: none, both empty.
 
     One operation to the compiler, which would otherwise store all logits.
     """
@@ -135,8 +135,8 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     if fp8:
         total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows)
         return total, grad_x, grad_head[:rows].to(weight.dtype)
-    grad_x = torch.empty_like(x) if needs_grad else x.new_empty(0)
-    grad_head = torch.zeros_like(head, dtype=exact) if needs_grad else x.new_empty(0)
+    grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
+    grad_head = torch.zeros_like(head, dtype=exact) if gradients == 2 else x.new_empty(0)
     total = torch.zeros((), dtype=exact, device=x.device)
     # On a CPU a chunk's logits are as large as the gradient that it adds to; a GPU needs larger
     # products to be busy, and never holds more than a quarter of a large batch's logits.
@@ -144,10 +144,11 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     for start in range(0, n, chunk):
         part, target = x[start : start + chunk], targets[start : start + chunk]
         logits = part @ head.t()
-        loss, grad = _loss_and_gradient_of_logits(logits, target, rows, needs_grad, softcap)
+        loss, grad = _loss_and_gradient_of_logits(logits, target, rows, gradients > 0, softcap)
         total += loss
-        if needs_grad:
+        if gradients:
             grad_x[start : start + chunk] = grad @ head
+        if gradients == 2:
             _add_product(grad_head, grad.t(), part)
     return total, grad_x, grad_head[:rows].to(weight.dtype)
 
@@ -196,15 +197,14 @@ def _(  # noqa: PLR0917
     weight: Tensor,
     targets: Tensor,
     padded_rows: int,
-    needs_grad: bool,
+    gradients: int,
     fp8: bool,
     softcap: float,
 ):
     exact = torch.promote_types(x.dtype, torch.float32)
-    grads = (torch.empty_like(x), torch.empty_like(weight))
-    if not needs_grad:
-        grads = (x.new_empty(0), weight.new_empty(0))
-    return x.new_empty((), dtype=exact), *grads
+    grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
+    grad_weight = torch.empty_like(weight) if gradients == 2 else weight.new_empty(0)
+    return x.new_empty((), dtype=exact), grad_x, grad_weight
 
 
 def _loss_and_gradient_of_logits(
@@ -310,36 +310,6 @@ def cached_attention(  # noqa: PLR0917 - what attention has
     visible = torch.arange(end, device=q.device) <= at[:, None, :, None]  # (B, 1, T, S)
     keys, values = keys[:, :, :end], values[:, :, :end]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
-
-
-def small_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: nn.LayerNorm | None = None,
-    gelu: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """residual + gelu(norm(x) weightᵀ + bias), each of them if it is given, for a few rows.
-
-    On a GPU one kernel: with few rows the number of kernels is what takes time.
-
-    Args:
-        x: (B, K).
-        weight: (N, K).
-        bias: (N,).
-        norm: a LayerNorm of width K.
-        gelu: the tanh form.
-        residual: (B, N).
-    """
-    if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
-        from .decode_kernels import small_linear_
-
-        return small_linear_(x, weight, bias, norm, gelu, residual)
-    y = F.linear(norm(x) if norm else x, weight, bias)
-    y = F.gelu(y, approximate="tanh") if gelu else y
-    return y if residual is None else residual + y
 
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

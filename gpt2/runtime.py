@@ -1,11 +1,11 @@
 """The machine: processes, device, precision, compilation, seeds and signals.
 
-The only module that knows torch.distributed and environment variables. Everything above it works
-with a `Runtime` and does not ask whether there is one rank or many, a GPU or none.
+The only module that knows environment variables and, beside `parallel`, torch.distributed.
+Everything above it works with a `Runtime` and does not ask whether there is one rank or many, a GPU
+or none.
 """
 
 import contextlib
-import ctypes
 import datetime
 import os
 import random
@@ -21,8 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import parallel
 from .config import SystemOptions, UserError
-from .devices import choose_device, choose_dtype, describe
+from .devices import choose_device, choose_dtype, describe, keep_freed_memory
+from .meeting import meet
 from .watchdog import Watchdog
 
 START_TIMEOUT = datetime.timedelta(minutes=30)  # the first step may compile for minutes
@@ -39,6 +41,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     notes: list[str] = field(default_factory=list)  # what was chosen, and why
+    sharded: bool = False  # by FSDP2, see `parallel`; else every rank holds all
     stop_signal: int = 0  # number of the signal that asked this rank to stop, 0: none
     hang_timeout: int = 0  # seconds; 0: none
     watchdog: Watchdog | None = None  # where there are other ranks
@@ -65,9 +68,25 @@ class Runtime:
         """Scales the loss in fp16, whose small numbers end at 6e-8; does nothing elsewhere."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
+    def place(self, model: nn.Module):
+        """Moves a model on the CPU to the device: all of it, or this rank's part; in place."""
+        if self.sharded:
+            parallel.shard(model, self.device, self.dtype)
+        else:
+            model.to(self.device)
+
+    def compile(self, model: nn.Module):
+        """Compiles in place: names in the state dict stay as they are.
+
+        FSDP gathers weights between blocks, where the compiler could not look past; so each block
+        is compiled by itself, all by the same code.
+        """
+        for part in model.transformer.h if self.sharded else [model]:
+            part.compile()
+
     def wrap(self, model: nn.Module) -> Callable[..., Tensor]:
         """The callable to train with. The raw model keeps its plain names for checkpoints."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self.sharded:
             return model
         on_gpu = self.device.type == "cuda"
         return DistributedDataParallel(
@@ -80,7 +99,9 @@ class Runtime:
     def accumulate(self, forward: Callable, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of a micro-batch: gradients are sent on the last only."""
         self._beat()
-        if self.world_size == 1 or last:
+        if self.sharded:
+            parallel.send_gradients(forward, last)
+        if self.world_size == 1 or self.sharded or last:
             return contextlib.nullcontext()
         return forward.no_sync()
 
@@ -208,18 +229,30 @@ def start(
     )
     device = choose_device(options.device, local_rank)
     dtype, reason = choose_dtype(options.dtype, device)
-    rt = Runtime(device, dtype, rank, world_size)
+    sharded = options.parallel == "fsdp" and world_size > 1
+    if sharded and dtype == torch.float16:
+        raise UserError(
+            "parallel=fsdp does not scale the loss, which float16 needs; use --parallel=ddp, or "
+            "--dtype=float32 (bfloat16 where the GPU has it)"
+        )
+    rt = Runtime(device, dtype, rank, world_size, sharded=sharded)
     rt.notes.append(f"device {describe(device)}, dtype {str(dtype)[6:]}: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 products on tensor cores
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=START_TIMEOUT)
-        rt.notes.append(f"{world_size} ranks by {backend}")
+        store = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))[0]
+        store = dist.PrefixStore(meet(store, rank, world_size), store)
+        ranks = {"rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, store=store, timeout=START_TIMEOUT, **ranks)
+        how = "each with a part of the weights (fsdp)" if sharded else "each with all weights (ddp)"
+        rt.notes.append(f"{world_size} ranks by {backend}, {how}")
         _watch(rt, options.hang_timeout_seconds, tell)
+    elif options.parallel == "fsdp":
+        rt.notes.append("parallel=fsdp: one rank holds all weights")
     seed(options.seed)
     try:
         with _catch_signals(rt):
@@ -247,20 +280,6 @@ def _set_timeout(timeout: datetime.timedelta):
         set_timeout(timeout)
 
 
-def _keep_freed_memory():
-    """Asks glibc to reuse large blocks instead of giving them back to the system.
-
-    By default every tensor over 32 MB is mapped anew, and its pages are cleared one by one when
-    they are first touched: on two cores that took half the time of a training step. The numbers
-    do not change. Other systems' allocators are left as they are.
-    """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def leave(code: int, at_once: bool = False) -> int:
     """The exit code of a run that is over; one of several ranks ends its process here.
 
@@ -273,6 +292,11 @@ def leave(code: int, at_once: bool = False) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def variable(name: str) -> str:
+    """A variable of the environment; empty where there is none."""
+    return os.environ.get(name, "")
 
 
 def is_first_rank() -> bool:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .model import GPT
 from .ops import IGNORE
+from .parallel import method
 from .runtime import Runtime
 
 Row = tuple[Sequence[int], Sequence[int]]  # ids of a context (one or more), and of what follows
@@ -64,9 +65,11 @@ def score(
         for turn in tqdm(turns, title, disable=hide, leave=False, dynamic_ncols=True):
             if rt.stop_requested():
                 return None
-            if turn < len(mine):
-                width, indices = mine[turn]
-                scores = _score_batch(model, [rows[i] for i in indices], width, rt)
+            if turn >= len(mine) and not rt.sharded:
+                continue
+            width, indices = mine[turn] if turn < len(mine) else batches[0]
+            scores = _score_batch(model, [rows[i] for i in indices], width, rt)
+            if turn < len(mine):  # else computed only because all ranks gather weights together
                 found[torch.tensor(indices, device=rt.device)] = scores
     finally:
         model.train(was_training)
@@ -102,11 +105,12 @@ def _score_batch(model: GPT, rows: list[Row], width: int, rt: Runtime) -> Tensor
     ids, targets = ids.to(rt.device), targets.to(rt.device)
     counts = targets != IGNORE
     with rt.autocast():
-        hidden = model.hidden(ids)[counts]  # (N, C): no logits where nothing is predicted
+        # (N, C): no logits where nothing is predicted
+        hidden = method(model, "hidden")(ids)[counts]
     parts = []
     for part, wanted in zip(hidden.split(HEAD_ROWS), targets[counts].split(HEAD_ROWS), strict=True):
         with rt.autocast():
-            logits = model.logits(part)
+            logits = method(model, "logits")(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nats = F.cross_entropy(logits, wanted, reduction="none")
         parts.append(torch.stack([nats, (logits.argmax(-1) != wanted).to(nats.dtype)], dim=-1))

@@ -66,10 +66,11 @@ class Shard(WindowReader):
             UserError: when the file is shorter than its header said, or an id is no GPT-2 token.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
-        with open(self.path, "rb") as file:
+        tokens = np.empty(count, dtype="<u2")
+        with open(self.path, "rb", buffering=0) as file:  # few system calls, as windows are small
             file.seek(HEADER_BYTES + TOKEN_BYTES * start)
-            tokens = np.fromfile(file, dtype="<u2", count=count)
-        if len(tokens) != count:
+            received = file.readinto(tokens)
+        if received != tokens.nbytes:
             raise UserError(f"{self.path}: ends early (was it changed during the run?); {REDO}")
         self.check_ids(tokens, start)
         return tokens

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, lora, report
+from . import checkpoint, lora, parallel, report, sharded
 from .checkpoint import Resumed, write_adapter, write_model, write_state
-from .config import BatchPlan, TrainConfig, flatten
+from .config import BatchPlan, TrainConfig, UserError, flatten
 from .data import TrainLoader
 from .datasets import Dataset, remember
 from .model import GPT
@@ -87,6 +87,10 @@ def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
     }
     tensors = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
     step, shape, keep = state.step, state.model.config, config.output.keep_last
+    if rt.sharded:
+        given = out_dir(config), step, shape, tensors, content
+        _now(lambda: sharded.write(*given, keep_last=keep, rt=rt), rt, final)
+        return
 
     def commit(t: dict):
         rest = content | {"optimizer": t["optimizer"]}
@@ -99,11 +103,15 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime):
     """Puts back what `save` stored; the loader already stands at its position."""
     content = resumed.state
     check_groups(state.optimizer, content["optimizer"], resumed.path)
-    checkpoint.load_into(state.model, resumed.model, resumed.path)
+    if resumed.in_parts:
+        optimizer = sharded.read(state.model, state.optimizer, resumed)
+    else:
+        checkpoint.load_into(state.model, resumed.model, resumed.path)
+        optimizer = sharded.cut(state.optimizer, resumed)
     options = [
         {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
     ]
-    state.optimizer.load_state_dict(content["optimizer"])
+    state.optimizer.load_state_dict(optimizer)
     for group, asked in zip(state.optimizer.param_groups, options, strict=True):
         group.update(asked)  # only the moments come from the checkpoint: options may change
     if content["scaler"] and state.scaler.is_enabled():  # empty unless that run was fp16
@@ -130,9 +138,10 @@ def save_model(state: TrainState, config: TrainConfig, name: str, rt: Runtime, f
     path, shape = out_dir(config) / name, state.model.config
     step, val_loss = state.step, state.val_loss
     weights = "merged" if lora.is_adapted(state.model) else "model"  # "model" is in `save` as well
-    tensors = {weights: lora.merged_state(state.model)}
+    whole = parallel.whole_state(state.model, keep=rt.is_main)
+    tensors = {weights: lora.merged_state(state.model, whole)}
     if weights == "merged":
-        tensors["adapter"], settings = lora.to_peft(state.model, config.model.init)
+        tensors["adapter"], settings = lora.to_peft(state.model, config.model.init, whole)
 
     def write_both(t: dict):
         write_model(path, shape, t[weights], step, val_loss)
@@ -162,6 +171,17 @@ def write(state: TrainState, rt: Runtime, tensors: dict, function: Callable, fin
         with rt.alone():  # as long as the one before is being written
             copies = state.saver.copy(state.step, tensors)
         state.saver.write_later(lambda: function(copies))
+
+
+def _now(function: Callable[[], None], rt: Runtime, final: bool):
+    """The same for a function that all ranks call, and that writes at once."""
+    try:
+        function()
+    except UserError as error:
+        if final:
+            raise
+        if rt.is_main:
+            report.warn(f"{error}; training goes on, and what was saved before is kept")
 
 
 def out_dir(config: TrainConfig) -> Path:

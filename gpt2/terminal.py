@@ -1,5 +1,6 @@
 """Writing at the prompt: `gpt2 sample` and `gpt2 chat`."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,8 @@ def chat(path: str, config: ChatConfig) -> int:
             "another; `gpt2 sample` continues texts with it"
         )
     talk = Chat(model, config)
+    with contextlib.suppress(ImportError):  # Windows has none, and arrow keys of its own
+        import readline  # noqa: F401 - makes input() edit, and bring back what was written
     print("Type a message and press Enter; /help tells the rest.", flush=True)
     while (line := _ask()) is not None and line.strip() != "/quit":
         try:

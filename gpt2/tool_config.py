@@ -126,6 +126,57 @@ class ChatConfig(WritingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Everything that `gpt2 serve` can be told."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = option(8000, "port to listen on; 0: any free one")
+    slots: int = option(32, "texts written at a time; others wait for their turn")
+    max_queue: int = option(256, "texts that may wait; more are refused (429)")
+    max_new_tokens: int = option(0, "most new tokens of a text; 0: what the context holds")
+    name: str = option("", "of the model, for clients; empty: that of the file or folder")
+    chat: str = option(
+        "auto", "is the model trained on conversations? auto: as the config.toml beside it says",
+        ("auto", "True", "False"),
+    )  # fmt: skip
+    api_key: str = option(
+        "", "what clients must send as their key; empty: the variable GPT2_API_KEY, or no key"
+    )
+    allowed_hosts: str = option(
+        "", "names by which browsers may reach the server, by commas, beside localhost and numbers"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option(
+        "auto", "of the weights; auto: bfloat16 on a GPU that has it, else float32",
+        ("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+
+    def __post_init__(self):
+        at_least(0, port=self.port, max_queue=self.max_queue, max_new_tokens=self.max_new_tokens)
+        at_least(1, slots=self.slots)
+        if self.port > 65535:
+            raise UserError(f"port={self.port}: use 1 to 65535, or 0 for any free one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Everything that `gpt2 inspect` can be told."""
+
+    file: str = option("", "a file with the text, instead of an argument; UTF-8")
+    out: str = option("inspect.html", "page to write; empty (--out=): only the table")
+    top: int = option(10, "likeliest tokens to show in each place")
+    special: bool = option(
+        False, "read a literal <|endoftext|> as the token between documents, not as text"
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self):
+        at_least(1, top=self.top)
+        if self.top > 100:
+            raise UserError(f"top={self.top}: use 100 or fewer")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileConfig(TrainConfig):
     """Everything that `gpt2 profile` can be told: the options of `gpt2 train`, and one more."""
 
@@ -242,11 +293,11 @@ class FinetuneConfig(TrainConfig):
     tuning: TuningOptions = field(default_factory=TuningOptions)
 
     def __post_init__(self):
+        if not self.optim.learning_rate:
+            rate = 3e-4 if self.tuning.lora_rank else 3e-5
+            object.__setattr__(self.optim, "learning_rate", rate)
         super().__post_init__()
         if self.tuning.lora_rank and self.optim.optimizer == "muon":
             raise UserError("optimizer=muon is for whole matrices; leave it or lora_rank out")
         if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
             object.__setattr__(self.data, "grad_accum_steps", 1)
-        if not self.optim.learning_rate:
-            rate = 3e-4 if self.tuning.lora_rank else 3e-5
-            object.__setattr__(self.optim, "learning_rate", rate)

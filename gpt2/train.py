@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checkpoint, devices, lora, report, runtime
+from . import checkpoint, devices, lora, parallel, report, runtime
 from .begin import (
     adopt_evaluation,
     find_checkpoint,
@@ -173,12 +173,12 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
         with rt.accumulate(state.forward, last=micro == len(batches) - 1):
             with rt.autocast():
                 loss = state.forward(x, y, reduction="sum", cache=inside)  # nats
-            # DDP takes the mean over ranks of what should be a sum
+            # DDP and FSDP take the mean over ranks of what should be a sum
             state.scaler.scale(loss * (rt.world_size / valid_tokens)).backward()
         loss_sum += loss.detach()
     state.scaler.unscale_(state.optimizer)
     limit = config.optim.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    grad_norm = parallel.clip_gradients(state.model.parameters(), limit)
     # one message for all that ranks must agree on, copied while the weights change
     parts = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
     parts = rt.all_sum(torch.stack(parts))
@@ -255,12 +255,12 @@ def build(
     if init:
         checkpoint.load_into(model, init.state, init.origin)
     lora.adapt(model, config.tuning)
-    model.to(rt.device)
+    rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing
     compiled, reason = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
-        model.compile()  # in place: names in the state dict stay as they are
+        rt.compile(model)
     rt.notes.append(f"compile_model {compiled}: {reason}")
     runtime.seed(config.system.seed + rt.rank)  # from here on only dropout draws
     loader = TrainLoader(

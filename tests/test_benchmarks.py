@@ -1,6 +1,7 @@
 """The benchmarks run, with small numbers; what they measure is in dev/LOG.md."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -153,6 +154,34 @@ def test_generate_beside_transformers(tmp_path):
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert "transformers" in done.stdout
     assert (tmp_path / "generate.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_finetune_trains_all_weights_and_then_adapters(tmp_path):
+    arguments = ["--sizes=gpt2-tiny", "--batch_sizes=2", "--block_size=32", "--rank=2", *SMALL]
+    arguments += ["--steps=2", "--warmup=1", "--device=cpu", f"--out_dir={tmp_path}"]
+    done = run_python("-m", "benchmarks.finetune", *arguments)
+    full, adapters = (json.loads(line) for line in (tmp_path / "finetune.jsonl").open())
+    of_block = 4 * 32 + (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32)
+    assert full["trained_parameters"] == 50257 * 32 + 32 * 32 + of_block + 2 * 32
+    assert adapters["trained_parameters"] == 2 * (4 * 32 + 2 * 32 + 2 * (32 + 128))
+    for row in (full, adapters):  # two moments in float32, and a count for each tensor
+        moments = 8 * row["trained_parameters"]
+        assert moments <= row["optimizer_bytes"] <= moments + 200
+        assert row["tokens_per_second"] > 0
+        assert 5 < row["loss"] < 12
+    assert "| gpt2-tiny, 2 × 32 | LoRA, rank 2 | 1,024 |" in done.stdout
+
+
+def test_loader(tmp_path):
+    arguments = ["--shard_tokens=100000", "--batch_size=2", "--block_size=1024", "--seconds=0.2"]
+    done = run_python("-m", "benchmarks.loader", *arguments)
+    cold, warm, step = done.stdout.splitlines()
+    for line in (cold, warm):
+        rates = re.findall(r"([\d.]+)M", line)
+        assert len(rates) == 2
+        assert all(float(rate) > 0.001 for rate in rates)
+    assert step.startswith("a step of 3.4 ms waits")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2 import checkpoint, report, train
+from gpt2 import checkpoint, cli, report, train
 from gpt2.api import GPT2
 from gpt2.chat_format import encode_conversation, messages_of
 from gpt2.config import UserError
@@ -201,6 +201,19 @@ def test_a_continued_run_is_the_same_bit_for_bit(chats, base, tmp_path):
     assert finetune(*argv) == 0
     one, two = (checkpoint.load_model(tmp_path / n / "out_ckpt.pt")[1] for n in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_eval_finds_the_conversations_that_were_held_out(chats, base, tmp_path, capsys):
+    assert finetune(base, chats, tmp_path / "out", "--max_steps=2") == 0
+    wanted = [r["val_loss"] for r in report.read_metrics(tmp_path / "out" / "metrics.jsonl")
+              if "val_loss" in r][-1]  # fmt: skip
+    result = tmp_path / "r.json"
+    argv = ["eval", str(tmp_path / "out" / "out_ckpt.pt"), "--device=cpu", f"--json={result}"]
+    assert cli.main(argv) == 0
+    assert json.loads(result.read_text())["val_loss"] == pytest.approx(wanted, rel=1e-5)
+    argv = ["eval", str(base), f"--data={chats}", "--device=cpu"]
+    assert cli.main(argv) == 2
+    assert "stands in the config.toml" in capsys.readouterr().err
 
 
 def test_a_changed_file_is_refused(base, tmp_path):

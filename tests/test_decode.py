@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import psutil
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from gpt2 import decode
 from gpt2.config import GPT2Config
 from gpt2.decode import Decoder
 from gpt2.model import GPT
+from gpt2.one_token import half_linear
 from gpt2.ops import cached_attention, causal_attention_reference
 from gpt2.sampling import Sampling
 
@@ -57,8 +59,8 @@ def test_bad_drafts_change_nothing(model, sampling, monkeypatch):
     """A draft of other weights is right only by chance."""
     monkeypatch.setattr(decode._Draft, "pays", lambda self: True)
     decoder = Decoder(model, 1, 200, sampling, draft=True)
-    with torch.no_grad():
-        decoder.draft.head = torch.randn(300, 32).half()
+    head = torch.randn(300, 32)
+    decoder.draft.copies[model.transformer.wte] = lambda x: x @ head.t()
     plain = written(model, [[1, 2, 3]], 60, sampling, use_cache=False)
     assert list(decoder.write([[1, 2, 3]], 60, seed=3)) == plain
     assert decoder.draft.tokens < 2 * decoder.draft.rounds
@@ -76,13 +78,30 @@ def test_drafting_ends_where_it_does_not_pay(model):
     assert not draft.pays()
 
 
-def test_drafted_memory_is_half(model):
-    draft = Decoder(model, 1, 64, GREEDY, draft=True).draft
-    ours = {p.data_ptr() for p in model.parameters()}
-    own = [p for p in draft.model.parameters() if p.data_ptr() not in ours]
-    assert own == []  # all others are the model's
-    assert draft.model.transformer.h[0].mlp.c_fc.weight.dtype == torch.float16
-    assert model.transformer.h[0].mlp.c_fc.weight.dtype == torch.float32
+@pytest.mark.parametrize("engines", [["none"], None])
+def test_products_of_the_draft(engines, monkeypatch):
+    """In both forms those of weights rounded to float16."""
+    if engines:
+        monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
+    torch.manual_seed(0)
+    for layer in (torch.nn.Linear(100, 30), torch.nn.Embedding(301, 64)):
+        x, bias = torch.randn(1, layer.weight.shape[1]), getattr(layer, "bias", None)
+        exact = torch.nn.functional.linear(x, layer.weight.half().float(), bias)
+        with torch.inference_mode():
+            found = half_linear(layer)(x)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, atol=1e-2 if engines else 1e-5, rtol=1e-2)
+
+
+def test_drafted_memory_is_half():
+    layer = torch.nn.Linear(4096, 8192)
+    with torch.inference_mode():
+        half_linear(torch.nn.Linear(64, 64))
+        before = psutil.Process().memory_info().rss
+        kept = half_linear(layer)
+        added = psutil.Process().memory_info().rss - before
+    assert kept
+    assert added < 0.7 * layer.weight.nbytes
 
 
 def test_a_decoder_is_used_again(model):

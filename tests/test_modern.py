@@ -6,11 +6,18 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.models.llama.modeling_llama import (
+    LlamaConfig,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
-from gpt2 import checkpoint, train
-from gpt2.api import GPT2
+from gpt2 import checkpoint, modern, train
+from gpt2.api import GPT2, SwitchedGPT2
 from gpt2.config import GPT2Config, ModernConfig, UserError, to_dict
 from gpt2.export import export_hf
+from gpt2.masks import mask_for
 from gpt2.model import GPT
 from gpt2.modern import network
 from gpt2.rotary import rotate, turns
@@ -30,6 +37,7 @@ CASES = [
     {"positions": "rotary"}, {"window_pattern": "SL", "window": 5}, {"document_mask": True},
     {"qk_norm": True}, {"norm": "rmsnorm"}, {"norm_embedding": True}, {"mlp": "relu2"},
     {"mlp": "swiglu"}, {"bias": False}, {"softcap": 5.0}, {"untied_head": True},
+    {"attention_scale": 0.5}, {"positions": "rotary", "rope_fraction": 0.5, "rope_base": 50.0},
     {"value_embeddings": 2}, {"skips": "unet"}, {"skips": "unet+input"}, ALL,
 ]  # fmt: skip
 OPTIONS = [f"--{n}={v}" for n, v in ALL.items()]
@@ -211,3 +219,97 @@ def test_two_ranks_equal_one(data_dir, tmp_path):
     run_python(*command(2, data_dir, tmp_path / "two", *arguments))
     run_python(*command(1, data_dir, tmp_path / "one", *arguments, "--grad_accum_steps=4"))
     assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.parametrize("base", [10_000.0, 500.0])
+def test_rotary_equals_llama(base):
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": base},
+    )  # fmt: skip
+    q, k = torch.randn(2, 2, 4, 50, 16)
+    at = torch.arange(50)
+    theirs = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, at[None]))
+    turned = turns(at, 8, 8, base)
+    for ours, wanted in zip((rotate(q, turned), rotate(k, turned)), theirs, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_rope_fraction_turns_the_first_pairs_alone():
+    x, at = torch.randn(1, 1, 9, 16), torch.arange(9)
+    part, whole = rotate(x, turns(at, 8, 4, 100.0)), torch.cat([x[..., :4], x[..., 8:12]], -1)
+    whole = rotate(whole, turns(at, 4, 4, 100.0))
+    torch.testing.assert_close(torch.cat([part[..., :4], part[..., 8:12]], -1), whole)
+    assert torch.equal(part[..., 4:8], x[..., 4:8])
+    assert torch.equal(part[..., 12:], x[..., 12:])
+
+
+def test_attention_scale_replaces_one_over_the_root_of_the_width():
+    plain, scaled, idx = disturbed(), disturbed(attention_scale=16**-0.5), tokens()
+    torch.testing.assert_close(plain(idx), scaled(idx))
+    twice = disturbed(attention_scale=2 * 16**-0.5)
+    with torch.no_grad():
+        for block in plain.transformer.h:
+            for p in block.attn.c_attn.parameters():
+                p[:32] *= 2  # the queries
+    torch.testing.assert_close(plain(idx), twice(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_windows_grow_in_training_alone_and_end_with_the_warmup():
+    model, idx = disturbed(window_pattern="SL", window=5), tokens()
+    whole = model(idx)
+    model.limit_windows(3)
+    assert torch.equal(model(idx), whole)
+    narrow = disturbed(window_pattern="S", window=3)
+    torch.testing.assert_close(model.train()(idx), narrow(idx))
+    model.limit_windows(32)
+    assert torch.equal(model(idx), whole)
+
+
+@pytest.mark.slow
+def test_compiled_masks_need_one_graph_and_no_second_for_another_window(monkeypatch):
+    """The blocks of FlexAttention, which a GPU gets, against the table; forward, as on a CPU."""
+    torch.manual_seed(0)
+    shape = BASE | {"block_size": 256, "n_embd": 64}
+    model = network(ModernConfig(**shape, **ALL | {"window": 140})).train()
+    idx = torch.randint(0, 100, (2, 256))
+    wanted = []
+    with torch.no_grad():
+        for width in (100, 200):
+            model.limit_windows(width)
+            wanted.append(model(idx, idx))
+        monkeypatch.setattr(modern, "mask_for", lambda *given: mask_for(*given[:3], blocks=True))
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for width, loss in zip((100, 200), wanted, strict=True):
+            model.limit_windows(width)
+            torch.testing.assert_close(compiled(idx, idx), loss, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("switches", [{"zero_init": True}, {"norm_embedding": True}])
+@pytest.mark.parametrize("more", [{}, {"positions": "rotary"}, {"softcap": 30.0}])
+def test_first_loss_where_a_tied_head_sees_the_embedding(switches, more):
+    torch.manual_seed(0)
+    shape = BASE | {"vocab_size": 2000, "n_embd": 512, "n_layer": 1}
+    model = network(ModernConfig(**shape, **switches, **more))
+    idx = torch.randint(0, 2000, (8, 33))
+    with torch.no_grad():
+        loss = model(idx[:, :-1], idx[:, 1:]).item()
+    assert loss == pytest.approx(model.expected_first_loss(), abs=0.3)
+    assert model.expected_first_loss() > GPT.expected_first_loss(model) + 0.1
+
+
+def test_the_class_with_files_wants_its_own_config():
+    with pytest.raises(UserError, match="use SwitchedGPT2"):
+        GPT2(ModernConfig(**BASE, qk_norm=True))
+    model = SwitchedGPT2(ModernConfig(**BASE, qk_norm=True))
+    assert len(model.generate([1, 2], 5, temperature=0)) == 7
+
+
+def test_gradients_of_key_biases_are_kept_where_positions_turn():
+    """`products.qkv` leaves them out, which is right for GPT-2 alone."""
+    model, idx = disturbed(positions="rotary"), tokens()
+    model(idx, idx).backward()
+    bias = model.transformer.h[0].attn.c_attn.bias
+    assert bias.grad[32:64].abs().max() > 1e-5

@@ -1,10 +1,19 @@
 """Muon against a plain reference."""
 
+import pytest
 import torch
 
-from gpt2.config import OptimOptions
+from gpt2.config import BatchPlan, OptimOptions
 from gpt2.muon import orthogonalise
-from gpt2.optim import build_optimizer, learning_rate_at, set_rates
+from gpt2.optim import (
+    build_optimizer,
+    learning_rate_at,
+    micro_batches_at,
+    momentum_at,
+    sequences_left,
+    set_rates,
+    window_at,
+)
 
 
 def test_singular_values_come_near_one():
@@ -74,3 +83,45 @@ def test_wsd_schedule():
     rates = [learning_rate_at(step, o) for step in range(11)]
     assert rates[:6] == [0.5, 1, 1, 1, 1, 1]
     torch.testing.assert_close(torch.tensor(rates[6:]), torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0]))
+
+
+def test_schedules_by_eighths_and_the_momentum():
+    o = OptimOptions(max_steps=80, batch_warmup=0.5, window_warmup=0.5, optimizer="muon",
+                     muon_momentum_warmup=10)  # fmt: skip
+    plan = BatchPlan(2, 32, 8, 1)
+    batches = [micro_batches_at(step, o, plan) for step in range(80)]
+    assert batches[0] == 1
+    assert batches[39] == 7
+    assert batches[40:] == [8] * 40
+    assert batches == sorted(batches)
+    assert [window_at(step, o, 1024) for step in (0, 6, 39, 40)] == [128, 256, 896, 1024]
+    twice = BatchPlan(2, 32, 16, 1)
+    assert [micro_batches_at(s, o, twice) for s in range(80)] == [2 * n for n in batches]
+    assert sequences_left(0, o, plan) == 2 * sum(batches)
+    assert sequences_left(70, o, plan) == 2 * 8 * 10
+    assert [momentum_at(s, o) for s in (0, 5, 10, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert momentum_at(0, OptimOptions(optimizer="muon")) == 0.95
+
+
+def test_decay_of_muon_alone():
+    net = Net()
+    o = OptimOptions(optimizer="muon", muon_weight_decay=0.5, weight_decay=0.1)
+    decays = {n: g["weight_decay"] for g in build_optimizer(net, o).param_groups
+              for n in g["names"]}  # fmt: skip
+    assert {v for n, v in decays.items() if n.endswith("weight")} == {0.5}
+    assert {v for n, v in decays.items() if n.endswith("bias")} == {0.0}
+
+
+def test_the_work_split_over_ranks_is_the_same_update():
+    """Each rank of three orthogonalises its share of four matrices; the sum has all of them."""
+    torch.manual_seed(0)
+    net, o = Net(), OptimOptions(optimizer="muon")
+    alone = build_optimizer(net, o)
+    stack = torch.randn(4, 8, 12)
+    wanted, parts = alone._share(stack), []
+    for rank in range(3):
+        alone.rank, alone.world_size = rank, 3
+        alone.all_sum = lambda part: parts.append(part) or part
+        alone._share(stack)
+    assert [sum(bool(m.any()) for m in part) for part in parts] == [2, 2, 0]
+    torch.testing.assert_close(sum(parts), wanted)

@@ -14,7 +14,8 @@ from gpt2.config import GPT2Config, ModernConfig
 from gpt2.lora import LoRALinear
 from gpt2.model import GPT
 from gpt2.modern import network
-from gpt2.ops import cached_attention, small_linear
+from gpt2.one_token import small_linear
+from gpt2.ops import cached_attention
 
 from .conftest import ROOT
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gpt2 import ops
 from gpt2.ops import (
     causal_attention,
     causal_attention_reference,
@@ -53,6 +54,21 @@ def test_head_loss_and_gradients_equal_the_formula(implementation, reduction, n,
     torch.testing.assert_close(loss, plain)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_frozen_head_costs_no_gradient(monkeypatch, compiled):
+    """As beside adapters: the product that would make it is never computed."""
+    x = torch.randn(45, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(100, 16, dtype=torch.float64)
+    targets = torch.randint(0, 100, (45,))
+    expected = torch.autograd.grad(head_loss_reference(x, weight, targets, 128, "sum"), x)[0]
+    monkeypatch.setattr(ops, "_add_product", None)
+    function = torch.compile(head_loss, backend="aot_eager") if compiled else head_loss
+    ours = torch.autograd.grad(function(x, weight, targets, 128, "sum"), x)[0]
+    torch.testing.assert_close(ours, expected)
+    with pytest.raises(TypeError, match="NoneType"):
+        head_loss(x, weight.requires_grad_(), targets, 128, "sum")
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])

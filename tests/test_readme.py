@@ -50,6 +50,9 @@ ADDED: dict[str, list[str] | None] = {
     ],
     # downloads its tasks; tests/test_harness.py runs it with tasks of its own
     "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": None,
+    'gpt2 inspect out/out_ckpt.pt "The cat sat on the mat, and the dog sat on the"': [
+        "--out=out/inspect.html",
+    ],
     'gpt2 sample gpt2 --prompt="Hello world,"': ["--max_new_tokens=5"],
     "python train_gpt2.py --init=gpt2 --data_dir=data/mine --out_dir=out/tuned "
     "--learning_rate=3e-5 --max_steps=200": [
@@ -62,10 +65,22 @@ ADDED: dict[str, list[str] | None] = {
     'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile': None,
     'ollama run my-gpt2 "Hello world,"': None,
     "vllm serve out/hf": None,
+    'pip install -e ".[serve]"': None,
+    "gpt2 serve out/finetuned/out_ckpt.pt": None,  # does not end; tests/test_serve.py runs it
+    "python train_gpt2.py --config=configs/speedrun.toml --mlp=swiglu --window_pattern=SSSL "
+    "--window=256": [
+        *SMALL, "--n_layer=6", "--total_batch_tokens=0", "--window=8", "--out_dir=out/modern",
+    ],
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
+    "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
+    "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
     # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
     "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,
+    "python -m benchmarks.generate --nanogpt=../nanoGPT": None,
+    "python -m benchmarks.loader": [
+        "--shard_tokens=100000", "--batch_size=2", "--seconds=0.1",
+    ],
     "python -m benchmarks.memory": [
         "--sizes=gpt2-tiny", "--batch_sizes=1", "--block_size=32", "--device=cpu",
         "--n_layer=1", "--n_head=2", "--n_embd=32", "--dtype=float32",
@@ -138,7 +153,8 @@ def test_commands_and_python_of_the_readme(clone, text, tmp_path):
         assert "model.safetensors" in hub.models["OWNER/NAME"]
     for path in ("fineweb/edufineweb_val_000000.bin", "fineweb/edufineweb_train_000001.bin",
                  "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",
-                 "out/loss.png", "out/eval.json", "out/two/out_ckpt.pt", "out/mine/out_ckpt.pt",
+                 "out/loss.png", "out/eval.json", "out/inspect.html", "out/two/out_ckpt.pt",
+                 "out/mine/out_ckpt.pt",
                  "out/h200/loss.png", "out/tuned/out_ckpt.pt", "out/hf/config.json"):  # fmt: skip
         assert (clone / path).exists(), path
 

@@ -1,9 +1,14 @@
 """Options that mean nothing together are refused by name."""
 
 import pytest
+import torch
 
+from gpt2 import train
+from gpt2.api import SwitchedGPT2
 from gpt2.config import GPT2Config, ModelOptions, ModernConfig, TrainConfig, UserError
 from gpt2.flags import parse
+from gpt2.terminal import chat
+from gpt2.tool_config import ChatConfig, FinetuneConfig
 
 
 def test_defaults_are_the_faithful_network():
@@ -22,8 +27,34 @@ def test_defaults_are_the_faithful_network():
         (["--softcap=15", "--fp8=head"], "does not work with softcap"),
         (["--batch_warmup=2"], "use a share"),
         (["--window=5"], "give both"),
+        (["--rope_fraction=0.5"], "rope_fraction is for positions=rotary"),
+        (["--positions=rotary", "--rope_fraction=0"], "above 0 and up to 1"),
+        (["--muon_weight_decay=0.1"], "muon_weight_decay is for --optimizer=muon"),
+        (["--muon_momentum_warmup=9"], "muon_momentum_warmup is for --optimizer=muon"),
+        (["--optimizer=muon", "--learning_rate=0"], "other rates follow its schedule"),
     ],
 )
 def test_refused_by_name(arguments, message):
     with pytest.raises(UserError, match=message):
         parse(TrainConfig, arguments, "gpt2 train")
+
+
+def test_adapters_are_not_for_muon():
+    with pytest.raises(UserError, match="for whole matrices"):
+        parse(FinetuneConfig, ["--lora_rank=4", "--optimizer=muon"], "gpt2 finetune")
+    config = parse(FinetuneConfig, ["--optimizer=muon"], "gpt2 finetune")
+    assert config.optim.learning_rate == 3e-5
+
+
+def test_conversations_are_not_for_a_document_mask(tmp_path):
+    torch.manual_seed(0)
+    config = ModernConfig(n_layer=1, n_head=1, n_embd=8, block_size=32, document_mask=True)
+    path = tmp_path / "m.pt"
+    SwitchedGPT2(config).save(path)
+    with pytest.raises(UserError, match="hide them from one another"):
+        chat(str(path), parse(ChatConfig, ["--device=cpu"], "gpt2 chat"))
+    data = tmp_path / "c.jsonl"
+    data.write_text('{"messages": []}\n')
+    argv = [f"--init={path}", f"--data={data}", f"--out_dir={tmp_path / 'o'}", "--device=cpu"]
+    with pytest.raises(UserError, match="would hide them from one another"):
+        train.run(parse(FinetuneConfig, argv, "gpt2 finetune"))

@@ -1,6 +1,10 @@
 """`gpt2 chat` and `gpt2 sample` at the keyboard."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ from gpt2.api import GPT2
 from gpt2.chat_format import messages_of
 from gpt2.config import UserError
 from gpt2.tool_config import ChatConfig
+
+from .conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +67,29 @@ def test_commands(model, tmp_path, monkeypatch, capsys):
         json.loads(s)["messages"] for s in (tmp_path / "t.jsonl").read_text("utf-8").splitlines()
     ]
     assert [[m["role"] for m in s] for s in saved] == [["system", "user", "assistant"], ["system"]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_the_up_key_brings_back_a_message(model, tmp_path):
+    import pty
+
+    model.save(tmp_path / "m.pt")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "gpt2", "chat", str(tmp_path / "m.pt")]
+    command += ["--max_new_tokens=2", "--device=cpu", "--seed=1"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    ) as chat:  # fmt: skip
+        said, deadline = b"", time.monotonic() + 120
+        up, saved = b"\x1b[A", tmp_path / "t.jsonl"
+        lines = [b"Good day", up, b"/save %s" % str(saved).encode(), b"/quit"]
+        for number, line in enumerate(lines, 1):
+            while said.count(b"> ") < number and time.monotonic() < deadline:
+                said += os.read(ours, 1000)
+            os.write(ours, line + b"\r")
+            said += b"> " * (number - said.count(b"> "))  # echoes hold none of them
+        assert chat.wait(60) == 0, said
+    messages = json.loads(saved.read_text("utf-8"))["messages"]
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["Good day"] * 2

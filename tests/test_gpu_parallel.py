@@ -1,0 +1,56 @@
+"""FSDP2 on two GPUs: what tests/test_parallel.py asks of two CPU processes."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from .conftest import ROOT, TINY
+from .test_train import metrics, same, weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+SMALL = [a for a in TINY if not a.startswith(("--device", "--dtype", "--n_embd", "--n_head"))]
+SMALL += ["--n_embd=128", "--n_head=2", "--max_steps=6", "--eval_every=3", "--save_every=3"]
+SMALL += ["--keep_last=9", "--activation_checkpointing=True"]
+
+
+def train(data_dir, out, *arguments, ranks=2):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*torchrun, "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={out}", *SMALL]
+    subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, check=True, timeout=170)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("compiled", ["False", "True"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_losses_equal_those_of_ddp(optimizer, compiled, data_dir, tmp_path):
+    """2e-2 in bf16, where FSDP rounds the gradients of a micro-batch."""
+    arguments = [f"--optimizer={optimizer}", f"--compile_model={compiled}", "--dtype=bfloat16"]
+    for how in ("ddp", "fsdp"):
+        train(data_dir, tmp_path / how, *arguments, f"--parallel={how}")
+    assert metrics(tmp_path / "fsdp") == pytest.approx(metrics(tmp_path / "ddp"), abs=2e-2)
+    assert metrics(tmp_path / "fsdp", "val_loss") == pytest.approx(
+        metrics(tmp_path / "ddp", "val_loss"), abs=2e-2
+    )
+
+
+@pytest.mark.timeout(900)
+def test_states_go_on_and_to_one_gpu(data_dir, tmp_path):
+    """Products of float32 are in TF32, so that losses are compared to 1e-3."""
+    arguments = ["--dtype=float32", "--compile_model=False", "--parallel=fsdp"]
+    train(data_dir, tmp_path / "whole", *arguments)
+    for name, ranks in (("two", 2), ("one", 1)):
+        out = tmp_path / name
+        shutil.copytree(tmp_path / "whole", out)
+        shutil.rmtree(out / "state/step_00000006")
+        accumulation = [f"--grad_accum_steps={4 // ranks}"]
+        train(data_dir, out, *arguments, *accumulation, ranks=ranks)
+        assert metrics(out) == pytest.approx(metrics(tmp_path / "whole"), abs=1e-3)
+        ours, theirs = (weights(f / "out_ckpt.pt") for f in (out, tmp_path / "whole"))
+        assert ours.keys() == theirs.keys()
+        assert not same(ours, {n: torch.zeros_like(t) for n, t in ours.items()})

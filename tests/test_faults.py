@@ -159,7 +159,8 @@ def test_one_flipped_bit_in_a_shard(tmp_path, capsys, record_property):
     digest = write_shard(path, tokens)
     entry = {"name": path.name, "split": "train", "tokens": 3000, "sha256": digest}
     entry["documents"] = int((tokens == 50256).sum())
-    write_manifest(tmp_path, {"prefix": "x", "complete": True, "shards": [entry]})
+    totals = {key: entry[key] for key in ("tokens", "documents")}
+    write_manifest(tmp_path, {"prefix": "x", "complete": True, **totals, "shards": [entry]})
     assert main(["shards", "verify", str(tmp_path)]) == 0
     whole = path.read_bytes()
     for _ in range(FLIPS):

@@ -51,12 +51,13 @@ FAR = 10**9  # steps, while the speed is measured
 STRETCH_SECONDS = 2.0  # of each of three measurements of the speed
 TOGETHER = {  # switched off with the switch that they belong to
     "window_pattern": ("window", "window_warmup"),
-    "positions": ("rope_base",),
+    "positions": ("rope_base", "rope_fraction"),
     "untied_head": ("head_lr",),
-    "optimizer": ("muon_lr", "muon_momentum"),
+    "optimizer": ("muon_lr", "muon_momentum", "muon_momentum_warmup", "muon_weight_decay"),
     "schedule": ("cooldown",),
 }
-NUMBERS = {"embedding_lr", "head_lr", "muon_lr", "muon_momentum", "cooldown", "rope_base", "window"}
+NUMBERS = {name for names in TOGETHER.values() for name in names} - {"window_warmup"}
+NUMBERS |= {"embedding_lr"}  # values that are tuned, not switches
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from benchmarks import memory
+from benchmarks.sprint import ablations
 from benchmarks.throughput import fastest, make_data
+from gpt2.config import TrainConfig, flatten
+from gpt2.flags import parse
 
-from .conftest import run_python
+from .conftest import ROOT, run_python
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--dtype=float32"]  # of ours
 CLONE = """
@@ -195,3 +198,37 @@ def test_cost_of_saving():
     assert row["state_bytes"] > 12 * row["parameters"]
     assert row["stall_seconds"] > 0
     assert "of 250 steps" in done.stdout
+
+
+def test_recipes_without_each_of_their_switches_are_valid():
+    """The speedrun without one switch is a recipe, and differs in that switch."""
+    path = ROOT / "configs/speedrun.toml"
+    found = ablations(path)
+    assert {"speedrun", "without skips", "without optimizer", "without softcap"} <= found.keys()
+    assert "without muon_lr" not in found
+    whole = flatten(parse(TrainConfig, found.pop("speedrun"), "test"))
+    for name, argv in found.items():
+        config = flatten(parse(TrainConfig, argv, "test"))
+        assert config[name.removeprefix("without ")] != whole[name.removeprefix("without ")]
+
+
+def test_sprint(tmp_path, data_dir):
+    """Two recipes for a second each: the clock, the table, the picture."""
+    recipe = "configs/sprint_gpt2_adamw.toml"
+    small = ["--n_layer=1", "--n_embd=16", "--n_head=1", "--block_size=32", "--batch_size=2"]
+    small += ["--total_batch_tokens=64", "--compile_model=False", "--dtype=float32"]
+    done = run_python(
+        "-m", "benchmarks.sprint", recipe, f"hot = {recipe} --learning_rate=0.01", *small,
+        f"--data_dir={data_dir}", "--seconds=1", "--evaluations=2", "--val_tokens=500",
+        f"--out_dir={tmp_path}", "--devices=cpu", "--save",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "sprint.jsonl").read_text().splitlines()]
+    ends = {row["name"]: row for row in rows}
+    assert set(ends) == {"sprint_gpt2_adamw", "hot"}
+    for row in ends.values():
+        assert row["tokens"] == row["step"] * 64
+        assert row["step"] <= row["max_steps"]
+        assert row["val_tokens"] == 500
+        assert (tmp_path / row["name"] / "out_ckpt.pt").exists()
+    assert "| hot |" in done.stdout
+    assert (tmp_path / "sprint.png").stat().st_size > 5000

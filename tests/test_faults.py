@@ -397,3 +397,43 @@ def test_signal_while_compiling(data_dir, tmp_path):
     assert process.returncode == 143, text
     found, _ = checkpoint.find_state(tmp_path, "auto")
     assert (found.step if found else 0) <= 1
+
+
+POISONED = """
+import sys
+import torch
+from gpt2 import runtime, train
+from gpt2.cli import main
+step = train.train_step
+def poisoned(state, config, rt):
+    hooks = []
+    if state.step == 2 and rt.rank == 1:
+        weight = state.model.transformer.h[0].ln_1.weight
+        hooks.append(weight.register_hook(lambda gradient: gradient * float("nan")))
+    before = state.model.transformer.wte.weight.detach().clone()
+    launched = step(state, config, rt)
+    for hook in hooks:
+        hook.remove()
+    kept = torch.equal(before, state.model.transformer.wte.weight)
+    print(f"rank {rt.rank} step {state.step} kept {kept}", flush=True)
+    return launched
+train.train_step = poisoned
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault(22, "NaN in a gradient of rank 1 only, two ranks")
+def test_nan_on_one_rank_is_skipped_on_both(data_dir, tmp_path):
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    done = run_python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        tmp_path / "poisoned.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", *TINY,
+        "--max_steps=4", env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    for rank in (0, 1):
+        kept = [f"rank {rank} step {n} kept {n == 3}" in done.stdout for n in (1, 2, 3, 4)]
+        assert all(kept), done.stdout
+    rows = report.read_metrics(tmp_path / "out/metrics.jsonl")
+    assert [row["step"] for row in rows if "nonfinite" in row] == [3]
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out/out_ckpt.pt").values())

@@ -132,7 +132,9 @@ def test_one_flipped_bit_in_any_file_of_a_state(saved, tmp_path, record_property
     record_property("survived", f"{noticed} of {FLIPS} in the files of a state")
 
 
-@pytest.mark.fault(5, "one flipped bit in the weights of out_ckpt.pt, 100 times")
+@pytest.mark.fault(
+    5, "one flipped bit in the weights of out_ckpt.pt (not in its zip headers), 100 times"
+)
 def test_one_flipped_bit_in_the_weights_of_a_model(saved, tmp_path, record_property):
     """torch.load notices none of them."""
     rng, path, noticed = random.Random(6), tmp_path / "out_ckpt.pt", 0
@@ -348,7 +350,11 @@ sys.exit(main(["train", *sys.argv[5:]]))
 
 
 @pytest.mark.slow
-@pytest.mark.fault(18, "each signal, twice, in the start, first step, evaluation and saving")
+@pytest.mark.fault(
+    18,
+    "one of the three signals, sent twice, in each of seven phases (start, first step, evaluation, "
+    "saving)",
+)
 @pytest.mark.parametrize("phase", PHASES)
 def test_signal_in_any_phase(phase, data_dir, tmp_path):
     """One whole checkpoint, the documented exit code, and the bits of an undisturbed run."""
@@ -374,9 +380,9 @@ def test_signal_in_any_phase(phase, data_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.fault(18, "SIGTERM while torch.compile is at work")
+@pytest.mark.fault(18, "SIGTERM between the start and the end of a compiled first step")
 def test_signal_while_compiling(data_dir, tmp_path):
-    """The first step ends, is saved, and no other follows."""
+    """The first step, if it has begun, ends and is saved; no other follows."""
     from gpt2.devices import choose_compile
 
     if not choose_compile("True", torch.device("cpu"))[0]:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-FEW_PROGRAMS = 256  # then each is given more threads, since they do not fill the GPU
+FEW_PROGRAMS = 256  # of one for each row and head: too few to fill a GPU
+SHARE = 64  # positions that a program then reads
 
 
 @triton.jit
@@ -83,24 +84,31 @@ def small_linear_(  # noqa: PLR0917 - what there is around a product
 
 @triton.jit
 def _cached_attention(  # noqa: PLR0917 - Triton launches by position
-    q, k, v, keys, values, lengths, out, q_row, k_row, v_row, capacity, scale,
+    q, k, v, keys, values, lengths, out, parts, q_row, k_row, v_row, capacity, scale,
     heads: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr,
+    share: tl.constexpr, shares: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and head: online softmax (Milakov & Gimelshein 2018) over its cache."""
+    """Online softmax (Milakov & Gimelshein 2018) of a row and head over a share of its cache.
+
+    With one share the result goes to `out`; else maximum, sum and mixture go to `parts`.
+    """
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     d = tl.arange(0, lanes)
     real = d < width
     length = tl.load(lengths + row)
+    cache = (row * heads + head) * capacity * width
+    first = tl.program_id(1) * share
+    query = tl.load(q + row * q_row + head * width + d, mask=real, other=0.0).to(tl.float32) * scale
+    begins = first == 0  # the first share takes the new position too, which sees itself
     new_k = tl.load(k + row * k_row + head * width + d, mask=real, other=0.0)
     new_v = tl.load(v + row * v_row + head * width + d, mask=real, other=0.0)
-    cache = (row * heads + head) * capacity * width
-    tl.store(keys + cache + length * width + d, new_k, mask=real)
-    tl.store(values + cache + length * width + d, new_v, mask=real)
-    query = tl.load(q + row * q_row + head * width + d, mask=real, other=0.0).to(tl.float32) * scale
-    top = tl.sum(query * new_k.to(tl.float32), 0)  # the new position sees itself
-    total = top * 0.0 + 1.0
-    mixed = new_v.to(tl.float32)
-    for start in range(0, length, block):
+    kept = d < tl.where(begins, width, 0)
+    tl.store(keys + cache + length * width + d, new_k, mask=kept)
+    tl.store(values + cache + length * width + d, new_v, mask=kept)
+    top = tl.where(begins, tl.sum(query * new_k.to(tl.float32), 0), float("-inf"))
+    total = tl.where(begins, 1.0, 0.0)
+    mixed = tl.where(begins, new_v.to(tl.float32), 0.0)
+    for start in range(first, tl.minimum(length, first + share), block):
         s = start + tl.arange(0, block)
         at = cache + s[:, None] * width + d[None, :]
         mask = (s < length)[:, None] & real[None, :]
@@ -113,7 +121,29 @@ def _cached_attention(  # noqa: PLR0917 - Triton launches by position
         mixed = mixed * shrink + tl.sum(p[:, None] * value.to(tl.float32), 0)
         total = total * shrink + tl.sum(p, 0)
         top = new_top
-    tl.store(out + (row * heads + head) * width + d, mixed / total, mask=real)
+    if shares == 1:
+        tl.store(out + (row * heads + head) * width + d, mixed / total, mask=real)
+    else:
+        part = parts + (tl.program_id(0) * shares + tl.program_id(1)) * (lanes + 2)
+        tl.store(part, top)
+        tl.store(part + 1, total)
+        tl.store(part + 2 + d, mixed)
+
+
+@triton.jit
+def _join_shares(  # noqa: PLR0917 - Triton launches by position
+    parts, out, width: tl.constexpr, lanes: tl.constexpr, shares: tl.constexpr,
+    padded: tl.constexpr,
+):  # fmt: skip
+    """One program per row and head: the softmax over all shares from what each found."""
+    d, s = tl.arange(0, lanes), tl.arange(0, padded)
+    part = parts + (tl.program_id(0) * shares + s) * (lanes + 2)
+    top = tl.load(part, mask=s < shares, other=float("-inf"))
+    weight = tl.exp(top - tl.max(top, 0))  # 0 for a share that is not filled
+    total = tl.sum(weight * tl.load(part + 1, mask=s < shares, other=0.0), 0)
+    mixed = tl.load(part[:, None] + 2 + d[None, :], mask=(s < shares)[:, None], other=0.0)
+    mixed = tl.sum(mixed * weight[:, None], 0)
+    tl.store(out + tl.program_id(0) * width + d, mixed / total, mask=d < width)
 
 
 def cached_attention_(  # noqa: PLR0917 - what attention has
@@ -134,10 +164,16 @@ def cached_attention_(  # noqa: PLR0917 - what attention has
         assert t.stride()[1::2] == (width, 1)
     assert all(t.is_contiguous() for t in (keys, values))
     out = torch.empty(B, 1, heads, width, device=q.device, dtype=q.dtype)
-    few = B * heads <= FEW_PROGRAMS
-    _cached_attention[(B * heads,)](
-        q, k, v, keys, values, lengths, out, q.stride(0), k.stride(0), v.stride(0),
-        keys.shape[2], width**-0.5, heads, width, triton.next_power_of_2(width),
-        256 if few else 64, num_warps=8 if few else 4,
+    capacity, lanes = keys.shape[2], triton.next_power_of_2(width)
+    few = B * heads <= FEW_PROGRAMS  # the cache in shares, since one program a head is too slow
+    share = SHARE if few else capacity
+    shares = triton.cdiv(capacity, share)
+    parts = q.new_empty(B * heads * shares * (lanes + 2) if shares > 1 else 0, dtype=torch.float32)
+    _cached_attention[(B * heads, shares)](
+        q, k, v, keys, values, lengths, out, parts, q.stride(0), k.stride(0), v.stride(0),
+        capacity, width**-0.5, heads, width, lanes, 64, share, shares, num_warps=4,
     )  # fmt: skip
+    if shares > 1:
+        padded = triton.next_power_of_2(shares)
+        _join_shares[(B * heads,)](parts, out, width, lanes, shares, padded, num_warps=2)
     return out.transpose(1, 2)

@@ -95,11 +95,12 @@ def compare_kernels(device: str):
             found = small_linear_(x, layer.weight, bias, normed, gelu, added)
             torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=1e-5)
     lengths = torch.tensor([0, 5, 127])
-    for width in (16, 20):
-        q, k, v = torch.randn(3, 3, 1, 2, width).transpose(2, 3)
-        caches = torch.randn(2, 3, 2, 128, width)
+    # in two shares, in three of which the last is short, and in one since there are many heads
+    for width, heads, capacity in ((16, 2, 128), (20, 2, 160), (16, 90, 128)):
+        q, k, v = torch.randn(3, 3, 1, heads, width).transpose(2, 3)
+        caches = torch.randn(2, 3, heads, capacity, width)
         copies = caches.clone().to(device)
-        wanted = cached_attention(q, k, v, *caches, lengths, 128)
+        wanted = cached_attention(q, k, v, *caches, lengths, capacity)
         found = cached_attention_(*(t.to(device) for t in (q, k, v)), *copies, lengths.to(device))
         torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=1e-5)
         assert torch.equal(copies.cpu(), caches)

@@ -11,8 +11,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
-import openai
 import pytest
 import torch
 
@@ -27,6 +25,8 @@ from gpt2.modern import network
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 from .conftest import ROOT
+
+httpx, openai = (pytest.importorskip(name) for name in ("httpx", "openai"))  # extra `dev`
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 128}
 HELLO = [{"role": "user", "content": "Hello"}]

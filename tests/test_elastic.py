@@ -38,6 +38,7 @@ def wait_for(process: subprocess.Popen, text: str):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.fault(20, "SIGKILL of a rank under torchrun --max_restarts")
 def test_killed_rank_restarts_from_the_last_checkpoint(data_dir, tmp_path):
     """kill -9 of one of two: torchrun starts both again, losses and weights to the last bit."""
     steps = ["--max_steps=12", "--save_every=2"]

@@ -132,7 +132,9 @@ def test_one_flipped_bit_in_any_file_of_a_state(saved, tmp_path, record_property
     record_property("survived", f"{noticed} of {FLIPS} in the files of a state")
 
 
-@pytest.mark.fault(5, "one flipped bit in the weights of out_ckpt.pt, 100 times")
+@pytest.mark.fault(
+    5, "one flipped bit in the weights of out_ckpt.pt (not in its zip headers), 100 times"
+)
 def test_one_flipped_bit_in_the_weights_of_a_model(saved, tmp_path, record_property):
     """torch.load notices none of them."""
     rng, path, noticed = random.Random(6), tmp_path / "out_ckpt.pt", 0
@@ -348,7 +350,11 @@ sys.exit(main(["train", *sys.argv[5:]]))
 
 
 @pytest.mark.slow
-@pytest.mark.fault(18, "each signal, twice, in the start, first step, evaluation and saving")
+@pytest.mark.fault(
+    18,
+    "one of the three signals, sent twice, in each of seven phases (start, first step, evaluation, "
+    "saving)",
+)
 @pytest.mark.parametrize("phase", PHASES)
 def test_signal_in_any_phase(phase, data_dir, tmp_path):
     """One whole checkpoint, the documented exit code, and the bits of an undisturbed run."""
@@ -374,9 +380,9 @@ def test_signal_in_any_phase(phase, data_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.fault(18, "SIGTERM while torch.compile is at work")
+@pytest.mark.fault(18, "SIGTERM between the start and the end of a compiled first step")
 def test_signal_while_compiling(data_dir, tmp_path):
-    """The first step ends, is saved, and no other follows."""
+    """The first step, if it has begun, ends and is saved; no other follows."""
     from gpt2.devices import choose_compile
 
     if not choose_compile("True", torch.device("cpu"))[0]:
@@ -397,3 +403,43 @@ def test_signal_while_compiling(data_dir, tmp_path):
     assert process.returncode == 143, text
     found, _ = checkpoint.find_state(tmp_path, "auto")
     assert (found.step if found else 0) <= 1
+
+
+POISONED = """
+import sys
+import torch
+from gpt2 import runtime, train
+from gpt2.cli import main
+step = train.train_step
+def poisoned(state, config, rt):
+    hooks = []
+    if state.step == 2 and rt.rank == 1:
+        weight = state.model.transformer.h[0].ln_1.weight
+        hooks.append(weight.register_hook(lambda gradient: gradient * float("nan")))
+    before = state.model.transformer.wte.weight.detach().clone()
+    launched = step(state, config, rt)
+    for hook in hooks:
+        hook.remove()
+    kept = torch.equal(before, state.model.transformer.wte.weight)
+    print(f"rank {rt.rank} step {state.step} kept {kept}", flush=True)
+    return launched
+train.train_step = poisoned
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault(22, "NaN in a gradient of rank 1 only, two ranks")
+def test_nan_on_one_rank_is_skipped_on_both(data_dir, tmp_path):
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    done = run_python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        tmp_path / "poisoned.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", *TINY,
+        "--max_steps=4", env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    for rank in (0, 1):
+        kept = [f"rank {rank} step {n} kept {n == 3}" in done.stdout for n in (1, 2, 3, 4)]
+        assert all(kept), done.stdout
+    rows = report.read_metrics(tmp_path / "out/metrics.jsonl")
+    assert [row["step"] for row in rows if "nonfinite" in row] == [3]
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out/out_ckpt.pt").values())

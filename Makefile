@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not (slow and fault)"
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults

@@ -1,5 +1,5 @@
 # make demo    installs, prepares Python's own sources, trains a small GPT, plots and writes text
-# make test    installs what the tests need and runs them
+# make test    installs what the tests need and runs them, but for the slow ones of make faults
 # make faults  breaks everything on purpose and writes docs/reliability.md (half an hour)
 # make lint    style and format
 PYTHON ?= python3

@@ -56,8 +56,10 @@ TOGETHER = {  # switched off with the switch that they belong to
     "optimizer": ("muon_lr", "muon_momentum", "muon_momentum_warmup", "muon_weight_decay"),
     "schedule": ("cooldown",),
 }
-NUMBERS = {name for names in TOGETHER.values() for name in names} - {"window_warmup"}
-NUMBERS |= {"embedding_lr"}  # values that are tuned, not switches
+NUMBERS = {  # values that are tuned, not switches
+    "embedding_lr",
+    *(name for names in TOGETHER.values() for name in names if name != "window_warmup"),
+}
 
 
 @dataclass(frozen=True)

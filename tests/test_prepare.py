@@ -505,7 +505,9 @@ def test_two_at_once(tmp_path):
     options = {"source": long_corpus(tmp_path), "shard_tokens": 2000, "out_dir": tmp_path / "out"}
     process = start(tmp_path, **options, num_workers=1)
     wait_for(tmp_path / "out" / "x_train_000001.bin", process)
-    with pytest.raises(UserError, match=r"another process \(pid \d+ on .+\) is making shards in .*out; wait for it"):
+    with pytest.raises(
+        UserError, match=r"another process \(pid \d+ on .+\) is making shards in .*out; wait for it"
+    ):
         run(options["source"], tmp_path / "out", shard_tokens=2000)
     process.kill()
     process.communicate()

@@ -12,8 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n auto -m "not (slow and fault)" --ignore=tests/test_serve_page.py
-	$(BIN)/python -m pytest tests/test_serve_page.py  # its browser wants a process of its own
+	$(BIN)/python -m pytest -n auto -m "not (slow and fault)"
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults

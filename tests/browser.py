@@ -12,11 +12,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 @contextmanager
 def chromium() -> Iterator:
     """A playwright Browser; skips the test, with the reason, where there is none."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    from playwright.sync_api import sync_playwright  # of the extra `dev`, so never skipped
+
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         pytest.skip("needs Chromium: apt-get install chromium")
-    with api.sync_playwright() as driver:
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         try:
             yield browser

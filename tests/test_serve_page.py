@@ -1,7 +1,6 @@
 """The chat page in a real browser, headless, as a person uses it."""
 
 import json
-import shutil
 import time
 
 import httpx
@@ -10,13 +9,10 @@ import pytest
 from gpt2.guard import page_policy
 from gpt2.serve import PAGE
 
+from .browser import chromium
 from .test_serve import Server, save_model
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script>&amp;'
-browser_test = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs chromium (on Debian: apt-get install chromium)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +26,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -87,7 +77,6 @@ def test_the_page_comes_with_strict_headers_and_nothing_from_elsewhere(server):
     assert " style=" not in html
 
 
-@browser_test
 def test_a_message_is_answered_and_answered_again(page, server):
     say(page, "Hello")
     wait_for_answer(page)
@@ -110,7 +99,6 @@ def test_a_message_is_answered_and_answered_again(page, server):
     assert all(url.startswith((server.url, "data:")) for url in page.requested)
 
 
-@browser_test
 def test_an_answer_streams_and_stops(page, server):
     say(page, "Hello", tokens=64)
     until(page, "messages.at(-1).content.length > 5 && Boolean(running)")  # while it is written
@@ -126,7 +114,6 @@ def test_an_answer_streams_and_stops(page, server):
     assert server.health()["requests"]["cancelled"] >= 1
 
 
-@browser_test
 def test_text_of_person_and_model_never_becomes_html(page):
     """The answer comes from the network, so it can be whatever a model could write."""
     events = [
@@ -149,7 +136,6 @@ def test_text_of_person_and_model_never_becomes_html(page):
     assert page.evaluate("window.harmed") is None
 
 
-@browser_test
 def test_on_a_phone_nothing_is_too_wide_and_settings_are_a_sheet(browser, server):
     context = browser.new_context(viewport={"width": 360, "height": 640}, has_touch=True,
                                   is_mobile=True, color_scheme="dark")  # fmt: skip
@@ -173,7 +159,6 @@ def test_on_a_phone_nothing_is_too_wide_and_settings_are_a_sheet(browser, server
     context.close()
 
 
-@browser_test
 def test_settings_are_sent_and_kept_and_a_text_is_continued(page):
     bodies = []
     page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data)))
@@ -202,7 +187,6 @@ def test_settings_are_sent_and_kept_and_a_text_is_continued(page):
     assert page.input_value("#paper") == "Once upon a time"
 
 
-@browser_test
 def test_errors_are_said_and_tried_again(page):
     page.route("**/v1/chat/completions", lambda route: route.abort())
     say(page, "Hello", tokens=8)
@@ -214,7 +198,6 @@ def test_errors_are_said_and_tried_again(page):
     assert page.evaluate("messages.length") == 2
 
 
-@browser_test
 def test_the_page_asks_for_a_key_and_says_that_a_model_cannot_chat(browser, server, tmp_path):
     save_model(tmp_path / "base.pt")
     other = Server(tmp_path / "base.pt", key="secret")

@@ -35,7 +35,8 @@ from gpt2.runtime import Runtime
 from gpt2.state import TrainState
 from gpt2.tool_config import FinetuneConfig, TuningOptions
 
-from .memory import GIB, peaks
+from .memory import GIB, names, numbers, peaks, write
+from .throughput import synchronize
 
 
 def make_conversations(path: Path, count: int = 1500):
@@ -96,8 +97,7 @@ def measure(
         for _ in range(options.warmup + options.steps):
             began = time.perf_counter()
             loss = train.train_step(state, config, rt).read()[0]  # waits for the device
-            if rt.device.type == "cuda":
-                torch.cuda.synchronize()  # the update of the weights too
+            synchronize(rt)  # the update of the weights too
             seconds.append(time.perf_counter() - began)
     except torch.OutOfMemoryError:
         state.optimizer.state.clear()  # half of the moments may be there
@@ -160,12 +160,6 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
     made.add_argument("--sizes", type=names, default=["gpt2", "gpt2-xl"], help=", ".join(SIZES))
     made.add_argument("--batch_sizes", type=numbers, default=[32, 8], help="one for each size")
     made.add_argument("--block_size", type=int, default=1024)
@@ -204,10 +198,7 @@ def main() -> int:
     table = markdown(rows)
     print(f"\n{table}")
     if options.out_dir:
-        options.out_dir.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (options.out_dir / "finetune.jsonl").write_text(lines, encoding="utf-8")
-        (options.out_dir / "finetune.md").write_text(table + "\n", encoding="utf-8")
+        write(options.out_dir, "finetune", rows, table)
     return 0
 
 

@@ -156,6 +156,24 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
     ])  # fmt: skip
 
 
+def names(text: str) -> list[str]:
+    """What stands between commas."""
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    """The same, as numbers."""
+    return [int(part) for part in text.split(",")]
+
+
+def write(out_dir: Path, name: str, rows: list[dict], table: str):
+    """Writes name.jsonl and name.md."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (out_dir / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (out_dir / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; what it does not know goes to `gpt2 train`."""
     made = argparse.ArgumentParser(
@@ -163,12 +181,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
 
     made.add_argument("--sizes", type=names, default=RELEASED, help=f"of {', '.join(SIZES)}")
     made.add_argument("--batch_sizes", type=numbers, default=[1, 2, 4, 8, 16, 32, 64])
@@ -202,10 +214,7 @@ def main() -> int:
     table = markdown(rows, options)
     print(f"\n{table}")
     if options.out_dir:
-        options.out_dir.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (options.out_dir / "memory.jsonl").write_text(lines, encoding="utf-8")
-        (options.out_dir / "memory.md").write_text(table + "\n", encoding="utf-8")
+        write(options.out_dir, "memory", rows, table)
     return 0
 
 

@@ -27,7 +27,7 @@ from gpt2.flags import parse
 from gpt2.runtime import Runtime
 from gpt2.state import TrainState
 
-from .throughput import _late, make_data
+from .throughput import _late, make_data, synchronize
 
 KINDS = ("none", "later", "at once")
 EVERY = 250  # steps between saves, for which the share is told
@@ -99,12 +99,6 @@ def time_row(  # noqa: PLR0917
     synchronize(rt)
     made.saver.wait()
     return time.perf_counter() - started, stall
-
-
-def synchronize(rt: Runtime):
-    """Waits for the device."""
-    if rt.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def show(row: dict):

@@ -29,7 +29,6 @@ import sys
 import threading
 import time
 import tomllib
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -41,11 +40,13 @@ from gpt2.config import TrainConfig, UserError
 from gpt2.data import TrainLoader, available_eval_tokens, eval_batches
 from gpt2.evaluate import Evaluation, evaluate
 from gpt2.flags import parse
+from gpt2.optim import sequences_left
 from gpt2.runtime import Runtime
-from gpt2.state import TrainState, begin_step, save_model
+from gpt2.state import TrainState, save_model
 from gpt2.switches import Recipe, Switches
 
 from .sprint_report import draw, table
+from .throughput import _late, synchronize
 
 FAR = 10**9  # steps, while the speed is measured
 STRETCH_SECONDS = 2.0  # of each of three measurements of the speed
@@ -133,13 +134,13 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
         train.train_step(state, compiling, rt).read()
     steps = 1 + int(STRETCH_SECONDS * speed(state, compiling, rt, 3) / tokens_of(state))
     rate = statistics.median(speed(state, compiling, rt, steps) for _ in range(3))
-    # while the batch grows, the average step has about half its micro-batches
-    full, share = state.plan.grad_accum_steps, options.batch_warmup
-    average = (1 - share) + share * (full + 1) / (2 * full)
-    steps = max(1, int(seconds * rate / (tokens_of(state) * average)))
+    # while the batch grows, a step has fewer tokens
+    many = replace(options, max_steps=1000)
+    average = sequences_left(0, many, state.plan) / 1000 * state.plan.block_size
+    steps = max(1, int(seconds * rate / average))
     state.model.load_state_dict(before)
     state.optimizer.state.clear()
-    state.step = state.window = 0
+    state.step = 0
     state.loader.close()
     order, plan = state.loader.order, state.plan
     state.loader = TrainLoader(order, plan, rank=rt.rank, position=0, device=rt.device)
@@ -153,18 +154,12 @@ def tokens_of(state: TrainState) -> int:
 
 def speed(state: TrainState, config: TrainConfig, rt: Runtime, steps: int) -> float:
     """Tokens per second over some steps."""
-    synchronise(rt)
+    synchronize(rt)
     began = time.perf_counter()
     for _ in range(steps):
         train.train_step(state, config, rt)
-    synchronise(rt)
+    synchronize(rt)
     return steps * tokens_of(state) / (time.perf_counter() - began)
-
-
-def synchronise(rt: Runtime):
-    """Waits for the device."""
-    if rt.device.type == "cuda":
-        torch.cuda.synchronize(rt.device)
 
 
 def timed(
@@ -173,22 +168,20 @@ def timed(
     """Trains to the end of the time; a row at each evaluation."""
     max_steps = config.optim.max_steps
     marks = {round(max_steps * (i + 1) / options.evaluations) for i in range(options.evaluations)}
-    validate(state, config, rt, options.val_tokens)  # compiles
-    seconds, launched = 0.0, deque()
-    synchronise(rt)
+    validate(state, rt, options.val_tokens)  # compiles
+    step = _late(lambda: train.train_step(state, config, rt).read, rt.steps_ahead)
+    seconds = 0.0
+    synchronize(rt)
     began = time.perf_counter()
     while state.step < max_steps:
-        launched.append(train.train_step(state, config, rt))
-        while len(launched) > rt.steps_ahead:
-            loss = launched.popleft().read()[0]
+        read = step()
         over = seconds + time.perf_counter() - began > options.seconds
         if state.step not in marks and not over and state.step < max_steps:
             continue
-        while launched:
-            loss = launched.popleft().read()[0]
-        synchronise(rt)
+        loss = read()
+        synchronize(rt)
         seconds += time.perf_counter() - began
-        found = validate(state, config, rt, options.val_tokens)
+        found = validate(state, rt, options.val_tokens)
         if found is None:
             return
         yield row | {
@@ -204,13 +197,12 @@ def timed(
         }
         if over:
             return
-        synchronise(rt)
+        synchronize(rt)
         began = time.perf_counter()
 
 
-def validate(state: TrainState, config: TrainConfig, rt: Runtime, tokens: int) -> Evaluation | None:
+def validate(state: TrainState, rt: Runtime, tokens: int) -> Evaluation | None:
     """The loss over so many tokens of the validation shards; None after a signal."""
-    begin_step(state, config)  # windows are as wide as in the step that follows
     shards = [shard for dataset in state.datasets for shard in dataset.val]
     batches = eval_batches(
         shards,

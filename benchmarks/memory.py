@@ -118,6 +118,9 @@ def limit_memory(gib: float):
     """Lets PyTorch take no more than a GPU of that size would have left for it."""
     torch.zeros(1, device="cuda")  # makes the context
     total = torch.cuda.get_device_properties().total_memory
+    if gib * GIB <= cuda_itself():
+        taken = f"{cuda_itself() / GIB:.1f} GiB"
+        sys.exit(f"--limit_gib={gib:g}: CUDA itself and other programs take {taken}; free the GPU")
     torch.cuda.set_per_process_memory_fraction((gib * GIB - cuda_itself()) / total)
 
 

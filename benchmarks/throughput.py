@@ -8,8 +8,9 @@ Every contender runs in a process of its own, one after the other, on the same r
 makes whole steps: batch from disk, forward, backward, clipping, fused AdamW. After a warm-up the
 device is waited for after every tenth step only, so that nobody's loop costs it idle time; the
 number is the median of these tens. Ours is the step of `gpt2 train` itself, whose loss is read a
-step late; theirs is their network and optimizer as they configure it, in bf16 autocast, compiled on
-a GPU, in the loop that their training scripts have, whose loss is read in the end. With several
+step late; theirs is their network and optimizer as they configure it, in bf16 autocast (in float32
+on a CPU that has no bf16 units), compiled on a GPU, in the loop
+that their training scripts have, whose loss is read in the end. With several
 batch sizes each contender is shown at its best. Options that are not known here are ours alone and
 go to `gpt2 train`, such as --activation_checkpointing=True.
 """
@@ -34,7 +35,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from gpt2 import runtime, train
+from gpt2 import devices, runtime, train
 from gpt2.begin import settle_init
 from gpt2.config import GPT2_VOCAB_SIZE, SIZES, TrainConfig
 from gpt2.flags import parse
@@ -51,7 +52,7 @@ def ours(options: argparse.Namespace, data_dir: Path):
     argv = [
         f"--data_dir={data_dir}", f"--size={options.size}", f"--block_size={options.block_size}",
         f"--batch_size={options.batch_size}", f"--grad_accum_steps={options.grad_accum_steps}",
-        f"--device={options.device}", "--dtype=bfloat16", *options.extra,
+        f"--device={options.device}", f"--dtype={options.dtype}", *options.extra,
     ]  # fmt: skip
     config = parse(TrainConfig, argv, "benchmark")
     with runtime.start(config.system) as rt:
@@ -88,7 +89,8 @@ def theirs(options: argparse.Namespace, data_dir: Path, source: Path, optimizer_
         total = 0.0
         for _ in range(accum):
             x, y = batch()
-            with torch.autocast(options.device, torch.bfloat16):
+            in_bf16 = options.dtype == "bfloat16"
+            with torch.autocast(options.device, torch.bfloat16, enabled=in_bf16):
                 loss = forward(x, y)[1] / accum
             loss.backward()
             total += loss.detach()
@@ -247,7 +249,7 @@ def describe(options: argparse.Namespace) -> dict:
         machine = torch.cuda.get_device_name()
     setting = (
         f"{options.size}, {options.grad_accum_steps} × {options.batch_size} × {options.block_size} "
-        f"tokens a step, bf16, torch {torch.__version__}"
+        f"tokens a step, {options.dtype}, torch {torch.__version__}"
     )
     return {
         "machine": machine,
@@ -274,6 +276,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=50, help="steps to measure, by tens")
     made.add_argument("--warmup", type=int, default=10, help="steps before, not counting the first")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument(
+        "--dtype", help="of products: bfloat16, or float32 on a CPU without its units"
+    )
     made.add_argument("--only", help="one contender, in this process")
     made.add_argument("--out_dir", type=Path, help="also write throughput.jsonl and .png there")
     return made
@@ -285,6 +290,8 @@ def main() -> int:
     on_gpu = options.device == "cuda"
     options.batch_size = options.batch_size or (64 if on_gpu else 2)
     options.block_size = options.block_size or (1024 if on_gpu else 512)
+    natural = "bfloat16" if on_gpu or devices.cpu_has_fast_bfloat16() else "float32"
+    options.dtype = options.dtype or natural
     if options.only:
         print(json.dumps(measure_one(options)))
         return 0

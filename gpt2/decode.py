@@ -20,7 +20,7 @@ Shapes: `B` sequences, `N` new tokens, `V` vocabulary.
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class Decoder:
         use_cache: False computes everything anew for every token, for comparison.
         static: lengths as a tensor even where all rows are equally long; graphs need it.
         graph: record the pass as a CUDA graph.
-        draft: draft and check; for one sequence.
+        draft: draft and check; for one sequence, and for weights that stay as they are.
     """
 
     @torch.inference_mode()
@@ -189,7 +189,7 @@ class Decoder:
         """(B, V) after one more token (B,) of every row of a cache."""
         with _on(self.device):  # where Triton launches
             if self.few:
-                return one_token.next_logits(self.model, tokens, cache)
+                return one_token.next_logits(self.model, tokens[:, None], cache)
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
         if self.head is None:
             return self.model.logits(hidden)
@@ -242,9 +242,8 @@ class Decoder:
                 seen[0, token] = True
             guesses.append(token)
         cache.length = start  # the check writes its own keys and values over those of the draft
-        hidden = self.model.hidden(torch.stack(guesses, dim=1), cache)
         tokens: list[int] = []
-        for i, logits in enumerate(self.model.logits(hidden[0])):
+        for i, logits in enumerate(self.draft.check(torch.stack(guesses, dim=1), cache)):
             self.uniform.copy_(uniform[i])
             self._choose(logits[None])
             tokens.append(self.tokens.item())
@@ -256,27 +255,25 @@ class Decoder:
 
 
 class _Draft:
-    """A copy of the matrices in float16, for one token of one sequence at a time."""
+    """Copies of the matrices: in float16 to guess a token, in float32 to check a dozen."""
 
     def __init__(self, model: GPT):
         self.model = model
         layers = [model.transformer.wte]
         for block in model.transformer.h:
             layers += block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-        self.copies = {layer: one_token.half_linear(layer) for layer in layers}
+        self.halves = {layer: one_token.half_linear(layer) for layer in layers}
+        self.packed = {layer: one_token.packed_linear(layer, DRAFT_TOKENS) for layer in layers}
         self.plain_seconds = 0.0
         self.rounds, self.tokens, self.seconds = 0, 0, 0.0
 
     def logits(self, token: Tensor, cache: KVCache) -> Tensor:
-        """(1,) -> (1, V)."""
-        return one_token.next_logits(self.model, token, cache, self._product)
+        """A guess, (1,) -> (1, V)."""
+        return one_token.next_logits(self.model, token[:, None], cache, _by(self.halves))
 
-    def _product(
-        self, x: Tensor, layer: nn.Module, *, norm=None, gelu=False, residual=None
-    ) -> Tensor:
-        y = self.copies[layer](norm(x) if norm else x)
-        y = F.gelu(y, approximate="tanh") if gelu else y
-        return y if residual is None else residual + y
+    def check(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """What the model says, (1, T) -> (T, V)."""
+        return one_token.next_logits(self.model, tokens, cache, _by(self.packed))
 
     def count(self, tokens: int, seconds: float):
         """Takes note of a round."""
@@ -288,6 +285,17 @@ class _Draft:
         if not self.plain_seconds or self.rounds < 3:
             return bool(self.plain_seconds)
         return self.seconds < self.plain_seconds * self.tokens
+
+
+def _by(copies: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:
+    """`one_token.product` by copies of the layers."""
+
+    def product(x: Tensor, layer: nn.Module, *, norm=None, gelu=False, residual=None) -> Tensor:
+        y = copies[layer](norm(x) if norm else x)
+        y = F.gelu(y, approximate="tanh") if gelu else y
+        return y if residual is None else residual + y
+
+    return product
 
 
 def _receive(sent: deque[tuple[Tensor, torch.cuda.Event | None]], rows: list[list[int]]):

@@ -100,7 +100,9 @@ def _launch_cross_entropy(
     return losses.sum(), log_sums
 
 
-def cross_entropy_fp8(logits: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_fp8(
+    logits: Tensor, targets: Tensor, vocab: int, softcap: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the cross-entropies; its gradient times 2^`GRADIENT_SCALE` in e5m2, twice.
 
     Tensor cores take fp8 only with the summed dimension contiguous, and of the two products that
@@ -110,18 +112,19 @@ def cross_entropy_fp8(logits: Tensor, targets: Tensor, vocab: int) -> tuple[Tens
         logits: (N, P) contiguous, N a multiple of 64 and P of 128.
         targets: (N,) int64, negative where nothing is predicted.
         vocab: the columns that count.
+        softcap: see `ops.soft_cap`.
 
     Returns:
         (), (N, P), (P, N).
     """
     rows, padded = logits.shape
-    loss, log_sums = _launch_cross_entropy(logits, targets, vocab, False, 0.0)
+    loss, log_sums = _launch_cross_entropy(logits, targets, vocab, False, softcap)
     gradient = logits.new_empty(rows, padded, dtype=torch.float8_e5m2)
     transposed = logits.new_empty(padded, rows, dtype=torch.float8_e5m2)
     grid = (rows // 64 * (padded // 128),)
     _gradient_fp8[grid](
         logits, targets, log_sums, gradient, transposed, rows, vocab, padded, GRADIENT_SCALE,
-        64, 128, num_warps=4,
+        float(softcap), 64, 128, num_warps=4,
     )  # fmt: skip
     return loss, gradient, transposed
 
@@ -129,18 +132,21 @@ def cross_entropy_fp8(logits: Tensor, targets: Tensor, vocab: int) -> tuple[Tens
 @triton.jit
 def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
     logits, targets, log_sums, gradient, transposed, rows, vocab: tl.constexpr,
-    padded: tl.constexpr, scale: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+    padded: tl.constexpr, scale: tl.constexpr, cap: tl.constexpr, tall: tl.constexpr,
+    wide: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of (tall, wide)."""
     tiles = rows // tall
     row = (tl.program_id(0) % tiles) * tall + tl.arange(0, tall)
     column = (tl.program_id(0) // tiles) * wide + tl.arange(0, wide)
     at = row.to(tl.int64)[:, None] * padded + column[None, :]
-    x = tl.load(logits + at).to(tl.float32) * LOG2_E
+    y = _capped(tl.load(logits + at).to(tl.float32), cap)
     target = tl.load(targets + row)
-    value = tl.exp2(x - tl.load(log_sums + row)[:, None] + scale)
+    value = tl.exp2(y * LOG2_E - tl.load(log_sums + row)[:, None] + scale)
     value = tl.where(column[None, :] < vocab, value, 0.0)
     value -= tl.where(column[None, :] == target[:, None], 2.0**scale, 0.0)
+    if cap > 0:
+        value *= 1.0 - (y / cap) * (y / cap)
     value = tl.where(target[:, None] >= 0, value, 0.0).to(tl.float8e5)
     tl.store(gradient + at, value)
     at = column.to(tl.int64)[:, None] * rows + row[None, :]

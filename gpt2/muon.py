@@ -27,9 +27,28 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x
 
 
+def look_ahead(mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor) -> Tensor:
+    """The gradient, looked ahead with its running mean, which is updated unless skip > 0.
+
+    In the precision that `orthogonalise` computes in. `momentum` and `skip` are () tensors, so that
+    a schedule does not compile anew.
+    """
+    grad = torch.where(skip > 0, 0.0, grad)
+    new = torch.where(skip > 0, mean, mean.lerp(grad, 1 - momentum))
+    mean.copy_(new)
+    ahead = grad.lerp(new, momentum)
+    return ahead.bfloat16() if ahead.is_cuda else ahead
+
+
+def apply(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor):
+    """p ← keep · p - rate · update unless skip > 0; the factors are () tensors."""
+    p.copy_(torch.where(skip > 0, p, keep * p - rate * update.to(p.dtype)))
+
+
 @functools.cache
-def _compiled() -> Callable[[Tensor], Tensor]:
-    return torch.compile(orthogonalise, dynamic=False)
+def _compiled(function: Callable) -> Callable:
+    """On a GPU in one kernel, or in few; the products for each shape anew."""
+    return torch.compile(function, dynamic=False if function is orthogonalise else None)
 
 
 class MuonAndAdamW(torch.optim.AdamW):
@@ -41,7 +60,7 @@ class MuonAndAdamW(torch.optim.AdamW):
         all_sum: sums a tensor over ranks in place; each rank orthogonalises its share.
         rank: of this process.
         world_size: ranks.
-        compiled: whether the iteration is compiled.
+        compiled: whether its parts are compiled.
         **settings: of AdamW.
     """
 
@@ -57,7 +76,10 @@ class MuonAndAdamW(torch.optim.AdamW):
     ):
         super().__init__(groups, **settings)
         self.all_sum, self.rank, self.world_size = all_sum, rank, world_size
-        self.orthogonalise = _compiled() if compiled else orthogonalise
+        parts = look_ahead, orthogonalise, apply
+        self.look_ahead, self.orthogonalise, self.apply = (
+            _compiled(part) if compiled else part for part in parts
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -72,7 +94,7 @@ class MuonAndAdamW(torch.optim.AdamW):
             self.param_groups = groups
 
     def _step_muon(self, groups: list[dict]):
-        skip = getattr(self, "found_inf", None)
+        number = functools.cache(lambda value, device: torch.full((), value, device=device))
         by_shape: dict[tuple[int, int], list[tuple[Tensor, dict]]] = defaultdict(list)
         for group in groups:
             for p in group["params"]:
@@ -83,28 +105,28 @@ class MuonAndAdamW(torch.optim.AdamW):
             matrices = [
                 matrix
                 for p, group in members
-                for matrix in self._momentum(p, group, skip).chunk(group["parts"])
+                for matrix in self._momentum(p, group, number).chunk(group["parts"])
             ]
             wide = torch.stack([m if m.shape[0] <= m.shape[1] else m.mT for m in matrices])
             pairs = zip(self._share(wide), matrices, strict=True)
             updates = iter([u if m.shape[0] <= m.shape[1] else u.mT for u, m in pairs])
             for p, group in members:
                 update = torch.cat([next(updates) for _ in range(group["parts"])])
-                self._apply(local(p), cut(update, p), p.shape, group, skip)
+                self._apply(p, cut(update, p), group, number)
 
-    def _momentum(self, p: Tensor, group: dict, skip: Tensor | None) -> Tensor:
+    def _momentum(self, p: Tensor, group: dict, number: Callable) -> Tensor:
         """The whole gradient, looked ahead with its running mean, which is updated."""
         state = self.state[p]
         if not state:  # "step" is what AdamW's loading of states looks for
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["momentum"] = torch.zeros_like(p)
-        before, grad = local(state["momentum"]), local(p.grad)
-        grad = grad if skip is None else torch.where(skip > 0, 0.0, grad)
-        mean = before.lerp(grad, 1 - group["momentum"])
-        if skip is not None:
-            mean = torch.where(skip > 0, before, mean)
-        before.copy_(mean)
-        return whole(as_part_of(grad.lerp(mean, group["momentum"]), p))
+        mean, grad = local(state["momentum"]), local(p.grad)
+        momentum = number(group["momentum"], p.device)
+        return whole(as_part_of(self.look_ahead(mean, grad, momentum, self._skip(number, p)), p))
+
+    def _skip(self, number: Callable, p: Tensor) -> Tensor:
+        found = getattr(self, "found_inf", None)
+        return number(0.0, p.device) if found is None else found
 
     def _share(self, stack: Tensor) -> Tensor:
         """Orthogonalises this rank's share of a stack; the sum over ranks has them all."""
@@ -117,9 +139,9 @@ class MuonAndAdamW(torch.optim.AdamW):
             update[mine] = self.orthogonalise(stack[mine])
         return self.all_sum(update)
 
-    def _apply(self, p: Tensor, update: Tensor, shape: tuple, group: dict, skip: Tensor | None):
-        """p ← (1 - lr·decay) p - lr √max(1, rows/columns) update; both may be parts of `shape`."""
-        rows, columns = shape[0] // group["parts"], shape[1]
-        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-        new = p * (1 - group["lr"] * group["weight_decay"]) - rate * update.to(p.dtype)
-        p.copy_(new if skip is None else torch.where(skip > 0, p, new))
+    def _apply(self, p: Tensor, update: Tensor, group: dict, number: Callable):
+        """p ← (1 - lr·decay) p - lr √max(1, rows/columns) update; the update may be a part."""
+        rows, columns = p.shape[0] // group["parts"], p.shape[1]
+        keep = number(1 - group["lr"] * group["weight_decay"], p.device)
+        rate = number(group["lr"] * max(1.0, rows / columns) ** 0.5, p.device)
+        self.apply(local(p), update, keep, rate, self._skip(number, p))

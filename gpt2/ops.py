@@ -50,9 +50,8 @@ def head_loss(  # noqa: PLR0917
         padded_rows: P, see `head_logits`.
         reduction: "sum", "mean" over the targets that count, or "none" for (N,).
         fp8: three products in fp8 (Micikevicius et al. 2022) where gradients are wanted, on a GPU.
-        softcap: see `soft_cap`; not with fp8.
+        softcap: see `soft_cap`.
     """
-    assert not (fp8 and softcap)
     if reduction == "none":
         return head_loss_reference(x, weight, targets, padded_rows, reduction, softcap)
     kind = x.device.type
@@ -133,7 +132,7 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     exact = torch.promote_types(dtype, torch.float32)
     head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
     if fp8:
-        total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows)
+        total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows, softcap)
         return total, grad_x, grad_head[:rows].to(weight.dtype)
     grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
     grad_head = torch.zeros_like(head, dtype=exact) if gradients == 2 else x.new_empty(0)
@@ -159,7 +158,7 @@ def _rows_at_once(n: int) -> int:
 
 
 def _head_in_fp8(
-    x: Tensor, head: Tensor, targets: Tensor, vocab: int
+    x: Tensor, head: Tensor, targets: Tensor, vocab: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with products of e4m3 by e4m3 and, for the gradients, e5m2 by e4m3.
 
@@ -180,7 +179,7 @@ def _head_in_fp8(
         logits = torch._scaled_mm(
             x8[rows], head8.t(), x_scale, head_scale, out_dtype=x.dtype, use_fast_accum=True
         )
-        loss, grad, grad_t = cross_entropy_fp8(logits, targets[rows], vocab)
+        loss, grad, grad_t = cross_entropy_fp8(logits, targets[rows], vocab, softcap)
         total += loss
         grad_x[rows] = torch._scaled_mm(
             grad, head8_t.t(), grad_scale, head_scale, out_dtype=x.dtype

@@ -134,7 +134,8 @@ def choose(
     if s.temperature == 0:
         return logits.argmax(-1)
     p = filter_logits(logits, s.temperature, s.top_k, s.top_p, s.min_p).softmax(-1)
-    total = p.cumsum(-1)
+    # in float64 the sum of a row is the same beside other rows, which are added in another order
+    total = p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
     at = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
     at = at.clamp(max=p.shape[-1] - 1)
     # rounding in the sum can lead to a token that was filtered out

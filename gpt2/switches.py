@@ -139,7 +139,7 @@ def _check_rotary(s: Switches, head_width: int):
                         "even n_embd / n_head")  # fmt: skip
 
 
-def check_recipe(r: Recipe, s: Switches, fp8: str, dtype: str):  # noqa: C901 - a list
+def check_recipe(r: Recipe, s: Switches, dtype: str):  # noqa: C901 - a list
     """Raises UserError for options of training that mean nothing here, or do not fit together."""
     at_least(0, muon_lr=r.muon_lr, embedding_lr=r.embedding_lr, head_lr=r.head_lr)
     for name in ("cooldown", "batch_warmup", "window_warmup"):
@@ -162,5 +162,3 @@ def check_recipe(r: Recipe, s: Switches, fp8: str, dtype: str):  # noqa: C901 - 
         raise UserError("head_lr is for --untied_head; a tied head has the embedding's rate")
     if r.window_warmup and not s.window_pattern:
         raise UserError("window_warmup is for --window_pattern; give both")
-    if fp8 != "none" and s.softcap:
-        raise UserError(f"fp8={fp8} does not work with softcap; leave one of them out")

@@ -11,7 +11,7 @@ from gpt2 import decode
 from gpt2.config import GPT2Config
 from gpt2.decode import Decoder
 from gpt2.model import GPT
-from gpt2.one_token import half_linear
+from gpt2.one_token import half_linear, packed_linear
 from gpt2.ops import cached_attention, causal_attention_reference
 from gpt2.sampling import Sampling
 
@@ -60,7 +60,7 @@ def test_bad_drafts_change_nothing(model, sampling, monkeypatch):
     monkeypatch.setattr(decode._Draft, "pays", lambda self: True)
     decoder = Decoder(model, 1, 200, sampling, draft=True)
     head = torch.randn(300, 32)
-    decoder.draft.copies[model.transformer.wte] = lambda x: x @ head.t()
+    decoder.draft.halves[model.transformer.wte] = lambda x: x @ head.t()
     plain = written(model, [[1, 2, 3]], 60, sampling, use_cache=False)
     assert list(decoder.write([[1, 2, 3]], 60, seed=3)) == plain
     assert decoder.draft.tokens < 2 * decoder.draft.rounds
@@ -91,6 +91,20 @@ def test_products_of_the_draft(engines, monkeypatch):
             found = half_linear(layer)(x)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, exact, atol=1e-2 if engines else 1e-5, rtol=1e-2)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_products_of_the_check(available, monkeypatch):
+    """In both forms the plain ones, also of fewer and of more rows than it was packed for."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)
+    torch.manual_seed(0)
+    for layer in (torch.nn.Linear(100, 30), torch.nn.Embedding(301, 64)):
+        for rows in (1, 12, 20):
+            x = torch.randn(rows, layer.weight.shape[1])
+            exact = torch.nn.functional.linear(x, layer.weight, getattr(layer, "bias", None))
+            with torch.inference_mode():
+                found = packed_linear(layer, 12)(x)
+            torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
 
 
 def test_drafted_memory_is_half():

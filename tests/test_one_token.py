@@ -44,7 +44,7 @@ def logits_of_six_tokens(model: GPT, device: str):
     found = []
     for step in range(6):
         tokens = rows[[0, 1], [3 + step, 5 + step]]
-        found.append(one_token.next_logits(model, tokens, cache))
+        found.append(one_token.next_logits(model, tokens[:, None], cache))
     assert cache.lengths.tolist() == [9, 11]
     whole = model(rows)
     wanted = [whole[[0, 1], [3 + step, 5 + step]] for step in range(6)]

@@ -24,7 +24,6 @@ def test_defaults_are_the_faithful_network():
         (["--cooldown=0.1"], "cooldown is for --schedule=wsd"),
         (["--head_lr=1"], "head_lr is for --untied_head"),
         (["--window_warmup=0.5"], "window_warmup is for --window_pattern"),
-        (["--softcap=15", "--fp8=head"], "does not work with softcap"),
         (["--batch_warmup=2"], "use a share"),
         (["--window=5"], "give both"),
         (["--rope_fraction=0.5"], "rope_fraction is for positions=rotary"),

@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -158,6 +161,54 @@ def test_states_go_to_one_rank(fsdp, ddp, data_dir, tmp_path):
                       FSDP, "--grad_accum_steps=4")  # fmt: skip
     assert "one rank holds all weights" in done.stdout
     close(out, ddp)
+
+
+def half_written(states) -> set[str]:
+    """Folders with a part of a state that are not committed."""
+    try:
+        found = {name for name in os.listdir(states) if name.endswith(".tmp")}
+        return {
+            name for name in found if any(".safetensors" in p for p in os.listdir(states / name))
+        }
+    except FileNotFoundError:  # committed meanwhile, or not begun
+        return set()
+
+
+def committed(states) -> list[int]:
+    """Steps of the whole states."""
+    return sorted(int(path.name[5:]) for path in states.glob("step_????????"))
+
+
+@pytest.mark.fault(1, "SIGKILL of both ranks while they save their parts, 5 times")
+@pytest.mark.timeout(400)
+def test_killed_while_parts_are_saved_goes_on_from_the_state_before(data_dir, tmp_path):
+    """When the folder that is not whole yet appears; it never counts, and the end is the same."""
+    arguments = [*RUN, "--save_every=1", "--keep_last=19", "--max_steps=12", FSDP]
+    run_python(*command(2, data_dir, tmp_path / "whole", *arguments))
+    out, states = tmp_path / "out", tmp_path / "out/state"
+    for saves in (0, 1, 1, 1, 1):  # that go well before
+        process = subprocess.Popen(
+            [sys.executable, *command(2, data_dir, out, *arguments)], cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        before, leftover = len(committed(states)), half_written(states)
+        while not (half_written(states) - leftover and len(committed(states)) >= before + saves):
+            assert process.poll() is None, "it ended before it was killed"
+            leftover &= half_written(states)  # of the run before, until this one removes it
+        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.kill()
+        process.wait(10)
+        while any(m.is_running() and m.status() != psutil.STATUS_ZOMBIE for m in family[1:]):
+            time.sleep(0.01)
+        whole = committed(states)
+        found, problems = checkpoint.find_state(out, "auto")
+        assert not problems
+        assert (found.step if found else 0) == max(whole, default=0)
+    assert len(whole) >= 4
+    run_python(*command(2, data_dir, out, *arguments))
+    assert same(weights(out / "out_ckpt.pt"), weights(tmp_path / "whole/out_ckpt.pt"))
+    assert metrics(out) == metrics(tmp_path / "whole")
 
 
 def test_damaged_part_is_noticed(fsdp, tmp_path):

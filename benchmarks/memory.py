@@ -117,11 +117,11 @@ def cuda_itself() -> int:
 def limit_memory(gib: float):
     """Lets PyTorch take no more than a GPU of that size would have left for it."""
     torch.zeros(1, device="cuda")  # makes the context
-    total = torch.cuda.get_device_properties().total_memory
-    if gib * GIB <= cuda_itself():
-        taken = f"{cuda_itself() / GIB:.1f} GiB"
-        sys.exit(f"--limit_gib={gib:g}: CUDA itself and other programs take {taken}; free the GPU")
-    torch.cuda.set_per_process_memory_fraction((gib * GIB - cuda_itself()) / total)
+    taken, total = cuda_itself(), torch.cuda.get_device_properties().total_memory
+    if gib * GIB <= taken:
+        sys.exit(f"--limit_gib={gib:g}: CUDA itself and other programs take {taken / GIB:.1f} GiB; "
+                 "free the GPU")  # fmt: skip
+    torch.cuda.set_per_process_memory_fraction((gib * GIB - taken) / total)
 
 
 def describe(options: argparse.Namespace, rt: Runtime) -> dict:

@@ -9,10 +9,10 @@ makes whole steps: batch from disk, forward, backward, clipping, fused AdamW. Af
 device is waited for after every tenth step only, so that nobody's loop costs it idle time; the
 number is the median of these tens. Ours is the step of `gpt2 train` itself, whose loss is read a
 step late; theirs is their network and optimizer as they configure it, in bf16 autocast (in float32
-on a CPU that has no bf16 units), compiled on a GPU, in the loop
-that their training scripts have, whose loss is read in the end. With several
-batch sizes each contender is shown at its best. Options that are not known here are ours alone and
-go to `gpt2 train`, such as --activation_checkpointing=True.
+on a CPU that has no bf16 units), compiled on a GPU, in the loop that their training scripts have,
+whose loss is read in the end. With several batch sizes each contender is shown at its best. Options
+that are not known here are ours alone and go to `gpt2 train`, such as
+--activation_checkpointing=True.
 """
 
 import argparse
@@ -76,6 +76,7 @@ def theirs(options: argparse.Namespace, data_dir: Path, source: Path, optimizer_
     forward = torch.compile(model) if options.device == "cuda" else model
     tokens = np.memmap(next(data_dir.glob("*_train_*")), np.uint16, "r", offset=HEADER_BYTES)
     B, T, accum = options.batch_size, options.block_size, options.grad_accum_steps
+    in_bf16 = options.dtype == "bfloat16"
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
         starts = np.random.randint(len(tokens) - T - 1, size=B)
@@ -89,7 +90,6 @@ def theirs(options: argparse.Namespace, data_dir: Path, source: Path, optimizer_
         total = 0.0
         for _ in range(accum):
             x, y = batch()
-            in_bf16 = options.dtype == "bfloat16"
             with torch.autocast(options.device, torch.bfloat16, enabled=in_bf16):
                 loss = forward(x, y)[1] / accum
             loss.backward()

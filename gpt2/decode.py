@@ -7,9 +7,9 @@ Three ways to the same tokens:
   since launching its kernels one by one takes ten times as long as running them; with few
   sequences it is the pass of `one_token`, which has half as many kernels;
 - draft and check (one sequence in float32 on a CPU): a pass is bound by reading the weights, so a
-  copy of them with half the bytes drafts tokens and the float32 weights check a dozen at a time
-  (Leviathan et al. 2023, with the same random number for both choices). What is kept are the
-  choices of the float32 weights alone.
+  copy of them with half the bytes drafts tokens and one in float32, in the order in which products
+  of a dozen rows read it, checks so many at a time (Leviathan et al. 2023, with the same random
+  number for both choices). What is kept are the choices of the float32 weights alone.
 
 When the context is full, a row forgets the older half of it: its newest block_size // 2 tokens are
 read again and it goes on.
@@ -290,12 +290,7 @@ class _Draft:
 def _by(copies: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:
     """`one_token.product` by copies of the layers."""
 
-    def product(x: Tensor, layer: nn.Module, *, norm=None, gelu=False, residual=None) -> Tensor:
-        y = copies[layer](norm(x) if norm else x)
-        y = F.gelu(y, approximate="tanh") if gelu else y
-        return y if residual is None else residual + y
-
-    return product
+    return lambda x, layer, **given: one_token.around(copies[layer], x, **given)
 
 
 def _receive(sent: deque[tuple[Tensor, torch.cuda.Event | None]], rows: list[list[int]]):

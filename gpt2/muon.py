@@ -17,10 +17,9 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values end between abo
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """(n, rows, columns), rows ≤ columns -> nearly U Vᵀ of each; bf16 on a GPU, else as it is."""
+    """(n, rows, columns), rows ≤ columns -> nearly U Vᵀ of each, in the same precision."""
     a, b, c = QUINTIC
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = a * x + (b * square + c * (square @ square)) @ x
@@ -30,8 +29,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 def look_ahead(mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor) -> Tensor:
     """The gradient, looked ahead with its running mean, which is updated unless skip > 0.
 
-    In the precision that `orthogonalise` computes in. `momentum` and `skip` are () tensors, so that
-    a schedule does not compile anew.
+    In bf16 on a GPU, which is enough for `orthogonalise`. `momentum` and `skip` are () tensors, so
+    that a schedule does not compile anew.
     """
     grad = torch.where(skip > 0, 0.0, grad)
     new = torch.where(skip > 0, mean, mean.lerp(grad, 1 - momentum))
@@ -134,7 +133,7 @@ class MuonAndAdamW(torch.optim.AdamW):
             return self.orthogonalise(stack)
         each = -(-len(stack) // self.world_size)
         mine = slice(self.rank * each, min(len(stack), (self.rank + 1) * each))
-        update = torch.zeros_like(stack, dtype=torch.bfloat16 if stack.is_cuda else stack.dtype)
+        update = torch.zeros_like(stack)
         if len(stack[mine]):
             update[mine] = self.orthogonalise(stack[mine])
         return self.all_sum(update)

@@ -4,6 +4,7 @@ Shapes: `B` sequences, `T` new tokens of each, `C` channels, `H` heads, `D` = C 
 vocabulary, `K` in, `N` out.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,7 +42,20 @@ def small_linear(
         from .decode_kernels import small_linear_
 
         return small_linear_(x, weight, bias, norm, gelu, residual)
-    y = F.linear(norm(x) if norm else x, weight, bias)
+    plain = functools.partial(F.linear, weight=weight, bias=bias)
+    return around(plain, x, norm=norm, gelu=gelu, residual=residual)
+
+
+def around(
+    linear: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    norm: nn.Module | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + gelu(linear(norm(x))), each of them if it is given."""
+    y = linear(norm(x) if norm else x)
     y = F.gelu(y, approximate="tanh") if gelu else y
     return y if residual is None else residual + y
 
@@ -91,9 +105,9 @@ def knows(model: GPT) -> bool:
     )
 
 
-def product(x: Tensor, layer: nn.Module, **around) -> Tensor:
+def product(x: Tensor, layer: nn.Module, **given) -> Tensor:
     """`small_linear` with the weight of a layer, and its bias if it has one."""
-    return small_linear(x, layer.weight, getattr(layer, "bias", None), **around)
+    return small_linear(x, layer.weight, getattr(layer, "bias", None), **given)
 
 
 def next_logits(

@@ -90,13 +90,22 @@ def filter_logits(
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens
+        before = _sums(probabilities) - probabilities  # mass of the likelier tokens
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(drop, float("-inf"))
     if min_p > 0:
         lowest = logits.amax(-1, keepdim=True) + math.log(min_p)
         logits = logits.masked_fill(logits < lowest, float("-inf"))
     return logits
+
+
+def _sums(p: Tensor) -> Tensor:
+    """Sums of each row of probabilities up to every place.
+
+    In float64, where there is one, since a row beside others is added in another order than alone:
+    in float32 that changes tokens.
+    """
+    return p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
 
 
 def uniforms(seed: int | None, rows: int, count: int) -> Tensor:
@@ -134,8 +143,7 @@ def choose(
     if s.temperature == 0:
         return logits.argmax(-1)
     p = filter_logits(logits, s.temperature, s.top_k, s.top_p, s.min_p).softmax(-1)
-    # in float64 the sum of a row is the same beside other rows, which are added in another order
-    total = p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
+    total = _sums(p)
     at = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
     at = at.clamp(max=p.shape[-1] - 1)
     # rounding in the sum can lead to a token that was filtered out

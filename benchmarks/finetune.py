@@ -3,11 +3,11 @@
     python -m benchmarks.finetune
     python -m benchmarks.finetune --sizes=gpt2-xl --batch_sizes=4 --rank=16
 
-Whole steps of `gpt2 finetune` (packed conversations, bf16, clipping, fused AdamW) on fresh weights,
-which cost what others do. Each size has a process of its own, and trains all weights first, then
-adapters beside the same ones. Where memory is too small for all weights, both get activation
-checkpointing; --activation_checkpointing=True gives it from the start. Not compiled unless
---compile_model=True says so. Options that are not known here go to `gpt2 finetune`.
+Whole steps of `gpt2 finetune` (packed conversations, bf16 where the device has it, clipping, fused
+AdamW) on fresh weights, which cost what others do. Each size has a process of its own, and trains
+all weights first, then adapters beside the same ones. Where memory is too small for all weights,
+both get activation checkpointing; --activation_checkpointing=True gives it from the start. Not
+compiled unless --compile_model=True says so. Options that are not known here go to `gpt2 finetune`.
 
 The peak is the most that tensors took at once, from the first step on; on a CPU, which is there for
 the tests, the largest resident size so far. Seconds are the median of the steps after a warm-up,
@@ -53,7 +53,7 @@ def measure_size(options: argparse.Namespace, folder: Path) -> list[dict]:
     """A row for all weights and one for adapters."""
     make_conversations(folder / "chats.jsonl")
     argv = [
-        f"--data={folder / 'chats.jsonl'}", f"--size={options.only}", "--dtype=bfloat16",
+        f"--data={folder / 'chats.jsonl'}", f"--size={options.only}",
         f"--block_size={options.block_size}", f"--batch_size={options.batch_sizes[0]}",
         f"--device={options.device}", "--compile_model=False", *options.extra,
     ]  # fmt: skip

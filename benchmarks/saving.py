@@ -14,6 +14,7 @@ save every 250 steps. Options that are not known here go to `gpt2 train`.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ def main() -> int:
         argv = [
             f"--data_dir={folder}", f"--out_dir={folder}/run", f"--size={options.size}",
             f"--batch_size={options.batch_size}", "--grad_accum_steps=1",
-            f"--device={options.device}", "--dtype=bfloat16", *extra,
+            f"--device={options.device}", *extra,
         ]  # fmt: skip
         config = parse(TrainConfig, argv, "benchmark")
         with runtime.start(config.system) as rt:
@@ -64,6 +65,7 @@ def measure(config: TrainConfig, rt: Runtime, options: argparse.Namespace) -> di
             for number in range(options.rows + 1):
                 for kind in KINDS:
                     seconds, stall = time_row(step, kind, made, config, rt, options.steps)
+                    print(f"row {number}, {kind}: {seconds:.2f} s", file=sys.stderr, flush=True)
                     if number:  # the first save allocates the memory for the copies
                         rows[kind].append(seconds)
                         stalls += [stall] * (kind == "later")
@@ -125,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", default=device)
     found.add_argument("--size", default="gpt2")
     found.add_argument("--batch_size", type=int, default=32 if device == "cuda" else 1)
-    found.add_argument("--steps", type=int, default=60 if device == "cuda" else 12, help="in a row")
+    found.add_argument("--steps", type=int, default=60 if device == "cuda" else 4, help="in a row")
     found.add_argument("--rows", type=int, default=3, help="of each kind")
     found.add_argument("--warmup", type=int, default=5 if device == "cuda" else 1)
     found.add_argument("--out_dir", default="", help="a folder on the disk to write to")

@@ -158,8 +158,6 @@ def measure(step: Step, options: argparse.Namespace) -> dict:
     first_step_seconds = time.perf_counter() - began
     for _ in range(options.warmup):
         step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     seconds = []
     together = min(STEPS_TIMED, options.steps)
     for _ in range(options.steps // together):

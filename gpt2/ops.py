@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operation import operation
+
 IGNORE = -1  # a target that is not predicted
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # on Linux it comes with PyTorch
 
@@ -114,7 +116,7 @@ class _HeadLoss(torch.autograd.Function):
         return (grad_x * upstream).to(grad_x.dtype), of_weight, None, None, None, None, None
 
 
-@torch.library.custom_op("gpt2::head_loss_and_gradients", mutates_args=())
+@operation
 def _head_loss_and_gradients(  # noqa: PLR0917
     x: Tensor,
     weight: Tensor,
@@ -190,7 +192,7 @@ def _head_in_fp8(
     return total, grad_x[:n], grad_head
 
 
-@_head_loss_and_gradients.register_fake
+@torch.library.register_fake("gpt2::head_loss_and_gradients")
 def _(  # noqa: PLR0917
     x: Tensor,
     weight: Tensor,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cublaslt
+from .operation import operation
 from .ops import gelu
 
 BF16 = torch.bfloat16
@@ -129,7 +130,7 @@ class _AddMLP(torch.autograd.Function):
 # the same by plain PyTorch.
 
 
-@torch.library.custom_op("gpt2::product", mutates_args=())
+@operation
 def _product(
     a: Tensor,
     b: Tensor,
@@ -149,12 +150,12 @@ def _product(
     return out
 
 
-@_product.register_fake
+@torch.library.register_fake("gpt2::product")
 def _(a, b, transpose_b=False, bias=None, add=None):
     return a.new_empty(a.shape[0], b.shape[0 if transpose_b else 1])
 
 
-@torch.library.custom_op("gpt2::weight_gradient", mutates_args=())
+@operation
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dyᵀ x in float32, (rows, N) and (rows, K) -> (N, K)."""
     if dy.is_cuda and cublaslt.library():
@@ -164,12 +165,12 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return torch.mm(dy.t(), x).float()
 
 
-@_weight_gradient.register_fake
+@torch.library.register_fake("gpt2::weight_gradient")
 def _(dy, x):
     return dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("gpt2::product_gelu", mutates_args=())
+@operation
 def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(h, gelu(h)) with h = x Wᵀ + b."""
     before = x.new_empty(x.shape[0], weight.shape[0])
@@ -184,13 +185,13 @@ def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     return before, gelu(before)
 
 
-@_product_gelu.register_fake
+@torch.library.register_fake("gpt2::product_gelu")
 def _(x, weight, bias):
     before = x.new_empty(x.shape[0], weight.shape[0])
     return before, torch.empty_like(before)
 
 
-@torch.library.custom_op("gpt2::product_dgelu", mutates_args=())
+@operation
 def _product_dgelu(dy: Tensor, weight: Tensor, before: Tensor) -> Tensor:
     """The gradient of `before` in y = gelu(before) Wᵀ."""
     if dy.is_cuda and cublaslt.library():
@@ -200,6 +201,6 @@ def _product_dgelu(dy: Tensor, weight: Tensor, before: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(dy @ weight, before, approximate="tanh")
 
 
-@_product_dgelu.register_fake
+@torch.library.register_fake("gpt2::product_dgelu")
 def _(dy, weight, before):
     return torch.empty_like(before)

@@ -6,8 +6,10 @@ Shapes: `B` batch, `H` heads, `T` time, `D` head width.
 import torch
 from torch import Tensor
 
+from .operation import operation
 
-@torch.library.custom_op("gpt2::turns", mutates_args=())
+
+@operation
 def turns(positions: Tensor, pairs: int, turning: int, base: float) -> Tensor:
     """Cosines and sines of the angles by which pairs turn (eq. 15): position · base^(-i/turning).
 
@@ -31,7 +33,7 @@ def turns(positions: Tensor, pairs: int, turning: int, base: float) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-@turns.register_fake
+@torch.library.register_fake("gpt2::turns")
 def _(positions: Tensor, pairs: int, turning: int, base: float) -> Tensor:
     shape = (2, *positions.shape, pairs)
     shape = shape if positions.ndim == 1 else (*shape[:2], 1, *shape[2:])

@@ -17,6 +17,7 @@ from .checkpoint import Resumed, write_adapter, write_model, write_state
 from .config import BatchPlan, TrainConfig, UserError, flatten
 from .data import TrainLoader
 from .datasets import Dataset, remember
+from .micro_batch import MicroBatches
 from .model import GPT
 from .optim import check_groups, micro_batches_at, window_at
 from .runtime import Runtime
@@ -53,6 +54,7 @@ class TrainState:
     hellaswag: list[Choice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
     saver: Saver = field(default_factory=lambda: Saver(report.warn))
+    micro_batches: MicroBatches = field(init=False)  # runs `forward`
 
     @property
     def tokens(self) -> int:

@@ -39,10 +39,11 @@ from .messages import (
     note_batch,
     out_of_memory,
 )
+from .micro_batch import MicroBatches
 from .modern import network
 from .ops import IGNORE
 from .optim import build_optimizer, check_plan, set_rates
-from .packed import packed
+from .packed import Packed, packed
 from .runtime import Runtime
 from .sinks import check_names
 from .state import MODEL_NAME, TrainState, begin_step, export, export_best, out_dir, restore, save
@@ -168,14 +169,12 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     batches = next_batches(state, rt, begin_step(state, config))
     valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y, *_ in batches))
     loss_sum = torch.zeros((), device=rt.device)
+    # DDP and FSDP take the mean over ranks of what should be a sum
+    factor = state.scaler.scale(rt.world_size / valid_tokens)
     for micro, (x, y, *begins) in enumerate(batches):
         inside = packed(*begins, dropout=config.model.dropout)
         with rt.accumulate(state.forward, last=micro == len(batches) - 1):
-            with rt.autocast():
-                loss = state.forward(x, y, reduction="sum", cache=inside)  # nats
-            # DDP and FSDP take the mean over ranks of what should be a sum
-            state.scaler.scale(loss * (rt.world_size / valid_tokens)).backward()
-        loss_sum += loss.detach()
+            loss_sum += state.micro_batches(x, y, factor, inside, first=micro == 0)  # nats
     state.scaler.unscale_(state.optimizer)
     limit = config.optim.grad_clip or math.inf
     grad_norm = parallel.clip_gradients(state.model.parameters(), limit)
@@ -284,7 +283,33 @@ def build(
     if resumed:
         restore(state, resumed, rt)
     state.forward = rt.wrap(model)
+    state.micro_batches = micro_batches(state, config, rt, compiled)
     return state
+
+
+def micro_batches(
+    state: TrainState, config: TrainConfig, rt: Runtime, compiled: bool
+) -> MicroBatches:
+    """Runs `forward_backward`, as a CUDA graph where that is chosen."""
+    requested, world_size = config.system.cuda_graph, rt.world_size
+    graph, reason = devices.choose_graph(requested, rt.device, compiled, world_size)
+    if rt.device.type == "cuda":
+        rt.notes.append(f"cuda_graph {graph}: {reason}")
+
+    def run(*given) -> Tensor:
+        return forward_backward(state, rt, *given)
+
+    return MicroBatches(state.model, run, graph, report.warn)
+
+
+def forward_backward(  # noqa: PLR0917 - the last four are `micro_batch.Run`'s
+    state: TrainState, rt: Runtime, x: Tensor, y: Tensor, factor: Tensor, inside: Packed | None
+) -> Tensor:
+    """The loss of a micro-batch, summed over its tokens; the gradient of its `factor`-fold."""
+    with rt.autocast():
+        loss = state.forward(x, y, reduction="sum", cache=inside)
+    (loss * factor).backward()
+    return loss.detach()
 
 
 def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: report.RunLog):

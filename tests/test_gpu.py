@@ -181,6 +181,37 @@ def test_interrupted_run_goes_on_where_it_was(data_dir, tmp_path, dtype):
         torch.testing.assert_close(tensor, whole[name], atol=1e-3, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("recipe", [[], ["--grad_accum_steps=3", "--dropout=0.1"],
+                                    ["--window_pattern=SL", "--window=16", "--window_warmup=0.5"],
+                                    ["--batch_warmup=0.5", "--grad_accum_steps=8"]])  # fmt: skip
+def test_cuda_graph_gives_the_same_run(data_dir, tmp_path, recipe, capsys):
+    """GPUs add in any order (the gradient of an embedding), so to 1e-3 and not to the bit."""
+    for graph in ("True", "False"):
+        arguments = ["--max_steps=12", "--dtype=bfloat16", "--compile_model=True", *recipe]
+        run(data_dir, tmp_path / graph, *arguments, f"--cuda_graph={graph}", "--eval_every=4")
+        assert f"cuda_graph {graph}" in capsys.readouterr().out
+    recorded, plain = tmp_path / "True", tmp_path / "False"
+    assert metrics(recorded) == pytest.approx(metrics(plain), abs=1e-3)
+    values = (metrics(folder, "val_loss") for folder in (recorded, plain))
+    assert next(values) == pytest.approx(next(values), abs=1e-3)
+
+
+def test_what_cannot_be_recorded_runs_without(data_dir, tmp_path, monkeypatch, capsys):
+    recorded = torch.cuda.graph.__exit__
+
+    def fails(self, *error):
+        recorded(self, *error)
+        raise torch.OutOfMemoryError("no room for it")
+
+    monkeypatch.setattr(torch.cuda.graph, "__exit__", fails)
+    arguments = ["--max_steps=6", "--dtype=bfloat16", "--compile_model=True"]
+    run(data_dir, tmp_path / "fails", *arguments)
+    assert "cannot be recorded as a CUDA graph (no room for it)" in capsys.readouterr().err
+    monkeypatch.undo()
+    run(data_dir, tmp_path / "plain", *arguments, "--cuda_graph=False")
+    assert metrics(tmp_path / "fails") == pytest.approx(metrics(tmp_path / "plain"), abs=1e-3)
+
+
 def test_cached_generation_equals_uncached():
     torch.manual_seed(0)
     model = GPT(GPT2Config(n_layer=2, n_head=4, n_embd=64, block_size=64, vocab_size=500)).cuda()

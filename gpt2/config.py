@@ -199,11 +199,6 @@ class SystemOptions:
         "auto", "precision of the matrix products", ("auto", "float32", "bfloat16", "float16")
     )
     compile_model: str = option("auto", "torch.compile", ("auto", "True", "False"))
-    cuda_graph: str = option(
-        "auto",
-        "with one rank and compile_model: launch the work of a micro-batch by one call",
-        ("auto", "True", "False"),
-    )
     fp8: str = option(
         "none",
         "head: its products in fp8, on GPUs that have it (H100, RTX 4090, …)",

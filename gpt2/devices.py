@@ -103,25 +103,15 @@ def _compile_problem(device: torch.device) -> str:
     return ""
 
 
-def choose_graph(
-    requested: str, device: torch.device, compiled: bool, world_size: int
-) -> tuple[bool, str]:
-    """Whether micro-batches become CUDA graphs, and why.
-
-    Raises:
-        UserError: asked for where it cannot be.
-    """
-    if requested == "False":
-        return False, "as asked"
-    lacks = {
-        f"is for GPUs, not {device.type}": device.type != "cuda",
-        "needs compile_model": not compiled,
-        "is for one rank": world_size > 1,
-    }
-    problem = next((reason for reason, holds in lacks.items() if holds), "")
-    if problem and requested == "True":
-        raise UserError(f"cuda_graph=True {problem}; leave it out")
-    return not problem, problem or "one launch for each micro-batch"
+def choose_graph(device: torch.device, compiled: bool, world_size: int) -> tuple[bool, str]:
+    """Whether micro-batches become CUDA graphs, and why."""
+    if device.type != "cuda":
+        return False, f"there are none on a {device.type}"
+    if not compiled:
+        return False, "compile_model is off"
+    if world_size > 1:
+        return False, "several ranks"
+    return True, "one launch for each micro-batch"
 
 
 def describe(device: torch.device) -> str:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .bigrams import bigram_rows, shifted
 from .config import GPT2Config, ModernConfig
 from .masks import Cache, Mask, documents_of, mask_for, masked_attention
 from .model import GPT, INIT_STD, KVCache
@@ -173,6 +174,8 @@ class Modern(GPT):
         parts = {"wte": nn.Embedding(V, C)}
         if config.positions == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, C)
+        if config.bigram_rows:
+            parts["bigrams"] = nn.Embedding(config.bigram_rows, C)
         parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         parts["ln_f"] = Norm(config)
         tables = [nn.Embedding(V, C) for _ in range(config.value_embeddings)]
@@ -187,13 +190,14 @@ class Modern(GPT):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's, or zero for what `zero_init` names."""
+        """GPT-2's, or zero for bigrams and what `zero_init` names."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 into_stream = name.endswith("c_proj")
                 scale = (2 * self.config.n_layer) ** -0.5 if into_stream else 1.0
                 if self.config.zero_init and (into_stream or name == "head"):
                     scale = 0.0
+                scale = 0.0 if name.endswith("bigrams") else scale
                 module.weight.normal_(0.0, INIT_STD * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
@@ -235,6 +239,10 @@ class Modern(GPT):
         positions = start + torch.arange(T, device=idx.device)
         context = self._context(idx, positions, cache)
         x = parts.wte(idx)
+        if config.bigram_rows:
+            before = cache.before(idx, positions) if isinstance(cache, Cache) else shifted(idx)
+            end, rows = config.vocab_size - 1, config.bigram_rows
+            x = x + parts.bigrams(bigram_rows(idx, before, positions, end, rows))
         if config.positions == "learned":
             x = x + parts.wpe(positions)
         x = to_residual_stream(rms_norm(x) if config.norm_embedding else x)
@@ -306,7 +314,7 @@ class Modern(GPT):
 
     def flops_per_token(self) -> int:
         """As `GPT.flops_per_token`; tables that are looked up do not count, windows not either."""
-        c, names = self.config, ("wpe", "value_") if self.head is None else ("w", "value_")
+        c, names = self.config, ("wpe" if self.head is None else "w", "value_", "bigrams")
         looked_up = [p for n, p in self.transformer.named_parameters() if n.startswith(names)]
         matrices = self.num_parameters() - sum(p.numel() for p in looked_up)
         return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size

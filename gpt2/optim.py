@@ -67,7 +67,8 @@ def build_optimizer(
 
 
 def _is_table(name: str, _: nn.Parameter) -> bool:
-    return name.startswith(("transformer.wte", "transformer.wpe", "transformer.value_tables"))
+    tables = "wte", "wpe", "value_tables", "bigrams"
+    return name.startswith(tuple(f"transformer.{table}" for table in tables))
 
 
 def _in_block(name: str, p: nn.Parameter) -> bool:

@@ -283,18 +283,15 @@ def build(
     if resumed:
         restore(state, resumed, rt)
     state.forward = rt.wrap(model)
-    state.micro_batches = micro_batches(state, config, rt, compiled)
+    state.micro_batches = micro_batches(state, rt, compiled)
     return state
 
 
-def micro_batches(
-    state: TrainState, config: TrainConfig, rt: Runtime, compiled: bool
-) -> MicroBatches:
+def micro_batches(state: TrainState, rt: Runtime, compiled: bool) -> MicroBatches:
     """Runs `forward_backward`, as a CUDA graph where that is chosen."""
-    requested, world_size = config.system.cuda_graph, rt.world_size
-    graph, reason = devices.choose_graph(requested, rt.device, compiled, world_size)
+    graph, reason = devices.choose_graph(rt.device, compiled, rt.world_size)
     if rt.device.type == "cuda":
-        rt.notes.append(f"cuda_graph {graph}: {reason}")
+        rt.notes.append(f"CUDA graph {graph}: {reason}")
 
     def run(*given) -> Tensor:
         return forward_backward(state, rt, *given)

@@ -100,3 +100,14 @@ def test_fp8_needs_a_new_gpu_and_bf16(fake_gpu, monkeypatch):
         allow_fp8("head", GPU, torch.bfloat16)
     with pytest.raises(UserError, match="on cpu"):
         allow_fp8("head", CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "ranks", "expected"),
+    [("cuda", True, 1, True), ("cuda", False, 1, False), ("cuda", True, 2, False),
+     ("cpu", True, 1, False), ("mps", True, 1, False)],
+)  # fmt: skip
+def test_graphs_are_for_one_compiled_gpu(device, compiled, ranks, expected):
+    chosen, reason = devices.choose_graph(torch.device(device), compiled, ranks)
+    assert chosen is expected
+    assert reason

@@ -184,12 +184,13 @@ def test_interrupted_run_goes_on_where_it_was(data_dir, tmp_path, dtype):
 @pytest.mark.parametrize("recipe", [[], ["--grad_accum_steps=3", "--dropout=0.1"],
                                     ["--window_pattern=SL", "--window=16", "--window_warmup=0.5"],
                                     ["--batch_warmup=0.5", "--grad_accum_steps=8"]])  # fmt: skip
-def test_cuda_graph_gives_the_same_run(data_dir, tmp_path, recipe, capsys):
+def test_cuda_graph_gives_the_same_run(data_dir, tmp_path, recipe, capsys, monkeypatch):
     """GPUs add in any order (the gradient of an embedding), so to 1e-3 and not to the bit."""
+    arguments = ["--max_steps=12", "--dtype=bfloat16", "--compile_model=True", *recipe]
     for graph in ("True", "False"):
-        arguments = ["--max_steps=12", "--dtype=bfloat16", "--compile_model=True", *recipe]
-        run(data_dir, tmp_path / graph, *arguments, f"--cuda_graph={graph}", "--eval_every=4")
-        assert f"cuda_graph {graph}" in capsys.readouterr().out
+        run(data_dir, tmp_path / graph, *arguments, "--eval_every=4")
+        assert f"CUDA graph {graph}" in capsys.readouterr().out
+        monkeypatch.setattr(devices, "choose_graph", lambda *_: (False, "for the comparison"))
     recorded, plain = tmp_path / "True", tmp_path / "False"
     assert metrics(recorded) == pytest.approx(metrics(plain), abs=1e-3)
     values = (metrics(folder, "val_loss") for folder in (recorded, plain))
@@ -208,7 +209,8 @@ def test_what_cannot_be_recorded_runs_without(data_dir, tmp_path, monkeypatch, c
     run(data_dir, tmp_path / "fails", *arguments)
     assert "cannot be recorded as a CUDA graph (no room for it)" in capsys.readouterr().err
     monkeypatch.undo()
-    run(data_dir, tmp_path / "plain", *arguments, "--cuda_graph=False")
+    monkeypatch.setattr(devices, "choose_graph", lambda *_: (False, "for the comparison"))
+    run(data_dir, tmp_path / "plain", *arguments)
     assert metrics(tmp_path / "fails") == pytest.approx(metrics(tmp_path / "plain"), abs=1e-3)
 
 

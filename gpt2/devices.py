@@ -111,7 +111,7 @@ def choose_graph(device: torch.device, compiled: bool, world_size: int) -> tuple
         return False, "compile_model is off"
     if world_size > 1:
         return False, "several ranks"
-    return True, "one launch for each micro-batch"
+    return True, "one launch for each micro-batch, but for conversations"
 
 
 def describe(device: torch.device) -> str:

@@ -3,10 +3,10 @@
     python -m benchmarks.memory
     python -m benchmarks.memory --sizes=gpt2 --limit_gib=8
 
-Two whole steps of `gpt2 train` (bf16, fused AdamW) at each batch size, with and without activation
-checkpointing, up to the first that does not fit. Each size of the model has a process of its own.
-Not compiled unless --compile_model=True says so, which takes half a minute for each number. Options
-that are not known here go to `gpt2 train`.
+Two whole steps of `gpt2 train` (bf16 where the device has it, fused AdamW) at each batch size, with
+and without activation checkpointing, up to the first that does not fit. Each size of the model has
+a process of its own. Not compiled unless --compile_model=True says so, which takes half a minute
+for each number. Options that are not known here go to `gpt2 train`.
 
 `allocated` is the most that tensors took at once, `reserved` what PyTorch took from the device for
 them, and `device` that and what CUDA itself takes (context and kernels), as nvidia-smi would show
@@ -43,7 +43,7 @@ def measure_size(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
     """A row for each batch size of one size of the model, without and with checkpointing."""
     argv = [
         f"--data_dir={folder}", f"--size={options.only}", f"--block_size={options.block_size}",
-        "--batch_size=1", "--grad_accum_steps=1", f"--device={options.device}", "--dtype=bfloat16",
+        "--batch_size=1", "--grad_accum_steps=1", f"--device={options.device}",
         "--compile_model=False", *options.extra,
     ]  # fmt: skip
     config = parse(TrainConfig, argv, "benchmark")
@@ -130,6 +130,7 @@ def describe(options: argparse.Namespace, rt: Runtime) -> dict:
         "size": options.only,
         "block_size": options.block_size,
         "machine": rt.device_name,
+        "dtype": str(rt.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "limit_gib": options.limit_gib,
         "options": options.extra,
@@ -154,8 +155,9 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
     limit = f"; at most {options.limit_gib} GiB of the GPU" if options.limit_gib else ""
     return "\n".join([
         *lines, "",
-        f"GiB of {rows[0]['machine']}, sequences of {options.block_size} tokens, bf16, torch "
-        f"{rows[0]['torch']}{limit}; without / with activation checkpointing; –: does not fit.",
+        f"GiB of {rows[0]['machine']}, sequences of {options.block_size} tokens, "
+        f"{rows[0]['dtype']}, torch {rows[0]['torch']}{limit}; "
+        "without / with activation checkpointing; –: does not fit.",
     ])  # fmt: skip
 
 

@@ -154,8 +154,7 @@ class Cache(KVCache):
             seen = visible(positions, positions, window, documents, documents)
             return masked_attention(q, k, v, seen)
         end = self.length + T
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        at = positions.expand(len(q), T)
+        rows, at = self._rows(), positions.expand(len(q), T)
         keys[rows, :, at], values[rows, :, at] = k.transpose(1, 2), v.transpose(1, 2)
         kept = None if documents is None else self.documents[:, :end]
         seen = visible(at, torch.arange(end, device=q.device), window, documents, kept)

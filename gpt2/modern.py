@@ -195,9 +195,9 @@ class Modern(GPT):
             if isinstance(module, nn.Linear | nn.Embedding):
                 into_stream = name.endswith("c_proj")
                 scale = (2 * self.config.n_layer) ** -0.5 if into_stream else 1.0
-                if self.config.zero_init and (into_stream or name == "head"):
+                zero = self.config.zero_init and (into_stream or name == "head")
+                if zero or name.endswith("bigrams"):
                     scale = 0.0
-                scale = 0.0 if name.endswith("bigrams") else scale
                 module.weight.normal_(0.0, INIT_STD * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()

@@ -5,6 +5,7 @@ ranks and which precision is the business of `runtime.py`; what a checkpoint hol
 `state.py`; what is said on the way that of `messages.py`.
 """
 
+import functools
 import math
 import signal
 from collections import deque
@@ -292,10 +293,7 @@ def micro_batches(state: TrainState, rt: Runtime, compiled: bool) -> MicroBatche
     graph, reason = devices.choose_graph(rt.device, compiled, rt.world_size)
     if rt.device.type == "cuda":
         rt.notes.append(f"CUDA graph {graph}: {reason}")
-
-    def run(*given) -> Tensor:
-        return forward_backward(state, rt, *given)
-
+    run = functools.partial(forward_backward, state, rt)
     return MicroBatches(state.model, run, graph, report.warn)
 
 

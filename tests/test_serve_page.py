@@ -7,18 +7,20 @@ import httpx
 import pytest
 
 from gpt2.guard import page_policy
+from gpt2.model import GPT2Config
 from gpt2.serve import PAGE
 
 from .browser import chromium
-from .test_serve import Server, save_model
+from .test_serve import SHAPE, Server, save_model
 
+ENDLESS = 8000  # tokens: some ten seconds, time enough to stop an answer that is being written
 EVIL = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script>&amp;'
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "m.pt"
-    save_model(path)
+    save_model(path, GPT2Config(**{**SHAPE, "block_size": 8192}))
     running = Server(path, "--name=tiny", "--chat=True")
     yield running
     running.stop()
@@ -100,13 +102,13 @@ def test_a_message_is_answered_and_answered_again(page, server):
 
 
 def test_an_answer_streams_and_stops(page, server):
-    say(page, "Hello", tokens=64)
+    say(page, "Hello", tokens=ENDLESS)
     until(page, "messages.at(-1).content.length > 5 && Boolean(running)")  # while it is written
     page.press("body", "Escape")
     wait_for_answer(page)
     assert page.evaluate("messages.at(-1).stats") == "stopped"
     server.wait_until_idle()
-    say(page, "And again", tokens=64)
+    say(page, "And again", tokens=ENDLESS)
     page.wait_for_selector("#stop:visible")
     page.click("#stop")
     page.wait_for_selector("#send:visible")

@@ -18,7 +18,7 @@ from torch import Tensor
 TYPES = {torch.bfloat16: 14, torch.float32: 0}  # cudaDataType
 COMPUTE_F32 = 68  # products of bf16 are summed up in float32
 TRANS_A, TRANS_B, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD = 3, 4, 7, 8, 11, 12  # attributes
-DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192  # epilogues
+DEFAULT, BIAS, GELU_AUX, GELU_AUX_BIAS, DGELU = 1, 4, 160, 164, 192  # epilogues
 WORKSPACE_BYTES = 32 << 20
 CANDIDATES, REPEATS = 16, 3  # algorithms to try once for each shape, and how often
 
@@ -71,8 +71,9 @@ def matmul(
         out: (M, N), bf16 or float32.
         transpose_a: whether a is given transposed.
         transpose_b: whether b is given transposed.
-        epilogue: `BIAS` adds it; `GELU_AUX_BIAS` adds it, stores the sum in aux and takes its GELU
-            (the tanh form); `DGELU` multiplies by the derivative of GELU at aux.
+        epilogue: `BIAS` adds it; `GELU_AUX` stores the product in aux and takes its GELU (the tanh
+            form), `GELU_AUX_BIAS` adds the bias before; `DGELU` multiplies by the derivative of
+            GELU at aux.
         bias: (N,) bf16.
         aux: (M, N) bf16.
         add: (M, N) like out.
@@ -106,7 +107,7 @@ class _Plan:
         anywhere = c_void_p(out.data_ptr())  # proposals ask for pointers, and do not look there
         if epilogue in (BIAS, GELU_AUX_BIAS):
             self._set(BIAS_POINTER, anywhere)
-        if epilogue in (GELU_AUX_BIAS, DGELU):
+        if epilogue in (GELU_AUX, GELU_AUX_BIAS, DGELU):
             self._set(AUX_POINTER, anywhere)
             self._set(AUX_LD, c_int64(out.stride(0)))
         self.layouts = [self._layout(t) for t in (b, a, out)]

@@ -114,15 +114,14 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float
 
 
 class Cache(KVCache):
-    """A cache for layers with windows, of several documents, and of the ids themselves."""
+    """A cache for layers with windows, and of several documents."""
 
-    PER_ROW: ClassVar = KVCache.PER_ROW | {"documents": 0, "ids": 0}
+    PER_ROW: ClassVar = KVCache.PER_ROW | {"documents": 0}
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         shape = self.keys.shape[1], self.keys.shape[3]
         self.documents = torch.zeros(shape, dtype=torch.int64, device=self.keys.device)
-        self.ids = torch.zeros_like(self.documents)
 
     def enter(self, begins: Tensor, positions: Tensor) -> Tensor:
         """Takes down where documents begin, (B, T) bool; (B, T) the documents' numbers."""
@@ -132,15 +131,9 @@ class Cache(KVCache):
         self.documents[rows, at] = numbers
         return numbers
 
-    def before(self, idx: Tensor, positions: Tensor) -> Tensor:
-        """Takes down ids, (B, T); the ids before them, (B, T), any at position 0."""
-        rows, at = self._rows(), positions.expand(idx.shape)
-        self.ids[rows, at] = idx
-        return self.ids[rows, (at - 1).clamp(min=0)]
-
     def _rows(self) -> Tensor:
         """(B, 1), of those that are being read."""
-        every = torch.arange(len(self.ids), device=self.ids.device)
+        every = torch.arange(len(self.documents), device=self.documents.device)
         return (every if self.rows is None else self.rows)[:, None]
 
     def attend_to(  # noqa: PLR0917 - what attention has

@@ -54,7 +54,9 @@ class MicroBatches:
         except RuntimeError as error:  # running out of memory is one too
             if first in self._graphs:
                 raise
-            return self._go_on_without(error, given, first)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # Only here, where the error, which holds what was allocated before it, is gone.
+        return self._go_on_without(reason, given, first)
 
     def _forget(self, kind: Any):
         """Drops what was recorded of other shapes, or with other windows."""
@@ -87,12 +89,13 @@ class MicroBatches:
         if first:
             self._grads = [p.grad for p in self.parameters]
 
-    def _go_on_without(self, error: Exception, given: Sequence[Tensor], first: bool) -> Tensor:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    def _go_on_without(self, reason: str, given: Sequence[Tensor], first: bool) -> Tensor:
         self.tell(f"a step cannot be recorded as a CUDA graph ({reason[:150]}); going on without")
         self.graph = False
         if first:  # what was recorded so far has not been computed
             for p in self.parameters:
                 p.grad = None
         self._forget(None)
+        if given[0].is_cuda:
+            torch.cuda.empty_cache()  # of the graph, whose memory nobody else may use
         return self.run(*given, None)

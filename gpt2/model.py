@@ -26,6 +26,19 @@ from .products import add_linear, add_mlp, qkv
 INIT_STD = 0.02
 
 
+def recomputed(block: nn.Module, *inputs, draws: bool) -> Tensor:
+    """block(*inputs), of which only the inputs are kept; backward computes the rest a second time.
+
+    Chen et al. 2016, arXiv:1604.06174.
+
+    Args:
+        block: a part of the network.
+        draws: whether it draws random numbers, which are then the same again. Looking at their
+            state keeps a CUDA graph from being recorded.
+    """
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
+
+
 class KVCache:
     """Keys and values of the positions already seen, so that each is computed once.
 
@@ -218,8 +231,8 @@ class GPT(nn.Module):
         x = to_residual_stream(self.transformer.wte(idx) + self.transformer.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            if self.training and self.checkpoint_activations:  # Chen et al. 2016, arXiv:1604.06174
-                x = checkpoint(block, x, cache, use_reentrant=False)
+            if self.training and self.checkpoint_activations:
+                x = recomputed(block, x, cache, draws=self.config.dropout > 0)
             else:
                 x = block(x, cache)
         if cache is not None:

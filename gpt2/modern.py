@@ -11,13 +11,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .bigrams import bigram_rows, shifted
 from .config import GPT2Config, ModernConfig
 from .masks import Cache, Mask, documents_of, mask_for, masked_attention
-from .model import GPT, INIT_STD, KVCache
-from .ops import causal_attention, gelu, head_logits, head_loss, soft_cap, to_residual_stream
+from .model import GPT, INIT_STD, KVCache, recomputed
+from .ops import causal_attention, head_logits, head_loss, soft_cap, to_residual_stream
 from .packed import Packed
 from .products import add_linear, add_mlp, linear, qkv
 from .rotary import rotate, turns
@@ -108,14 +106,14 @@ class MLP(nn.Module):
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
         """(B, T, C) and (B, T, C), which the layers transform -> (B, T, C)."""
         dropout = self.config.dropout if self.training else 0.0
-        if self.config.mlp == "gelu" and self.config.bias:
+        if self.config.mlp == "gelu":
             return add_mlp(residual, x, self.c_fc, self.c_proj, dropout)
         x = linear(x, self.c_fc)
         if self.config.mlp == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         else:
-            x = F.relu(x).square() if self.config.mlp == "relu2" else gelu(x)
+            x = F.relu(x).square()
         return add_linear(residual, x, self.c_proj, dropout)
 
 
@@ -174,8 +172,6 @@ class Modern(GPT):
         parts = {"wte": nn.Embedding(V, C)}
         if config.positions == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, C)
-        if config.bigram_rows:
-            parts["bigrams"] = nn.Embedding(config.bigram_rows, C)
         parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         parts["ln_f"] = Norm(config)
         tables = [nn.Embedding(V, C) for _ in range(config.value_embeddings)]
@@ -190,15 +186,13 @@ class Modern(GPT):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's, or zero for bigrams and what `zero_init` names."""
+        """GPT-2's, or zero for what `zero_init` names."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 into_stream = name.endswith("c_proj")
                 scale = (2 * self.config.n_layer) ** -0.5 if into_stream else 1.0
                 zero = self.config.zero_init and (into_stream or name == "head")
-                if zero or name.endswith("bigrams"):
-                    scale = 0.0
-                module.weight.normal_(0.0, INIT_STD * scale)
+                module.weight.normal_(0.0, 0.0 if zero else INIT_STD * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
 
@@ -239,10 +233,6 @@ class Modern(GPT):
         positions = start + torch.arange(T, device=idx.device)
         context = self._context(idx, positions, cache)
         x = parts.wte(idx)
-        if config.bigram_rows:
-            before = cache.before(idx, positions) if isinstance(cache, Cache) else shifted(idx)
-            end, rows = config.vocab_size - 1, config.bigram_rows
-            x = x + parts.bigrams(bigram_rows(idx, before, positions, end, rows))
         if config.positions == "learned":
             x = x + parts.wpe(positions)
         x = to_residual_stream(rms_norm(x) if config.norm_embedding else x)
@@ -257,7 +247,7 @@ class Modern(GPT):
             table = value_table(config, layer)
             extra = None if table is None else extras[table]
             if self.training and self.checkpoint_activations:
-                x = checkpoint(block, x, first, context, extra, use_reentrant=False)
+                x = recomputed(block, x, first, context, extra, draws=config.dropout > 0)
             else:
                 x = block(x, first, context, extra)
             if layer < half:
@@ -314,7 +304,7 @@ class Modern(GPT):
 
     def flops_per_token(self) -> int:
         """As `GPT.flops_per_token`; tables that are looked up do not count, windows not either."""
-        c, names = self.config, ("wpe" if self.head is None else "w", "value_", "bigrams")
+        c, names = self.config, ("wpe" if self.head is None else "w", "value_")
         looked_up = [p for n, p in self.transformer.named_parameters() if n.startswith(names)]
         matrices = self.num_parameters() - sum(p.numel() for p in looked_up)
         return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size

@@ -67,7 +67,7 @@ def build_optimizer(
 
 
 def _is_table(name: str, _: nn.Parameter) -> bool:
-    tables = "wte", "wpe", "value_tables", "bigrams"
+    tables = "wte", "wpe", "value_tables"
     return name.startswith(tuple(f"transformer.{table}" for table in tables))
 
 

@@ -110,19 +110,26 @@ def _cast(bias: Tensor | None) -> Tensor | None:
 class _AddMLP(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd calls it by position
-        ctx, residual: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+        ctx,
+        residual: Tensor,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
     ):
         x, w1, w2 = x.to(BF16), w1.to(BF16), w2.to(BF16)
-        before, after = _product_gelu(x, w1, b1.to(BF16))
+        before, after = _product_gelu(x, w1, _cast(b1))
         ctx.save_for_backward(x, w1, w2, before, after)
-        return _product(after, w2, transpose_b=True, bias=b2.to(BF16), add=residual)
+        ctx.biased = b1 is not None
+        return _product(after, w2, transpose_b=True, bias=_cast(b2), add=residual)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, w1, w2, before, after = ctx.saved_tensors
         dh = _product_dgelu(dy, w2, before)
         dw1, dw2 = _weight_gradient(dh, x), _weight_gradient(dy, after)
-        db1, db2 = dh.sum(0, dtype=torch.float32), dy.sum(0, dtype=torch.float32)
+        db1, db2 = (d.sum(0, dtype=torch.float32) if ctx.biased else None for d in (dh, dy))
         return dy, _product(dh, w1), dw1, db1, dw2, db2
 
 
@@ -171,17 +178,18 @@ def _(dy, x):
 
 
 @operation
-def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(h, gelu(h)) with h = x Wᵀ + b."""
     before = x.new_empty(x.shape[0], weight.shape[0])
     if x.is_cuda and cublaslt.library():
-        after, epilogue = torch.empty_like(before), cublaslt.GELU_AUX_BIAS
+        after = torch.empty_like(before)
+        epilogue = cublaslt.GELU_AUX if bias is None else cublaslt.GELU_AUX_BIAS
         cublaslt.matmul(
             x, weight, after, transpose_b=True, epilogue=epilogue, bias=bias, aux=before
         )
         return before, after
     torch.mm(x, weight.t(), out=before)
-    before += bias
+    before = before if bias is None else before + bias
     return before, gelu(before)
 
 

@@ -78,10 +78,12 @@ class Runtime:
     def compile(self, model: nn.Module):
         """Compiles in place: names in the state dict stay as they are.
 
-        FSDP gathers weights between blocks, where the compiler could not look past; so each block
-        is compiled by itself, all by the same code.
+        FSDP gathers weights between blocks, where the compiler could not look past. And PyTorch
+        2.11, given the whole model, keeps most of what activation checkpointing should drop. So
+        then each block is compiled by itself, all by the same code.
         """
-        for part in model.transformer.h if self.sharded else [model]:
+        apart = self.sharded or model.checkpoint_activations
+        for part in model.transformer.h if apart else [model]:
             part.compile()
 
     def wrap(self, model: nn.Module) -> Callable[..., Tensor]:

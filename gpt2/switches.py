@@ -45,10 +45,6 @@ class Switches:
     value_embeddings: int = option(
         0, "tables of token vectors mixed into the values of so many first and so many last layers"
     )
-    bigram_rows: int = option(
-        0,
-        "rows of a table, looked up by a token and the one before, that is added to the embedding",
-    )
     zero_init: bool = option(
         False, "projections into the residual stream, and an untied head, begin at zero"
     )
@@ -111,7 +107,7 @@ def check_switches(s: Switches, n_layer: int, head_width: int, block_size: int, 
         if choices and value not in choices:
             raise UserError(f"{f.name}={value!r}: use {' or '.join(choices)}")
     at_least(0, softcap=s.softcap, window=s.window, value_embeddings=s.value_embeddings)
-    at_least(0, bigram_rows=s.bigram_rows, attention_scale=s.attention_scale)
+    at_least(0, attention_scale=s.attention_scale)
     _check_rotary(s, head_width)
     if set(s.window_pattern) - set("SL"):
         raise UserError(f"window_pattern={s.window_pattern}: use the letters S and L, as in SSSL")

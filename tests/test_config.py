@@ -95,6 +95,9 @@ def test_foreign_config_is_refused():
     assert GPT2Config.from_dict(good) == GPT2Config()
     with pytest.raises(UserError, match="rotary"):
         GPT2Config.from_dict(good | {"rotary": True})
+    assert GPT2Config.from_dict(good | {"bigram_rows": 0}) == GPT2Config()  # of an older version
+    with pytest.raises(UserError, match="bigram_rows"):
+        GPT2Config.from_dict(good | {"bigram_rows": 9})
     with pytest.raises(UserError, match="n_head"):
         GPT2Config.from_dict({k: v for k, v in good.items() if k != "n_head"})
 

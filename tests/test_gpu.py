@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from gpt2 import checkpoint, commit, devices, train
+from gpt2 import checkpoint, commit, devices, runtime, train
 from gpt2.config import GPT2Config, TrainConfig, UserError
 from gpt2.decode import Decoder
 from gpt2.flags import parse
@@ -145,6 +145,23 @@ def test_chunked_head_takes_less_memory():
         peaks.append(torch.cuda.max_memory_allocated())
         x.grad = weight.grad = None
     assert peaks[0] < peaks[1] / 4
+
+
+def test_checkpointing_keeps_less_when_compiled(data_dir):
+    shape = ["--n_layer=16", "--n_embd=512", "--n_head=8", "--block_size=256", "--batch_size=64"]
+    peaks = []
+    for flag in (False, True):
+        argv = [f"--data_dir={data_dir}", *SMALL, *shape, "--dtype=bfloat16"]
+        config = parse(TrainConfig, [*argv, f"--activation_checkpointing={flag}"], "gpt2 train")
+        with runtime.start(config.system) as rt:
+            state = train.build(config, rt, None)
+            for _ in range(4):
+                torch.cuda.reset_peak_memory_stats()
+                train.train_step(state, config, rt).read()
+                peaks.append(torch.cuda.max_memory_allocated())
+            assert state.micro_batches.graph  # recorded in the third step
+            state.loader.close()
+    assert peaks[5] < 0.6 * peaks[1], peaks
 
 
 def test_gpu_run_equals_the_cpu_run(data_dir, tmp_path):

@@ -32,7 +32,6 @@ ALL = {
     "positions": "rotary", "window_pattern": "SL", "window": 5, "document_mask": True,
     "qk_norm": True, "norm": "rmsnorm", "norm_embedding": True, "mlp": "relu2", "bias": False,
     "softcap": 5.0, "untied_head": True, "value_embeddings": 2, "skips": "unet+input",
-    "bigram_rows": 50,
 }  # fmt: skip
 CASES = [
     {"positions": "rotary"}, {"window_pattern": "SL", "window": 5}, {"document_mask": True},
@@ -40,7 +39,7 @@ CASES = [
     {"mlp": "swiglu"}, {"bias": False}, {"softcap": 5.0}, {"untied_head": True},
     {"attention_scale": 0.5}, {"positions": "rotary", "rope_fraction": 0.5, "rope_base": 50.0},
     {"value_embeddings": 2}, {"skips": "unet"}, {"skips": "unet+input"},
-    {"bigram_rows": 50}, ALL,
+    ALL,
 ]  # fmt: skip
 OPTIONS = [f"--{n}={v}" for n, v in ALL.items()]
 
@@ -98,11 +97,7 @@ def by_hand(model, idx):
     c, s = model.config, dict(model.named_parameters())
     norm = lambda x: x / x.pow(2).mean(-1, keepdim=True).add(1.1920929e-07).sqrt()  # noqa: E731
     T, D = len(idx), c.n_embd // c.n_head
-    end, ids = c.vocab_size - 1, idx.tolist()
-    pairs = [(end, own) if not at or own == end else (ids[at - 1], own)
-             for at, own in enumerate(ids)]  # fmt: skip
-    slots = [(a * 1_000_003 + b) % c.bigram_rows for a, b in pairs]
-    x = first = norm(s["transformer.wte.weight"][idx] + s["transformer.bigrams.weight"][slots])
+    x = first = norm(s["transformer.wte.weight"][idx])
     documents, kept = (idx == c.vocab_size - 1).cumsum(0), []
     for layer in range(c.n_layer):
         name = f"transformer.h.{layer}."

@@ -24,7 +24,6 @@ SWITCHES = {
     "untied_head": [False, True],
     "value_embeddings": [0, 1, 2],
     "skips": ["none", "unet", "unet+input"],
-    "bigram_rows": [0, 7],
     "rope_fraction": [1.0, 0.5],
 }
 COMBINATIONS = st.fixed_dictionaries({n: st.sampled_from(v) for n, v in SWITCHES.items()})

@@ -34,12 +34,16 @@ def error(found, exact) -> float:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("rows", [1024, 8192])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_as_exact_as_plain_layers_in_bf16(name, rows, device, monkeypatch):
+def test_as_exact_as_plain_layers_in_bf16(name, bias, rows, device, monkeypatch):
     """On a CPU the same autograd functions run on plain products, compiled on a GPU only."""
     torch.manual_seed(0)
     width = 768 if device == "cuda" else 64
     block = Block(GPT2Config(n_embd=width, n_head=1), 0).to(device)
+    for layer in block.modules():
+        if isinstance(layer, nn.Linear) and not bias:
+            layer.bias = None
     for p in block.parameters():
         p.data.normal_(0, 0.1)
     x, residual = torch.randn(2, 2, rows // 2, width, device=device)
@@ -54,7 +58,10 @@ def test_as_exact_as_plain_layers_in_bf16(name, rows, device, monkeypatch):
         ours, again = call(name, block, *inputs), compiled(name, block, *inputs)
         monkeypatch.setattr(products, "_by_cublaslt", lambda *_: False)
         theirs = call(name, block, *inputs)
-    assert len(ours) == len(theirs) == {"qkv": 4, "add_linear": 5, "add_mlp": 7}[name]
+    expected = {"qkv": 3, "add_linear": 4, "add_mlp": 5}[name] + (
+        2 if name == "add_mlp" else 1
+    ) * bias
+    assert len(ours) == len(theirs) == expected
     for index, (a, b, c, right) in enumerate(zip(ours, again, theirs, exact, strict=True)):
         if name == "qkv" and index == 3:  # the bias of the keys does not matter to attention
             assert not a[width : 2 * width].any()

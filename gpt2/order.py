@@ -3,9 +3,12 @@
 A window is block_size + 1 tokens of a shard: the first block_size are the input, the last
 block_size the targets. An epoch of a dataset visits every window once: shards in a random order,
 and windows in a random order within each shard, so that a shard is read from the disk once and
-then comes from memory. Nothing here has a state: the number of windows consumed says it all.
+then comes from memory. Small shards take turns in groups, whose windows are shuffled together: a
+step's windows would else come from one small shard, and a book in it fill them. Nothing here has a
+state: the number of windows consumed says it all.
 """
 
+import bisect
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,8 @@ import numpy as np
 from .config import UserError
 from .shards import Shard
 from .tokenizer import END_OF_TEXT
+
+GROUP_TOKENS, GROUP_SHARDS = 128_000_000, 128  # at most, but one shard of any size; 256 MB
 
 
 class WindowOrder:
@@ -43,10 +48,12 @@ class WindowOrder:
     ):
         self.shards, self.block_size = shards, block_size
         self.seed, self.shuffle, self.window_start = seed, shuffle, window_start
-        # One shard may end and the next begin within a batch, so two permutations are kept.
-        self._shards_of = functools.lru_cache(maxsize=2)(self._order_of_shards)
+        # One group may end and the next begin within a batch, so two permutations are kept.
+        self._groups_of = functools.lru_cache(maxsize=2)(self._order_of_groups)
         self._windows_of = functools.lru_cache(maxsize=2)(self._order_of_windows)
-        self._documents_of = functools.lru_cache(maxsize=128)(  # 0.5 MB of 100M tokens, at 1024
+        self._documents_of = functools.lru_cache(
+            maxsize=2 * GROUP_SHARDS
+        )(  # 0.5 MB of 100M tokens, at 1024
             lambda shard: document_windows(shards[shard], block_size)
         )
         with ThreadPoolExecutor() as pool:
@@ -67,10 +74,14 @@ class WindowOrder:
     def locate(self, n: int) -> tuple[Shard, int]:
         """(shard, first token) of the n-th window."""
         epoch, place = divmod(n, self.per_epoch)
-        order, ends = self._shards_of(epoch)
-        turn = int(np.searchsorted(ends, place, side="right"))
-        shard = order[turn]
-        window = int(self._windows_of(epoch, shard)[place - (ends[turn] - self.windows[shard])])
+        groups, ends = self._groups_of(epoch)
+        turn = bisect.bisect_right(ends, place)
+        group = groups[turn]
+        window = int(self._windows_of(epoch, group)[place - ends[turn]])  # from behind: below 0
+        for shard in group:
+            if window < self.windows[shard]:
+                break
+            window -= self.windows[shard]
         if self.window_start == "document":
             return self.shards[shard], int(self._documents_of(shard)[window])
         return self.shards[shard], window * self.block_size
@@ -80,12 +91,23 @@ class WindowOrder:
             return len(self._documents_of(shard))
         return max(0, (self.shards[shard].tokens - 1) // self.block_size)
 
-    def _order_of_shards(self, epoch: int) -> tuple[list[int], list[int]]:
-        order = self._permutation(len(self.windows), epoch, 0).tolist()
-        return order, list(accumulate(self.windows[shard] for shard in order))
+    def _order_of_groups(self, epoch: int) -> tuple[list[tuple[int, ...]], list[int]]:
+        """Shards that are shuffled together, and how many windows there are up to each end."""
+        groups: list[tuple[int, ...]] = [()]
+        tokens = 0
+        for shard in self._permutation(len(self.windows), epoch, 0).tolist():
+            tokens += self.shards[shard].tokens
+            if groups[-1] and (tokens > GROUP_TOKENS or len(groups[-1]) == GROUP_SHARDS):
+                groups.append(())
+                tokens = self.shards[shard].tokens
+            groups[-1] += (shard,)
+        return groups, list(accumulate(self._windows_in(group) for group in groups))
 
-    def _order_of_windows(self, epoch: int, shard: int) -> np.ndarray:
-        return self._permutation(self.windows[shard], epoch, shard + 1)
+    def _windows_in(self, group: tuple[int, ...]) -> int:
+        return sum(self.windows[shard] for shard in group)
+
+    def _order_of_windows(self, epoch: int, group: tuple[int, ...]) -> np.ndarray:
+        return self._permutation(self._windows_in(group), epoch, group[0] + 1)
 
     def _permutation(self, count: int, epoch: int, stream: int) -> np.ndarray:
         """0 … count - 1 in an order that is the same on every machine.

@@ -1,6 +1,8 @@
 """Every window once per epoch, windows at documents, mixes in exact proportion."""
 
 import itertools
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,10 +40,15 @@ def epoch_of(order, number=0):
     block=st.integers(1, 100),
     seed=st.integers(0, 2**62),
     shuffle=st.booleans(),
+    together=st.integers(0, 700),
+    at_most=st.integers(1, 4),
 )
-def test_each_window_once_per_epoch(tmp_path_factory, sizes, epoch, block, seed, shuffle):
+def test_each_window_once_per_epoch(
+    tmp_path_factory, sizes, epoch, block, seed, shuffle, together, at_most
+):
     shards = write(tmp_path_factory.mktemp("s"), *sizes, 101)
-    found = epoch_of(WindowOrder(shards, block, seed, shuffle), epoch)
+    with mock.patch.multiple("gpt2.order", GROUP_TOKENS=together, GROUP_SHARDS=at_most):
+        found = epoch_of(WindowOrder(shards, block, seed, shuffle), epoch)
     expected = [(s, i * block) for s in shards for i in range(max(0, (s.tokens - 1) // block))]
     assert sorted(found, key=lambda w: (w[0].path, w[1])) == expected
     assert shuffle or found == expected
@@ -56,11 +63,38 @@ def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):
     assert len(within) == 3  # shards of equal size are not shuffled alike
 
 
-def test_order_is_pinned(tmp_path):
+def test_order_is_pinned(tmp_path, monkeypatch):
     """The same on every machine and with every numpy; a change breaks runs that are under way."""
-    order = WindowOrder(write(tmp_path, 50, 40), 8, seed=1337, shuffle=True)
-    found = [f"{shard.path.name[-5]}:{start // 8}" for shard, start in epoch_of(order)]
-    assert " ".join(found) == "1:3 1:0 1:1 1:5 1:2 1:4 2:2 2:1 2:0 2:3"
+    shards = write(tmp_path, 50, 40)
+
+    def windows() -> str:
+        order = WindowOrder(shards, 8, seed=1337, shuffle=True)
+        return " ".join(f"{shard.path.name[-5]}:{start // 8}" for shard, start in epoch_of(order))
+
+    assert windows() == "2:2 1:3 2:1 2:3 1:0 1:1 2:0 1:5 1:2 1:4"
+    monkeypatch.setattr("gpt2.order.GROUP_TOKENS", 89)
+    assert windows() == "1:3 1:0 1:1 1:5 1:2 1:4 2:2 2:1 2:0 2:3"
+
+
+def test_small_shards_are_shuffled_together(tmp_path, monkeypatch):
+    """Any tenth of an epoch has windows of most shards of its group; groups follow each other."""
+    shards = write(tmp_path, *[101] * 20)
+    whole = [shard for shard, _ in epoch_of(WindowOrder(shards, 1, 7, shuffle=True))]
+    assert all(len(set(whole[i : i + 200])) == 20 for i in range(0, 2000, 200))
+    monkeypatch.setattr("gpt2.order.GROUP_SHARDS", 5)
+    parts = [shard for shard, _ in epoch_of(WindowOrder(shards, 1, 7, shuffle=True))]
+    groups = [set(parts[i : i + 500]) for i in range(0, 2000, 500)]
+    assert [len(group) for group in groups] == [5] * 4
+    assert len(set.union(*groups)) == 20
+
+
+def test_shards_of_the_usual_size_take_turns_alone():
+    order = WindowOrder.__new__(WindowOrder)
+    order.shuffle, order.seed, order.windows = True, 1, [97_656] * 3
+    order.shards = [SimpleNamespace(tokens=100_000_000)] * 3
+    groups, ends = order._order_of_groups(0)
+    assert sorted(groups) == [(0,), (1,), (2,)]
+    assert ends == [97_656, 2 * 97_656, 3 * 97_656]
 
 
 def test_too_little_text(tmp_path):

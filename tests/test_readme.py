@@ -71,6 +71,12 @@ ADDED: dict[str, list[str] | None] = {
     "--window=256": [
         *SMALL, "--n_layer=6", "--total_batch_tokens=0", "--window=8", "--out_dir=out/modern",
     ],
+    "python -m benchmarks.sprint configs/speedrun.toml configs/sprint_gpt2_muon.toml "
+    "--data_dir=fineweb": [
+        "--seconds=0.1", "--evaluations=1", "--val_tokens=500", "--devices=cpu", "--n_layer=6",
+        "--total_batch_tokens=0", "--size=gpt2",
+        *(a for a in TINY if not a.startswith(("--device", "--n_layer", "--eval"))),
+    ],
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
     "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,

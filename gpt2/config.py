@@ -56,7 +56,7 @@ class GPT2Config:
 
         One that names switches is a `ModernConfig`, whose other switches are GPT-2's.
         """
-        if values.get("bigram_rows") == 0:  # a switch that did not pay, and is gone
+        if {**values}.get("bigram_rows") == 0:  # a switch that did not pay, and is gone
             values = {name: value for name, value in values.items() if name != "bigram_rows"}
         known, switches = ({f.name for f in fields(c)} for c in (GPT2Config, Switches))
         if odd := (set(values) - switches) ^ known:

@@ -60,7 +60,7 @@ class GPT2Config:
             values = {name: value for name, value in values.items() if name != "bigram_rows"}
         known, switches = ({f.name for f in fields(c)} for c in (GPT2Config, Switches))
         if odd := (set(values) - switches) ^ known:
-            odd = ", ".join(sorted(odd))
+            odd = ", ".join(sorted(repr(name)[1:-1] for name in odd))  # no line breaks
             raise UserError(f"the checkpoint's config does not describe a GPT-2: {odd}")
         return (ModernConfig if set(values) & switches else GPT2Config)(**values)
 

@@ -96,6 +96,8 @@ def test_foreign_config_is_refused():
     with pytest.raises(UserError, match="rotary"):
         GPT2Config.from_dict(good | {"rotary": True})
     assert GPT2Config.from_dict(good | {"bigram_rows": 0}) == GPT2Config()  # of an older version
+    with pytest.raises(UserError, match=r"describe a GPT-2: a\\nb$"):
+        GPT2Config.from_dict(good | {"a\nb": 1})
     with pytest.raises(UserError, match="bigram_rows"):
         GPT2Config.from_dict(good | {"bigram_rows": 9})
     with pytest.raises(UserError, match="n_head"):

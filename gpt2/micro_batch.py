@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .commit import first_line
 from .packed import Packed
 
 STEPS_BEFORE = 2  # they compile, and find the fastest algorithms, which cannot be recorded
@@ -54,7 +55,7 @@ class MicroBatches:
         except RuntimeError as error:  # running out of memory is one too
             if first in self._graphs:
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
         # Only here, where the error, which holds what was allocated before it, is gone.
         return self._go_on_without(reason, given, first)
 
@@ -96,6 +97,5 @@ class MicroBatches:
             for p in self.parameters:
                 p.grad = None
         self._forget(None)
-        if given[0].is_cuda:
-            torch.cuda.empty_cache()  # of the graph, whose memory nobody else may use
+        torch.cuda.empty_cache()  # of the graph, whose memory nobody else may use
         return self.run(*given, None)

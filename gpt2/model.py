@@ -26,19 +26,6 @@ from .products import add_linear, add_mlp, qkv
 INIT_STD = 0.02
 
 
-def recomputed(block: nn.Module, *inputs, draws: bool) -> Tensor:
-    """block(*inputs), of which only the inputs are kept; backward computes the rest a second time.
-
-    Chen et al. 2016, arXiv:1604.06174.
-
-    Args:
-        block: a part of the network.
-        draws: whether it draws random numbers, which are then the same again. Looking at their
-            state keeps a CUDA graph from being recorded.
-    """
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
-
-
 class KVCache:
     """Keys and values of the positions already seen, so that each is computed once.
 
@@ -231,13 +218,21 @@ class GPT(nn.Module):
         x = to_residual_stream(self.transformer.wte(idx) + self.transformer.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            if self.training and self.checkpoint_activations:
-                x = recomputed(block, x, cache, draws=self.config.dropout > 0)
-            else:
-                x = block(x, cache)
+            x = self._through(block, x, cache)
         if cache is not None:
             cache.advance(T)
         return self.transformer.ln_f(x)
+
+    def _through(self, block: nn.Module, *inputs) -> Tensor:
+        """block(*inputs); where `checkpoint_activations` says so, backward computes it once more.
+
+        Only the inputs are kept then (Chen et al. 2016, arXiv:1604.06174). The state of random
+        numbers is looked at only if some are drawn: that keeps a CUDA graph from being recorded.
+        """
+        if not (self.training and self.checkpoint_activations):
+            return block(*inputs)
+        draws = self.config.dropout > 0
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, capacity: int) -> KVCache:
         """Room for `capacity` positions of each row."""

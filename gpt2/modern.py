@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import GPT2Config, ModernConfig
 from .masks import Cache, Mask, documents_of, mask_for, masked_attention
-from .model import GPT, INIT_STD, KVCache, recomputed
+from .model import GPT, INIT_STD, KVCache
 from .ops import causal_attention, head_logits, head_loss, soft_cap, to_residual_stream
 from .packed import Packed
 from .products import add_linear, add_mlp, linear, qkv
@@ -246,10 +246,7 @@ class Modern(GPT):
                 x = (x + skips[layer - config.n_layer + half] * kept.pop()).to(x.dtype)
             table = value_table(config, layer)
             extra = None if table is None else extras[table]
-            if self.training and self.checkpoint_activations:
-                x = recomputed(block, x, first, context, extra, draws=config.dropout > 0)
-            else:
-                x = block(x, first, context, extra)
+            x = self._through(block, x, first, context, extra)
             if layer < half:
                 kept.append(x)
         if cache is not None:

@@ -49,12 +49,10 @@ class WindowOrder:
         self.shards, self.block_size = shards, block_size
         self.seed, self.shuffle, self.window_start = seed, shuffle, window_start
         # One group may end and the next begin within a batch, so two permutations are kept.
-        self._groups_of = functools.lru_cache(maxsize=2)(self._order_of_groups)
+        self._shards_of = functools.lru_cache(maxsize=2)(self._order_of_shards)
         self._windows_of = functools.lru_cache(maxsize=2)(self._order_of_windows)
-        self._documents_of = functools.lru_cache(
-            maxsize=2 * GROUP_SHARDS
-        )(  # 0.5 MB of 100M tokens, at 1024
-            lambda shard: document_windows(shards[shard], block_size)
+        self._documents_of = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(
+            lambda shard: document_windows(shards[shard], block_size)  # 0.5 MB of 100M tokens
         )
         with ThreadPoolExecutor() as pool:
             self.windows = list(pool.map(self._count, range(len(shards))))
@@ -74,14 +72,11 @@ class WindowOrder:
     def locate(self, n: int) -> tuple[Shard, int]:
         """(shard, first token) of the n-th window."""
         epoch, place = divmod(n, self.per_epoch)
-        groups, ends = self._groups_of(epoch)
-        turn = bisect.bisect_right(ends, place)
-        group = groups[turn]
-        window = int(self._windows_of(epoch, group)[place - ends[turn]])  # from behind: below 0
-        for shard in group:
-            if window < self.windows[shard]:
-                break
-            window -= self.windows[shard]
+        order, begins, _, starts = self._shards_of(epoch)
+        group = bisect.bisect_right(starts, place) - 1
+        place = starts[group] + int(self._windows_of(epoch, group)[place - starts[group]])
+        turn = bisect.bisect_right(begins, place) - 1
+        shard, window = order[turn], place - begins[turn]
         if self.window_start == "document":
             return self.shards[shard], int(self._documents_of(shard)[window])
         return self.shards[shard], window * self.block_size
@@ -91,23 +86,27 @@ class WindowOrder:
             return len(self._documents_of(shard))
         return max(0, (self.shards[shard].tokens - 1) // self.block_size)
 
-    def _order_of_groups(self, epoch: int) -> tuple[list[tuple[int, ...]], list[int]]:
-        """Shards that are shuffled together, and how many windows there are up to each end."""
-        groups: list[tuple[int, ...]] = [()]
-        tokens = 0
-        for shard in self._permutation(len(self.windows), epoch, 0).tolist():
-            tokens += self.shards[shard].tokens
-            if groups[-1] and (tokens > GROUP_TOKENS or len(groups[-1]) == GROUP_SHARDS):
-                groups.append(())
-                tokens = self.shards[shard].tokens
-            groups[-1] += (shard,)
-        return groups, list(accumulate(self._windows_in(group) for group in groups))
+    def _order_of_shards(self, epoch: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        """The shards of an epoch, and the groups whose windows are shuffled together.
 
-    def _windows_in(self, group: tuple[int, ...]) -> int:
-        return sum(self.windows[shard] for shard in group)
+        Returns:
+            (shards in their order, windows before each of them and in all, the first shard of each
+            group, windows before each group and in all).
+        """
+        order = self._permutation(len(self.windows), epoch, 0).tolist()
+        begins = [0, *accumulate(self.windows[shard] for shard in order)]
+        firsts, starts, tokens, members = [], [], 0, 0
+        for shard, begin in zip(order, begins, strict=False):
+            tokens, members = tokens + self.shards[shard].tokens, members + 1
+            if not firsts or tokens > GROUP_TOKENS or members > GROUP_SHARDS:
+                firsts.append(shard)
+                starts.append(begin)
+                tokens, members = self.shards[shard].tokens, 1
+        return order, begins, firsts, [*starts, begins[-1]]
 
-    def _order_of_windows(self, epoch: int, group: tuple[int, ...]) -> np.ndarray:
-        return self._permutation(self._windows_in(group), epoch, group[0] + 1)
+    def _order_of_windows(self, epoch: int, group: int) -> np.ndarray:
+        _, _, firsts, starts = self._shards_of(epoch)
+        return self._permutation(starts[group + 1] - starts[group], epoch, firsts[group] + 1)
 
     def _permutation(self, count: int, epoch: int, stream: int) -> np.ndarray:
         """0 … count - 1 in an order that is the same on every machine.

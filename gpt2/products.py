@@ -189,7 +189,8 @@ def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
         )
         return before, after
     torch.mm(x, weight.t(), out=before)
-    before = before if bias is None else before + bias
+    if bias is not None:
+        before += bias
     return before, gelu(before)
 
 

@@ -16,6 +16,14 @@ class Room:
     """What was allocated before memory ran out."""
 
 
+@pytest.fixture(autouse=True)
+def no_collector():
+    """The error, and what it holds, must be gone by itself."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_what_cannot_be_recorded_runs_without_and_lets_go_of_memory(monkeypatch, error):
     recording, held, told = [False], [], []
@@ -39,9 +47,7 @@ def test_what_cannot_be_recorded_runs_without_and_lets_go_of_memory(monkeypatch,
         if recording[0]:
             held.append(weakref.ref(room))
             raise error("no room\nin two lines")
-        gc.disable()  # the error must be gone by itself
         assert not any(ref() for ref in held)
-        gc.enable()
         return loss.detach()
 
     batches = MicroBatches(model, run, graph=True, tell=told.append)

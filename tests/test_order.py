@@ -77,7 +77,7 @@ def test_order_is_pinned(tmp_path, monkeypatch):
 
 
 def test_small_shards_are_shuffled_together(tmp_path, monkeypatch):
-    """Any tenth of an epoch has windows of most shards of its group; groups follow each other."""
+    """Any tenth of an epoch has windows of all shards of its group; groups follow each other."""
     shards = write(tmp_path, *[101] * 20)
     whole = [shard for shard, _ in epoch_of(WindowOrder(shards, 1, 7, shuffle=True))]
     assert all(len(set(whole[i : i + 200])) == 20 for i in range(0, 2000, 200))
@@ -89,12 +89,12 @@ def test_small_shards_are_shuffled_together(tmp_path, monkeypatch):
 
 
 def test_shards_of_the_usual_size_take_turns_alone():
-    order = WindowOrder.__new__(WindowOrder)
-    order.shuffle, order.seed, order.windows = True, 1, [97_656] * 3
-    order.shards = [SimpleNamespace(tokens=100_000_000)] * 3
-    groups, ends = order._order_of_groups(0)
-    assert sorted(groups) == [(0,), (1,), (2,)]
-    assert ends == [97_656, 2 * 97_656, 3 * 97_656]
+    shards = [SimpleNamespace(number=n, tokens=100_000_000) for n in range(3)]
+    order = WindowOrder(shards, 1024, seed=1, shuffle=True)
+    assert order.windows == [97_656] * 3
+    found = [shard.number for shard, _ in epoch_of(order)]
+    turns = [set(found[i : i + 97_656]) for i in range(0, 3 * 97_656, 97_656)]
+    assert sorted(turns, key=min) == [{0}, {1}, {2}]
 
 
 def test_too_little_text(tmp_path):

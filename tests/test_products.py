@@ -58,9 +58,7 @@ def test_as_exact_as_plain_layers_in_bf16(name, bias, rows, device, monkeypatch)
         ours, again = call(name, block, *inputs), compiled(name, block, *inputs)
         monkeypatch.setattr(products, "_by_cublaslt", lambda *_: False)
         theirs = call(name, block, *inputs)
-    expected = {"qkv": 3, "add_linear": 4, "add_mlp": 5}[name] + (
-        2 if name == "add_mlp" else 1
-    ) * bias
+    expected = {"qkv": (3, 4), "add_linear": (4, 5), "add_mlp": (5, 7)}[name][bias]
     assert len(ours) == len(theirs) == expected
     for index, (a, b, c, right) in enumerate(zip(ours, again, theirs, exact, strict=True)):
         if name == "qkv" and index == 3:  # the bias of the keys does not matter to attention

@@ -116,15 +116,15 @@ def measure(
 
 
 def _on_gpu(events) -> Counter:
-    """Microseconds of each group, by kernels; those that the head's operation launched are its."""
+    """Microseconds of each group, by kernels; what the head or the optimizer launched is theirs."""
     times: Counter = Counter()
     for event in events:
         if event.device_type == DeviceType.CUDA:
             times[group_of(event.name)] += event.time_range.elapsed_us()
-        elif _within_head(event):
+        elif owner := _owner(event):
             for kernel in event.kernels:
                 times[group_of(kernel.name)] -= kernel.duration
-                times["head"] += kernel.duration
+                times[owner] += kernel.duration
     return times
 
 
@@ -132,7 +132,7 @@ def _on_cpu(events) -> Counter:
     """Microseconds of each group, by what operations took without those that they called."""
     times: Counter = Counter()
     for event in events:
-        name = HEAD if _within_head(event) else event.name
+        name = HEAD if _owner(event) == "head" else event.name
         parent = event.cpu_parent
         while parent is not None and group_of(name) in (OTHERS, "copies"):
             name, parent = parent.name, parent.cpu_parent  # a part of something larger
@@ -140,17 +140,22 @@ def _on_cpu(events) -> Counter:
     return times
 
 
-def _within_head(event) -> bool:
+def _owner(event) -> str | None:
+    """The group of the operation that an event is a part of, if all parts belong to it."""
     while event is not None:
         if event.name == HEAD:
-            return True
+            return "head"
+        if event.name.startswith("Optimizer.step"):  # so torch.optim names it
+            return "optimizer"
         event = event.cpu_parent
-    return False
+    return None
 
 
 def group_of(name: str) -> str:
     """The group of a kernel or an operation."""
     name = name.lower()
+    if name.startswith("triton_"):  # many operations in one, of which copies are the least
+        return "norms" if "norm" in name else OTHERS
     for group, parts in GROUPS.items():
         if any(part in name for part in parts):
             return group

@@ -257,7 +257,7 @@ class TrainConfig:
             raise UserError(f"min_lr_ratio={o.min_lr_ratio}: use a number from 0 to 1")
         check_seed(self.system.seed)
         check_recipe(o, self.model, self.system.dtype)
-        if not o.learning_rate and (o.optimizer == "muon" or o.embedding_lr or o.head_lr):
+        if not o.learning_rate and (o.optimizer != "adamw" or o.embedding_lr or o.head_lr):
             raise UserError("learning_rate=0: other rates follow its schedule; use one above 0")
 
 

@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for the rest.
 
 The update of a matrix is its Nesterov momentum made nearly orthogonal: by five steps of a quintic
-Newton–Schulz iteration, over all matrices of one shape at once.
+Newton–Schulz iteration, over all matrices of one shape at once. NorMuon (Li et al. 2025,
+arXiv:2510.05491) then gives the rows of an update, which are neurons, about equal length.
 """
 
 import functools
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .parallel import as_part_of, cut, local, whole
 
+ROW_DECAY = 0.95  # of NorMuon's mean of squares, as in its paper
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values end between about 0.7 and 1.2
 
 
@@ -39,6 +41,25 @@ def look_ahead(mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor) -> Te
     return ahead.bfloat16() if ahead.is_cuda else ahead
 
 
+def even_rows(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
+    """Rows divided by the root of their running mean of squares, the norm of each matrix as before.
+
+    Keeping the norm, and not the paper's 0.2 √(rows · columns), leaves `muon_lr` its meaning.
+
+    Args:
+        update: (matrices, rows, columns).
+        squares: (matrices, rows, 1) the running mean, which is updated unless skip > 0.
+        skip: ().
+    """
+    exact = update.to(squares.dtype)
+    new = squares.lerp(exact.square().mean(-1, keepdim=True), 1 - ROW_DECAY)
+    new = torch.where(skip > 0, squares, new)
+    squares.copy_(new)
+    even = exact / (new.sqrt() + 1e-8)
+    before, after = (m.norm(dim=(-2, -1), keepdim=True) for m in (exact, even))
+    return even * (before / (after + 1e-8))
+
+
 def apply(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor):
     """p ← keep · p - rate · update unless skip > 0; the factors are () tensors."""
     p.copy_(torch.where(skip > 0, p, keep * p - rate * update.to(p.dtype)))
@@ -55,7 +76,7 @@ class MuonAndAdamW(torch.optim.AdamW):
 
     Args:
         groups: `parts`: how many matrices stand one above the other in each parameter (queries,
-            keys and values: 3); `momentum`.
+            keys and values: 3); `momentum`; `even`: whether it is NorMuon.
         all_sum: sums a tensor over ranks in place; each rank orthogonalises its share.
         rank: of this process.
         world_size: ranks.
@@ -75,8 +96,8 @@ class MuonAndAdamW(torch.optim.AdamW):
     ):
         super().__init__(groups, **settings)
         self.all_sum, self.rank, self.world_size = all_sum, rank, world_size
-        parts = look_ahead, orthogonalise, apply
-        self.look_ahead, self.orthogonalise, self.apply = (
+        parts = look_ahead, orthogonalise, even_rows, apply
+        self.look_ahead, self.orthogonalise, self.even_rows, self.apply = (
             _compiled(part) if compiled else part for part in parts
         )
 
@@ -110,8 +131,10 @@ class MuonAndAdamW(torch.optim.AdamW):
             pairs = zip(self._share(wide), matrices, strict=True)
             updates = iter([u if m.shape[0] <= m.shape[1] else u.mT for u, m in pairs])
             for p, group in members:
-                update = torch.cat([next(updates) for _ in range(group["parts"])])
-                self._apply(p, cut(update, p), group, number)
+                update = torch.stack([next(updates) for _ in range(group["parts"])])
+                if group["even"]:
+                    update = self._even(p, update, number)
+                self._apply(p, cut(update.flatten(0, 1), p), group, number)
 
     def _momentum(self, p: Tensor, group: dict, number: Callable) -> Tensor:
         """The whole gradient, looked ahead with its running mean, which is updated."""
@@ -122,6 +145,13 @@ class MuonAndAdamW(torch.optim.AdamW):
         mean, grad = local(state["momentum"]), local(p.grad)
         momentum = number(group["momentum"], p.device)
         return whole(as_part_of(self.look_ahead(mean, grad, momentum, self._skip(number, p)), p))
+
+    def _even(self, p: Tensor, update: Tensor, number: Callable) -> Tensor:
+        """`even_rows`; every rank has the mean of squares of all rows, a number for each."""
+        state = self.state[p]
+        if "squares" not in state:
+            state["squares"] = update.new_zeros(*update.shape[:2], 1, dtype=p.dtype)
+        return self.even_rows(update, state["squares"], self._skip(number, p))
 
     def _skip(self, number: Callable, p: Tensor) -> Tensor:
         found = getattr(self, "found_inf", None)

@@ -164,7 +164,10 @@ def _head_in_fp8(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with products of e4m3 by e4m3 and, for the gradients, e5m2 by e4m3.
 
-    Sums of gradients are long, so that their products do without the fast, short accumulator.
+    Sums of gradients are long, so that their products do without the fast, short accumulator. What
+    the rows of the head have in common adds the same to all logits of a token, which softmax does
+    not see, and which would be rounded differently for each: it is subtracted before. Gradients sum
+    up to zero over the vocabulary, so that those of x do not see it either.
     """
     from .kernels import GRADIENT_SCALE, cross_entropy_fp8, quantize
 
@@ -172,6 +175,8 @@ def _head_in_fp8(
     fill = -n % 64  # tiles are 64 rows tall
     x, targets = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE)
     x8, x8_t, x_scale = quantize(x)
+    if not softcap:  # which does see it
+        head = (head - head[:vocab].mean(0, dtype=torch.float32)).to(head.dtype)
     head8, head8_t, head_scale = quantize(head)
     grad_scale = torch.full((), 2.0**-GRADIENT_SCALE, device=x.device)
     grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)

@@ -43,18 +43,19 @@ def build_optimizer(
     if o.head_lr:
         ratio = o.head_lr / o.learning_rate
         apart.append(take(lambda n, _: n == "head.weight", **decays, lr_ratio=ratio))
-    if o.optimizer == "muon":
+    if o.optimizer != "adamw":
         muon = {
             "weight_decay": o.weight_decay if o.muon_weight_decay < 0 else o.muon_weight_decay,
             "lr_ratio": o.muon_lr / o.learning_rate,
             "momentum": o.muon_momentum,
+            "even": o.optimizer == "normuon",
         }
         apart.append(take(lambda n, p: _in_block(n, p) and "c_attn" not in n, parts=1, **muon))
         apart.append(take(_in_block, parts=3, **muon))  # queries, keys and values
     groups = [take(lambda _, p: p.ndim >= 2, **decays), take(lambda *_: True, weight_decay=0.0)]
     groups = [g for g in groups + apart if g["params"] or o.optimizer == "adamw"]
     common = {"lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": 1e-8, "fused": True}
-    if o.optimizer != "muon":
+    if o.optimizer == "adamw":
         return torch.optim.AdamW(groups, **common)
     return MuonAndAdamW(
         groups,
@@ -96,6 +97,8 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path):
     members = [pair for own in ours for pair in zip(own["names"], own["params"], strict=True)]
     for number, (name, parameter) in enumerate(members):  # torch itself does not compare shapes
         for kind, tensor in stored["state"].get(number, {}).items():
+            if kind == "squares":
+                continue
             if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape != parameter.shape:
                 raise UserError(
                     f"{origin}: {kind} of {name} is {tuple(tensor.shape)} instead of "

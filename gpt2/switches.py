@@ -64,7 +64,10 @@ class Recipe:
     """What may differ from GPT-2's optimizer and schedule."""
 
     optimizer: str = option(
-        "adamw", "muon: for the matrices of the blocks; AdamW for the rest", ("adamw", "muon")
+        "adamw",
+        "muon, or normuon (its rows of about equal length): for the matrices of the blocks; AdamW "
+        "for the rest",
+        ("adamw", "muon", "normuon"),
     )
     muon_lr: float = option(0.02, "peak learning rate of Muon")
     muon_momentum: float = option(0.95, "Muon: decay of the mean of gradients")
@@ -149,13 +152,15 @@ def check_recipe(r: Recipe, s: Switches, dtype: str):  # noqa: C901 - a list
         raise UserError(f"muon_momentum={r.muon_momentum}: use a number from 0 up to below 1")
     default = Recipe()
     for name in ("muon_lr", "muon_momentum", "muon_momentum_warmup", "muon_weight_decay"):
-        if r.optimizer != "muon" and getattr(r, name) != getattr(default, name):
+        if r.optimizer == "adamw" and getattr(r, name) != getattr(default, name):
             raise UserError(f"{name} is for --optimizer=muon; give both")
     at_least(0, muon_momentum_warmup=r.muon_momentum_warmup)
     if r.muon_momentum_warmup and r.muon_momentum < 0.85:
         raise UserError(f"muon_momentum={r.muon_momentum}: muon_momentum_warmup begins at 0.85")
-    if r.optimizer == "muon" and dtype == "float16":
-        raise UserError("optimizer=muon does not work with dtype=float16; use bfloat16 or float32")
+    if r.optimizer != "adamw" and dtype == "float16":
+        raise UserError(
+            f"optimizer={r.optimizer} does not work with dtype=float16; use bfloat16 or float32"
+        )
     if r.schedule != "wsd" and r.cooldown != default.cooldown:
         raise UserError("cooldown is for --schedule=wsd; give both")
     if r.head_lr and not s.untied_head:

@@ -297,7 +297,9 @@ class FinetuneConfig(TrainConfig):
             rate = 3e-4 if self.tuning.lora_rank else 3e-5
             object.__setattr__(self.optim, "learning_rate", rate)
         super().__post_init__()
-        if self.tuning.lora_rank and self.optim.optimizer == "muon":
-            raise UserError("optimizer=muon is for whole matrices; leave it or lora_rank out")
+        if self.tuning.lora_rank and self.optim.optimizer != "adamw":
+            raise UserError(
+                f"optimizer={self.optim.optimizer} is for whole matrices; leave it or lora_rank out"
+            )
         if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
             object.__setattr__(self.data, "grad_accum_steps", 1)

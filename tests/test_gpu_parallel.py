@@ -27,7 +27,7 @@ def train(data_dir, out, *arguments, ranks=2):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("compiled", ["False", "True"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 def test_losses_equal_those_of_ddp(optimizer, compiled, data_dir, tmp_path):
     """2e-2 in bf16, where FSDP rounds the gradients of a micro-batch."""
     arguments = [f"--optimizer={optimizer}", f"--compile_model={compiled}", "--dtype=bfloat16"]

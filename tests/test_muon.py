@@ -22,8 +22,8 @@ def test_singular_values_come_near_one():
     assert values.min() > 0.6 and values.max() < 1.3  # noqa: PT018
 
 
-def reference(w, mean, grad, rate, momentum):
-    """One matrix, one step; Jordan et al. 2024."""
+def reference(w, mean, grad, rate, momentum, squares=None):
+    """One matrix, one step; Jordan et al. 2024, and with squares Li et al. 2025."""
     mean = momentum * mean + (1 - momentum) * grad
     x = momentum * mean + (1 - momentum) * grad
     tall = x.shape[0] > x.shape[1]
@@ -33,6 +33,12 @@ def reference(w, mean, grad, rate, momentum):
         s = x @ x.T
         x = 3.4445 * x - 4.7750 * s @ x + 2.0315 * s @ s @ x
     x = x.T if tall else x
+    if squares is not None:
+        length = x.norm()
+        for row in range(len(x)):
+            squares[row] = 0.95 * squares[row] + 0.05 * (x[row] ** 2).mean()
+        x = torch.stack([x[row] / squares[row] ** 0.5 for row in range(len(x))])
+        x = x / x.norm() * length
     return w - rate * max(1, w.shape[0] / w.shape[1]) ** 0.5 * x, mean
 
 
@@ -44,13 +50,16 @@ class Net(torch.nn.Module):
         self.transformer = torch.nn.ModuleDict({"h": torch.nn.ModuleList([block])})
 
 
-def test_three_steps_equal_the_reference():
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_three_steps_equal_the_reference(name):
     torch.manual_seed(0)
     net = Net()
-    o = OptimOptions(optimizer="muon", muon_lr=0.05, weight_decay=0.0, warmup_steps=0, max_steps=9)
+    o = OptimOptions(optimizer=name, muon_lr=0.05, weight_decay=0.0, warmup_steps=0, max_steps=9)
     optimizer = build_optimizer(net, o)
     named = {n: p for n, p in net.named_parameters() if p.ndim == 2}
     wanted = {n: list(p.detach().clone().split(8 if "attn" in n else 99)) for n, p in named.items()}
+    squares = {n: [[0.0] * len(m) if name == "normuon" else None for m in parts]
+               for n, parts in wanted.items()}  # fmt: skip
     means = {n: [torch.zeros_like(m) for m in parts] for n, parts in wanted.items()}
     for step in range(3):
         set_rates(optimizer, step, o)
@@ -60,21 +69,26 @@ def test_three_steps_equal_the_reference():
         for n, p in named.items():
             grads = p.grad.split(8 if "attn" in n else 99)
             for i, grad in enumerate(grads):
-                wanted[n][i], means[n][i] = reference(wanted[n][i], means[n][i], grad, rate, 0.95)
+                wanted[n][i], means[n][i] = reference(
+                    wanted[n][i], means[n][i], grad, rate, 0.95, squares[n][i]
+                )
         optimizer.step()
     for n, p in named.items():
         torch.testing.assert_close(p.detach(), torch.cat(wanted[n]), atol=1e-5, rtol=1e-4)
 
 
-def test_a_bad_gradient_changes_nothing():
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_a_bad_gradient_changes_nothing(name):
     net = Net()
-    optimizer = build_optimizer(net, OptimOptions(optimizer="muon"))
+    optimizer = build_optimizer(net, OptimOptions(optimizer=name))
     for p in net.parameters():
         p.grad = torch.full_like(p, torch.nan)
     before = [p.detach().clone() for p in net.parameters()]
     optimizer.found_inf = torch.ones(())
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert not any(t.any() for state in optimizer.state.values()
+                   for kind, t in state.items() if kind in {"momentum", "squares"})  # fmt: skip
 
 
 def test_wsd_schedule():

@@ -28,13 +28,13 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x
 
 
-def look_ahead(mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor) -> Tensor:
-    """The gradient, looked ahead with its running mean, which is updated unless skip > 0.
+def look_ahead(mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor, scale: Tensor) -> Tensor:
+    """The gradient / scale, looked ahead with its running mean, which is updated unless skip > 0.
 
-    In bf16 on a GPU, which is enough for `orthogonalise`. `momentum` and `skip` are () tensors, so
-    that a schedule does not compile anew.
+    In bf16 on a GPU, which is enough for `orthogonalise`. `momentum`, `skip` and `scale` are ()
+    tensors, so that a schedule does not compile anew.
     """
-    grad = torch.where(skip > 0, 0.0, grad)
+    grad = torch.where(skip > 0, 0.0, grad / scale)
     new = torch.where(skip > 0, mean, mean.lerp(grad, 1 - momentum))
     mean.copy_(new)
     ahead = grad.lerp(new, momentum)
@@ -103,7 +103,10 @@ class MuonAndAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; none of a parameter where `found_inf` (set by the loop) is 1."""
+        """One update, by gradients / `grad_scale`; none of a parameter where `found_inf` is 1.
+
+        The loop sets both.
+        """
         assert closure is None
         groups = self.param_groups
         self._step_muon([group for group in groups if "parts" in group])
@@ -143,8 +146,10 @@ class MuonAndAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["momentum"] = torch.zeros_like(p)
         mean, grad = local(state["momentum"]), local(p.grad)
-        momentum = number(group["momentum"], p.device)
-        return whole(as_part_of(self.look_ahead(mean, grad, momentum, self._skip(number, p)), p))
+        momentum, skip = number(group["momentum"], p.device), self._skip(number, p)
+        scale = getattr(self, "grad_scale", None)
+        scale = number(1.0, p.device) if scale is None else scale
+        return whole(as_part_of(self.look_ahead(mean, grad, momentum, skip, scale), p))
 
     def _even(self, p: Tensor, update: Tensor, number: Callable) -> Tensor:
         """`even_rows`; every rank has the mean of squares of all rows, a number for each."""

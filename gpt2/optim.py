@@ -166,6 +166,23 @@ def check_plan(options: OptimOptions, plan: BatchPlan):
         )
 
 
+def clip_gradients(optimizer: torch.optim.AdamW, norm: torch.Tensor, limit: float, inside: bool):
+    """Scales gradients, whose norm is given, so that it is `limit` at most.
+
+    Args:
+        optimizer: of all that have a gradient.
+        norm: () on their device.
+        limit: above 0.
+        inside: let the optimizer divide while it reads them, and spare a pass over the memory. That
+            is meant for `GradScaler`, which uses it itself; not all devices heed it.
+    """
+    if inside:
+        optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], limit, norm)
+
+
 def set_rates(optimizer: torch.optim.Optimizer, step: int, options: OptimOptions) -> float:
     """Gives every group the rate of the step-th update, times its `lr_ratio`; returns the rate."""
     rate, momentum = learning_rate_at(step, options), momentum_at(step, options)

@@ -8,7 +8,6 @@ model are DTensors: every rank holds some rows of each (`torch.chunk` of dimensi
 callers do not ask what they have.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -71,15 +70,9 @@ def method(model: nn.Module, name: str) -> Callable:
     return getattr(model, alias)
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scales gradients so that their norm over all ranks is `limit` at most; () the norm before."""
-    parameters = [p for p in parameters if p.grad is not None]
-    if not any(map(is_part, parameters)):
-        return nn.utils.clip_grad_norm_(parameters, limit)
-    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
-    if math.isfinite(limit):
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """() the norm of all gradients, over the parts of all ranks, who must ask together."""
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def is_part(t) -> bool:

@@ -79,7 +79,7 @@ class _QKV(torch.autograd.Function):
         dx = None
         for dy, part in zip(grads, weight.split(x.shape[1]), strict=True):
             dx = _product(dy, part, add=dx)
-        dw = torch.cat([_weight_gradient(dy, x) for dy in grads])
+        dw = _weight_gradient(list(grads), x)
         if not ctx.biased:
             return dx, dw, None
         # A bias of the keys adds the same to all scores of a query, which softmax does not see.
@@ -98,7 +98,7 @@ class _AddLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
-        dx, dw = _product(dy, weight), _weight_gradient(dy, x)
+        dx, dw = _product(dy, weight), _weight_gradient([dy], x)
         db = dy.sum(0, dtype=torch.float32) if ctx.biased else None
         return dy if ctx.adds else None, dx, dw, db
 
@@ -128,7 +128,7 @@ class _AddMLP(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, w1, w2, before, after = ctx.saved_tensors
         dh = _product_dgelu(dy, w2, before)
-        dw1, dw2 = _weight_gradient(dh, x), _weight_gradient(dy, after)
+        dw1, dw2 = _weight_gradient([dh], x), _weight_gradient([dy], after)
         db1, db2 = (d.sum(0, dtype=torch.float32) if ctx.biased else None for d in (dh, dy))
         return dy, _product(dh, w1), dw1, db1, dw2, db2
 
@@ -163,18 +163,20 @@ def _(a, b, transpose_b=False, bias=None, add=None):
 
 
 @operation
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ x in float32, (rows, N) and (rows, K) -> (N, K)."""
-    if dy.is_cuda and cublaslt.library():
-        out = dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
-        cublaslt.matmul(dy, x, out, transpose_a=True)
-        return out
-    return torch.mm(dy.t(), x).float()
+def _weight_gradient(dys: list[Tensor], x: Tensor) -> Tensor:
+    """dyᵀ x in float32 of each dy, one above the other, (rows, N) and (rows, K) -> (Σ N, K)."""
+    out = x.new_empty(sum(dy.shape[1] for dy in dys), x.shape[1], dtype=torch.float32)
+    for dy, part in zip(dys, out.split([dy.shape[1] for dy in dys]), strict=True):
+        if dy.is_cuda and cublaslt.library():
+            cublaslt.matmul(dy, x, part, transpose_a=True)
+        else:
+            part.copy_(torch.mm(dy.t(), x))
+    return out
 
 
 @torch.library.register_fake("gpt2::weight_gradient")
-def _(dy, x):
-    return dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+def _(dys, x):
+    return x.new_empty(sum(dy.shape[1] for dy in dys), x.shape[1], dtype=torch.float32)
 
 
 @operation

@@ -43,7 +43,7 @@ from .messages import (
 from .micro_batch import MicroBatches
 from .modern import network
 from .ops import IGNORE
-from .optim import build_optimizer, check_plan, set_rates
+from .optim import build_optimizer, check_plan, clip_gradients, set_rates
 from .packed import Packed, packed
 from .runtime import Runtime
 from .sinks import check_names
@@ -177,8 +177,10 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
         with rt.accumulate(state.forward, last=micro == len(batches) - 1):
             loss_sum += state.micro_batches(x, y, factor, inside, first=micro == 0)  # nats
     state.scaler.unscale_(state.optimizer)
-    limit = config.optim.grad_clip or math.inf
-    grad_norm = parallel.clip_gradients(state.model.parameters(), limit)
+    grad_norm = parallel.gradient_norm(state.model.parameters())
+    if config.optim.grad_clip:
+        inside = rt.device.type == "cuda" and not state.scaler.is_enabled()
+        clip_gradients(state.optimizer, grad_norm, config.optim.grad_clip, inside)
     # one message for all that ranks must agree on, copied while the weights change
     parts = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
     parts = rt.all_sum(torch.stack(parts))

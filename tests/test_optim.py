@@ -8,7 +8,8 @@ import torch
 
 from gpt2.config import GPT2Config, OptimOptions
 from gpt2.model import GPT
-from gpt2.optim import build_optimizer, learning_rate_at
+from gpt2.optim import build_optimizer, clip_gradients, learning_rate_at
+from gpt2.parallel import gradient_norm
 
 
 def test_schedule_against_the_formula():
@@ -52,3 +53,25 @@ def test_fused_update_equals_the_paper():
     # bias-corrected moments after one step are g and g², so the update is the sign of g
     torch.testing.assert_close(model.weight, w * (1 - 0.05) - 0.1 * model.weight.grad.sign())
     torch.testing.assert_close(model.bias, b - 0.1 * model.bias.grad.sign())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "normuon"])
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_clipping_inside_of_the_optimizer_is_clipping_before(name, limit):
+    """Whether the norm is above the limit or below, up to the rounding of a division."""
+    found = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16))
+        optimizer = build_optimizer(model, OptimOptions(optimizer=name, learning_rate=0.1))
+        for step in range(3):  # growing, as a factor common to all steps would change nothing
+            for p in model.parameters():
+                p.grad = torch.randn_like(p) * 10**step
+            norm = gradient_norm(model.parameters())
+            clip_gradients(optimizer, norm, limit, inside)
+            if not inside and limit < 1:
+                assert gradient_norm(model.parameters()) == pytest.approx(limit, rel=1e-4)
+            optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    for before, within in zip(*found, strict=True):
+        torch.testing.assert_close(within, before, atol=1e-5, rtol=1e-4)

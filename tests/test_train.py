@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2 import checkpoint, devices, report, runtime, train
+from gpt2 import checkpoint, devices, parallel, report, runtime, train
 from gpt2.config import BatchPlan, TrainConfig, UserError
 from gpt2.flags import parse
 from gpt2.messages import out_of_memory
@@ -249,16 +249,16 @@ def test_two_micro_batches_equal_one_of_twice_the_size(data_dir, tmp_path):
 def test_not_finite_gradient_is_skipped(data_dir, tmp_path, monkeypatch):
     """One bad step changes no weight; the next good one does."""
     seen = []
-    original = torch.nn.utils.clip_grad_norm_
+    original = parallel.gradient_norm
 
-    def poisoned(parameters, limit):
+    def poisoned(parameters):
         parameters = list(parameters)
         if len(seen) in (2, 3):
             parameters[0].grad[0, 0] = math.nan
         seen.append(parameters[0].detach().clone())
-        return original(parameters, limit)
+        return original(parameters)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    monkeypatch.setattr(parallel, "gradient_norm", poisoned)
     train.run(config(data_dir, tmp_path, "--max_steps=6"))
     assert torch.equal(seen[2], seen[3])
     assert torch.equal(seen[3], seen[4])
@@ -271,19 +271,19 @@ def test_not_finite_gradient_is_skipped(data_dir, tmp_path, monkeypatch):
 @pytest.mark.fault(22, "infinity without end")
 def test_endless_nan_ends_the_run_and_keeps_the_checkpoint(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MAX_SKIPPED_STEPS", 3)
-    original = torch.nn.utils.clip_grad_norm_
+    original = parallel.gradient_norm
     calls = []
 
-    def poisoned(parameters, limit):
+    def poisoned(parameters):
         calls.append(1)
-        norm = original(parameters, limit)
+        norm = original(parameters)
         return norm * math.inf if len(calls) > 4 else norm
 
     seen, original_batches = [], train.next_batches
     monkeypatch.setattr(
         train, "next_batches", lambda *a: seen.append(original_batches(*a)) or seen[-1]
     )
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    monkeypatch.setattr(parallel, "gradient_norm", poisoned)
     with pytest.raises(UserError, match=r"3 steps in a row, up to step 7, which read .*bin from"):
         train.run(config(data_dir, tmp_path, "--max_steps=20", "--save_every=4"))
     windows = json.loads((tmp_path / "nonfinite.json").read_text())["windows"]

@@ -55,14 +55,19 @@ def test_fused_update_equals_the_paper():
     torch.testing.assert_close(model.bias, b - 0.1 * model.bias.grad.sign())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["adamw", "muon", "normuon"])
 @pytest.mark.parametrize("limit", [0.5, 1e9])
-def test_clipping_inside_of_the_optimizer_is_clipping_before(name, limit):
-    """Whether the norm is above the limit or below, up to the rounding of a division."""
+def test_clipping_inside_of_the_optimizer_is_clipping_before(name, limit, device):
+    """Whether the norm is above the limit or below, up to the rounding of a division.
+
+    Muon's momentum is in bf16 on a GPU, where that may be a step of 2^-9 in an update of 0.02.
+    """
     found = []
     for inside in (False, True):
         torch.manual_seed(0)
-        model = GPT(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16))
+        shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 64, "block_size": 16}
+        model = GPT(GPT2Config(**shape)).to(device)
         optimizer = build_optimizer(model, OptimOptions(optimizer=name, learning_rate=0.1))
         for step in range(3):  # growing, as a factor common to all steps would change nothing
             for p in model.parameters():
@@ -74,4 +79,5 @@ def test_clipping_inside_of_the_optimizer_is_clipping_before(name, limit):
             optimizer.step()
         found.append([p.detach() for p in model.parameters()])
     for before, within in zip(*found, strict=True):
-        torch.testing.assert_close(within, before, atol=1e-5, rtol=1e-4)
+        atol = 1e-3 if device == "cuda" and name != "adamw" else 1e-5
+        torch.testing.assert_close(within, before, atol=atol, rtol=1e-4)

@@ -147,8 +147,7 @@ class MuonAndAdamW(torch.optim.AdamW):
             state["momentum"] = torch.zeros_like(p)
         mean, grad = local(state["momentum"]), local(p.grad)
         momentum, skip = number(group["momentum"], p.device), self._skip(number, p)
-        scale = getattr(self, "grad_scale", None)
-        scale = number(1.0, p.device) if scale is None else scale
+        scale = self._from_loop("grad_scale", 1.0, number, p)
         return whole(as_part_of(self.look_ahead(mean, grad, momentum, skip, scale), p))
 
     def _even(self, p: Tensor, update: Tensor, number: Callable) -> Tensor:
@@ -159,8 +158,12 @@ class MuonAndAdamW(torch.optim.AdamW):
         return self.even_rows(update, state["squares"], self._skip(number, p))
 
     def _skip(self, number: Callable, p: Tensor) -> Tensor:
-        found = getattr(self, "found_inf", None)
-        return number(0.0, p.device) if found is None else found
+        return self._from_loop("found_inf", 0.0, number, p)
+
+    def _from_loop(self, name: str, otherwise: float, number: Callable, p: Tensor) -> Tensor:
+        """A () tensor that the loop may have set, by the name that fused optimizers look at."""
+        found = getattr(self, name, None)
+        return number(otherwise, p.device) if found is None else found
 
     def _share(self, stack: Tensor) -> Tensor:
         """Orthogonalises this rank's share of a stack; the sum over ranks has them all."""

@@ -172,7 +172,7 @@ def _head_in_fp8(
     from .kernels import GRADIENT_SCALE, cross_entropy_fp8, quantize
 
     n = x.shape[0]
-    fill = -n % 64  # tiles are 64 rows tall
+    fill = -n % 64  # no tile of the kernels is taller
     x, targets = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE)
     x8, x8_t, x_scale = quantize(x)
     if not softcap:  # which does see it

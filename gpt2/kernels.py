@@ -208,3 +208,34 @@ def _quantize(x, scale, out, transposed, rows, columns, side: tl.constexpr):  # 
     tl.store(out + at, value, mask=inside)
     at = column.to(tl.int64)[:, None] * rows + row[None, :]
     tl.store(transposed + at, tl.trans(value), mask=tl.trans(inside))
+
+
+@triton.jit
+def _layer_norm(  # noqa: PLR0917 - Triton launches by position
+    x, weight, bias, y, means, rstds, width: tl.constexpr, eps: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    """One program per row, which it reads once."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(values, 0) / width
+    values = tl.where(inside, values - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
+    gain = tl.load(weight + columns, mask=inside, other=0.0)
+    offset = tl.load(bias + columns, mask=inside, other=0.0)
+    tl.store(y + row * width + columns, values * rstd * gain + offset, mask=inside)
+    tl.store(means + row, mean)
+    tl.store(rstds + row, rstd)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """LayerNorm of contiguous (..., C); mean and 1 / deviation, (..., 1) in float32."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    rstd = torch.empty_like(
+        mean
+    )  # not half of one tensor: it should begin at a multiple of 16 bytes
+    grid, block = (x.numel() // width,), triton.next_power_of_2(width)
+    _layer_norm[grid](x, weight, bias, y, mean, rstd, width, eps, block, num_warps=WARPS)
+    return y, mean, rstd

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import GPT2Config
+from .norms import LayerNorm
 from .ops import cached_attention, causal_attention, head_logits, head_loss, to_residual_stream
 from .products import add_linear, add_mlp, qkv
 
@@ -141,9 +142,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -165,7 +166,7 @@ class GPT(nn.Module):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
+                "ln_f": LayerNorm(config.n_embd),
             }
         )
         self.init_weights()

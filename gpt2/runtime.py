@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
-from .config import SystemOptions, UserError
+from .config import ModernConfig, SystemOptions, UserError
 from .devices import choose_device, choose_dtype, describe, keep_freed_memory
 from .meeting import meet
 from .watchdog import Watchdog
 
+DEEP = 24  # blocks that are still compiled all at once
 START_TIMEOUT = datetime.timedelta(minutes=30)  # the first step may compile for minutes
 MARGIN = datetime.timedelta(minutes=10)  # of a collective's timeout beyond that of the watchdog
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm is often told to send
@@ -78,11 +79,13 @@ class Runtime:
     def compile(self, model: nn.Module):
         """Compiles in place: names in the state dict stay as they are.
 
-        FSDP gathers weights between blocks, where the compiler could not look past. And PyTorch
-        2.11, given the whole model, keeps most of what activation checkpointing should drop. So
-        then each block is compiled by itself, all by the same code.
+        FSDP gathers weights between blocks, where the compiler could not look past. PyTorch 2.11,
+        given the whole model, keeps most of what activation checkpointing should drop. And 48
+        blocks at once take it over a minute. So then each block is compiled by itself, all by the
+        same code. Blocks with switches differ, and their masks are made outside of them.
         """
-        apart = self.sharded or model.checkpoint_activations
+        deep = len(model.transformer.h) > DEEP and not isinstance(model.config, ModernConfig)
+        apart = self.sharded or model.checkpoint_activations or deep
         for part in model.transformer.h if apart else [model]:
             part.compile()
 

@@ -25,7 +25,7 @@ from gpt2.tool_config import (
 from .conftest import ROOT, run_python
 
 FLOORS = {
-    0: "options switches config tool_config flags modern masks rotary model ops products "
+    0: "options switches config tool_config flags modern masks rotary model ops norms products "
     "kernels cublaslt decode_kernels one_token tokenizer shards sources readers hub downloads lock "
     "commit integrity chat_format packed operation",
     1: "devices runtime data datasets order optim muon hf foreign sinks workers plan sampling "

@@ -3,9 +3,10 @@
 A window is block_size + 1 tokens of a shard: the first block_size are the input, the last
 block_size the targets. An epoch of a dataset visits every window once: shards in a random order,
 and windows in a random order within each shard, so that a shard is read from the disk once and
-then comes from memory. Small shards take turns in groups, whose windows are shuffled together: a
-step's windows would else come from one small shard, and a book in it fill them. Nothing here has a
-state: the number of windows consumed says it all.
+then comes from memory. From the second epoch on they begin elsewhere, so that text is not cut as
+it was before. Small shards take turns in groups, whose windows are shuffled together: a step's
+windows would else come from one small shard, and a book in it fill them. Nothing here has a state:
+the number of windows consumed says it all.
 """
 
 import bisect
@@ -32,7 +33,7 @@ class WindowOrder:
         seed: of the random order.
         shuffle: False visits shards and windows in the order of the files.
         window_start: "anywhere": a window every block_size tokens, each token predicted once but
-            for fewer than block_size at the end of each shard; "document": see `document_windows`.
+            for fewer than block_size at the ends of each shard; "document": see `document_windows`.
 
     Raises:
         UserError: not a single window; a token outside the vocabulary ("document" reads it all).
@@ -51,6 +52,7 @@ class WindowOrder:
         # One group may end and the next begin within a batch, so two permutations are kept.
         self._shards_of = functools.lru_cache(maxsize=2)(self._order_of_shards)
         self._windows_of = functools.lru_cache(maxsize=2)(self._order_of_windows)
+        self._shift_of = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(self._shift)
         self._documents_of = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(
             lambda shard: document_windows(shards[shard], block_size)  # 0.5 MB of 100M tokens
         )
@@ -79,7 +81,14 @@ class WindowOrder:
         shard, window = order[turn], place - begins[turn]
         if self.window_start == "document":
             return self.shards[shard], int(self._documents_of(shard)[window])
-        return self.shards[shard], window * self.block_size
+        return self.shards[shard], self._shift_of(epoch, shard) + window * self.block_size
+
+    def _shift(self, epoch: int, shard: int) -> int:
+        """Tokens before the first window of a shard, of those that fill no whole window."""
+        left_over = (self.shards[shard].tokens - 1) % self.block_size
+        if epoch == 0 or not self.shuffle:
+            return 0
+        return int(self._random(1, epoch, len(self.shards) + 1 + shard)[0] % (left_over + 1))
 
     def _count(self, shard: int) -> int:
         if self.window_start == "document":
@@ -116,8 +125,10 @@ class WindowOrder:
         """
         if not self.shuffle:
             return np.arange(count)
-        philox = np.random.Philox(key=[self.seed, (epoch << 32) + stream])
-        return np.argsort(philox.random_raw(count), kind="stable")
+        return np.argsort(self._random(count, epoch, stream), kind="stable")
+
+    def _random(self, count: int, epoch: int, stream: int) -> np.ndarray:
+        return np.random.Philox(key=[self.seed, (epoch << 32) + stream]).random_raw(count)
 
 
 def document_windows(shard: Shard, block_size: int) -> np.ndarray:

@@ -50,8 +50,28 @@ def test_each_window_once_per_epoch(
     with mock.patch.multiple("gpt2.order", GROUP_TOKENS=together, GROUP_SHARDS=at_most):
         found = epoch_of(WindowOrder(shards, block, seed, shuffle), epoch)
     expected = [(s, i * block) for s in shards for i in range(max(0, (s.tokens - 1) // block))]
-    assert sorted(found, key=lambda w: (w[0].path, w[1])) == expected
+    shifts = {s: min(start for shard, start in found if shard is s) for s, _ in expected}
+    cut = [(s, start - shifts[s]) for s, start in sorted(found, key=lambda w: (w[0].path, w[1]))]
+    assert cut == expected
+    assert all(start + block < s.tokens for s, start in found)
+    assert (shuffle and epoch) or not any(shifts.values())
     assert shuffle or found == expected
+
+
+def test_later_epochs_are_cut_elsewhere(tmp_path):
+    """By up to what fills no whole window, differently for each shard and epoch."""
+    shards = write(tmp_path, 1000, 1000, 961)
+    order = WindowOrder(shards, 64, 1, shuffle=True)
+
+    def shifts(epoch):
+        return [min(start for s, start in epoch_of(order, epoch) if s is shard) for shard in shards]
+
+    found = np.array([shifts(epoch) for epoch in range(40)])
+    assert not found[0].any()
+    assert not found[:, 2].any()  # 15 windows and nothing left over
+    assert found.max() == 39  # of 999 tokens that are predicted
+    assert len(set(found[1:, 0])) > 20
+    assert (found[:, 0] != found[:, 1]).sum() > 30
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):

@@ -1,8 +1,9 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for the rest.
 
-The update of a matrix is its Nesterov momentum made nearly orthogonal: by five steps of a quintic
-Newton–Schulz iteration, over all matrices of one shape at once. NorMuon (Li et al. 2025,
-arXiv:2510.05491) then gives the rows of an update, which are neurons, about equal length.
+The update of a matrix is its Nesterov momentum made nearly orthogonal: by five quintic polynomials,
+each the best for what the one before leaves (Polar Express, Amsel et al. 2025, arXiv:2505.16932),
+over all matrices of one shape at once. NorMuon (Li et al. 2025, arXiv:2510.05491) then gives the
+rows of an update, which are neurons, about equal length.
 """
 
 import functools
@@ -15,14 +16,20 @@ from torch import Tensor
 from .parallel import as_part_of, cut, local, whole
 
 ROW_DECAY = 0.95  # of NorMuon's mean of squares, as in its paper
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values end between about 0.7 and 1.2
+SLACK = 1.02  # for singular values that rounding takes above 1, where the polynomials run away
+POLYNOMIALS = (  # a x + b x³ + c x⁵ of singular values: from 0.001 on they end in 0.85 … 1.15
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor) -> Tensor:
     """(n, rows, columns), rows ≤ columns -> nearly U Vᵀ of each, in the same precision."""
-    a, b, c = QUINTIC
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    x = matrices / (SLACK * matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLYNOMIALS:
         square = x @ x.mT
         x = a * x + (b * square + c * (square @ square)) @ x
     return x

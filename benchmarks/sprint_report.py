@@ -7,25 +7,36 @@ from pathlib import Path
 
 
 def table(rows: Iterable[dict]) -> str:
-    """The last row of each recipe and seed: mean and spread over seeds, as Markdown."""
+    """The last row of each recipe and seed: mean and spread over seeds, as Markdown.
+
+    Δ: by how much a recipe differs from the first one.
+    """
     ends: dict[str, dict[int, dict]] = defaultdict(dict)
     for row in rows:
         ends[row["name"]][row["seed"]] = row
-    lines = ["| recipe | loss | spread | seeds | seconds | steps | tokens/s | GiB |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| recipe | loss | spread | seeds | seconds | steps | tokens/s | GiB | loss by | speed by |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    first: tuple[float, float] | None = None
     for name, by_seed in ends.items():
         done = [row for row in by_seed.values() if "val_loss" in row]
         if not done:
-            lines.append(f"| {name} | failed | | | | | | |")
+            lines.append(f"| {name} | failed | | | | | | | | |")
             continue
         losses = [row["val_loss"] for row in done]
         row = done[0]
         spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
         memory = f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
         rate = statistics.mean(r["tokens_per_second"] for r in done)
+        loss = statistics.mean(losses)
+        against = " | "
+        if first:
+            against = f"{loss - first[0]:+.4f} | {rate / first[1] - 1:+.1%}"
+        first = first or (loss, rate)
         lines.append(
-            f"| {name} | {statistics.mean(losses):.4f} | {spread} | {len(losses)} | "
-            f"{row['seconds']:.1f} | {row['step']} | {rate:,.0f} | {memory} |"
+            f"| {name} | {loss:.4f} | {spread} | {len(losses)} | {row['seconds']:.1f} | "
+            f"{row['step']} | {rate:,.0f} | {memory} | {against} |"
         )
     return "\n".join(lines) + "\n"
 

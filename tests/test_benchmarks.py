@@ -234,4 +234,8 @@ def test_sprint(tmp_path, data_dir):
         assert row["val_tokens"] == 500
         assert (tmp_path / row["name"] / "out_ckpt.pt").exists()
     assert "| hot |" in done.stdout
+    difference = ends["hot"]["val_loss"] - ends["sprint_gpt2_adamw"]["val_loss"]
+    first, second = (tmp_path / "sprint.md").read_text().splitlines()[2:]
+    assert first.endswith("|  |  |")
+    assert f"| {difference:+.4f} | " in second and second.endswith("% |")  # noqa: PT018
     assert (tmp_path / "sprint.png").stat().st_size > 5000

@@ -15,7 +15,7 @@ def table(rows: Iterable[dict]) -> str:
     for row in rows:
         ends[row["name"]][row["seed"]] = row
     lines = [
-        "| recipe | loss | spread | seeds | seconds | steps | tokens/s | GiB | loss by | speed by |"
+        "| recipe | loss | spread | seeds | seconds | steps | tokens/s | GiB | Δ loss | Δ speed |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     first: tuple[float, float] | None = None

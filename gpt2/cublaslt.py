@@ -151,14 +151,15 @@ class _Plan:
 
     def choose(self, *tensors):
         """Tries every candidate, and the best again: the one with the fastest run is kept."""
-        for repeats, kept in ((1, FINALISTS), (REPEATS, 1)):
-            times = [self._fastest(candidate, repeats, *tensors) for candidate in self.candidates]
-            ranked = sorted(range(len(times)), key=times.__getitem__)
-            self.candidates = [self.candidates[i] for i in ranked[:kept]]
-        self.best = self.candidates[0]
 
-    def _fastest(self, candidate, repeats: int, *tensors) -> float:
-        """Milliseconds of the fastest of some runs."""
+        def ranked(repeats: int) -> list[_Candidate]:
+            return sorted(self.candidates, key=lambda c: self._milliseconds(c, repeats, *tensors))
+
+        self.candidates = ranked(1)[:FINALISTS]
+        self.best = ranked(REPEATS)[0]
+
+    def _milliseconds(self, candidate, repeats: int, *tensors) -> float:
+        """Of the fastest of some runs."""
         runs = []
         for _ in range(repeats + 1):  # the first one warms up
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -233,9 +233,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     """LayerNorm of contiguous (..., C); mean and 1 / deviation, (..., 1) in float32."""
     y, width = torch.empty_like(x), x.shape[-1]
     mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    rstd = torch.empty_like(
-        mean
-    )  # not half of one tensor: it should begin at a multiple of 16 bytes
+    rstd = torch.empty_like(mean)  # as a part of one tensor it might begin at an odd address
     grid, block = (x.numel() // width,), triton.next_power_of_2(width)
     _layer_norm[grid](x, weight, bias, y, mean, rstd, width, eps, block, num_warps=WARPS)
     return y, mean, rstd

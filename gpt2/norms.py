@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .operation import operation
-from .ops import HAS_TRITON
+from .ops import HAS_TRITON, products_in_bf16
 
 NARROW = 1024
 
@@ -23,7 +23,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def _wide_in_bf16(x: Tensor) -> bool:
-    in_bf16 = x.dtype is torch.bfloat16 and torch.is_autocast_enabled("cuda")
+    in_bf16 = x.dtype is torch.bfloat16 and products_in_bf16("cuda")
     return x.is_cuda and HAS_TRITON and in_bf16 and x.shape[-1] > NARROW
 
 

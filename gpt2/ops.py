@@ -265,9 +265,12 @@ def to_residual_stream(x: Tensor) -> Tensor:
 
     In fp16 it stays float32, whose range it may need.
     """
-    kind = x.device.type
-    in_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    return x.bfloat16() if in_bf16 else x
+    return x.bfloat16() if products_in_bf16(x.device.type) else x
+
+
+def products_in_bf16(kind: str) -> bool:
+    """Whether autocast computes them so, on a device of this kind."""
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:

@@ -85,9 +85,9 @@ class WindowOrder:
 
     def _shift(self, epoch: int, shard: int) -> int:
         """Tokens before the first window of a shard, of those that fill no whole window."""
-        left_over = (self.shards[shard].tokens - 1) % self.block_size
         if epoch == 0 or not self.shuffle:
             return 0
+        left_over = (self.shards[shard].tokens - 1) % self.block_size
         return int(self._random(1, epoch, len(self.shards) + 1 + shard)[0] % (left_over + 1))
 
     def _count(self, shard: int) -> int:
@@ -128,6 +128,7 @@ class WindowOrder:
         return np.argsort(self._random(count, epoch, stream), kind="stable")
 
     def _random(self, count: int, epoch: int, stream: int) -> np.ndarray:
+        """Philox's integers: stream 0 is for the order of shards, then windows', then shifts."""
         return np.random.Philox(key=[self.seed, (epoch << 32) + stream]).random_raw(count)
 
 

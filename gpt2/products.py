@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import cublaslt
 from .operation import operation
-from .ops import gelu
+from .ops import gelu, products_in_bf16
 
 BF16 = torch.bfloat16
 FEWEST_ROWS = 1024  # below, finding the fastest algorithm would not pay
@@ -55,11 +55,10 @@ def add_mlp(
 
 def _by_cublaslt(x: Tensor, layer: nn.Linear, residual: Tensor | None = None) -> bool:
     """Whether this is training in bf16 on a GPU, of all weights (see `lora`), and large enough."""
-    in_bf16 = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is BF16
     stream_too = residual is None or residual.dtype is BF16
     large = x.shape[:-1].numel() >= FEWEST_ROWS and x.shape[-1] % 64 == 0
     trains = torch.is_grad_enabled() and layer.weight.requires_grad
-    return x.is_cuda and in_bf16 and stream_too and large and trains
+    return x.is_cuda and products_in_bf16("cuda") and stream_too and large and trains
 
 
 class _QKV(torch.autograd.Function):

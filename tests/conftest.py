@@ -33,6 +33,11 @@ TINY = [
 ]
 
 
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The norm of the difference, relative to that of the exact tensor."""
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ from gpt2.ops import (
 )
 from gpt2.sampling import Sampling
 
-from .conftest import ROOT, TINY
+from .conftest import ROOT, TINY, error
 from .test_train import metrics, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -37,10 +37,6 @@ SMALL = [a for a in TINY if not a.startswith(("--device", "--dtype"))]
 def run(data_dir, out_dir, *arguments):
     argv = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *SMALL, *arguments]
     return train.run(parse(TrainConfig, argv, "gpt2 train"))
-
-
-def error(found, exact) -> float:
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def test_full_size_logits_equal_hugging_face_in_float32():

@@ -8,16 +8,14 @@ import torch
 from gpt2 import norms
 from gpt2.norms import LayerNorm
 
+from .conftest import error
+
 GPU = pytest.mark.gpu
 
 
 def call(layer, x, upstream):
     y = layer(x)
     return y, *torch.autograd.grad(y, [x, *layer.parameters()], upstream.to(y.dtype))
-
-
-def error(found, exact) -> float:
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])

@@ -10,6 +10,8 @@ from gpt2 import products
 from gpt2.config import GPT2Config
 from gpt2.model import Block
 
+from .conftest import error
+
 NAMES = ["qkv", "add_linear", "add_mlp"]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -26,10 +28,6 @@ def call(name: str, block: Block, residual, x, upstream):
         y = products.add_mlp(residual, x, block.mlp.c_fc, block.mlp.c_proj)
         parameters = [residual, *block.mlp.parameters()]
     return y, *torch.autograd.grad(y, [x, *parameters], upstream[..., : y.shape[-1]].to(y))
-
-
-def error(found, exact) -> float:
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])

@@ -90,9 +90,34 @@ def _in_blocks(
             answer = answer & (documents[b, q] == documents[b, k])
         return answer
 
-    return BlockMask.from_kv_blocks(
-        *_ordered(some & ~whole), *_ordered(whole), BLOCK_SIZE=BLOCK, mask_mod=seen
-    )
+    lists = block_lists(some & ~whole, whole)
+    return BlockMask((T, T), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen)
+
+
+@torch.library.custom_op("gpt2::block_lists", mutates_args=())
+def block_lists(some: Tensor, whole: Tensor) -> list[Tensor]:
+    """The lists that FlexAttention goes through, in the order in which `BlockMask` takes them.
+
+    Of blocks seen in part and of whole ones, for queries and then, for gradients, for keys: how
+    many (B, 1, N), and their numbers (B, 1, N, N), those that count in front; int32.
+
+    The compiler does not look inside of an operator. Where it makes the lists itself, their
+    dimension of heads, of size 1, has a stride of its own choice, by which FlexAttention's kernels
+    (PyTorch 2.11) step from row to row of the batch: all rows then used the first one's blocks.
+
+    Args:
+        some: (B, N, N) bool, blocks of queries by blocks of keys, seen in part.
+        whole: the same, all of whose positions are seen.
+    """
+    masks = some, whole, some.mT, whole.mT
+    return [part for mask in masks for part in _ordered(mask)]
+
+
+@block_lists.register_fake
+def _(some: Tensor, whole: Tensor) -> list[Tensor]:
+    B, N, _ = some.shape
+    shapes = [(B, 1, N), (B, 1, N, N)] * 4
+    return [some.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:

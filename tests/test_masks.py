@@ -6,6 +6,8 @@ from torch.nn.attention.flex_attention import create_mask
 
 from gpt2.masks import BLOCK, documents_of, mask_for, masked_attention
 
+from .conftest import error
+
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
 @pytest.mark.parametrize("several", [False, True])
@@ -38,3 +40,30 @@ def test_blocks_equal_the_dense_mask(window, several):
     torch.testing.assert_close(
         masked_attention(q, k, v, blocks), masked_attention(q, k, v, dense), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("window", "several"), [(100, False), (300, False), (None, True), (100, True), (300, True)]
+)
+def test_compiled_blocks_equal_the_dense_mask_on_a_gpu(window, several):
+    """Forward and backward, with other documents in every row; attention in TF32 has 11 bits."""
+    torch.manual_seed(0)
+    rows, heads, T, width = 5, 3, 8 * BLOCK, 64
+    wide = None if window is None else torch.tensor(window, device="cuda")
+
+    def attend(q, k, v, begins, blocks):
+        mask = mask_for(T, wide, documents_of(begins) if several else None, blocks)
+        return masked_attention(q, k, v, mask)
+
+    compiled = torch.compile(attend)
+    for _ in range(2):
+        q, k, v, upstream = torch.randn(4, rows, heads, T, width, device="cuda").unbind()
+        inputs = [part.requires_grad_() for part in (q, k, v)]
+        begins = torch.rand(rows, T, device="cuda") < 1 / 300
+        both = []
+        for function, blocks in ((compiled, True), (attend, False)):
+            y = function(*inputs, begins, blocks)
+            both.append([y, *torch.autograd.grad(y, inputs, upstream)])
+        for found, exact in zip(*both, strict=True):
+            assert error(found, exact) < 5e-3

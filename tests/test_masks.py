@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from gpt2.masks import BLOCK, documents_of, mask_for, masked_attention
+from gpt2.masks import BLOCK, block_lists, documents_of, mask_for, masked_attention
 
 from .conftest import error
 
@@ -26,9 +26,12 @@ def test_blocks_equal_the_dense_mask(window, several):
     rows = len(dense)
     assert torch.equal(create_mask(blocks.mask_mod, rows, 1, T, T, "cpu"), dense)
     squares = dense.view(rows, 1, 4, BLOCK, 4, BLOCK).transpose(3, 4).flatten(4)
+    whole, some = squares.all(-1), squares.any(-1) & ~squares.all(-1)
     for counts, numbers, wanted in (
-        (blocks.full_kv_num_blocks, blocks.full_kv_indices, squares.all(-1)),
-        (blocks.kv_num_blocks, blocks.kv_indices, squares.any(-1) & ~squares.all(-1)),
+        (blocks.full_kv_num_blocks, blocks.full_kv_indices, whole),
+        (blocks.kv_num_blocks, blocks.kv_indices, some),
+        (blocks.full_q_num_blocks, blocks.full_q_indices, whole.mT),
+        (blocks.q_num_blocks, blocks.q_indices, some.mT),
     ):
         found = torch.zeros_like(wanted)
         for r in range(rows):
@@ -36,10 +39,18 @@ def test_blocks_equal_the_dense_mask(window, several):
                 found[r, 0, i, numbers[r, 0, i, : counts[r, 0, i]].long()] = True
         # a block may be listed though it shows nothing, never the other way round
         assert not (wanted & ~found).any()
+        if counts is blocks.full_kv_num_blocks or counts is blocks.full_q_num_blocks:
+            assert not (found & ~wanted).any()  # in a whole block nothing is masked
     q, k, v = torch.randn(3, 3, 2, T, 16)
     torch.testing.assert_close(
         masked_attention(q, k, v, blocks), masked_attention(q, k, v, dense), atol=1e-5, rtol=1e-4
     )
+
+
+def test_the_compiler_is_told_what_the_operator_returns():
+    """Shapes, types and strides; the kernels go by the strides."""
+    some, whole = torch.rand(2, 3, 8, 8) < 0.5
+    torch.library.opcheck(block_lists, (some, whole))
 
 
 @pytest.mark.gpu

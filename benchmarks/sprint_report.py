@@ -42,7 +42,7 @@ def table(rows: Iterable[dict]) -> str:
 
 
 def draw(rows: list[dict], path: Path):
-    """Loss against seconds, a line for each recipe and seed."""
+    """Loss against seconds, a line for each recipe and seed; its legend has means at the end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -51,9 +51,12 @@ def draw(rows: list[dict], path: Path):
     for row in rows:
         if "val_loss" in row:
             curves[row["name"], row["seed"]].append(row)
+    ends: dict[str, list[float]] = defaultdict(list)
+    for (name, _), curve in curves.items():
+        ends[name].append(curve[-1]["val_loss"])
     colours: dict[str, str] = {}
     for (name, _), curve in curves.items():
-        label = None if name in colours else f"{name}: {curve[-1]['val_loss']:.3f}"
+        label = None if name in colours else f"{name}: {statistics.mean(ends[name]):.3f}"
         colour = colours.setdefault(name, f"C{len(colours)}")
         seconds, losses = ([row[key] for row in curve] for key in ("seconds", "val_loss"))
         axes.plot(seconds, losses, color=colour, label=label, marker=".")

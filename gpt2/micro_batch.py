@@ -44,7 +44,7 @@ class MicroBatches:
         if not self.graph or inside is not None:  # documents are other tensors every time
             return self.run(x, y, factor, inside)
         given = [x, y, factor]
-        kind = [(t.shape, t.dtype) for t in given], getattr(self.model, "widest", None) is None
+        kind = [(t.shape, t.dtype) for t in given]
         if kind != self._kind:
             self._forget(kind)
         self._steps += first
@@ -60,7 +60,7 @@ class MicroBatches:
         return self._go_on_without(reason, given, first)
 
     def _forget(self, kind: Any):
-        """Drops what was recorded of other shapes, or with other windows."""
+        """Drops what was recorded of other shapes."""
         self._kind, self._steps = kind, 0
         self._given: list[Tensor] = []
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}

@@ -197,13 +197,12 @@ class Modern(GPT):
                 module.bias.zero_()
 
     def limit_windows(self, positions: int):
-        """While training, no layer of `window_pattern` sees more, until the limit is the context.
+        """While training, no layer of `window_pattern` sees more than so many positions.
 
-        The number is a tensor, so that another one compiles nothing anew.
+        The number is a tensor, so that another one compiles nothing anew; the whole context is a
+        number like others, so that the end of a warm-up does not either (23 s on an H100).
         """
-        if positions >= self.config.block_size:
-            self.widest = None
-        elif self.widest is None:
+        if self.widest is None:
             self.widest = torch.tensor(positions, device=self.transformer.wte.weight.device)
         else:
             self.widest.fill_(positions)

@@ -190,6 +190,18 @@ def test_loader(tmp_path):
     assert step.startswith("a step of 3.4 ms waits")
 
 
+def test_masks():
+    """Each mask once; without a GPU none in blocks."""
+    sizes = ["--batch_size=2", "--block_size=128", "--n_layer=2", "--n_head=2", "--window=32"]
+    done = run_python("-m", "benchmarks.masks", *sizes, "--repeats=2", "--device=cpu")
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    names = ["all earlier", "window", "documents", "window and documents"]
+    assert [row["mask"] for row in rows] == names
+    assert [row["way"] for row in rows] == ["causal", *["table"] * 3]
+    assert all(row["ms"] > 0 for row in rows)
+    assert "| all earlier | causal |" in done.stdout
+
+
 @pytest.mark.slow
 def test_cost_of_saving():
     arguments = ["--size=gpt2-tiny", *SMALL, "--block_size=16", "--steps=2", "--rows=2"]

@@ -1,0 +1,116 @@
+"""Attention under masks: what windows and documents cost or save, in blocks and as a table.
+
+    python -m benchmarks.masks
+    python -m benchmarks.masks --batch_size=8 --block_size=8192 --window=1024
+
+The attention of all layers of a network, forward and backward, with the mask made once for all of
+them as `Modern` makes it: all earlier positions, a window, documents, or both. `blocks` is
+FlexAttention, `table` PyTorch's attention with the mask as a tensor. Milliseconds per layer, the
+median of --repeats after --warmup; documents begin at random, one in --document tokens. Without a
+GPU there are only tables.
+"""
+
+import argparse
+import inspect
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gpt2.masks import documents_of, mask_for, masked_attention
+from gpt2.ops import causal_attention
+
+KINDS = {  # name: (window, documents)
+    "all earlier": (False, False),
+    "window": (True, False),
+    "documents": (False, True),
+    "window and documents": (True, True),
+}
+
+
+def attention_of(options: argparse.Namespace, window: bool, documents: bool, blocks: bool):
+    """(q, k, v, begins) -> what all layers make of them; the first three (B, H, T, D)."""
+    width = torch.tensor(options.window, device=options.device) if window else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, begins: Tensor) -> Tensor:
+        mask = mask_for(q.shape[2], width, documents_of(begins) if documents else None, blocks)
+        for _ in range(options.n_layer):
+            plain = mask is None
+            q = causal_attention(q, k, v, 0.0) if plain else masked_attention(q, k, v, mask)
+        return q
+
+    return torch.compile(attend) if torch.device(options.device).type == "cuda" else attend
+
+
+def milliseconds(attend: Callable, inputs: list[Tensor], options: argparse.Namespace) -> float:
+    """Forward and backward, per layer."""
+    *qkv, begins = inputs
+    upstream = torch.randn_like(qkv[0])
+    taken = []
+    for _ in range(options.warmup + options.repeats):
+        synchronize(options.device)
+        began = time.perf_counter()
+        torch.autograd.grad(attend(*qkv, begins), qkv, upstream)
+        synchronize(options.device)
+        taken.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(taken[options.warmup :]) / options.n_layer
+
+
+def synchronize(device: str):
+    """Waits for the device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+    """A row for each mask and way."""
+    torch.manual_seed(0)
+    on_gpu = torch.device(options.device).type == "cuda"
+    B, H, T, D = options.batch_size, options.n_head, options.block_size, options.head_width
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    # in memory as the network has them: (B, T, H, D)
+    inputs = torch.randn(3, B, T, H, D, device=options.device, dtype=dtype).transpose(2, 3)
+    inputs = [part.requires_grad_() for part in inputs.unbind()]
+    inputs.append(torch.rand(B, T, device=options.device) < 1 / options.document)
+    for name, (window, documents) in KINDS.items():
+        ways = ("blocks", "table") if on_gpu else ("table",)
+        for way in ways if window or documents else ("causal",):
+            torch.compiler.reset()
+            attend = attention_of(options, window, documents, way == "blocks")
+            yield {"mask": name, "way": way, "ms": milliseconds(attend, inputs, options)}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; the sizes are those of configs/speedrun.toml."""
+    made = argparse.ArgumentParser(
+        description=inspect.cleandoc(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sizes = {"batch_size": 64, "block_size": 1024, "n_layer": 8, "n_head": 6, "head_width": 128}
+    for name, value in (sizes | {"window": 256, "document": 500}).items():
+        made.add_argument(f"--{name}", type=int, default=value)
+    for name, value in {"warmup": 3, "repeats": 10}.items():
+        made.add_argument(f"--{name}", type=int, default=value)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return made
+
+
+def main():
+    """Measures, and prints rows and a table."""
+    options = parser().parse_args()
+    rows = []
+    for row in measure(options):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    print("\n| mask | way | ms per layer | of all earlier |\n|---|---|---|---|")
+    for row in rows:
+        share = row["ms"] / rows[0]["ms"]
+        print(f"| {row['mask']} | {row['way']} | {row['ms']:.3f} | {share:.2f} × |")
+
+
+if __name__ == "__main__":
+    main()

@@ -167,6 +167,7 @@ class Modern(GPT):
         nn.Module.__init__(self)
         self.config = config
         self.fp8_head = self.checkpoint_activations = False
+        self.compiled_apart = False  # each block by itself, see `Runtime.compile`
         self.widest: Tensor | None = None  # see `limit_windows`, () int64
         V, C = config.vocab_size, config.n_embd
         parts = {"wte": nn.Embedding(V, C)}
@@ -267,7 +268,8 @@ class Modern(GPT):
             pairs = config.n_embd // config.n_head // 2
             turning = round(pairs * config.rope_fraction)
             context.turned = turns(positions, pairs, turning, float(config.rope_base))
-        blocks = idx.is_cuda and torch.compiler.is_compiling() and not dropout
+        compiled = self.compiled_apart or torch.compiler.is_compiling()
+        blocks = idx.is_cuda and compiled and not dropout
         for letter in sorted(set(config.window_pattern or "L")):
             window = self._window(letter, idx.device)
             context.windows[letter] = window

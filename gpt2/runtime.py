@@ -86,6 +86,7 @@ class Runtime:
         """
         deep = len(model.transformer.h) > DEEP and not isinstance(model.config, ModernConfig)
         apart = self.sharded or model.checkpoint_activations or deep
+        model.compiled_apart = apart
         for part in model.transformer.h if apart else [model]:
             part.compile()
 

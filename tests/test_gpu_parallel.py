@@ -40,6 +40,18 @@ def test_losses_equal_those_of_ddp(optimizer, compiled, data_dir, tmp_path):
 
 
 @pytest.mark.timeout(900)
+def test_masks_in_compiled_blocks_equal_tables(data_dir, tmp_path):
+    """FlexAttention in the blocks that FSDP compiles, against the plain network."""
+    arguments = ["--window_pattern=SL", "--window=100", "--document_mask=True"]
+    arguments += ["--block_size=256", "--batch_size=2", "--dtype=bfloat16", "--parallel=fsdp"]
+    for compiled in ("True", "False"):
+        train(data_dir, tmp_path / compiled, *arguments, f"--compile_model={compiled}")
+    for name in ("loss", "val_loss"):
+        found, plain = (metrics(tmp_path / compiled, name) for compiled in ("True", "False"))
+        assert found == pytest.approx(plain, abs=2e-2)
+
+
+@pytest.mark.timeout(900)
 def test_states_go_on_and_to_one_gpu(data_dir, tmp_path):
     """Products of float32 are in TF32, so that losses are compared to 1e-3."""
     arguments = ["--dtype=float32", "--compile_model=False", "--parallel=fsdp"]

@@ -269,23 +269,27 @@ def test_windows_grow_in_training_alone_and_end_with_the_warmup():
 
 
 @pytest.mark.slow
-def test_compiled_masks_need_one_graph_and_no_second_for_another_window(monkeypatch):
+@pytest.mark.parametrize("apart", [False, True])
+def test_compiled_masks_need_no_second_graph_for_other_windows_and_documents(apart, monkeypatch):
     """The blocks of FlexAttention, which a GPU gets, against the table; forward, as on a CPU."""
     torch.manual_seed(0)
     shape = BASE | {"block_size": 256, "n_embd": 64}
     model = network(ModernConfig(**shape, **ALL | {"window": 140})).train()
-    idx, widths, wanted = torch.randint(0, 100, (2, 256)), (100, 200, 256), []
+    batches, widths, wanted = torch.randint(0, 100, (3, 2, 256)), (100, 200, 256), []
     with torch.no_grad():
-        for width in widths:
+        for idx, width in zip(batches, widths, strict=True):
             model.limit_windows(width)
             wanted.append(model(idx, idx))
         monkeypatch.setattr(modern, "mask_for", lambda *given: mask_for(*given[:3], blocks=True))
         counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(model, backend=counter, fullgraph=True)
-        for width, loss in zip(widths, wanted, strict=True):
+        for part in model.transformer.h if apart else [model]:
+            part.compile(backend=counter, fullgraph=True)
+        graphs = set()
+        for idx, width, loss in zip(batches, widths, wanted, strict=True):
             model.limit_windows(width)
-            torch.testing.assert_close(compiled(idx, idx), loss, atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == 1
+            torch.testing.assert_close(model(idx, idx), loss, atol=1e-4, rtol=1e-4)
+            graphs.add(counter.frame_count)
+    assert graphs == ({3} if apart else {1})  # of four blocks two have no value embeddings
 
 
 @pytest.mark.parametrize("switches", [{"zero_init": True}, {"norm_embedding": True}])

@@ -11,7 +11,8 @@ it should have one. Each runs in a process of its own by the step of `gpt2 train
 validation and the start are left out. A first stretch of steps compiles and measures the speed,
 from which `max_steps` follows, so that schedules end with the time; then weights, optimizer and
 data are as they were at the beginning. Validation is all of the folder's validation shards, in
-windows of at most block_size tokens; its loss is the mean over all predicted tokens.
+windows of at most block_size tokens; its loss is the mean over all predicted tokens. GiB are those
+of training, without the calibration.
 
 `--ablate=CONFIG` runs the recipe, and the recipe without each of its switches in turn.
 
@@ -36,11 +37,12 @@ from pathlib import Path
 import torch
 
 from gpt2 import runtime, train
-from gpt2.config import TrainConfig, UserError
+from gpt2.begin import settle_init
+from gpt2.config import OptimOptions, TrainConfig, UserError
 from gpt2.data import TrainLoader, available_eval_tokens, eval_batches
 from gpt2.evaluate import Evaluation, evaluate
 from gpt2.flags import parse
-from gpt2.optim import sequences_left
+from gpt2.optim import sequences_left, window_at
 from gpt2.runtime import Runtime
 from gpt2.state import TrainState, save_model
 from gpt2.switches import Recipe, Switches
@@ -50,6 +52,7 @@ from .throughput import _late, synchronize
 
 FAR = 10**9  # steps, while the speed is measured
 STRETCH_SECONDS = 2.0  # of each of three measurements of the speed
+SLOWER = 0.015  # by which cards get slower as they warm up; H100s did by 0.2 to 1.8 %
 TOGETHER = {  # switched off with the switch that they belong to
     "window_pattern": ("window", "window_warmup"),
     "positions": ("rope_base", "rope_fraction"),
@@ -105,7 +108,8 @@ def sprint(options: argparse.Namespace) -> Iterator[dict]:
     config = parse(TrainConfig, [*argv, f"--device={options.device}"], "sprint")
     with runtime.start(config.system) as rt:
         began = time.perf_counter()
-        state = train.build(config, rt, None)
+        config, init = settle_init(config, rt, None)
+        state = train.build(config, rt, None, init)
         try:
             config = calibrate(state, config, rt, options.seconds)
             row = {
@@ -129,15 +133,18 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
     """The settings whose `max_steps` fill the time; all else is as it was before."""
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
     options = config.optim
-    compiling = replace(config, optim=replace(options, max_steps=FAR, batch_warmup=0))
-    for _ in range(3):
-        train.train_step(state, compiling, rt).read()
-    steps = 1 + int(STRETCH_SECONDS * speed(state, compiling, rt, 3) / tokens_of(state))
-    rate = statistics.median(speed(state, compiling, rt, steps) for _ in range(3))
+    still = replace(options, max_steps=FAR, batch_warmup=0, window_warmup=0)
+    compiling = replace(config, optim=still)
+    full = state.plan.block_size
+    cost = 0.0  # seconds per token: along a line in the width while windows grow
+    for width, share in shares_of_ends(options, full).items():
+        if options.window_warmup:
+            state.model.limit_windows(width)
+        cost += share * seconds_per_token(state, compiling, rt)
     # while the batch grows, a step has fewer tokens
     many = replace(options, max_steps=1000)
-    average = sequences_left(0, many, state.plan) / 1000 * state.plan.block_size
-    steps = max(1, int(seconds * rate / average))
+    average = sequences_left(0, many, state.plan) / 1000 * full
+    steps = max(1, int((1 - SLOWER) * seconds / cost / average))
     state.model.load_state_dict(before)
     state.optimizer.state.clear()
     state.step = 0
@@ -147,9 +154,20 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
     return replace(config, optim=replace(options, max_steps=steps))
 
 
-def tokens_of(state: TrainState) -> int:
-    """Tokens of a whole step."""
-    return state.plan.tokens_per_step
+def shares_of_ends(options: OptimOptions, full: int) -> dict[int, float]:
+    """The first and the last width of windows, with what each counts in the mean over all steps."""
+    widths = [window_at(step, replace(options, max_steps=800), full) for step in range(800)]
+    first = widths[0]
+    of_last = (statistics.mean(widths) - first) / (full - first) if first < full else 0.0
+    return {first: 1 - of_last} | ({full: of_last} if of_last else {})
+
+
+def seconds_per_token(state: TrainState, config: TrainConfig, rt: Runtime) -> float:
+    """As the median of some stretches, after what the first steps compile."""
+    for _ in range(3):
+        train.train_step(state, config, rt).read()
+    steps = 1 + int(STRETCH_SECONDS * speed(state, config, rt, 3) / state.plan.tokens_per_step)
+    return 1 / statistics.median(speed(state, config, rt, steps) for _ in range(3))
 
 
 def speed(state: TrainState, config: TrainConfig, rt: Runtime, steps: int) -> float:
@@ -159,7 +177,7 @@ def speed(state: TrainState, config: TrainConfig, rt: Runtime, steps: int) -> fl
     for _ in range(steps):
         train.train_step(state, config, rt)
     synchronize(rt)
-    return steps * tokens_of(state) / (time.perf_counter() - began)
+    return steps * state.plan.tokens_per_step / (time.perf_counter() - began)
 
 
 def timed(
@@ -170,6 +188,8 @@ def timed(
     marks = {round(max_steps * (i + 1) / options.evaluations) for i in range(options.evaluations)}
     validate(state, rt, options.val_tokens)  # compiles
     step = _late(lambda: train.train_step(state, config, rt).read, rt.steps_ahead)
+    if rt.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(rt.device)
     seconds = 0.0
     synchronize(rt)
     began = time.perf_counter()
@@ -257,7 +277,7 @@ def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queu
         f"--evaluations={options.evaluations}", f"--val_tokens={options.val_tokens}", *job.argv,
     ]  # fmt: skip
     if options.save:
-        command += ["--save", f"--out_dir={options.out_dir / job.name}"]
+        command += ["--save", f"--out_dir={options.out_dir / f'{job.name}-{job.seed}'}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("{"):
@@ -283,7 +303,8 @@ def parser() -> argparse.ArgumentParser:
     default = "cuda:0" if torch.cuda.is_available() else "cpu"
     made.add_argument("--devices", default=default, help="comma-separated, a job each")
     made.add_argument("--out_dir", type=Path, default=Path("out/sprint"))
-    made.add_argument("--save", action="store_true", help="keep the models, as out_ckpt.pt")
+    kept = "keep the models, as NAME-SEED/out_ckpt.pt"
+    made.add_argument("--save", action="store_true", help=kept)
     for name in ("--only", "--device"):
         made.add_argument(name, help=argparse.SUPPRESS)
     made.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -304,6 +325,9 @@ def main() -> int:
             print(f"{options.only}: {error}", file=sys.stderr)
             return 2
         return 0
+    if options.seed is not None or options.device:
+        print("--seed and --device: use --seeds and --devices", file=sys.stderr)
+        return 2
     options.out_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     with (options.out_dir / "sprint.jsonl").open("a", encoding="utf-8") as log:

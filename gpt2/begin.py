@@ -1,5 +1,6 @@
 """How a run begins: in which folder, from which checkpoint, with which weights and data."""
 
+import bisect
 import contextlib
 import math
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from .datasets import (
     split_eval_tokens,
 )
 from .lock import locked
+from .optim import sequences_left
 from .order import Mixture
 from .runtime import Runtime
 from .state import TrainState, out_dir
-from .switches import defaults, switched
+from .switches import check_of_switches, defaults, switched
 from .weights import Weights
 
 BUSY = "run folder {folder} is in use by {holder}"
@@ -91,7 +93,9 @@ def settle_init(
         return found.config
 
     shape = resumed.config if resumed else rt.on_main(look)
-    return replace(config, model=weights.settle(options, shape)), next(iter(loaded), None)
+    settled = weights.settle(options, shape)
+    check_of_switches(config.optim, settled)
+    return replace(config, model=settled), next(iter(loaded), None)
 
 
 def make_way(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
@@ -189,7 +193,13 @@ def settle_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
     if config.tuning is None:
         return config
     rows = sum(order.per_epoch for order in state.loader.order.orders)
-    steps = max(1, math.ceil(config.tuning.epochs * rows / state.plan.sequences_per_step))
+    wanted = config.tuning.epochs * rows
+    steps = max(1, math.ceil(wanted / state.plan.sequences_per_step))
+    if config.optim.batch_warmup:  # steps are smaller at first, by no more than half on the average
+        steps = bisect.bisect_left(
+            range(2 * steps), wanted, lo=steps,
+            key=lambda n: sequences_left(0, replace(config.optim, max_steps=n), state.plan),
+        )  # fmt: skip
     max_steps = min(config.optim.max_steps, steps)
     return replace(config, optim=replace(config.optim, max_steps=max_steps))
 

@@ -256,7 +256,7 @@ class TrainConfig:
         if not 0 <= o.min_lr_ratio <= 1:
             raise UserError(f"min_lr_ratio={o.min_lr_ratio}: use a number from 0 to 1")
         check_seed(self.system.seed)
-        check_recipe(o, self.model, self.system.dtype)
+        check_recipe(o, None if self.model.init else self.model)
         if not o.learning_rate and (o.optimizer != "adamw" or o.embedding_lr or o.head_lr):
             raise UserError("learning_rate=0: other rates follow its schedule; use one above 0")
 

@@ -21,6 +21,10 @@ from .products import add_linear, add_mlp, linear, qkv
 from .rotary import rotate, turns
 
 EPS = torch.finfo(torch.float32).eps  # of RMSNorm, whatever the precision of its input
+NARROWEST = 16  # heads that FlexAttention takes on a GPU
+SECOND_MOMENTS = {  # of an activation of N(0, v), small v: its coefficients of v and v²
+    "gelu": (1 / 4, 1 / 2), "relu2": (0, 3 / 2), "swiglu": (0, 1 / 6),
+}  # fmt: skip
 
 
 def network(config: GPT2Config) -> GPT:
@@ -269,7 +273,8 @@ class Modern(GPT):
             turning = round(pairs * config.rope_fraction)
             context.turned = turns(positions, pairs, turning, float(config.rope_base))
         compiled = self.compiled_apart or torch.compiler.is_compiling()
-        blocks = idx.is_cuda and compiled and not dropout
+        wide = config.n_embd // config.n_head >= NARROWEST
+        blocks = idx.is_cuda and compiled and wide and not dropout
         for letter in sorted(set(config.window_pattern or "L")):
             window = self._window(letter, idx.device)
             context.windows[letter] = window
@@ -320,5 +325,9 @@ class Modern(GPT):
         if self.head is not None or not (c.zero_init or c.norm_embedding):
             return spread
         own = INIT_STD * c.n_embd * (1.0 if c.positions == "rotary" else 0.5**0.5)
+        if not c.zero_init:  # MLPs add to the stream, whose variance is 1: 4C weights over L layers
+            v = INIT_STD**2 * c.n_embd  # variance of what goes into the activation
+            of_v, of_square = SECOND_MOMENTS[c.mlp]
+            own /= (1 + 2 * v * (of_v * v + of_square * v**2)) ** 0.5
         own = c.softcap * math.tanh(own / c.softcap) if c.softcap else own
         return spread + math.log1p(math.exp(own - spread))

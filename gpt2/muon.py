@@ -35,17 +35,18 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x
 
 
-def look_ahead(mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor, scale: Tensor) -> Tensor:
+def look_ahead(  # noqa: PLR0917 - one kernel
+    mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor, scale: Tensor, to: torch.dtype
+) -> Tensor:
     """The gradient / scale, looked ahead with its running mean, which is updated unless skip > 0.
 
-    In bf16 on a GPU, which is enough for `orthogonalise`. `momentum`, `skip` and `scale` are ()
-    tensors, so that a schedule does not compile anew.
+    `momentum`, `skip` and `scale` are () tensors, so that a schedule does not compile anew.
     """
     grad = torch.where(skip > 0, 0.0, grad / scale)
     new = torch.where(skip > 0, mean, mean.lerp(grad, 1 - momentum))
     mean.copy_(new)
     ahead = grad.lerp(new, momentum)
-    return ahead.bfloat16() if ahead.is_cuda else ahead
+    return ahead.to(to)
 
 
 def even_rows(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
@@ -88,6 +89,8 @@ class MuonAndAdamW(torch.optim.AdamW):
         rank: of this process.
         world_size: ranks.
         compiled: whether its parts are compiled.
+        precision: of `orthogonalise`. bf16 is enough; float16, whose range ends at 6e-8, is not,
+            and stands for float32.
         **settings: of AdamW.
     """
 
@@ -99,10 +102,12 @@ class MuonAndAdamW(torch.optim.AdamW):
         rank: int,
         world_size: int,
         compiled: bool,
+        precision: torch.dtype,
         **settings,
     ):
         super().__init__(groups, **settings)
         self.all_sum, self.rank, self.world_size = all_sum, rank, world_size
+        self.precision = torch.bfloat16 if precision is torch.bfloat16 else torch.float32
         parts = look_ahead, orthogonalise, even_rows, apply
         self.look_ahead, self.orthogonalise, self.even_rows, self.apply = (
             _compiled(part) if compiled else part for part in parts
@@ -155,7 +160,8 @@ class MuonAndAdamW(torch.optim.AdamW):
         mean, grad = local(state["momentum"]), local(p.grad)
         momentum, skip = number(group["momentum"], p.device), self._skip(number, p)
         scale = self._from_loop("grad_scale", 1.0, number, p)
-        return whole(as_part_of(self.look_ahead(mean, grad, momentum, skip, scale), p))
+        ahead = self.look_ahead(mean, grad, momentum, skip, scale, self.precision)
+        return whole(as_part_of(ahead, p))
 
     def _even(self, p: Tensor, update: Tensor, number: Callable) -> Tensor:
         """`even_rows`; every rank has the mean of squares of all rows, a number for each."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .config import BatchPlan, OptimOptions, UserError, warmup_steps
+from .devices import choose_dtype
 from .muon import MuonAndAdamW
 from .runtime import Runtime
 
@@ -57,12 +58,14 @@ def build_optimizer(
     common = {"lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": 1e-8, "fused": True}
     if o.optimizer == "adamw":
         return torch.optim.AdamW(groups, **common)
+    on_gpu = rt is not None and rt.device.type == "cuda"
     return MuonAndAdamW(
         groups,
         all_sum=rt.all_sum if rt else lambda tensor: tensor,
         rank=rt.rank if rt else 0,
         world_size=rt.world_size if rt else 1,
-        compiled=rt is not None and rt.device.type == "cuda",
+        compiled=on_gpu,
+        precision=choose_dtype("auto", rt.device)[0] if on_gpu else torch.float32,
         **common,
     )
 
@@ -157,9 +160,10 @@ def sequences_left(step: int, options: OptimOptions, plan: BatchPlan) -> int:
     return micro * plan.batch_size * plan.world_size
 
 
-def check_plan(options: OptimOptions, plan: BatchPlan):
-    """Raises UserError for a warm-up of a batch that cannot be smaller."""
-    if options.batch_warmup and plan.grad_accum_steps == 1:
+def check_plan(step: int, options: OptimOptions, plan: BatchPlan):
+    """Raises UserError for a warm-up, from this step on, of a batch that cannot be smaller."""
+    growing = step < options.batch_warmup * options.max_steps
+    if growing and plan.grad_accum_steps == 1:
         raise UserError(
             "batch_warmup takes fewer micro-batches at first, and a step has only one; use a "
             "smaller --batch_size, or leave it out"

@@ -137,13 +137,23 @@ def _check_rotary(s: Switches, head_width: int):
         raise UserError(f"rope_fraction={s.rope_fraction}: use a number above 0 and up to 1")
     if s.rope_base <= 1:
         raise UserError(f"rope_base={s.rope_base}: use a number above 1")
+    if not round(head_width // 2 * s.rope_fraction):
+        raise UserError(
+            f"rope_fraction={s.rope_fraction}: no pair of heads {head_width} wide would turn; use "
+            "a larger one"
+        )
     if s.positions == "rotary" and head_width % 2:
         raise UserError(f"positions=rotary turns pairs, and heads are {head_width} wide; use an "
                         "even n_embd / n_head")  # fmt: skip
 
 
-def check_recipe(r: Recipe, s: Switches, dtype: str):  # noqa: C901 - a list
-    """Raises UserError for options of training that mean nothing here, or do not fit together."""
+def check_recipe(r: Recipe, s: Switches | None):
+    """Raises UserError for options of training that mean nothing here, or do not fit together.
+
+    Args:
+        r: the options.
+        s: the switches of the network; None: not known before `begin.settle_init`.
+    """
     at_least(0, muon_lr=r.muon_lr, embedding_lr=r.embedding_lr, head_lr=r.head_lr)
     for name in ("cooldown", "batch_warmup", "window_warmup"):
         if not 0 <= getattr(r, name) <= 1:
@@ -157,12 +167,16 @@ def check_recipe(r: Recipe, s: Switches, dtype: str):  # noqa: C901 - a list
     at_least(0, muon_momentum_warmup=r.muon_momentum_warmup)
     if r.muon_momentum_warmup and r.muon_momentum < 0.85:
         raise UserError(f"muon_momentum={r.muon_momentum}: muon_momentum_warmup begins at 0.85")
-    if r.optimizer != "adamw" and dtype == "float16":
-        raise UserError(
-            f"optimizer={r.optimizer} does not work with dtype=float16; use bfloat16 or float32"
-        )
+    if r.muon_weight_decay < 0 and r.muon_weight_decay != default.muon_weight_decay:
+        raise UserError(f"muon_weight_decay={r.muon_weight_decay}: use 0 or more, or -1")
     if r.schedule != "wsd" and r.cooldown != default.cooldown:
         raise UserError("cooldown is for --schedule=wsd; give both")
+    if s:
+        check_of_switches(r, s)
+
+
+def check_of_switches(r: Recipe, s: Switches):
+    """Raises UserError for options of training whose switch is off."""
     if r.head_lr and not s.untied_head:
         raise UserError("head_lr is for --untied_head; a tied head has the embedding's rate")
     if r.window_warmup and not s.window_pattern:

@@ -301,5 +301,10 @@ class FinetuneConfig(TrainConfig):
             raise UserError(
                 f"optimizer={self.optim.optimizer} is for whole matrices; leave it or lora_rank out"
             )
+        if self.tuning.lora_rank and (self.optim.embedding_lr or self.optim.head_lr):
+            raise UserError(
+                "embedding_lr and head_lr are for weights that lora_rank leaves as they are; leave "
+                "them or lora_rank out"
+            )
         if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
             object.__setattr__(self.data, "grad_accum_steps", 1)

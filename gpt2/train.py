@@ -247,7 +247,7 @@ def build(
     """Model, optimizer and loader, fresh or as a checkpoint left them; checks all that can be."""
     shape = config.model.shape()
     plan = plan_batch(config.data, shape.block_size, rt.world_size)
-    check_plan(config.optim, plan)
+    check_plan(resumed.step if resumed else 0, config.optim, plan)
     datasets, mixture = order_data(config, rt, resumed)
     check_names(config.output.log_to)
     hellaswag = []

@@ -104,6 +104,12 @@ def settle(options: ModelOptions, found: GPT2Config) -> ModelOptions:
             f"block_size={options.block_size}: init={options.init} knows {found.block_size} "
             f"positions; use --block_size={found.block_size} or smaller"
         )
+    window = have["window"]
+    if 0 < options.block_size <= window:
+        raise UserError(
+            f"init={options.init} has windows of {window} positions; use --block_size={window + 1} "
+            "or larger"
+        )
     return replace(options, **have, block_size=options.block_size or found.block_size)
 
 
@@ -119,12 +125,14 @@ def for_training(found: Weights, block_size: int) -> Weights:
     assert block_size <= config.block_size, (block_size, config.block_size)
     check_vocabulary(config, found.origin)
     state, notes = dict(found.state), list(found.notes)
-    for name, rows, have in (
-        ("wte", GPT2_VOCAB_SIZE, config.vocab_size),
-        ("wpe", block_size, config.block_size),
-    ):
-        key = f"transformer.{name}.weight"
-        if rows < have and key in found.state:  # rotary positions have no table
+    for key in found.state:
+        name = key.removeprefix("transformer.").removesuffix(".weight")
+        rows, have = GPT2_VOCAB_SIZE, config.vocab_size
+        if name == "wpe":
+            rows, have = block_size, config.block_size
+        elif name not in ("wte", "head") and not name.startswith("value_tables."):
+            continue
+        if rows < have:
             state[key] = state[key][:rows].clone()
             notes.append(f"{name}: the first {rows:,} of {have:,} rows are used")
     config = replace(config, vocab_size=GPT2_VOCAB_SIZE, block_size=block_size)

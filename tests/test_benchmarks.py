@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks import memory
-from benchmarks.sprint import ablations
+from benchmarks import memory, sprint
+from benchmarks.sprint import ablations, shares_of_ends
 from benchmarks.throughput import fastest, make_data
-from gpt2.config import TrainConfig, flatten
+from gpt2.api import GPT2
+from gpt2.config import OptimOptions, TrainConfig, flatten
 from gpt2.flags import parse
+from gpt2.modern import Modern
 
 from .conftest import ROOT, run_python
 
@@ -242,12 +244,61 @@ def test_sprint(tmp_path, data_dir):
     assert set(ends) == {"sprint_gpt2_adamw", "hot"}
     for row in ends.values():
         assert row["tokens"] == row["step"] * 64
-        assert row["step"] <= row["max_steps"]
+        assert row["step"] >= 0.5 * row["max_steps"]
         assert row["val_tokens"] == 500
-        assert (tmp_path / row["name"] / "out_ckpt.pt").exists()
+        assert (tmp_path / f"{row['name']}-1337" / "out_ckpt.pt").exists()
     assert "| hot |" in done.stdout
     difference = ends["hot"]["val_loss"] - ends["sprint_gpt2_adamw"]["val_loss"]
     first, second = (tmp_path / "sprint.md").read_text().splitlines()[2:]
     assert first.endswith("|  |  |")
     assert f"| {difference:+.4f} | " in second and second.endswith("% |")  # noqa: PT018
     assert (tmp_path / "sprint.png").stat().st_size > 5000
+
+
+def sprint_of(data_dir, *more) -> list[dict]:
+    """The rows of a second of training, in this process."""
+    argv = ["--only=x", "--seed=1", "--device=cpu", f"--data_dir={data_dir}", "--seconds=1"]
+    argv += ["--evaluations=1", "--val_tokens=500", "--n_layer=2", "--n_embd=16", "--n_head=1"]
+    argv += ["--block_size=32", "--batch_size=2", "--total_batch_tokens=64", "--dtype=float32"]
+    options, options.extra = sprint.parser().parse_known_args([*argv, *more])
+    options.extra.append("--compile_model=False")
+    return list(sprint.sprint(options))
+
+
+def test_the_clock_of_a_sprint_knows_that_windows_grow(data_dir, monkeypatch):
+    """The speed is measured at both ends; then training begins with the narrow ones."""
+    assert shares_of_ends(OptimOptions(), 64) == {64: 1.0}
+    shares = shares_of_ends(OptimOptions(window_warmup=0.5), 64)
+    # 8, 16 … 56 over half of the run, 64 over the rest
+    assert sum(width * share for width, share in shares.items()) == pytest.approx(48, abs=0.1)
+    assert shares.keys() == {8, 64}
+    seen, limit = [], Modern.limit_windows
+
+    def watched(self, positions):
+        seen.append(positions)
+        limit(self, positions)
+
+    monkeypatch.setattr(Modern, "limit_windows", watched)
+    switches = ["--window_pattern=SL", "--window=16", "--window_warmup=0.5"]
+    (row,) = sprint_of(data_dir, *switches)
+    assert seen[:2] == [4, 32]  # nothing else while the speed is measured
+    assert seen[2] == 4 and sorted(seen[2:]) == seen[2:]  # noqa: PT018
+    assert seen[-1] == 32 or row["step"] < 0.5 * row["max_steps"]
+
+
+def test_a_sprint_begins_with_given_weights(data_dir, tmp_path):
+    model = GPT2(n_layer=2, n_head=1, n_embd=16, block_size=32)
+    for p in model.parameters():
+        p.data.mul_(20)
+    model.save(tmp_path / "m.pt")
+    sizes = [f"--init={tmp_path / 'm.pt'}", "--learning_rate=0"]
+    (row,) = sprint_of(data_dir, *sizes)
+    assert row["val_loss"] > 12
+
+
+def test_a_sprint_of_several_recipes_has_no_single_seed_or_device(monkeypatch, capsys):
+    for option in ("--seed=7", "--device=cpu"):
+        given = ["sprint", "configs/speedrun.toml", "--data_dir=x", option]
+        monkeypatch.setattr(sys, "argv", given)
+        assert sprint.main() == 2
+        assert "use --seeds and --devices" in capsys.readouterr().err

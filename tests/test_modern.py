@@ -294,9 +294,10 @@ def test_compiled_masks_need_no_second_graph_for_other_windows_and_documents(apa
 
 @pytest.mark.parametrize("switches", [{"zero_init": True}, {"norm_embedding": True}])
 @pytest.mark.parametrize("more", [{}, {"positions": "rotary"}, {"softcap": 30.0}])
-def test_first_loss_where_a_tied_head_sees_the_embedding(switches, more):
+@pytest.mark.parametrize("n_layer", [1, 12])
+def test_first_loss_where_a_tied_head_sees_the_embedding(switches, more, n_layer):
     torch.manual_seed(0)
-    shape = BASE | {"vocab_size": 2000, "n_embd": 512, "n_layer": 1}
+    shape = BASE | {"vocab_size": 2000, "n_embd": 512, "n_layer": n_layer}
     model = network(ModernConfig(**shape, **switches, **more))
     idx = torch.randint(0, 2000, (8, 33))
     with torch.no_grad():

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from gpt2.config import BatchPlan, OptimOptions
+from gpt2.config import BatchPlan, OptimOptions, UserError
 from gpt2.muon import POLYNOMIALS, orthogonalise
 from gpt2.optim import (
     build_optimizer,
+    check_plan,
     learning_rate_at,
     micro_batches_at,
     momentum_at,
@@ -101,6 +102,38 @@ def test_a_bad_gradient_changes_nothing(name):
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     assert not any(t.any() for state in optimizer.state.values()
                    for kind, t in state.items() if kind in {"momentum", "squares"})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_loss_scaling_of_float16(name):
+    """A scaled gradient is the plain one; one that overflows changes nothing, and is counted."""
+    torch.manual_seed(0)
+    scaled, plain = Net(), Net()
+    plain.load_state_dict(scaled.state_dict())
+    optimizers = [build_optimizer(net, OptimOptions(optimizer=name)) for net in (scaled, plain)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for overflows in (False, True, False):
+        for p, q in zip(scaled.parameters(), plain.parameters(), strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = scaler.scale(torch.tensor(1.0)) * q.grad
+        if overflows:
+            next(iter(scaled.parameters())).grad[0] = torch.inf
+        else:
+            optimizers[1].step()
+        scaler.unscale_(optimizers[0])
+        scaler.step(optimizers[0])
+        scaler.update()
+    assert scaler.get_scale() == 512.0
+    for p, q in zip(scaled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_a_batch_that_no_longer_grows_may_have_one_micro_batch():
+    """Else a run could not go on with more ranks."""
+    o, one = OptimOptions(max_steps=10, batch_warmup=0.2), BatchPlan(2, 8, 1, 2)
+    check_plan(2, o, one)
+    with pytest.raises(UserError, match="smaller --batch_size"):
+        check_plan(1, o, one)
 
 
 def test_wsd_schedule():

@@ -20,7 +20,7 @@ def test_defaults_are_the_faithful_network():
     ("arguments", "message"),
     [
         (["--muon_lr=1"], "muon_lr is for --optimizer=muon"),
-        (["--optimizer=muon", "--dtype=float16"], "does not work with dtype=float16"),
+        (["--optimizer=muon", "--muon_weight_decay=-0.5"], "use 0 or more, or -1"),
         (["--cooldown=0.1"], "cooldown is for --schedule=wsd"),
         (["--head_lr=1"], "head_lr is for --untied_head"),
         (["--window_warmup=0.5"], "window_warmup is for --window_pattern"),
@@ -28,6 +28,7 @@ def test_defaults_are_the_faithful_network():
         (["--window=5"], "give both"),
         (["--rope_fraction=0.5"], "rope_fraction is for positions=rotary"),
         (["--positions=rotary", "--rope_fraction=0"], "above 0 and up to 1"),
+        (["--positions=rotary", "--rope_fraction=0.01"], "no pair of heads 64 wide"),
         (["--muon_weight_decay=0.1"], "muon_weight_decay is for --optimizer=muon"),
         (["--muon_momentum_warmup=9"], "muon_momentum_warmup is for --optimizer=muon"),
         (["--optimizer=muon", "--learning_rate=0"], "other rates follow its schedule"),
@@ -41,6 +42,9 @@ def test_refused_by_name(arguments, message):
 def test_adapters_are_not_for_muon():
     with pytest.raises(UserError, match="for whole matrices"):
         parse(FinetuneConfig, ["--lora_rank=4", "--optimizer=muon"], "gpt2 finetune")
+    for rate in ("--embedding_lr=1", "--head_lr=1"):
+        with pytest.raises(UserError, match="that lora_rank leaves as they are"):
+            parse(FinetuneConfig, ["--lora_rank=4", "--init=x", rate], "gpt2 finetune")
     config = parse(FinetuneConfig, ["--optimizer=muon"], "gpt2 finetune")
     assert config.optim.learning_rate == 3e-5
 

@@ -111,7 +111,12 @@ def test_checkpoint_is_what_the_documentation_says(data_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--max_steps=12"], ["--max_steps=12", "--dropout=0.2"], ["--max_steps=7", "--dtype=float16"]],
+    [
+        ["--max_steps=12"],
+        ["--max_steps=12", "--dropout=0.2"],
+        ["--max_steps=7", "--dtype=float16"],
+        ["--max_steps=7", "--dtype=float16", "--optimizer=normuon"],
+    ],
 )
 @pytest.mark.fault(23, "5 + 7 steps instead of 12, with dropout, in fp16")
 def test_interrupted_run_gives_the_same_bits(data_dir, tmp_path, arguments):
@@ -500,10 +505,11 @@ def test_token_outside_the_vocabulary(data_dir, tmp_path):
         train.run(config(tmp_path / "d", tmp_path / "out", "--max_steps=300"))
 
 
-def test_bf16_and_fp16_train_on_a_cpu(data_dir, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bf16_and_fp16_train_on_a_cpu(data_dir, tmp_path, optimizer):
     for dtype in ("bfloat16", "float16"):
-        out = tmp_path / dtype
-        train.run(config(data_dir, out, "--max_steps=8", f"--dtype={dtype}"))
+        out, recipe = tmp_path / dtype, [f"--dtype={dtype}", f"--optimizer={optimizer}"]
+        train.run(config(data_dir, out, "--max_steps=8", *recipe))
         losses = metrics(out)
         assert losses[8] < losses[1] - 0.1
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from gpt2 import GPT2, weights
-from gpt2.config import GPT2Config, ModelOptions, UserError
+from gpt2.config import GPT2Config, ModelOptions, ModernConfig, TrainConfig, UserError
+from gpt2.flags import parse
+from gpt2.modern import network
+from gpt2.switches import check_of_switches
 from gpt2.weights import Weights, for_training, settle
 
 from .conftest import ROOT, run_python
@@ -185,6 +188,29 @@ def test_sizes_are_those_of_the_weights():
 def test_sizes_that_contradict_the_weights(asked, message):
     with pytest.raises(UserError, match=message):
         settle(ModelOptions(init="x", **asked), FOUND)
+
+
+def test_windows_and_rates_of_switches_that_the_weights_have():
+    found = ModernConfig(n_layer=3, n_head=5, n_embd=40, block_size=64, untied_head=True,
+                         window_pattern="SL", window=32)  # fmt: skip
+    for room in (1, 32):
+        with pytest.raises(UserError, match="has windows of 32 positions; use --block_size=33"):
+            settle(ModelOptions(init="x", block_size=room), found)
+    assert settle(ModelOptions(init="x", block_size=33), found).shape().window == 32
+    asked = parse(TrainConfig, ["--init=x", "--head_lr=1e-3", "--window_warmup=0.5"], "gpt2 train")
+    check_of_switches(asked.optim, settle(asked.model, found))
+    with pytest.raises(UserError, match="head_lr is for --untied_head"):
+        check_of_switches(asked.optim, settle(asked.model, FOUND))
+
+
+def test_tables_and_a_head_of_their_own_are_cut_as_well():
+    config = ModernConfig(n_layer=2, n_head=2, n_embd=8, block_size=16, vocab_size=50304,
+                          untied_head=True, value_embeddings=1)  # fmt: skip
+    found = Weights(config, network(config).state_dict(), "x")
+    cut = for_training(found, 16)
+    network(cut.config).load_state_dict(cut.state)
+    assert torch.equal(cut.state["head.weight"], found.state["head.weight"][:50257])
+    assert len(cut.notes) == 3
 
 
 def test_rows_that_training_cannot_meet_are_cut_off(tmp_path):

@@ -137,14 +137,14 @@ def _check_rotary(s: Switches, head_width: int):
         raise UserError(f"rope_fraction={s.rope_fraction}: use a number above 0 and up to 1")
     if s.rope_base <= 1:
         raise UserError(f"rope_base={s.rope_base}: use a number above 1")
-    if not round(head_width // 2 * s.rope_fraction):
+    if s.positions == "rotary" and head_width % 2:
+        raise UserError(f"positions=rotary turns pairs, and heads are {head_width} wide; use an "
+                        "even n_embd / n_head")  # fmt: skip
+    if s.positions == "rotary" and not round(head_width // 2 * s.rope_fraction):
         raise UserError(
             f"rope_fraction={s.rope_fraction}: no pair of heads {head_width} wide would turn; use "
             "a larger one"
         )
-    if s.positions == "rotary" and head_width % 2:
-        raise UserError(f"positions=rotary turns pairs, and heads are {head_width} wide; use an "
-                        "even n_embd / n_head")  # fmt: skip
 
 
 def check_recipe(r: Recipe, s: Switches | None):

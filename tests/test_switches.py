@@ -14,6 +14,8 @@ from gpt2.tool_config import ChatConfig, FinetuneConfig
 def test_defaults_are_the_faithful_network():
     assert type(ModelOptions().shape()) is GPT2Config
     assert type(ModelOptions(qk_norm=True).shape()) is ModernConfig
+    narrow = {"n_layer": 1, "n_head": 4, "n_embd": 4}  # heads of one number have no pairs
+    assert ModelOptions(**narrow, qk_norm=True).shape().positions == "learned"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from gpt2.masks import documents_of, mask_for, masked_attention
-from gpt2.ops import causal_attention
+from gpt2.runtime import Runtime
+
+from .throughput import synchronize
 
 KINDS = {  # name: (window, documents)
     "all earlier": (False, False),
@@ -31,56 +33,54 @@ KINDS = {  # name: (window, documents)
 }
 
 
-def attention_of(options: argparse.Namespace, window: bool, documents: bool, blocks: bool):
+def attention_of(
+    options: argparse.Namespace, rt: Runtime, window: bool, documents: bool, blocks: bool
+) -> Callable[..., Tensor]:
     """(q, k, v, begins) -> what all layers make of them; the first three (B, H, T, D)."""
-    width = torch.tensor(options.window, device=options.device) if window else None
+    width = torch.tensor(options.window, device=rt.device) if window else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, begins: Tensor) -> Tensor:
         mask = mask_for(q.shape[2], width, documents_of(begins) if documents else None, blocks)
         for _ in range(options.n_layer):
-            plain = mask is None
-            q = causal_attention(q, k, v, 0.0) if plain else masked_attention(q, k, v, mask)
+            q = masked_attention(q, k, v, mask)
         return q
 
-    return torch.compile(attend) if torch.device(options.device).type == "cuda" else attend
+    return torch.compile(attend) if rt.device.type == "cuda" else attend
 
 
-def milliseconds(attend: Callable, inputs: list[Tensor], options: argparse.Namespace) -> float:
+def milliseconds(
+    attend: Callable[..., Tensor], inputs: list[Tensor], options: argparse.Namespace, rt: Runtime
+) -> float:
     """Forward and backward, per layer."""
     *qkv, begins = inputs
     upstream = torch.randn_like(qkv[0])
     taken = []
     for _ in range(options.warmup + options.repeats):
-        synchronize(options.device)
+        synchronize(rt)
         began = time.perf_counter()
         torch.autograd.grad(attend(*qkv, begins), qkv, upstream)
-        synchronize(options.device)
+        synchronize(rt)
         taken.append(time.perf_counter() - began)
     return 1e3 * statistics.median(taken[options.warmup :]) / options.n_layer
-
-
-def synchronize(device: str):
-    """Waits for the device."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """A row for each mask and way."""
     torch.manual_seed(0)
-    on_gpu = torch.device(options.device).type == "cuda"
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    rt = Runtime(device, torch.bfloat16 if on_gpu else torch.float32)
     B, H, T, D = options.batch_size, options.n_head, options.block_size, options.head_width
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     # in memory as the network has them: (B, T, H, D)
-    inputs = torch.randn(3, B, T, H, D, device=options.device, dtype=dtype).transpose(2, 3)
+    inputs = torch.randn(3, B, T, H, D, device=device, dtype=rt.dtype).transpose(2, 3)
     inputs = [part.requires_grad_() for part in inputs.unbind()]
-    inputs.append(torch.rand(B, T, device=options.device) < 1 / options.document)
+    inputs.append(torch.rand(B, T, device=device) < 1 / options.document)
     for name, (window, documents) in KINDS.items():
         ways = ("blocks", "table") if on_gpu else ("table",)
         for way in ways if window or documents else ("causal",):
             torch.compiler.reset()
-            attend = attention_of(options, window, documents, way == "blocks")
-            yield {"mask": name, "way": way, "ms": milliseconds(attend, inputs, options)}
+            attend = attention_of(options, rt, window, documents, way == "blocks")
+            yield {"mask": name, "way": way, "ms": milliseconds(attend, inputs, options, rt)}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -135,15 +135,14 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
     options = config.optim
     still = replace(options, max_steps=FAR, batch_warmup=0, window_warmup=0)
     compiling = replace(config, optim=still)
-    full = state.plan.block_size
+    many, full = replace(options, max_steps=1000), state.plan.block_size
     cost = 0.0  # seconds per token: along a line in the width while windows grow
-    for width, share in shares_of_ends(options, full).items():
+    for width, share in shares_of_ends(many, full).items():
         if options.window_warmup:
             state.model.limit_windows(width)
         cost += share * seconds_per_token(state, compiling, rt)
     # while the batch grows, a step has fewer tokens
-    many = replace(options, max_steps=1000)
-    average = sequences_left(0, many, state.plan) / 1000 * full
+    average = sequences_left(0, many, state.plan) / many.max_steps * full
     steps = max(1, int((1 - SLOWER) * seconds / cost / average))
     state.model.load_state_dict(before)
     state.optimizer.state.clear()
@@ -156,7 +155,7 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
 
 def shares_of_ends(options: OptimOptions, full: int) -> dict[int, float]:
     """The first and the last width of windows, with what each counts in the mean over all steps."""
-    widths = [window_at(step, replace(options, max_steps=800), full) for step in range(800)]
+    widths = [window_at(step, options, full) for step in range(options.max_steps)]
     first = widths[0]
     of_last = (statistics.mean(widths) - first) / (full - first) if first < full else 0.0
     return {first: 1 - of_last} | ({full: of_last} if of_last else {})

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .model import KVCache
+from .ops import causal_attention
 
 BLOCK = 128  # positions, FlexAttention's default
+NARROWEST = 16  # heads that FlexAttention takes on a GPU
 Mask = Tensor | BlockMask | None  # None: all earlier positions
 
 
@@ -130,8 +132,10 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √D) v over what the mask shows; all (B, H, T, D).
 
-    Dropout of attention weights is for masks as tables.
+    Dropout of attention weights is for all but blocks.
     """
+    if mask is None:
+        return causal_attention(q, k, v, dropout)
     if isinstance(mask, BlockMask):
         assert not dropout
         return flex_attention(q, k, v, block_mask=mask)

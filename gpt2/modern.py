@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GPT2Config, ModernConfig
-from .masks import Cache, Mask, documents_of, mask_for, masked_attention
+from .masks import NARROWEST, Cache, Mask, documents_of, mask_for, masked_attention
 from .model import GPT, INIT_STD, KVCache
-from .ops import causal_attention, head_logits, head_loss, soft_cap, to_residual_stream
+from .ops import head_logits, head_loss, soft_cap, to_residual_stream
 from .packed import Packed
 from .products import add_linear, add_mlp, linear, qkv
 from .rotary import rotate, turns
 
 EPS = torch.finfo(torch.float32).eps  # of RMSNorm, whatever the precision of its input
-NARROWEST = 16  # heads that FlexAttention takes on a GPU
 SECOND_MOMENTS = {  # of an activation of N(0, v), small v: its coefficients of v and v²
     "gelu": (1 / 4, 1 / 2), "relu2": (0, 3 / 2), "swiglu": (0, 1 / 6),
 }  # fmt: skip
@@ -91,9 +90,7 @@ class Attention(nn.Module):
             return cache.attend_to(self.layer, q, k, v, window, context.positions, documents)
         if cache is not None:
             return cache.attend(self.layer, q, k, v)
-        if (mask := context.masks[self.kind]) is not None:
-            return masked_attention(q, k, v, mask, context.dropout)
-        return causal_attention(q, k, v, context.dropout)
+        return masked_attention(q, k, v, context.masks[self.kind], context.dropout)
 
 
 class MLP(nn.Module):

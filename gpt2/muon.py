@@ -89,8 +89,8 @@ class MuonAndAdamW(torch.optim.AdamW):
         rank: of this process.
         world_size: ranks.
         compiled: whether its parts are compiled.
-        precision: of `orthogonalise`. bf16 is enough; float16, whose range ends at 6e-8, is not,
-            and stands for float32.
+        precision: of `orthogonalise`: float32, or bf16, which is enough; the range of float16 is
+            not.
         **settings: of AdamW.
     """
 
@@ -107,7 +107,7 @@ class MuonAndAdamW(torch.optim.AdamW):
     ):
         super().__init__(groups, **settings)
         self.all_sum, self.rank, self.world_size = all_sum, rank, world_size
-        self.precision = torch.bfloat16 if precision is torch.bfloat16 else torch.float32
+        self.precision = precision
         parts = look_ahead, orthogonalise, even_rows, apply
         self.look_ahead, self.orthogonalise, self.even_rows, self.apply = (
             _compiled(part) if compiled else part for part in parts

@@ -59,13 +59,14 @@ def build_optimizer(
     if o.optimizer == "adamw":
         return torch.optim.AdamW(groups, **common)
     on_gpu = rt is not None and rt.device.type == "cuda"
+    in_bf16 = on_gpu and choose_dtype("auto", rt.device)[0] is torch.bfloat16
     return MuonAndAdamW(
         groups,
         all_sum=rt.all_sum if rt else lambda tensor: tensor,
         rank=rt.rank if rt else 0,
         world_size=rt.world_size if rt else 1,
         compiled=on_gpu,
-        precision=choose_dtype("auto", rt.device)[0] if on_gpu else torch.float32,
+        precision=torch.bfloat16 if in_bf16 else torch.float32,
         **common,
     )
 

@@ -23,6 +23,8 @@ RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that mean O
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+BY_POSITION = ("transformer.wpe.",)  # names of tables with a row for each position,
+BY_TOKEN = ("transformer.wte.", "transformer.value_tables.", "head.")  # and for each token
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,15 @@ def for_training(found: Weights, block_size: int) -> Weights:
     check_vocabulary(config, found.origin)
     state, notes = dict(found.state), list(found.notes)
     for key in found.state:
-        name = key.removeprefix("transformer.").removesuffix(".weight")
-        rows, have = GPT2_VOCAB_SIZE, config.vocab_size
-        if name == "wpe":
+        if key.startswith(BY_POSITION):
             rows, have = block_size, config.block_size
-        elif name not in ("wte", "head") and not name.startswith("value_tables."):
+        elif key.startswith(BY_TOKEN):
+            rows, have = GPT2_VOCAB_SIZE, config.vocab_size
+        else:
             continue
         if rows < have:
             state[key] = state[key][:rows].clone()
+            name = key.removeprefix("transformer.").removesuffix(".weight")
             notes.append(f"{name}: the first {rows:,} of {have:,} rows are used")
     config = replace(config, vocab_size=GPT2_VOCAB_SIZE, block_size=block_size)
     return replace(found, config=config, state=state, notes=tuple(notes))

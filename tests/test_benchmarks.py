@@ -244,7 +244,8 @@ def test_sprint(tmp_path, data_dir):
     assert set(ends) == {"sprint_gpt2_adamw", "hot"}
     for row in ends.values():
         assert row["tokens"] == row["step"] * 64
-        assert row["step"] >= 0.5 * row["max_steps"]
+        assert row["step"] <= row["max_steps"]
+        assert row["step"] == row["max_steps"] or row["seconds"] >= 1
         assert row["val_tokens"] == 500
         assert (tmp_path / f"{row['name']}-1337" / "out_ckpt.pt").exists()
     assert "| hot |" in done.stdout
@@ -283,7 +284,7 @@ def test_the_clock_of_a_sprint_knows_that_windows_grow(data_dir, monkeypatch):
     (row,) = sprint_of(data_dir, *switches)
     assert seen[:2] == [4, 32]  # nothing else while the speed is measured
     assert seen[2] == 4 and sorted(seen[2:]) == seen[2:]  # noqa: PT018
-    assert seen[-1] == 32 or row["step"] < 0.5 * row["max_steps"]
+    assert seen[-1] == 32 or row["step"] <= 0.5 * row["max_steps"] + 1
 
 
 def test_a_sprint_begins_with_given_weights(data_dir, tmp_path):

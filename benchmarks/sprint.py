@@ -11,8 +11,8 @@ it should have one. Each runs in a process of its own by the step of `gpt2 train
 validation and the start are left out. A first stretch of steps compiles and measures the speed,
 from which `max_steps` follows, so that schedules end with the time; then weights, optimizer and
 data are as they were at the beginning. Validation is all of the folder's validation shards, in
-windows of at most block_size tokens; its loss is the mean over all predicted tokens. GiB are those
-of training, without the calibration.
+windows of at most block_size tokens; its loss is the mean over all predicted tokens. GiB are the
+most that tensors took, those of a recorded step included.
 
 `--ablate=CONFIG` runs the recipe, and the recipe without each of its switches in turn.
 
@@ -131,7 +131,8 @@ def sprint(options: argparse.Namespace) -> Iterator[dict]:
 
 def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: float) -> TrainConfig:
     """The settings whose `max_steps` fill the time; all else is as it was before."""
-    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    weights = state.model.state_dict().items()
+    before = {name: w.to("cpu", copy=True) for name, w in weights}  # no part of the GiB
     options = config.optim
     still = replace(options, max_steps=FAR, batch_warmup=0, window_warmup=0)
     compiling = replace(config, optim=still)
@@ -187,8 +188,6 @@ def timed(
     marks = {round(max_steps * (i + 1) / options.evaluations) for i in range(options.evaluations)}
     validate(state, rt, options.val_tokens)  # compiles
     step = _late(lambda: train.train_step(state, config, rt).read, rt.steps_ahead)
-    if rt.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(rt.device)
     seconds = 0.0
     synchronize(rt)
     began = time.perf_counter()

@@ -261,8 +261,8 @@ def sprint_of(data_dir, *more) -> list[dict]:
     argv = ["--only=x", "--seed=1", "--device=cpu", f"--data_dir={data_dir}", "--seconds=1"]
     argv += ["--evaluations=1", "--val_tokens=500", "--n_layer=2", "--n_embd=16", "--n_head=1"]
     argv += ["--block_size=32", "--batch_size=2", "--total_batch_tokens=64", "--dtype=float32"]
+    argv += ["--compile_model=False"]
     options, options.extra = sprint.parser().parse_known_args([*argv, *more])
-    options.extra.append("--compile_model=False")
     return list(sprint.sprint(options))
 
 
@@ -285,6 +285,18 @@ def test_the_clock_of_a_sprint_knows_that_windows_grow(data_dir, monkeypatch):
     assert seen[:2] == [4, 32]  # nothing else while the speed is measured
     assert seen[2] == 4 and sorted(seen[2:]) == seen[2:]  # noqa: PT018
     assert seen[-1] == 32 or row["step"] <= 0.5 * row["max_steps"] + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_the_gib_of_a_sprint_are_those_of_a_recorded_step_too(data_dir):
+    """Replays allocate nothing, so a counter that is cleared after recording would not see them."""
+    sizes = ["--n_layer=16", "--n_embd=256", "--n_head=4", "--block_size=256", "--batch_size=64"]
+    sizes += ["--total_batch_tokens=16384", "--device=cuda:0", "--dtype=bfloat16"]
+    torch.cuda.reset_peak_memory_stats()
+    (row,) = sprint_of(data_dir, *sizes, "--compile_model=True")
+    lasting = 16 * row["parameters"]  # weights, gradients, two moments, in float32
+    assert row["peak_gib"] * 2**30 > 2 * lasting
 
 
 def test_a_sprint_begins_with_given_weights(data_dir, tmp_path):

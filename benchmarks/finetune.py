@@ -27,13 +27,15 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import lora, runtime, train
-from gpt2.config import SIZES
-from gpt2.flags import parse
-from gpt2.optim import build_optimizer
-from gpt2.runtime import Runtime
-from gpt2.state import TrainState
-from gpt2.tool_config import FinetuneConfig, TuningOptions
+from gpt2.config.command_line import parse
+from gpt2.config.finetune import FinetuneConfig, TuningOptions
+from gpt2.config.model import SIZES
+from gpt2.distributed import runtime
+from gpt2.distributed.runtime import Runtime
+from gpt2.model import lora
+from gpt2.train import setup, step
+from gpt2.train.optimizer import build_optimizer
+from gpt2.train.state import TrainState
 
 from .memory import GIB, names, numbers, peaks, write
 from .throughput import synchronize
@@ -60,7 +62,7 @@ def measure_size(options: argparse.Namespace, folder: Path) -> list[dict]:
     config = parse(FinetuneConfig, argv, "benchmark")
     rows = []
     with runtime.start(config.system) as rt:
-        state = train.build(config, rt, None)
+        state = setup.build(config, rt, None)
         try:
             for rank in (0, options.rank):
                 if rank:
@@ -96,7 +98,7 @@ def measure(
     try:
         for _ in range(options.warmup + options.steps):
             began = time.perf_counter()
-            loss = train.train_step(state, config, rt).read()[0]  # waits for the device
+            loss = step.train_step(state, config, rt).read()[0]  # waits for the device
             synchronize(rt)  # the update of the weights too
             seconds.append(time.perf_counter() - began)
     except torch.OutOfMemoryError:

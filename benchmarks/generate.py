@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.throughput import classes_of
-from gpt2.config import SIZES, GPT2Config
-from gpt2.generate import Sampling, decoder_for, generate
-from gpt2.hf import to_hf
-from gpt2.model import GPT
+from gpt2.config.model import SIZES, GPT2Config
+from gpt2.generate.sampling import Sampling
+from gpt2.generate.stream import decoder_for, generate
+from gpt2.huggingface.model_format import to_hf
+from gpt2.model.gpt import GPT
 
 LONG_SECONDS = 60  # a call that is not repeated
 Write = Callable[[list[list[int]]], list[list[int]]]  # prompts to new tokens

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2.config import GPT2_VOCAB_SIZE, BatchPlan
-from gpt2.data import TrainLoader
-from gpt2.order import Mixture, WindowOrder
-from gpt2.shards import Shard, find_shards, write_shard
+from gpt2.config.model import GPT2_VOCAB_SIZE
+from gpt2.config.train import BatchPlan
+from gpt2.data.loader import TrainLoader
+from gpt2.data.sequence_order import Mixture, WindowOrder
+from gpt2.data.shards import Shard, find_shards, write_shard
 
 
 def forget(shards: list[Shard]) -> bool:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from gpt2.masks import documents_of, mask_for, masked_attention
-from gpt2.runtime import Runtime
+from gpt2.distributed.runtime import Runtime
+from gpt2.model.attention_masks import documents_of, mask_for, masked_attention
 
 from .throughput import synchronize
 

@@ -26,12 +26,14 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import runtime, train
-from gpt2.config import SIZES, BatchPlan, TrainConfig
-from gpt2.data import TrainLoader
-from gpt2.flags import parse
-from gpt2.runtime import Runtime
-from gpt2.state import TrainState
+from gpt2.config.command_line import parse
+from gpt2.config.model import SIZES
+from gpt2.config.train import BatchPlan, TrainConfig
+from gpt2.data.loader import TrainLoader
+from gpt2.distributed import runtime
+from gpt2.distributed.runtime import Runtime
+from gpt2.train import setup, step
+from gpt2.train.state import TrainState
 
 from .throughput import make_data
 
@@ -52,7 +54,7 @@ def measure_size(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
         if options.limit_gib:
             limit_memory(options.limit_gib)
         try:
-            state = train.build(config, rt, None)
+            state = setup.build(config, rt, None)
         except torch.OutOfMemoryError:
             yield row | {"result": "out of memory"}
             return
@@ -83,7 +85,7 @@ def measure(state: TrainState, config: TrainConfig, rt: Runtime, row: dict) -> d
         torch.cuda.reset_peak_memory_stats()
     try:
         for _ in range(2):
-            train.train_step(state, config, rt).read()
+            step.train_step(state, config, rt).read()
     except torch.OutOfMemoryError:
         state.optimizer.state.clear()  # half of the moments may be there
         state.optimizer.zero_grad(set_to_none=True)

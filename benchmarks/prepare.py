@@ -31,7 +31,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt2.shards import HEADER_BYTES
+from gpt2.data.shards import HEADER_BYTES
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import runtime, state, train
-from gpt2.config import TrainConfig
-from gpt2.devices import describe
-from gpt2.flags import parse
-from gpt2.runtime import Runtime
-from gpt2.state import TrainState
+from gpt2.config.command_line import parse
+from gpt2.config.train import TrainConfig
+from gpt2.distributed import runtime
+from gpt2.distributed.devices import describe
+from gpt2.distributed.runtime import Runtime
+from gpt2.train import run_folder, save, setup
+from gpt2.train import step as step_module
+from gpt2.train.state import TrainState
 
 from .throughput import _late, make_data, synchronize
 
@@ -54,12 +56,12 @@ def main() -> int:
 
 def measure(config: TrainConfig, rt: Runtime, options: argparse.Namespace) -> dict:
     """Seconds of rows of steps of each kind, and what follows from them."""
-    made = train.build(config, rt, None)
+    made = setup.build(config, rt, None)
     rows: dict[str, list[float]] = {kind: [] for kind in KINDS}
     stalls: list[float] = []
     with made.saver:
         try:
-            step = _late(lambda: train.train_step(made, config, rt).read, rt.steps_ahead)
+            step = _late(lambda: step_module.train_step(made, config, rt).read, rt.steps_ahead)
             for _ in range(options.warmup):
                 step()()
             for number in range(options.rows + 1):
@@ -74,7 +76,7 @@ def measure(config: TrainConfig, rt: Runtime, options: argparse.Namespace) -> di
     median = {kind: statistics.median(seconds) for kind, seconds in rows.items()}
     step_seconds = median["none"] / options.steps
     cost = {kind: median[kind] - median["none"] for kind in KINDS[1:]}
-    states = list((state.out_dir(config) / "state").glob("*/*"))
+    states = list((run_folder.out_dir(config) / "state").glob("*/*"))
     return {
         "device": describe(rt.device), "torch": torch.__version__,
         "parameters": made.model.num_parameters(), "tokens_per_step": made.plan.tokens_per_step,
@@ -93,8 +95,8 @@ def time_row(  # noqa: PLR0917
     synchronize(rt)
     started, stall = time.perf_counter(), 0.0
     if kind != "none":
-        state.save(made, config, rt, final=kind == "at once")
-        state.export(made, config, rt, final=kind == "at once")
+        save.save(made, config, rt, final=kind == "at once")
+        save.export(made, config, rt, final=kind == "at once")
         stall = time.perf_counter() - started
     for _ in range(steps):
         step()

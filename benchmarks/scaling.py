@@ -21,7 +21,7 @@ The tables are in docs/scaling.md, where a test compares them with what this pri
 import math
 from dataclasses import dataclass
 
-from gpt2.config import SIZES, GPT2Config
+from gpt2.config.model import SIZES, GPT2Config
 
 BATCH_TOKENS, CONTEXT, STEPS = 524_288, 1024, 19_073
 LARGEST = 64  # sequences of a micro-batch

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from gpt2.api import GPT2
-from gpt2.config import SIZES
+from gpt2.config.model import SIZES
 
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be"]
 

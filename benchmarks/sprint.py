@@ -36,16 +36,20 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import runtime, train
-from gpt2.begin import settle_init
-from gpt2.config import OptimOptions, TrainConfig, UserError
-from gpt2.data import TrainLoader, available_eval_tokens, eval_batches
-from gpt2.evaluate import Evaluation, evaluate
-from gpt2.flags import parse
-from gpt2.optim import sequences_left, window_at
-from gpt2.runtime import Runtime
-from gpt2.state import TrainState, save_model
-from gpt2.switches import Recipe, Switches
+from gpt2.config.command_line import parse
+from gpt2.config.switches import Switches
+from gpt2.config.train import OptimOptions, Recipe, TrainConfig
+from gpt2.data.loader import TrainLoader, available_eval_tokens, eval_batches
+from gpt2.distributed import runtime
+from gpt2.distributed.runtime import Runtime
+from gpt2.errors import UserError
+from gpt2.evaluate.loss import Evaluation, evaluate
+from gpt2.train import setup
+from gpt2.train import step as step_module
+from gpt2.train.save import save_model
+from gpt2.train.schedules import sequences_left, window_at
+from gpt2.train.setup import settle_init
+from gpt2.train.state import TrainState
 
 from .sprint_report import draw, table
 from .throughput import _late, synchronize
@@ -109,7 +113,7 @@ def sprint(options: argparse.Namespace) -> Iterator[dict]:
     with runtime.start(config.system) as rt:
         began = time.perf_counter()
         config, init = settle_init(config, rt, None)
-        state = train.build(config, rt, None, init)
+        state = setup.build(config, rt, None, init)
         try:
             config = calibrate(state, config, rt, options.seconds)
             row = {
@@ -165,7 +169,7 @@ def shares_of_ends(options: OptimOptions, full: int) -> dict[int, float]:
 def seconds_per_token(state: TrainState, config: TrainConfig, rt: Runtime) -> float:
     """As the median of some stretches, after what the first steps compile."""
     for _ in range(3):
-        train.train_step(state, config, rt).read()
+        step_module.train_step(state, config, rt).read()
     steps = 1 + int(STRETCH_SECONDS * speed(state, config, rt, 3) / state.plan.tokens_per_step)
     return 1 / statistics.median(speed(state, config, rt, steps) for _ in range(3))
 
@@ -175,7 +179,7 @@ def speed(state: TrainState, config: TrainConfig, rt: Runtime, steps: int) -> fl
     synchronize(rt)
     began = time.perf_counter()
     for _ in range(steps):
-        train.train_step(state, config, rt)
+        step_module.train_step(state, config, rt)
     synchronize(rt)
     return steps * state.plan.tokens_per_step / (time.perf_counter() - began)
 
@@ -187,7 +191,7 @@ def timed(
     max_steps = config.optim.max_steps
     marks = {round(max_steps * (i + 1) / options.evaluations) for i in range(options.evaluations)}
     validate(state, rt, options.val_tokens)  # compiles
-    step = _late(lambda: train.train_step(state, config, rt).read, rt.steps_ahead)
+    step = _late(lambda: step_module.train_step(state, config, rt).read, rt.steps_ahead)
     seconds = 0.0
     synchronize(rt)
     began = time.perf_counter()

@@ -35,11 +35,14 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from gpt2 import devices, runtime, train
-from gpt2.begin import settle_init
-from gpt2.config import GPT2_VOCAB_SIZE, SIZES, TrainConfig
-from gpt2.flags import parse
-from gpt2.shards import HEADER_BYTES, write_shard
+from gpt2.config.command_line import parse
+from gpt2.config.model import GPT2_VOCAB_SIZE, SIZES
+from gpt2.config.train import TrainConfig
+from gpt2.data.shards import HEADER_BYTES, write_shard
+from gpt2.distributed import devices, runtime
+from gpt2.train import setup
+from gpt2.train import step as step_module
+from gpt2.train.setup import settle_init
 
 SHARD_TOKENS = 4_000_000
 STEPS_TIMED = 10  # together
@@ -57,9 +60,9 @@ def ours(options: argparse.Namespace, data_dir: Path):
     config = parse(TrainConfig, argv, "benchmark")
     with runtime.start(config.system) as rt:
         config, init = settle_init(config, rt, None)
-        state = train.build(config, rt, None, init)
+        state = setup.build(config, rt, None, init)
         try:
-            yield _late(lambda: train.train_step(state, config, rt).read, rt.steps_ahead)
+            yield _late(lambda: step_module.train_step(state, config, rt).read, rt.steps_ahead)
         finally:
             state.loader.close()
 

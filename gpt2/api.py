@@ -4,18 +4,21 @@ model = GPT2().from_checkpoint("out/out_ckpt.pt")
 print(model.generate("Hello world,"))
 """
 
-import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, generate, report, weights
-from .config import GPT2_VOCAB_SIZE, SIZES, GPT2Config, ModernConfig, UserError
-from .devices import choose_device
-from .model import GPT
-from .modern import Modern
+from .checkpoint import model_file, weights
+from .config.model import SIZES, GPT2Config, ModernConfig
+from .distributed.devices import choose_device
+from .errors import UserError
+from .generate import stream as generation
+from .generate.stream import TextWriter, _stops
+from .model.gpt import GPT
+from .model.modern import Modern
+from .report import console
 from .tokenizer import gpt2_tokenizer
 
 Prompt = str | Sequence[int] | Tensor
@@ -80,16 +83,16 @@ class GPT2(GPT):
             UserError: tensors that do not fit.
         """
         for note in found.notes:
-            report.warn(f"{found.origin}: {note}")
+            console.warn(f"{found.origin}: {note}")
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
             kind = SwitchedGPT2 if isinstance(found.config, ModernConfig) else cls
             model = kind(found.config)
-        checkpoint.load_into(model, found.state, found.origin)
+        model_file.load_into(model, found.state, found.origin)
         return model.to(choose_device(device)).eval()
 
     def save(self, path: str | Path):
         """Writes a file that `from_checkpoint` reads."""
-        checkpoint.save_model(Path(path), self, step=0, val_loss=None)
+        model_file.save_model(Path(path), self, step=0, val_loss=None)
 
     def generate(
         self,
@@ -129,7 +132,7 @@ class GPT2(GPT):
         tokenizer, stops = gpt2_tokenizer(), _stops(stop)
         if stops and not text:
             raise UserError("stop= needs prompts that are text")
-        steps = generate.stream(
+        steps = generation.stream(
             self,
             prompts,
             max_new_tokens,
@@ -182,7 +185,7 @@ class GPT2(GPT):
         prompts, _, _ = self._read_prompts(prompt)
         writer = TextWriter(_stops(stop))
         settings = {"stop_token": gpt2_tokenizer().end_of_text} | settings
-        for (token,) in generate.stream(self, prompts, max_new_tokens, **settings):
+        for (token,) in generation.stream(self, prompts, max_new_tokens, **settings):
             if token is not None and (piece := writer.add(token)):
                 yield piece
             if writer.stopped:
@@ -212,49 +215,6 @@ class GPT2(GPT):
 
 class SwitchedGPT2(GPT2, Modern):
     """The same around the network with switches; `from_checkpoint` gives it where it is needed."""
-
-
-class TextWriter:
-    """Tokens one at a time to pieces of text that hold no half character and no stop string."""
-
-    def __init__(self, stops: Sequence[str] = ()):
-        self.stops = tuple(stops)
-        self.stopped = False
-        self._held = ""  # may be the beginning of a stop string
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, token: int) -> str:
-        """The text that is certain with this token; nothing after a stop string."""
-        known = [token] if token < GPT2_VOCAB_SIZE else []  # others may have added tokens
-        return self._pass_on(self._decoder.decode(gpt2_tokenizer().decode_bytes(known)))
-
-    def finish(self) -> str:
-        """What was held back, when no more tokens come."""
-        text = self._pass_on(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text + held
-
-    def _pass_on(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + text
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        longest = max(map(len, self.stops), default=1) - 1
-        begins = (n for n in range(min(longest, len(text)), 0, -1)
-                  if any(stop.startswith(text[-n:]) for stop in self.stops))  # fmt: skip
-        split = len(text) - next(begins, 0)
-        self._held = text[split:]
-        return text[:split]
-
-
-def _stops(stop: str | Sequence[str]) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(s, str) and s for s in stops):
-        raise UserError(f"stop={stop!r}: use strings that are not empty")
-    return stops
 
 
 def _without_start(row: list[int]) -> list[int]:

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import TrainConfig, UserError
-from .flags import parse
-from .tool_config import (
+from .config.command_line import parse
+from .config.commands import (
     ChatConfig,
     EvalConfig,
     ExportConfig,
-    FinetuneConfig,
     InspectConfig,
     PrepareConfig,
     ProfileConfig,
@@ -26,6 +24,9 @@ from .tool_config import (
     ServeConfig,
     ShowConfig,
 )
+from .config.finetune import FinetuneConfig
+from .config.train import TrainConfig
+from .errors import UserError
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
@@ -100,7 +101,7 @@ def finetune(argv: list[str]) -> int:
 def profile(argv: list[str]) -> int:
     """`gpt2 profile`."""
     config = parse(ProfileConfig, argv, "gpt2 profile")
-    from .profiler import run
+    from .commands.profile_step import run
 
     return run(config)
 
@@ -108,7 +109,7 @@ def profile(argv: list[str]) -> int:
 def prepare(argv: list[str]) -> int:
     """`gpt2 prepare`."""
     config = parse(PrepareConfig, argv, "gpt2 prepare")
-    from .prepare import run
+    from .prepare.run import run
 
     return run(config)
 
@@ -129,7 +130,7 @@ def shards(argv: list[str]) -> int:
 def shards_verify(argv: list[str]) -> int:
     """`gpt2 shards verify`: is every shard what it should be?"""
     _, (folder,) = parse(_NoOptions, argv, "gpt2 shards verify", {"folder": "folder of shards"})
-    from .inspect_shards import verify
+    from .commands.inspect_shards import verify
 
     return verify(Path(folder))
 
@@ -137,7 +138,7 @@ def shards_verify(argv: list[str]) -> int:
 def shards_info(argv: list[str]) -> int:
     """`gpt2 shards info`: what is in the shards of a folder?"""
     _, (folder,) = parse(_NoOptions, argv, "gpt2 shards info", {"folder": "folder of shards"})
-    from .inspect_shards import info
+    from .commands.inspect_shards import info
 
     return info(Path(folder))
 
@@ -146,7 +147,7 @@ def shards_show(argv: list[str]) -> int:
     """`gpt2 shards show`: the text of a document."""
     names = {"path": "folder of shards, or one shard"}
     config, (path,) = parse(ShowConfig, argv, "gpt2 shards show", names)
-    from .inspect_shards import show
+    from .commands.inspect_shards import show
 
     return show(Path(path), config.doc)
 
@@ -155,7 +156,7 @@ def shards_merge(argv: list[str]) -> int:
     """`gpt2 shards merge`: joins the folders that several machines made."""
     names = {"out_dir": "what --out_dir= of `gpt2 prepare --worker=1/16` was"}
     _, (folder,) = parse(_NoOptions, argv, "gpt2 shards merge", names)
-    from .merge import merge
+    from .prepare.multi_machine import merge
 
     return merge(Path(folder))
 
@@ -164,7 +165,7 @@ def sample(argv: list[str]) -> int:
     """`gpt2 sample`."""
     names = {"checkpoint": MODEL_SOURCES}
     config, (path,) = parse(SampleConfig, argv, "gpt2 sample", names)
-    from .terminal import sample as write
+    from .commands.terminal import sample as write
 
     return write(path, config)
 
@@ -172,7 +173,7 @@ def sample(argv: list[str]) -> int:
 def chat(argv: list[str]) -> int:
     """`gpt2 chat`."""
     config, (path,) = parse(ChatConfig, argv, "gpt2 chat", {"checkpoint": MODEL_SOURCES})
-    from .terminal import chat as talk
+    from .commands.terminal import chat as talk
 
     return talk(path, config)
 
@@ -181,7 +182,7 @@ def serve(argv: list[str]) -> int:
     """`gpt2 serve`: a chat page, and OpenAI's API."""
     config, (path,) = parse(ServeConfig, argv, "gpt2 serve", {"checkpoint": MODEL_SOURCES})
     try:
-        from .serve import run
+        from .serve.server import run
     except ModuleNotFoundError as error:
         if error.name.split(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
             raise
@@ -193,7 +194,7 @@ def inspect(argv: list[str]) -> int:
     """`gpt2 inspect`."""
     names = {"checkpoint": MODEL_SOURCES, "text": "text to look at; - reads it from stdin"}
     config, (path, text) = parse(InspectConfig, argv, "gpt2 inspect", names, optional=("text",))
-    from .inspect_model import run
+    from .commands.inspect_text import run
 
     return run(path, text, config)
 
@@ -201,7 +202,7 @@ def inspect(argv: list[str]) -> int:
 def evaluate(argv: list[str]) -> int:
     """`gpt2 eval`."""
     config, (path,) = parse(EvalConfig, argv, "gpt2 eval", {"checkpoint": MODEL_SOURCES})
-    from .eval_run import run
+    from .commands.evaluate import run
 
     return run(path, config)
 
@@ -214,7 +215,7 @@ def lm_eval(argv: list[str]) -> int:
             "the options after it are those of `lm_eval run --help`"
         )
     try:
-        from .harness import main
+        from .commands.lm_eval_harness import main
     except ModuleNotFoundError as error:
         if error.name.split(".")[0] != "lm_eval":
             raise
@@ -225,7 +226,7 @@ def lm_eval(argv: list[str]) -> int:
 def plot(argv: list[str]) -> int:
     """`gpt2 plot`."""
     _, (folder,) = parse(_NoOptions, argv, "gpt2 plot", {"out_dir": "folder of a run"})
-    from .plot import plot_run
+    from .report.plot import plot_run
 
     print(plot_run(Path(folder)))
     return 0
@@ -236,8 +237,8 @@ def export(argv: list[str]) -> int:
     names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; new or empty"}
     config, (source, folder) = parse(ExportConfig, argv, "gpt2 export", names)
     assert config.to == "hf", config.to  # the only one so far
-    from .export import check_target, export_hf
-    from .weights import load
+    from .checkpoint.weights import load
+    from .commands.export import check_target, export_hf
 
     check_target(Path(folder))
     print(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}")
@@ -251,7 +252,7 @@ def push(argv: list[str]) -> int:
         "repository": "OWNER/NAME on the Hub",
     }
     config, (source, repository) = parse(PushConfig, argv, "gpt2 push", names)
-    from .export import push as upload
+    from .commands.export import push as upload
 
     print(upload(source, repository, config.private))
     return 0
@@ -264,8 +265,8 @@ def demo(argv: list[str]) -> int:
     """
     config = parse(TrainConfig, argv, "gpt2 demo")  # a mistake is found before the work begins
     out_dir = config.output.out_dir if config.output.out_dir != "out" else "out/demo"
-    from .devices import choose_device
-    from .shards import read_manifest
+    from .data.shards import read_manifest
+    from .distributed.devices import choose_device
 
     device = choose_device("auto").type
     recipe = Path(__file__).parent.parent / "configs" / f"demo_{device}.toml"
@@ -294,8 +295,8 @@ class _NoOptions:
 
 
 def _train(config: TrainConfig | FinetuneConfig) -> int:
-    from . import runtime
-    from .train import run
+    from .distributed import runtime
+    from .train.loop import run
 
     try:
         return runtime.leave(run(config))
@@ -316,7 +317,7 @@ def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callab
 
 def _complain(text: str) -> int:
     """One line; under torchrun, where every rank finds the same mistakes, from the first."""
-    from .runtime import is_first_rank
+    from .distributed.runtime import is_first_rank
 
     if is_first_rank():
         print(f"gpt2: error: {text}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2.shards import write_shard
+from gpt2.data.shards import write_shard
 from gpt2.tokenizer import gpt2_tokenizer
 
 ROOT = Path(__file__).parent.parent

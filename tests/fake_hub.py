@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt2.sources import FINEWEB_REPOSITORY, FINEWEB_REVISION
+from gpt2.prepare.sources import FINEWEB_REPOSITORY, FINEWEB_REVISION
 
 MODEL_COMMIT = "d" * 40
 

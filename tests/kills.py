@@ -18,12 +18,15 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import checkpoint, commit, rundir, train
-from gpt2.config import GPT2Config, UserError
-from gpt2.model import GPT
-from gpt2.saver import Saver
+from gpt2 import files
+from gpt2.checkpoint import training_state
+from gpt2.checkpoint.async_writer import Saver
+from gpt2.config.model import GPT2Config
+from gpt2.errors import UserError
+from gpt2.model.gpt import GPT
+from gpt2.train import loop, run_folder
 
-from .test_train import config, same, weights
+from .train.test_loop import config, same, weights
 
 TRAINING = ["--max_steps=40", "--save_every=1", "--eval_every=7", "--keep_last=2", "--dropout=0.1"]
 
@@ -60,7 +63,7 @@ def save_for_ever(out: Path, announce, steps: int = 10**9):
             copies = saver.copy(step, {"model": model.state_dict(), "state": {"t": rest}})
 
             def write(step=step, copies=copies):
-                checkpoint.write_state(
+                training_state.write_state(
                     out, step, model.config, copies["model"], copies["state"], keep_last=2
                 )
 
@@ -70,7 +73,7 @@ def save_for_ever(out: Path, announce, steps: int = 10**9):
 def check(out: Path, announced: int) -> str:
     """What is wrong with the newest state, or nothing."""
     try:
-        found, damaged = checkpoint.find_state(out, "auto")
+        found, damaged = training_state.find_state(out, "auto")
     except UserError as error:
         return str(error)
     if damaged or (found.step if found else 0) < announced:
@@ -111,7 +114,7 @@ def operations(out: str) -> dict:
         places.append((folder / "place").read_text())
         left += bool(list(folder.rglob("*.tmp")))
         problem = check(folder, 2)
-        rundir.clean(folder)
+        run_folder.clean(folder)
         if problem or list(folder.rglob("*.tmp")):
             problems.append(f"{places[-1]}: {problem or 'leftovers'}")
     return {"kills": len(places), "problems": problems, "places": places, "leftovers": left}
@@ -138,9 +141,14 @@ def save_and_die(folder: Path, number: int):
         nonlocal announced
         announced = step
 
-    for owner, names in [(checkpoint, ("save_file", "fingerprint")), (checkpoint.torch, ("save",)),
-                         (commit, ("sync",)), (commit.os, ("replace",)),
-                         (commit.shutil, ("rmtree",))]:  # fmt: skip
+    hooked = [
+        (training_state, ("save_file", "fingerprint")),
+        (training_state.torch, ("save",)),
+        (files, ("sync",)),
+        (files.os, ("replace",)),
+        (files.shutil, ("rmtree",)),
+    ]
+    for owner, names in hooked:
         for name in names:
             hook(owner, name)
     save_for_ever(folder, announce, steps=3)
@@ -161,7 +169,7 @@ def training(data: str, out: str, times: str) -> dict:
             assert same(weights(whole / "out_ckpt.pt"), weights(killed / "out_ckpt.pt"))
             killed = killed.with_name(killed.name + "_")
             continue
-        folders = checkpoint.state_folders(killed)
+        folders = training_state.state_folders(killed)
         reached.append(int(folders[-1].name[5:]) if folders else 0)
     assert ended(forked(partial(quiet, data, killed))) == 0
     equal = same(weights(whole / "out_ckpt.pt"), weights(killed / "out_ckpt.pt"))
@@ -171,7 +179,7 @@ def training(data: str, out: str, times: str) -> dict:
 def quiet(data: str, out: Path) -> int:
     """Trains without a word."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return train.run(config(data, out, *TRAINING))
+    return loop.run(config(data, out, *TRAINING))
 
 
 if __name__ == "__main__":

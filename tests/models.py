@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from gpt2.hf import from_hf
+from gpt2.huggingface.model_format import from_hf
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 

@@ -12,9 +12,10 @@ from benchmarks import memory, sprint
 from benchmarks.sprint import ablations, shares_of_ends
 from benchmarks.throughput import fastest, make_data
 from gpt2.api import GPT2
-from gpt2.config import OptimOptions, TrainConfig, flatten
-from gpt2.flags import parse
-from gpt2.modern import Modern
+from gpt2.config.command_line import parse
+from gpt2.config.options import flatten
+from gpt2.config.train import OptimOptions, TrainConfig
+from gpt2.model.modern import Modern
 
 from .conftest import ROOT, run_python
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from gpt2 import cli
-from gpt2.shards import write_shard
+from gpt2.data.shards import write_shard
 
 from .conftest import ROOT, TINY, run_python
-from .test_train import metrics, same, weights
+from .train.test_loop import metrics, same, weights
 
 
 def complain(capsys, *argv) -> str:

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from gpt2.flags import parse
-from gpt2.inspect_shards import verify
-from gpt2.merge import Worker, merge
-from gpt2.tool_config import PrepareConfig
+from gpt2.commands.inspect_shards import verify
+from gpt2.config.command_line import parse
+from gpt2.config.commands import PrepareConfig
+from gpt2.prepare.multi_machine import Worker, merge
 
 from .conftest import ROOT
-from .test_prepare import make_texts, write_jsonl
+from .prepare.test_run import make_texts, write_jsonl
 
 SLURM = ROOT / "configs/cluster/prepare.slurm"
 SKY = ROOT / "configs/cluster/prepare.sky.yaml"

@@ -14,7 +14,7 @@ import pytest
 
 from .conftest import ROOT
 from .test_elastic import BATCH
-from .test_train import metrics
+from .train.test_loop import metrics
 
 CLUSTER = ROOT / "configs/cluster"
 SMALL = [*BATCH, "--eval_every=0", "--save_every=2"]

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2 import checkpoint, commit
-from gpt2.shards import SAMPLE_TOKENS, write_shard
+from gpt2 import files
+from gpt2.checkpoint import training_state
+from gpt2.data.shards import SAMPLE_TOKENS, write_shard
 
 from .conftest import ROOT, TINY, run_python
 from .models import reference, write_nanogpt
-from .test_train import metrics, same, weights
+from .train.test_loop import metrics, same, weights
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 pytestmark = [
@@ -71,7 +72,7 @@ def test_killed_ranks_continue_with_the_same_bits(two_ranks, data_dir, tmp_path)
     whole = weights(two_ranks[0] / "out_ckpt.pt")
     arguments = ["--max_steps=10", "--eval_every=5", "--save_every=3"]
     run_python(*command(2, data_dir, tmp_path, *arguments, "--keep_last=9"))
-    for folder in checkpoint.state_folders(tmp_path)[1:]:
+    for folder in training_state.state_folders(tmp_path)[1:]:
         folder.rename(tmp_path / folder.name)
     done = run_python(*command(2, data_dir, tmp_path, *arguments))
     assert "continuing from" in done.stdout
@@ -84,7 +85,7 @@ def test_run_goes_on_with_another_number_of_ranks(two_ranks, data_dir, tmp_path)
     """Two ranks up to step 6, one from there: the same tokens in the same steps."""
     arguments = ["--max_steps=10", "--save_every=6", "--eval_every=5"]
     run_python(*command(2, data_dir, tmp_path, *arguments))
-    commit.discard(checkpoint.state_folders(tmp_path)[-1])
+    files.discard(training_state.state_folders(tmp_path)[-1])
     done = run_python(
         "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY, *arguments,
         "--grad_accum_steps=4",
@@ -164,7 +165,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(data_dir, tmp_path):
     assert time.monotonic() - started < 30
     stopped = re.search(r"stopped at step (\d+)", rest)
     assert stopped, rest
-    found, _ = checkpoint.find_state(tmp_path, "auto")
+    found, _ = training_state.find_state(tmp_path, "auto")
     assert found.step == int(stopped[1])
     assert len(found.state["rng"]) == 2
 

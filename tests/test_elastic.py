@@ -12,7 +12,7 @@ import pytest
 
 from .conftest import ROOT, TINY, run_python
 from .test_distributed import _children, command
-from .test_train import metrics, same, weights
+from .train.test_loop import metrics, same, weights
 
 pytestmark = [
     pytest.mark.slow,

@@ -14,16 +14,21 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2 import checkpoint, commit, report, train
+from gpt2 import files
 from gpt2.api import GPT2
+from gpt2.checkpoint import model_file, training_state
 from gpt2.cli import main
-from gpt2.config import GPT2Config, UserError
-from gpt2.model import GPT
-from gpt2.shards import write_manifest, write_shard
+from gpt2.config.model import GPT2Config
+from gpt2.data.shards import write_manifest, write_shard
+from gpt2.errors import UserError
+from gpt2.model.gpt import GPT
+from gpt2.report import metrics as metrics_module
+from gpt2.train import loop
+from gpt2.train import step as step_module
 
 from .conftest import ROOT, TINY, run_python
 from .models import reference
-from .test_train import config, metrics, same, weights
+from .train.test_loop import config, metrics, same, weights
 
 SHAPE = GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=50)
 FLIPS = 100
@@ -68,7 +73,7 @@ def test_twenty_kills_while_training_give_the_same_bits(data_dir, tmp_path, reco
 @pytest.mark.fault(3, "RLIMIT_FSIZE of 1 MB while a checkpoint of 19 MB is written")
 def test_disk_that_takes_no_more(data_dir, tmp_path, monkeypatch, capsys):
     """Real errors of the system in the middle of a file; later there is room again."""
-    before, step = resource.getrlimit(resource.RLIMIT_FSIZE), train.train_step
+    before, step = resource.getrlimit(resource.RLIMIT_FSIZE), step_module.train_step
 
     def limited(state, config, rt):
         if state.step in (1, 3):
@@ -77,9 +82,9 @@ def test_disk_that_takes_no_more(data_dir, tmp_path, monkeypatch, capsys):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         return step(state, config, rt)
 
-    monkeypatch.setattr(train, "train_step", limited)
+    monkeypatch.setattr(loop, "train_step", limited)
     try:
-        code = train.run(config(data_dir, tmp_path, "--max_steps=4", "--save_every=2"))
+        code = loop.run(config(data_dir, tmp_path, "--max_steps=4", "--save_every=2"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 0
@@ -87,7 +92,7 @@ def test_disk_that_takes_no_more(data_dir, tmp_path, monkeypatch, capsys):
     assert "step_00000002 not written: " in err
     assert "(needs 0.02 GiB, " in err
     assert "out_ckpt.pt not written: " in err
-    assert [p.name for p in checkpoint.state_folders(tmp_path)] == ["step_00000004"]
+    assert [p.name for p in training_state.state_folders(tmp_path)] == ["step_00000004"]
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -100,10 +105,10 @@ def saved(tmp_path):
     model(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64)).backward()
     optimizer.step()
     for step in (1, 2):
-        checkpoint.save_state(
+        training_state.save_state(
             tmp_path, step, model, {"optimizer": optimizer.state_dict(), "rng": [1.5, "x"]}, 2
         )
-    checkpoint.save_model(tmp_path / "out_ckpt.pt", model, 2, 3.0)
+    model_file.save_model(tmp_path / "out_ckpt.pt", model, 2, 3.0)
     return model
 
 
@@ -123,12 +128,12 @@ def test_one_flipped_bit_in_any_file_of_a_state(saved, tmp_path, record_property
         whole = path.read_bytes()
         flip(path, rng)
         with pytest.raises(UserError, match=r"damaged|not a whole checkpoint"):
-            checkpoint.load_state(folder)
-        found, passed_over = checkpoint.find_state(tmp_path, "auto")
+            training_state.load_state(folder)
+        found, passed_over = training_state.find_state(tmp_path, "auto")
         noticed += found.step == 1 and len(passed_over) == 1
         path.write_bytes(whole)
     assert noticed == FLIPS
-    assert checkpoint.load_state(folder).step == 2
+    assert training_state.load_state(folder).step == 2
     record_property("survived", f"{noticed} of {FLIPS} in the files of a state")
 
 
@@ -148,7 +153,7 @@ def test_one_flipped_bit_in_the_weights_of_a_model(saved, tmp_path, record_prope
         path.write_bytes(data)
         torch.load(path, weights_only=True)
         with pytest.raises(UserError, match="damaged"):
-            checkpoint.load_model(path)
+            model_file.load_model(path)
         noticed += 1
     record_property("survived", f"{noticed} of {FLIPS} in out_ckpt.pt")
 
@@ -176,14 +181,14 @@ def test_one_flipped_bit_in_a_shard(tmp_path, capsys, record_property):
 
 @pytest.mark.fault(9, "the optimizer's state of a narrower network, with right hashes")
 def test_optimizer_of_another_shape(data_dir, tmp_path):
-    train.run(config(data_dir, tmp_path, "--max_steps=1"))
-    found = checkpoint.load_state(tmp_path / "state/step_00000001")
+    loop.run(config(data_dir, tmp_path, "--max_steps=1"))
+    found = training_state.load_state(tmp_path / "state/step_00000001")
     moments = found.state["optimizer"]["state"][0]
     moments["exp_avg"] = moments["exp_avg"][:4, :4].clone()
     shape = GPT2Config(**vars(found.config))
-    checkpoint.write_state(tmp_path, 1, shape, found.model, found.state, keep_last=1)
+    training_state.write_state(tmp_path, 1, shape, found.model, found.state, keep_last=1)
     with pytest.raises(UserError, match=r"exp_avg of transformer\.\S+ is \(4, 4\) instead of"):
-        train.run(config(data_dir, tmp_path, "--max_steps=2"))
+        loop.run(config(data_dir, tmp_path, "--max_steps=2"))
 
 
 def safetensors_bytes(header: dict | bytes, body=b"", length=None) -> bytes:
@@ -217,12 +222,12 @@ def test_hostile_safetensors(saved, tmp_path, content):
     path = tmp_path / "state/step_00000002"
     (path / "model.safetensors").write_bytes(content)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = commit.fingerprint(path / "model.safetensors")
+    manifest["files"]["model.safetensors"] = files.fingerprint(path / "model.safetensors")
     del manifest["sha256"]
-    manifest["sha256"] = checkpoint._digest(manifest)
+    manifest["sha256"] = training_state._digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="step_00000002"):  # a name twice is found to be a misfit
-        checkpoint.load_into(saved, checkpoint.load_state(path).model, path)
+        model_file.load_into(saved, training_state.load_state(path).model, path)
 
 
 @pytest.mark.fault(12, "NaN in a tensor of a Hugging Face folder")
@@ -251,7 +256,7 @@ def test_index_cannot_point_elsewhere(tmp_path, name):
 @pytest.mark.fault(17, "os.truncate of a shard that a run is reading")
 def test_shard_cut_short_during_a_run(data_dir, tmp_path, monkeypatch, capsys):
     shutil.copytree(data_dir, tmp_path / "d")
-    step = train.train_step
+    step = step_module.train_step
 
     def cutting(state, config, rt):
         if state.step == 2:
@@ -259,17 +264,17 @@ def test_shard_cut_short_during_a_run(data_dir, tmp_path, monkeypatch, capsys):
                 os.truncate(path, 2000)
         return step(state, config, rt)
 
-    monkeypatch.setattr(train, "train_step", cutting)
+    monkeypatch.setattr(loop, "train_step", cutting)
     argv = [f"--data_dir={tmp_path}/d", f"--out_dir={tmp_path}/out", *TINY, "--max_steps=50"]
     assert main(["train", *argv, "--save_every=1"]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "ends early (was it changed during the run?)" in err
-    assert checkpoint.find_state(tmp_path / "out", "auto")[0].step >= 2
+    assert training_state.find_state(tmp_path / "out", "auto")[0].step >= 2
 
 
 @pytest.mark.fault(22, "a loss that is infinite while its gradient is finite")
 def test_loss_that_is_not_finite_changes_nothing(data_dir, tmp_path, monkeypatch):
-    seen, update = [], train._update
+    seen, update = [], step_module._update
 
     def watched(state, skip):
         update(state, skip)
@@ -281,9 +286,9 @@ def test_loss_that_is_not_finite_changes_nothing(data_dir, tmp_path, monkeypatch
         loss = forward(self, *arguments, **keywords)
         return loss + (float("inf") if len(seen) == 2 else 0.0)
 
-    monkeypatch.setattr(train, "_update", watched)
+    monkeypatch.setattr(step_module, "_update", watched)
     monkeypatch.setattr(GPT, "forward", infinite)
-    train.run(config(data_dir, tmp_path, "--max_steps=4"))
+    loop.run(config(data_dir, tmp_path, "--max_steps=4"))
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], seen[2])
     assert not torch.equal(seen[2], seen[3])
@@ -293,7 +298,7 @@ def test_loss_that_is_not_finite_changes_nothing(data_dir, tmp_path, monkeypatch
 def test_lost_log_and_jumping_clock(data_dir, tmp_path, monkeypatch):
     import time
 
-    step, now = train.train_step, time.time
+    step, now = step_module.train_step, time.time
 
     def disturbed(state, config, rt):
         if state.step == 3:
@@ -301,10 +306,10 @@ def test_lost_log_and_jumping_clock(data_dir, tmp_path, monkeypatch):
             monkeypatch.setattr(time, "time", lambda: now() - 86_400)
         return step(state, config, rt)
 
-    monkeypatch.setattr(train, "train_step", disturbed)
-    assert train.run(config(data_dir, tmp_path, "--max_steps=6")) == 0
+    monkeypatch.setattr(loop, "train_step", disturbed)
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=6")) == 0
     assert sorted(metrics(tmp_path)) == [4, 5, 6]
-    rows = report.read_metrics(tmp_path / "metrics.jsonl")
+    rows = metrics_module.read_metrics(tmp_path / "metrics.jsonl")
     assert all(0 < row["seconds"] < 600 and row["tokens_per_second"] > 0 for row in rows[:3])
 
 
@@ -323,13 +328,13 @@ def test_other_locale_and_no_home(data_dir, tmp_path):
 # ---- signals in every phase ---------------------------------------------------------------------
 
 PHASES = {  # where in the program the signal arrives; its file, function and call
-    "while the model is made": ("train", "network", 1),
-    "first step": ("train", "train_step", 1),
-    "evaluation": ("train", "evaluate", 1),
-    "copying for a save": ("state", "write", 1),
-    "writing a save": ("checkpoint", "save_file", 1),
-    "committing a save": ("commit", "discard", 1),
-    "writing out_ckpt.pt": ("state", "write_model", 2),
+    "while the model is made": ("train.setup", "network", 1),
+    "first step": ("train.loop", "train_step", 1),
+    "evaluation": ("train.loop", "evaluate", 1),
+    "copying for a save": ("train.save", "write", 1),
+    "writing a save": ("checkpoint.training_state", "save_file", 1),
+    "committing a save": ("files", "discard", 1),
+    "writing out_ckpt.pt": ("train.save", "write_model", 2),
 }
 SIGNALLED = """
 import importlib, os, signal, sys
@@ -369,7 +374,7 @@ def test_signal_in_any_phase(phase, data_dir, tmp_path):
     assert done.returncode == 128 + sent, done.stderr
     stopped = int(done.stdout.split("stopped at step ")[1].split(";")[0])
     assert "Traceback" not in done.stderr
-    found, damaged = checkpoint.find_state(tmp_path / "out", "auto")
+    found, damaged = training_state.find_state(tmp_path / "out", "auto")
     assert not damaged
     assert (found.step if found else 0) == stopped
     assert not list((tmp_path / "out").rglob("*.tmp"))
@@ -383,7 +388,7 @@ def test_signal_in_any_phase(phase, data_dir, tmp_path):
 @pytest.mark.fault(18, "SIGTERM between the start and the end of a compiled first step")
 def test_signal_while_compiling(data_dir, tmp_path):
     """The first step, if it has begun, ends and is saved; no other follows."""
-    from gpt2.devices import choose_compile
+    from gpt2.distributed.devices import choose_compile
 
     if not choose_compile("True", torch.device("cpu"))[0]:
         pytest.skip(choose_compile("True", torch.device("cpu"))[1])
@@ -401,7 +406,7 @@ def test_signal_while_compiling(data_dir, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 143, text
-    found, _ = checkpoint.find_state(tmp_path, "auto")
+    found, _ = training_state.find_state(tmp_path, "auto")
     assert (found.step if found else 0) <= 1
 
 
@@ -440,6 +445,6 @@ def test_nan_on_one_rank_is_skipped_on_both(data_dir, tmp_path):
     for rank in (0, 1):
         kept = [f"rank {rank} step {n} kept {n == 3}" in done.stdout for n in (1, 2, 3, 4)]
         assert all(kept), done.stdout
-    rows = report.read_metrics(tmp_path / "out/metrics.jsonl")
+    rows = metrics_module.read_metrics(tmp_path / "out/metrics.jsonl")
     assert [row["step"] for row in rows if "nonfinite" in row] == [3]
     assert all(torch.isfinite(t).all() for t in weights(tmp_path / "out/out_ckpt.pt").values())

@@ -10,12 +10,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2 import checkpoint
+from gpt2 import files
+from gpt2.checkpoint import training_state
 from gpt2.cli import main
-from gpt2.config import GPT2Config, TrainConfig, UserError
-from gpt2.flags import parse
-from gpt2.model import GPT
-from gpt2.shards import open_shard, read_manifest
+from gpt2.config.command_line import parse
+from gpt2.config.model import GPT2Config
+from gpt2.config.train import TrainConfig
+from gpt2.data.shards import open_shard, read_manifest
+from gpt2.errors import UserError
+from gpt2.model.gpt import GPT
 
 from .test_architecture import CONFIGS
 
@@ -82,7 +85,7 @@ def test_manifests_of_shards(tmp_path, content, entry):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     model = GPT(GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=20))
-    return checkpoint.save_state(folder, 1, model, {"t": torch.ones(2)}, 1)
+    return training_state.save_state(folder, 1, model, {"t": torch.ones(2)}, 1)
 
 
 @fuzz
@@ -98,10 +101,10 @@ def test_manifests_of_checkpoints(saved, change, config, sign):
     manifest |= change
     del manifest["sha256"]
     if sign:
-        manifest["sha256"] = checkpoint._digest(manifest)
+        manifest["sha256"] = training_state._digest(manifest)
     try:
         path.write_text(json.dumps(manifest), encoding="utf-8")
-        checkpoint.load_state(saved)
+        training_state.load_state(saved)
     except UserError as error:
         one_line(error)
     finally:
@@ -119,12 +122,12 @@ def test_files_of_checkpoints(saved, place, content, cut, name):
     start = int(place * len(whole))
     path.write_bytes(whole[:start] + content + (b"" if cut else whole[start + len(content) :]))
     table = json.loads(signed)
-    table["files"][name] = checkpoint.fingerprint(path)
+    table["files"][name] = files.fingerprint(path)
     del table["sha256"]
-    table["sha256"] = checkpoint._digest(table)
+    table["sha256"] = training_state._digest(table)
     manifest.write_text(json.dumps(table))
     try:
-        checkpoint.load_state(saved)
+        training_state.load_state(saved)
     except UserError as error:
         one_line(error)
     finally:

@@ -10,27 +10,27 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from gpt2 import checkpoint, commit, devices, runtime, train
-from gpt2.config import GPT2Config, ModernConfig, TrainConfig, UserError
-from gpt2.decode import Decoder
-from gpt2.flags import parse
-from gpt2.generate import generate, stream
-from gpt2.hf import from_hf
-from gpt2.micro_batch import MicroBatches
-from gpt2.model import GPT
-from gpt2.modern import network
-from gpt2.ops import (
-    cached_attention,
-    causal_attention,
-    causal_attention_reference,
-    gelu,
-    head_loss,
-    head_loss_reference,
-)
-from gpt2.sampling import Sampling
+from gpt2 import files
+from gpt2.checkpoint import training_state
+from gpt2.config.command_line import parse
+from gpt2.config.model import GPT2Config, ModernConfig
+from gpt2.config.train import TrainConfig
+from gpt2.distributed import devices, runtime
+from gpt2.errors import UserError
+from gpt2.generate.decoder import Decoder
+from gpt2.generate.sampling import Sampling
+from gpt2.generate.stream import generate, stream
+from gpt2.huggingface.model_format import from_hf
+from gpt2.kernels.attention import cached_attention, causal_attention, causal_attention_reference
+from gpt2.kernels.head_loss import head_loss, head_loss_reference
+from gpt2.kernels.linear import gelu
+from gpt2.model.gpt import GPT
+from gpt2.train import loop, setup, step
+from gpt2.train.cuda_graph import MicroBatches
+from gpt2.train.setup import network
 
 from .conftest import ROOT, TINY, error
-from .test_train import metrics, weights
+from .train.test_loop import metrics, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 SMALL = [a for a in TINY if not a.startswith(("--device", "--dtype"))]
@@ -38,7 +38,7 @@ SMALL = [a for a in TINY if not a.startswith(("--device", "--dtype"))]
 
 def run(data_dir, out_dir, *arguments):
     argv = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *SMALL, *arguments]
-    return train.run(parse(TrainConfig, argv, "gpt2 train"))
+    return loop.run(parse(TrainConfig, argv, "gpt2 train"))
 
 
 def test_full_size_logits_equal_hugging_face_in_float32():
@@ -155,10 +155,10 @@ def test_checkpointing_keeps_less_when_compiled(data_dir):
         argv = [f"--data_dir={data_dir}", *SMALL, *shape, "--dtype=bfloat16"]
         config = parse(TrainConfig, [*argv, f"--activation_checkpointing={flag}"], "gpt2 train")
         with runtime.start(config.system) as rt:
-            state = train.build(config, rt, None)
+            state = setup.build(config, rt, None)
             for _ in range(4):
                 torch.cuda.reset_peak_memory_stats()
-                train.train_step(state, config, rt).read()
+                step.train_step(state, config, rt).read()
                 peaks.append(torch.cuda.max_memory_allocated())
             assert state.micro_batches.graph  # recorded in the third step
             state.loader.close()
@@ -229,7 +229,7 @@ def test_interrupted_run_goes_on_where_it_was(data_dir, tmp_path, dtype):
     arguments += ["--dropout=0.1", "--compile_model=False"]
     run(data_dir, tmp_path, *arguments)
     whole, losses = weights(tmp_path / "out_ckpt.pt"), metrics(tmp_path)
-    commit.discard(checkpoint.state_folders(tmp_path)[-1])
+    files.discard(training_state.state_folders(tmp_path)[-1])
     run(data_dir, tmp_path, *arguments)
     assert metrics(tmp_path) == pytest.approx(losses, abs=1e-3)
     for name, tensor in weights(tmp_path / "out_ckpt.pt").items():

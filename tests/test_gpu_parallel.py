@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .conftest import ROOT, TINY
-from .test_train import metrics, same, weights
+from .train.test_loop import metrics, same, weights
 
 pytestmark = [
     pytest.mark.gpu,

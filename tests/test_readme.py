@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.sources import FINEWEB_FOLDER
+from gpt2.prepare.sources import FINEWEB_FOLDER
 
 from .conftest import ROOT, TINY
+from .evaluate.test_tasks import hellaswag_items, lambada_items, write_jsonl
 from .fake_hub import fake_hub, parquet_bytes
 from .models import reference
-from .test_tasks import hellaswag_items, lambada_items, write_jsonl
 
 README = (ROOT / "README.md").read_text("utf-8")
 SMALL = [*TINY, "--max_steps=2"]

@@ -5,13 +5,15 @@ import sys
 
 import pytest
 
-from gpt2 import checkpoint, train
-from gpt2.config import TrainConfig, UserError
-from gpt2.flags import parse
+from gpt2.checkpoint import model_file, training_state
+from gpt2.config.command_line import parse
+from gpt2.config.train import TrainConfig
+from gpt2.errors import UserError
+from gpt2.train import loop
 
 from .conftest import ROOT, TINY, run_python
 from .test_distributed import TORCHRUN
-from .test_train import metrics, same, weights
+from .train.test_loop import metrics, same, weights
 
 RECIPES = sorted((ROOT / "configs").glob("*.toml"))
 SMALL = [
@@ -27,14 +29,14 @@ def arguments(recipe, data_dir, out_dir, *more) -> list[str]:
 
 
 def run(*given):
-    assert train.run(parse(TrainConfig, arguments(*given), "gpt2 train")) == 0
+    assert loop.run(parse(TrainConfig, arguments(*given), "gpt2 train")) == 0
 
 
 def check_resume(recipe, data_dir, out, *more):
     """As if the run had been killed after half of its steps: the same bits."""
     run(recipe, data_dir, out, *more)
     whole, losses = weights(out / "out_ckpt.pt"), metrics(out)
-    shutil.rmtree(checkpoint.state_folders(out)[-1])
+    shutil.rmtree(training_state.state_folders(out)[-1])
     (out / "out_ckpt.pt").unlink()
     run(recipe, data_dir, out, *more)
     assert same(weights(out / "out_ckpt.pt"), whole)
@@ -80,9 +82,9 @@ SPEEDRUN = ROOT / "configs/speedrun.toml"
 )
 def test_another_network_or_optimizer_is_no_continuation(first, then, message, data_dir, tmp_path):
     common = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}", *TINY, "--max_steps=1"]
-    train.run(parse(TrainConfig, [*common, *first], "gpt2 train"))
+    loop.run(parse(TrainConfig, [*common, *first], "gpt2 train"))
     with pytest.raises(UserError, match=message):
-        train.run(parse(TrainConfig, [*common, "--max_steps=2", *then], "gpt2 train"))
+        loop.run(parse(TrainConfig, [*common, "--max_steps=2", *then], "gpt2 train"))
 
 
 def test_init_takes_the_switches_over(data_dir, tmp_path, capsys):
@@ -90,12 +92,12 @@ def test_init_takes_the_switches_over(data_dir, tmp_path, capsys):
     init = f"--init={tmp_path / 'a' / 'out_ckpt.pt'}"
     common = [f"--data_dir={data_dir}", *(a for a in TINY if not a.startswith("--n_")), init]
     argv = [*common, f"--out_dir={tmp_path / 'b'}", "--max_steps=2", "--learning_rate=0"]
-    train.run(parse(TrainConfig, argv, "gpt2 train"))
+    loop.run(parse(TrainConfig, argv, "gpt2 train"))
     assert same(weights(tmp_path / "a/out_ckpt.pt"), weights(tmp_path / "b/out_ckpt.pt"))
-    config = checkpoint.load_model(tmp_path / "b/out_ckpt.pt")[0]
+    config = model_file.load_model(tmp_path / "b/out_ckpt.pt")[0]
     assert (config.softcap, config.skips, config.qk_norm) == (15.0, "unet+input", True)
     with pytest.raises(UserError, match="has mlp=relu2, not swiglu; its switches are taken over"):
-        train.run(parse(TrainConfig, [*argv, "--mlp=swiglu", "--resume=never"], "gpt2 train"))
+        loop.run(parse(TrainConfig, [*argv, "--mlp=swiglu", "--resume=never"], "gpt2 train"))
 
 
 def test_a_batch_that_cannot_grow_is_refused(data_dir, tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks import scaling
-from gpt2.config import SIZES, GPT2Config
-from gpt2.modern import network
+from gpt2.config.model import SIZES, GPT2Config
+from gpt2.train.setup import network
 
 from .conftest import ROOT
 

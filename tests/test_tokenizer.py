@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2 import tokenizer
-from gpt2.config import UserError
+from gpt2.errors import UserError
 from gpt2.tokenizer import END_OF_TEXT, FastTokenizer, Tokenizer, gpt2_tokenizer
 
 

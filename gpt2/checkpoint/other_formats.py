@@ -1,0 +1,154 @@
+"""Checkpoints of nanoGPT, build-nanogpt and llm.c, under our names and in our layout.
+
+nanoGPT's `ckpt.pt` is a dict with `model` and `model_args`; build-nanogpt's `model_00250.pt` one
+with `model` and `config`, an instance of its class GPTConfig. Their modules have GPT-2's names and
+their matrices are (out, in), as ours. llm.c's `.bin` is 256 int32 of header, then the parameters,
+those of all blocks together. Files are unpickled in `checkpoint`, never here.
+"""
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config.model import GPT2_VOCAB_SIZE, GPT2Config
+from ..errors import UserError
+from ..huggingface.model_format import check_tied, is_mask
+
+NANOGPT_VOCAB_SIZE = 50304  # GPT-2's, padded to a multiple of 64; the added rows are never a token
+WTE, TABLE = "transformer.wte.weight", re.compile(r"\.(wte|wpe)\.weight$")
+NEEDED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+LLMC_MAGIC, LLMC_HEADER_BYTES = 20240326, 1024
+LLMC_DTYPES = {3: np.dtype("<f4"), 5: np.dtype("<i2")}  # version 5 is bf16, read as its bits
+LLMC_BLOCK = (  # of each block: name, and its shape in units of C
+    *(("ln_1.weight", (1,)), ("ln_1.bias", (1,))),
+    *(("attn.c_attn.weight", (3, 1)), ("attn.c_attn.bias", (3,))),
+    *(("attn.c_proj.weight", (1, 1)), ("attn.c_proj.bias", (1,))),
+    *(("ln_2.weight", (1,)), ("ln_2.bias", (1,))),
+    *(("mlp.c_fc.weight", (4, 1)), ("mlp.c_fc.bias", (4,))),
+    *(("mlp.c_proj.weight", (1, 4)), ("mlp.c_proj.bias", (1,))),
+)
+
+
+class GPTConfig:
+    """Stands in for classes of this name in other people's pickles: attributes, no behaviour."""
+
+
+def is_nanogpt(content: dict[str, Any]) -> bool:
+    """Whether the content of a pickle is that of nanoGPT or build-nanogpt."""
+    return "model_args" in content or isinstance(content.get("config"), GPTConfig)
+
+
+def from_nanogpt(
+    state: dict[str, Tensor], content: dict[str, Any], path: Path
+) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint of nanoGPT or build-nanogpt.
+
+    nanoGPT's GELU is the exact one; GPT-2's, which is used here, differs from it by at most 0.0005.
+    Without biases (nanoGPT's `bias=False`) they become zeros, which is the same function. The rows
+    of a vocabulary padded to 50,304 are cut off.
+
+    Args:
+        state: its tensors by name, without prefixes of wrappers.
+        content: the rest of the file.
+        path: for error messages.
+
+    Returns:
+        (config, state, {origin, notes on what was changed, step, val_loss}).
+
+    Raises:
+        UserError: settings or tensors that are not those of a GPT-2.
+    """
+    nano = "model_args" in content
+    settings = content["model_args"] if nano else vars(content["config"])
+    if not isinstance(settings, dict) or not set(NEEDED) <= set(settings):
+        raise UserError(f"{path}: does not say its {', '.join(NEEDED)}")
+    shape = {name: settings[name] for name in NEEDED} | {"dropout": settings.get("dropout", 0.0)}
+    if not all(isinstance(value, int | float) for value in shape.values()):
+        raise UserError(f"{path}: its sizes are not numbers")
+    check_tied(state, WTE, path)
+    state = {n: t.float() for n, t in state.items() if n != "lm_head.weight" and not is_mask(n)}
+    notes = []
+    if nano:
+        notes.append(
+            "nanoGPT computes GELU by erf, GPT-2 and this network by tanh: logits differ by about "
+            "0.001"
+        )
+    if shape["vocab_size"] == NANOGPT_VOCAB_SIZE and WTE in state:
+        shape["vocab_size"] = GPT2_VOCAB_SIZE
+        state[WTE] = state[WTE][:GPT2_VOCAB_SIZE].clone()
+        notes.append("47 rows that pad the vocabulary to 50,304 are cut off")
+    if settings.get("bias") is False:
+        for name in [n for n in state if n.endswith(".weight") and not TABLE.search(n)]:
+            zeros = torch.zeros(state[name].shape[0])
+            state.setdefault(name.removesuffix("weight") + "bias", zeros)
+        notes.append("it has no biases: here they are zeros, which training will move")
+    step, val_loss = (
+        _number(next((content[name] for name in names if name in content), None))
+        for names in (("step", "iter_num"), ("val_loss", "best_val_loss"))
+    )
+    origin = "nanoGPT" if nano else "build-nanogpt"
+    rest = {"origin": origin, "notes": notes, "step": step, "val_loss": val_loss}
+    return GPT2Config(**shape), state, rest
+
+
+def _number(value: Any) -> int | float | None:
+    """A number, also from a tensor of one element; None for anything else."""
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    return value if isinstance(value, int | float) else None
+
+
+def is_llmc(path: Path) -> bool:
+    """Whether a file begins as llm.c's checkpoints do."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == struct.pack("<i", LLMC_MAGIC)
+    except OSError:
+        return False
+
+
+def read_llmc(path: Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
+    """The model in a `.bin` of llm.c, as float32; its padding rows are left out.
+
+    Raises:
+        UserError: a version that is not GPT-2's in fp32 or bf16, or another size than it must have.
+    """
+    with open(path, "rb") as file:
+        header = np.frombuffer(file.read(LLMC_HEADER_BYTES), dtype="<i4")
+        if len(header) < 256:
+            raise UserError(f"{path}: cut off inside its header")
+        version, block_size, vocab, layers, heads, width, padded = map(int, header[1:8])
+        if version not in LLMC_DTYPES:
+            raise UserError(f"{path}: llm.c's version {version}; versions 3 and 5 are GPT-2's")
+        config = GPT2Config(
+            block_size=block_size, vocab_size=vocab, n_layer=layers, n_head=heads, n_embd=width
+        )
+        parts = _llmc_parts(config, padded)
+        dtype = LLMC_DTYPES[version]
+        wanted = LLMC_HEADER_BYTES + dtype.itemsize * sum(int(np.prod(s)) for _, s in parts)
+        if (size := path.stat().st_size) != wanted or padded < vocab:
+            raise UserError(f"{path}: damaged, {size:,} bytes instead of {wanted:,}")
+        state = {}
+        for name, shape in parts:
+            values = np.fromfile(file, dtype, int(np.prod(shape))).reshape(shape)
+            tensor = torch.from_numpy(values)
+            state[name] = (tensor.view(torch.bfloat16) if version == 5 else tensor).float()
+    state[WTE] = state[WTE][:vocab].clone()
+    return config, state, {"origin": "llm.c"}
+
+
+def _llmc_parts(config: GPT2Config, padded_rows: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes in the order of the file: each parameter for all blocks in turn."""
+    C = config.n_embd
+    parts: list[tuple[str, tuple[int, ...]]] = [
+        (WTE, (padded_rows, C)),
+        ("transformer.wpe.weight", (config.block_size, C)),
+    ]
+    for name, units in LLMC_BLOCK:
+        shape = tuple(n * C for n in units)
+        parts += [(f"transformer.h.{layer}.{name}", shape) for layer in range(config.n_layer)]
+    return [*parts, ("transformer.ln_f.weight", (C,)), ("transformer.ln_f.bias", (C,))]

@@ -1,0 +1,231 @@
+"""`gpt2 eval`: a checkpoint on validation shards, a text, HellaSwag and LAMBADA."""
+
+import itertools
+import json
+import math
+import signal
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..api import GPT2
+from ..checkpoint import weights
+from ..config.commands import EvalConfig
+from ..config.train import EvalOptions, SystemOptions
+from ..data.conversations import check_eval_tokens, is_chat, open_conversations
+from ..data.datasets import Dataset, open_datasets, split_eval_tokens
+from ..data.loader import eval_batches
+from ..data.shards import WindowReader
+from ..data.text_files import read_rows
+from ..distributed import runtime
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..evaluate.loss import Evaluation, evaluate, together
+from ..evaluate.scoring import BATCH_TOKENS
+from ..evaluate.tasks import HELLASWAG, LAMBADA, load
+from ..files import write_atomically
+from ..report import console
+from ..tokenizer import gpt2_tokenizer
+
+Results = dict[str, Any]
+Job = Callable[[GPT2, Runtime], Results | None]  # None: a signal asked to stop
+LABELS = {  # of the table: name of a result -> (what it is, its form, what it was counted over)
+    "val_loss": ("validation loss (nats per token)", ".4f", "val_tokens"),
+    "val_perplexity": ("validation perplexity", ",.2f", "val_tokens"),
+    "val_bpb": ("validation bits per byte", ".4f", "val_tokens"),
+    "text_loss": ("loss on the text (nats per token)", ".4f", "text_tokens"),
+    "text_perplexity": ("perplexity on the text", ",.2f", "text_tokens"),
+    "text_bpb": ("bits per byte of the text", ".4f", "text_tokens"),
+    "hellaswag_acc_norm": ("HellaSwag acc_norm", ".4f", "hellaswag_items"),
+    "hellaswag_acc": ("HellaSwag acc", ".4f", "hellaswag_items"),
+    "lambada_acc": ("LAMBADA acc", ".4f", "lambada_items"),
+    "lambada_perplexity": ("LAMBADA perplexity (per last word)", ",.2f", "lambada_items"),
+}
+
+
+class TokensInMemory(WindowReader):
+    """Tokens to evaluate on, as a shard."""
+
+    def __init__(self, ids: np.ndarray):
+        self._ids, self.tokens = ids, len(ids)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint16 tokens [start, start + count)."""
+        return self._ids[start : start + count]
+
+
+def run(checkpoint: str, config: EvalConfig) -> int:
+    """Evaluates, under torchrun on all ranks; prints a table and writes `--json=`.
+
+    Returns:
+        Exit code: 0, or 128 + signal when a signal asked to stop.
+
+    Raises:
+        UserError: nothing to evaluate on, or input that cannot be used; found before the work.
+    """
+    started = time.perf_counter()
+    if config.json and not Path(config.json).resolve().parent.is_dir():
+        raise UserError(f"--json={config.json}: no such folder; make it, or name another file")
+    with runtime.start(SystemOptions(device=config.device, dtype=config.dtype)) as rt:
+        jobs = list(_jobs(Path(checkpoint), config, rt))
+        found = weights.load(checkpoint)
+        weights.check_vocabulary(found.config, checkpoint)
+        model = GPT2.from_weights(found, str(rt.device))
+        results = _describe(checkpoint, found.step, model, rt)
+        for job in jobs:
+            part = job(model, rt)
+            if part is None:
+                return 128 + (rt.stop_signal or signal.SIGTERM)
+            results |= part
+        results["seconds"] = round(time.perf_counter() - started, 1)
+        if rt.is_main:
+            console.say(table(results))
+            if config.json:
+                _write_json(Path(config.json), results)
+    return 0
+
+
+def _jobs(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Job]:
+    """What there is to do, with all input read and checked."""
+    asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
+    data_dir, eval_tokens = config.data_dir, config.eval_tokens
+    settings = _settings_of_run(checkpoint)
+    of_run = {} if asked else settings
+    if not asked:
+        data_dir = of_run.get("data_dir", "")
+        if not data_dir:
+            raise UserError(
+                "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text=FILE, "
+                "--hellaswag=FILE, --lambada=FILE (or hub instead of the last two files)"
+            )
+    eval_tokens = eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
+    if data_dir:
+        datasets = _open(data_dir, settings, eval_tokens)
+        counts = split_eval_tokens(datasets, eval_tokens)
+        parts = [(d.name, d.val, n) for d, n in zip(datasets, counts, strict=True)]
+        yield partial(_loss, "val", data_dir, parts)
+    if config.text:
+        shard = TokensInMemory(rt.on_main(lambda: _encode(Path(config.text), eval_tokens)))
+        yield partial(_loss, "text", config.text, [("", [shard], eval_tokens)])
+    for task, spec in ((HELLASWAG, config.hellaswag), (LAMBADA, config.lambada)):
+        if spec:
+            # broadcast: the other ranks may be on machines without the file
+            items = rt.on_main(partial(load, task, spec, console.say))
+            yield partial(_ask, task, spec, items)
+
+
+def _open(data_dir: str, settings: Results, eval_tokens: int) -> list[Dataset]:
+    """Folders of shards; or files of conversations, of which the run's held out ones count."""
+    if not is_chat(data_dir):
+        return open_datasets(data_dir, with_training=False)
+    if "val_share" not in settings:
+        raise UserError(
+            f"{data_dir}: which conversations were held out stands in the config.toml beside a "
+            "checkpoint of `gpt2 finetune`, and there is none; use --text= or shards"
+        )
+    datasets, _ = open_conversations(data_dir, settings["block_size"], settings["val_share"])
+    check_eval_tokens(eval_tokens, datasets, settings["block_size"])
+    return datasets
+
+
+def _settings_of_run(checkpoint: Path) -> Results:
+    """The config.toml that a run writes beside its checkpoints; empty where there is none."""
+    try:
+        return tomllib.loads(checkpoint.with_name("config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _encode(path: Path, limit: int) -> np.ndarray:
+    """The first `limit` + 1 ids of a file's documents as `gpt2 prepare` would join them, uint16."""
+    if not path.is_file():
+        raise UserError(f"--text={path}: no such file")
+    texts = (text for text, _ in read_rows(path) if text)
+    parts, have = [], 0
+    while have < limit and (batch := list(itertools.islice(texts, 100))):
+        parts.append(gpt2_tokenizer().encode_documents(batch)[0])
+        have += len(parts[-1])
+    if not parts:
+        raise UserError(f"--text={path}: holds no text")
+    return np.concatenate(parts)[: limit + 1]
+
+
+def _loss(
+    kind: str, source: str, parts: list[tuple[str, list, int]], model: GPT2, rt: Runtime
+) -> Results | None:
+    """Loss over the (name, shards, tokens) of one or several datasets, as in training."""
+    block_size = model.config.block_size
+    found: dict[str, Evaluation] = {}
+    for name, shards, tokens in parts:
+        batches = eval_batches(
+            shards,
+            block_size=block_size,
+            batch_size=max(1, BATCH_TOKENS[rt.device.type] // block_size),
+            eval_tokens=tokens,
+            rank=rt.rank,
+            world_size=rt.world_size,
+            device=rt.device,
+        )
+        result = evaluate(model, batches, rt)
+        if result is None:
+            return None
+        found[name] = result
+    whole = together(found.values())
+    several = found if len(found) > 1 else {}
+    return {
+        f"{kind}_loss": whole.loss,
+        f"{kind}_perplexity": whole.perplexity,
+        f"{kind}_bpb": whole.bits_per_byte,
+        f"{kind}_tokens": whole.tokens,
+        f"{kind}_source": source,
+        **{f"{kind}_loss_{name}": part.loss for name, part in several.items()},
+    }
+
+
+def _ask(task, spec: str, items: list, model: GPT2, rt: Runtime) -> Results | None:
+    results = task.ask(model, items, rt)
+    return results and results | {f"{task.name}_source": spec}
+
+
+def _describe(checkpoint: str, step: int | None, model: GPT2, rt: Runtime) -> Results:
+    return {
+        "checkpoint": checkpoint,
+        "step": step,
+        "parameters": model.num_parameters(),
+        "block_size": model.config.block_size,
+        "device": rt.device_name,
+        "dtype": str(rt.dtype).removeprefix("torch."),
+        "ranks": rt.world_size,
+    }
+
+
+def table(results: Results) -> str:
+    """What was found, a line each."""
+    step = "" if results["step"] is None else f"step {results['step']:,}, "
+    head = (
+        f"{results['checkpoint']}: {step}{results['parameters']:,} parameters; "
+        f"{results['device']}, {results['dtype']}, {results['seconds']:,} s"
+    )
+    lines = [head]
+    for name, (label, form, count) in LABELS.items():
+        if name in results:
+            number, unit = results[count], count.partition("_")[2]
+            lines.append(f"  {label:<36}{results[name]:>12{form}}  over {number:,} {unit}")
+    return "\n".join(lines)
+
+
+def _write_json(path: Path, results: Results):
+    plain = {  # JSON has no infinity
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in results.items()
+    }
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise UserError(f"--json={path}: {error.strerror or error}") from None

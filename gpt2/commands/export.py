@@ -1,0 +1,206 @@
+"""Models for other programs: a folder in Hugging Face's layout, and its way to the Hub.
+
+The folder holds what transformers, vLLM and llama.cpp's converter read: config.json, safetensors,
+the tokenizer and a model card. It is written beside its place and renamed when it is whole.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoint.model_file import load_into
+from ..checkpoint.weights import HUB_ID, Weights, load, load_local
+from ..config.model import ModernConfig, to_dict
+from ..config.switches import switched
+from ..errors import UserError
+from ..files import sync
+from ..huggingface import model_format
+from ..huggingface.hub import http_library
+from ..model.gpt import GPT
+from ..report import console
+from ..tokenizer import tokenizer_files
+
+CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt"),
+)
+FILES = {
+    model_format.CONFIG_FILE,
+    GENERATION_FILE,
+    model_format.WEIGHTS_FILE,
+    CARD_FILE,
+    *TOKENIZER_FILES,
+}
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+---
+
+# {title}
+
+A GPT-2 with {parameters:,} parameters: {n_layer} layers, {n_head} heads, width {n_embd}, context
+{block_size} tokens, vocabulary {vocab_size:,}. {trained}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # or the name of this repository
+model = AutoModelForCausalLM.from_pretrained(folder)
+{use}
+```
+
+Write here what it was trained on, for what it is meant, and under which licence it may be used.
+"""
+USE_TEXT = """tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("Hello world,", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))"""
+USE_IDS = "# its vocabulary is not GPT-2's: it takes and gives token ids, without a tokenizer"
+
+
+def check_target(folder: Path):
+    """Raises UserError, before the work, unless a folder is new or empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; name a new folder, or delete it first")
+
+
+def export_hf(weights: Weights, folder: Path) -> list[str]:
+    """Writes a model for transformers, vLLM and llama.cpp's converter.
+
+    Without GPT-2's vocabulary there are no tokenizer files, since its ids would mean something
+    else.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        UserError: the folder is not empty, no room, no permission.
+    """
+    check_target(folder)
+    model = _network(weights)
+    for note in weights.notes:
+        console.say(f"{weights.origin}: {note}")
+    folder = folder.absolute()
+    temporary = folder.with_name(f"{folder.name}.export.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        tensors = model_format.to_hf(model.state_dict())
+        del tensors["lm_head.weight"]  # the readers tie it themselves
+        save_file({n: t.contiguous() for n, t in tensors.items()},
+                  temporary / model_format.WEIGHTS_FILE, metadata={"format": "pt"})  # fmt: skip
+        for name, content in _texts(weights, folder.name).items():
+            (temporary / name).write_bytes(content)
+        # safetensors gives its file to the owner alone; others must read it like the rest
+        os.chmod(temporary / model_format.WEIGHTS_FILE, (temporary / CARD_FILE).stat().st_mode)
+        for path in temporary.iterdir():
+            sync(path)
+        if folder.exists():
+            folder.rmdir()  # it is empty; Windows renames onto nothing that is there
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder} not written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def push(source: str, repository: str, private: bool) -> str:
+    """Uploads a model to the Hub in one commit; creates the repository if need be.
+
+    A folder in Hugging Face's layout goes there as it is (the card may have been edited); anything
+    else that `weights.load` reads is exported first.
+
+    Returns:
+        The address where a browser shows it.
+
+    Raises:
+        UserError: no model, a wrong name, not logged in, no access, no connection.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise UserError(f"{repository!r}: name the repository as OWNER/NAME")
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set; unset it to upload")
+    if not get_token():
+        raise UserError("not logged in to the Hub: set HF_TOKEN, or run `hf auth login`")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(source)
+        if (folder / model_format.CONFIG_FILE).exists():
+            _network(load_local(folder))  # whole, and a GPT-2
+        else:
+            folder = Path(made) / repository.partition("/")[2]
+            export_hf(load(source), folder)
+        return _upload(folder, repository, private)
+
+
+def _upload(folder: Path, repository: str, private: bool) -> str:
+    from huggingface_hub import HfApi, constants, errors
+
+    api = HfApi()
+    try:
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[*sorted(FILES), model_format.INDEX_FILE, "*.safetensors"],
+            commit_message="gpt2 push",
+        )
+    except (http_library().HTTPError, errors.HFValidationError, ValueError, OSError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        denied = status in (401, 403)
+        raise UserError(
+            f"{repository} not uploaded: {lines[-1] if lines else type(error).__name__}; "
+            + ("use a token that may write there" if denied else "the same command tries again")
+        ) from None
+    return f"{constants.ENDPOINT}/{repository}"
+
+
+def _network(weights: Weights) -> GPT:
+    """The network with these weights; UserError unless every tensor is there, and none too many."""
+    if isinstance(weights.config, ModernConfig):
+        names = ", ".join(f"{n}={value}" for n, value in switched(weights.config).items())
+        raise UserError(
+            f"{weights.origin} is not GPT-2's network ({names}), which other programs do not "
+            "know; it can be sampled, evaluated and continued here"
+        )
+    with torch.device("meta"):
+        model = GPT(weights.config)
+    load_into(model, weights.state, weights.origin)
+    return model
+
+
+def _texts(weights: Weights, title: str) -> dict[str, bytes]:
+    """Everything but the tensors, by name."""
+    config = weights.config
+    settings = model_format.config_to_hf(config)
+    speaks = settings["eos_token_id"] is not None  # its vocabulary holds GPT-2's
+    ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id") if speaks}
+    trained = f"It was trained for {weights.step:,} steps" if weights.step else ""
+    if trained and weights.val_loss is not None:
+        trained += f"; last measured validation loss {weights.val_loss:.4f} nats per token"
+    card = CARD.format(
+        title=title,
+        parameters=sum(t.numel() for n, t in weights.state.items() if n != "lm_head.weight"),
+        trained=f"{trained}." if trained else "",
+        use=USE_TEXT if speaks else USE_IDS,
+        **to_dict(config),
+    )
+    return {
+        model_format.CONFIG_FILE: json.dumps(settings, indent=1).encode(),
+        GENERATION_FILE: json.dumps(ends, indent=1).encode(),
+        CARD_FILE: card.encode(),
+        **(tokenizer_files(config.block_size) if speaks else {}),
+    }

@@ -1,0 +1,172 @@
+"""`gpt2 inspect`: what a model makes of a text, token by token, as a table and as a page."""
+
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..api import GPT2
+from ..checkpoint import weights
+from ..config.commands import InspectConfig
+from ..config.model import ModernConfig, to_dict
+from ..config.switches import switched
+from ..errors import UserError
+from ..evaluate.loss import Evaluation
+from ..files import write_atomically
+from ..interpret import html_page
+from ..interpret.logit_lens import Look, look
+from ..report import console
+from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
+
+
+def run(checkpoint: str, text: str, config: InspectConfig) -> int:
+    """Prints the table and writes the page.
+
+    Args:
+        checkpoint: what `weights.load` takes.
+        text: what to look at; "-" reads it from stdin.
+        config: see there.
+
+    Raises:
+        UserError: no text or too much, no such model, a file in the way; found before the work.
+    """
+    if config.out:
+        html_page.check_target(Path(config.out))
+    text = _read(text, config.file)
+    ids = encode(text, config.special)
+    if not ids:
+        raise UserError('there is no text; write gpt2 inspect CKPT "some text", or --file=FILE')
+    found = weights.load(checkpoint)
+    weights.check_vocabulary(found.config, checkpoint)
+    shape = found.config
+    if len(ids) > shape.block_size:
+        raise UserError(
+            f"the text has {len(ids):,} tokens, and the model sees {shape.block_size:,} at once; "
+            f"leave out {len(ids) - shape.block_size:,} or more"
+        )
+    model = GPT2.from_weights(found, config.device)
+    wanted, note = _maps(shape.n_layer, shape.n_head, len(ids), bool(config.out))
+    seen = look(model, ids, config.top, attention=wanted)
+    console.say(table(seen))
+    if config.out:
+        facts = _facts(found, seen, checkpoint) | {"note": note}
+        content = html_page.build(seen, facts).encode()
+        write_atomically(Path(config.out), content)
+        console.say(f"{config.out}: {len(content) / 1e6:.1f} MB; open it in a browser")
+    return 0
+
+
+def encode(text: str, special: bool) -> list[int]:
+    """Ids of a text; with `special`, a literal <|endoftext|> is the token that separates documents.
+
+    Elsewhere it stays text, as everywhere in this package.
+    """
+    if not special:
+        return gpt2_tokenizer().encode(text)
+    ids: list[int] = []
+    for number, part in enumerate(text.split(END_OF_TEXT_NAME)):
+        ids += [END_OF_TEXT] * bool(number) + gpt2_tokenizer().encode(part)
+    return ids
+
+
+def evaluation(seen: Look) -> Evaluation:
+    """Loss of all tokens but the first, which nothing predicts."""
+    lengths = gpt2_tokenizer().bytes_per_token()
+    known = [int(lengths[i]) if i < len(lengths) else 0 for i in seen.ids[1:]]
+    return Evaluation(seen.nats.double().sum().item(), len(known), sum(known))
+
+
+def summary(seen: Look) -> str:
+    """The text as a whole, in one line."""
+    if len(seen.ids) == 1:
+        return "one token, so nothing was predicted; the last line says what may follow"
+    e = evaluation(seen)
+    per_byte = f"{e.bits_per_byte:.3f} bits per byte" if e.text_bytes else "no bytes of text"
+    return (
+        f"{e.tokens:,} tokens predicted: loss {e.nats:.2f} nats in all, {e.loss:.4f} a token "
+        f"(perplexity {e.perplexity:,.2f}), {per_byte}"
+    )
+
+
+def table(seen: Look) -> str:
+    """One line for each token: probability, bits, rank, and what was likeliest in its place."""
+    width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
+    lines = [f"{'':>4}  {'token':<18} {'p':>8} {'bits':>6} {'rank':>6}  likeliest"]
+    for at in range(len(seen.ids) + 1):
+        token = _quoted(seen.ids[at]) if at < len(seen.ids) else "what may follow"
+        numbers = f"{'':>22}"
+        if 0 < at < len(seen.ids):
+            nats = seen.nats[at - 1].item()
+            bits, rank = nats / math.log(2), seen.ranks[at - 1].item()
+            numbers = f"{math.exp(-nats):>8.2%} {bits:>6.2f} {rank:>6,}"
+        number = at if at < len(seen.ids) else ""
+        line = f"{number:>4}  {token:<18} {numbers}  "
+        rest = _likeliest(seen, at - 1, width - len(line)) if at else "nothing before it"
+        lines.append(line + rest)
+    return "\n".join([*lines, summary(seen)])
+
+
+def _likeliest(seen: Look, at: int, room: int) -> str:
+    """As many alternatives as there is room for, and one at least."""
+    text = ""
+    for token, p in zip(seen.top_ids[at].tolist(), seen.top_probs[at].tolist(), strict=True):
+        more = f"{'  ' if text else ''}{_quoted(token)} {p:.1%}"
+        if text and len(text + more) > room:
+            break
+        text += more
+    return text
+
+
+def _quoted(token: int) -> str:
+    """A token as Python writes it, so that spaces, line ends and control characters are seen."""
+    name = html_page.token_name(token)
+    quoted = repr(name) if isinstance(name, str) else str(bytes(name))
+    return quoted if len(quoted) <= 18 else f"{quoted[:17]}…"
+
+
+def _read(text: str, file: str) -> str:
+    if bool(text) and bool(file):
+        raise UserError("give a text or --file=, not both")
+    try:
+        if file:
+            return Path(file).read_bytes().decode()
+        return sys.stdin.buffer.read().decode() if text == "-" else text
+    except OSError as error:
+        raise UserError(f"--file={file}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file or 'stdin'} is not UTF-8 (byte {error.start})") from None
+
+
+def _maps(layers: int, heads: int, tokens: int, page_wanted: bool) -> tuple[bool, str]:
+    """Whether attention is kept, and for people why not."""
+    size = html_page.map_bytes(layers, heads, tokens)
+    if not page_wanted or size <= html_page.MOST_MAP_BYTES:
+        return page_wanted, ""
+    fit = int(math.sqrt(2 * html_page.MOST_MAP_BYTES / (layers * heads)))
+    note = (
+        f"the attention maps of {layers * heads:,} heads over {tokens:,} tokens would make the "
+        f"page {size * 4 / 3e6:,.0f} MB larger and are left out; up to {fit:,} tokens have them"
+    )
+    console.warn(note)
+    return False, note
+
+
+def _facts(found: weights.Weights, seen: Look, checkpoint: str) -> dict[str, Any]:
+    """What the head of the page says."""
+    c, e = found.config, evaluation(seen)
+    switches = switched(c) if isinstance(c, ModernConfig) else {}
+    shape = {name: to_dict(c)[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    return {
+        "model": found.origin,
+        "name": Path(checkpoint).name if Path(checkpoint).exists() else checkpoint,
+        "shape": shape,
+        "step": found.step,
+        "switches": {name: str(value) for name, value in switches.items()},
+        "vocabulary": c.vocab_size,
+        "predicted": e.tokens,
+        "bytes": e.text_bytes,
+        "loss": e.loss if e.tokens else None,
+        "total": e.nats,
+        "bitsPerByte": e.bits_per_byte if e.text_bytes else None,
+    }

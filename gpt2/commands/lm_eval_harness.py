@@ -1,0 +1,165 @@
+"""Our model in lm-evaluation-harness: the class that it asks, and its command line with it.
+
+The class is registered under the name "gpt2" when this module is imported; `gpt2 lm_eval` imports
+it and then runs the harness's own command. This is the only module that imports lm_eval.
+"""
+
+import sys
+
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup_logging
+
+from ..api import GPT2
+from ..checkpoint.weights import check_vocabulary
+from ..distributed.devices import choose_device, choose_dtype
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..evaluate.scoring import score
+from ..generate.stream import stream
+from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
+
+
+def main(checkpoint: str, argv: list[str]) -> int:
+    """`lm_eval run --model gpt2` on a checkpoint; `argv` are further options of that command.
+
+    Raises:
+        UserError: a checkpoint that cannot be read, an option that this command itself gives.
+    """
+    given = {argument.partition("=")[0] for argument in argv}
+    if taken := given & {"--model", "-M", "-a"}:
+        raise UserError(
+            f"{min(taken)}: `gpt2 lm_eval` gives the model; its precision is "
+            "--model_args=dtype=bfloat16, and for other models there is lm_eval itself"
+        )
+    own = [a.partition("=")[2] for a in argv if a.startswith("--model_args=")]
+    argv = [a for a in argv if not a.startswith("--model_args=")]
+    model = ["--model=gpt2", "--model_args", ",".join([f"checkpoint={checkpoint}", *own])]
+    batch = [] if given & {"--batch_size", "-b"} else ["--batch_size=auto"]
+    before, sys.argv = sys.argv, ["lm_eval", "run", *model, *batch, *argv]
+    try:
+        setup_logging()
+        harness = HarnessCLI()
+        harness.execute(harness.parse_args())
+    finally:
+        sys.argv = before
+    return 0
+
+
+@register_model("gpt2")
+class Harness(TemplateLM):
+    """A checkpoint of ours, as lm-evaluation-harness asks for it in `--model_args`.
+
+    Float32 unless another precision is asked for, as `--model hf` with the exported weights. Unlike
+    there, a literal `<|endoftext|>` in a task's text is text.
+
+    Args:
+        checkpoint: whatever `GPT2.from_pretrained` reads.
+        device: as in `--device` of the harness; None: a GPU if there is one.
+        dtype: of the products: float32, bfloat16, float16 or auto; float64: of everything, to
+            compare implementations.
+        batch_size: sequences of full length in a batch; "auto": what suits the device. Shorter
+            ones are batched by the same number of tokens.
+        max_batch_size: of "auto" in other models; only None.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int | str = "auto",
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        if max_batch_size is not None:
+            raise UserError("max_batch_size: use --batch_size=N alone")
+        self._device = choose_device(device or "auto")
+        products = "float32" if dtype == "float64" else dtype
+        self._rt = Runtime(self._device, choose_dtype(products, self._device)[0])
+        self._model = GPT2.from_pretrained(checkpoint, device=str(self._device))
+        check_vocabulary(self._model.config, checkpoint)
+        if dtype == "float64":
+            self._model.double()
+        self._tokenizer = gpt2_tokenizer()
+        self.max_length = self._model.config.block_size
+        sequences = 0 if str(batch_size).startswith("auto") else int(batch_size)
+        self._batch_tokens = sequences * self.max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        """End of text, which also stands for an empty context."""
+        return END_OF_TEXT
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return self._tokenizer.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Ids of a text; GPT-2 adds no special tokens."""
+        return self._tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_) -> list:
+        rows = [(context, continuation) for _, context, continuation in requests]
+        scores = score(self._model, rows, self._rt, "log-likelihoods", self._batch_tokens) or []
+        answers = [(-s.nats, s.greedy) for s in scores]
+        for (key, _, _), answer in zip(requests, answers, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts, in windows that do not overlap but for one token."""
+        windows, counts = [], []
+        for (text,) in (request.args for request in requests):
+            pairs = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+            )
+            of_text = [(None, *make_disjoint_window(pair)) for pair in pairs]
+            windows += of_text
+            counts.append(len(of_text))
+        answers = iter(self._loglikelihood_tokens(windows))
+        sums = [sum(next(answers)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts that follow the contexts, up to a stop sequence or end of text."""
+        return [self._generate(*request.args) for request in requests]
+
+    def _generate(self, context: str, settings: dict) -> str:
+        given = normalize_gen_kwargs(settings, default_max_gen_toks=256)
+        until = handle_stop_sequences(given.pop("until", None), eos=END_OF_TEXT_NAME)
+        count = given.pop("max_gen_toks")
+        sampled = given.pop("do_sample", False)
+        temperature = given.pop("temperature", 0.0) if sampled else 0.0
+        given.pop("temperature", None)
+        top_k, top_p = given.pop("top_k", 50 if sampled else 0), given.pop("top_p", 1.0)
+        if given or count >= self.max_length:
+            wrong = ", ".join(given) or f"max_gen_toks={count} with a context of {self.max_length}"
+            raise UserError(f"the task's generation_kwargs cannot be followed: {wrong}")
+        prompt = (self.tok_encode(context) or [END_OF_TEXT])[count - self.max_length :]
+        ids: list[int] = []
+        with self._rt.autocast():
+            for (token,) in stream(
+                self._model, [prompt], count, temperature=temperature, top_k=top_k, top_p=top_p,
+                stop_token=END_OF_TEXT,
+            ):  # fmt: skip
+                ids += [] if token is None else [token]
+                text = self._tokenizer.decode(ids)
+                if any(stop and stop in text for stop in until):
+                    break
+        answer = postprocess_generated_text(self._tokenizer.decode(ids), until, None)
+        self.cache_hook.add_partial("generate_until", (context, settings), answer)
+        return answer

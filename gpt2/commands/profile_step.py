@@ -1,0 +1,222 @@
+"""Where the time of a training step goes: `gpt2 profile`.
+
+Runs a few steps of the very loop that trains, under torch.profiler, and adds up what each kernel
+(on a CPU: each operation) took, beside what the arithmetic alone must take. Nothing is saved but a
+trace that chrome://tracing and ui.perfetto.dev open.
+"""
+
+import contextlib
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+from ..config.commands import ProfileConfig
+from ..config.model import GPT2_VOCAB_SIZE
+from ..config.train import TrainConfig
+from ..data.shards import write_shard
+from ..distributed import runtime
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..model.gpt import GPT
+from ..report import console, throughput
+from ..train import setup
+from ..train import step as training_step
+from ..train.messages import out_of_memory
+from ..train.setup import settle_init
+from ..train.state import TrainState
+
+WARMUP_STEPS, STEPS = 5, 3
+HEAD = "gpt2::head_loss_and_gradients"  # the operation whose kernels all belong to the head
+GROUPS = {  # group -> what occurs in the names of its kernels or operations, first match counts
+    "attention": ("sdpa", "attention", "flash", "fmha", "compute_dot_do_o", "convert_dq"),
+    "head": ("cross_entropy", "log_softmax", "nll_loss", "gradient_fp8", "quantize", HEAD),
+    "optimizer": ("adam", "multi_tensor", "fusedopti", "foreach", "lpnorm", "optimizer"),
+    "products": (
+        *("gemm", "gemv", "nvjet", "xmma", "cutlass", "splitk", "::mm", "::addmm", "::bmm"),
+        *("mkldnn", "mkl_", "gpt2::product", "gpt2::weight_gradient"),
+    ),
+    "norms": ("layer_norm", "layernorm"),
+    "copies": ("memcpy", "memset", "copy_", "::to", "direct_copy"),
+}
+OTHERS = "GELU, residuals, sums, …"
+ORDER = ("products", "head", "attention", "norms", "optimizer", "copies", OTHERS)
+# Shares of the peak rate that the best library kernels reach on an H200 with 65,536 tokens of the
+# 124M model (720, 650 and, causal half not deducted, 410 of 989 TFLOP/s).
+REACHABLE = {"products": 0.73, "head": 0.66, "attention": 0.42}
+
+
+def run(config: ProfileConfig) -> int:
+    """Profiles `STEPS` steps and prints the table; returns an exit code.
+
+    Raises:
+        UserError: settings that `gpt2 train` refuses; a trace that cannot be written.
+    """
+    trace, path = config.trace, Path(config.trace)
+    if not path.parent.is_dir():
+        raise UserError(f"trace={trace}: there is no folder {path.parent}")
+    if not path.name.endswith((".json", ".json.gz")):
+        raise UserError(f"trace={trace}: use a name that ends in .json or .json.gz")
+    with runtime.start(config.system) as rt, _data(config) as data_dir:
+        if rt.world_size > 1:
+            raise UserError("gpt2 profile looks at one process; run it without torchrun")
+        config = replace(config, data=replace(config.data, data_dir=data_dir))
+        config, init = settle_init(config, rt, None)
+        state = setup.build(config, rt, None, init)
+        recorded, state.micro_batches.graph = state.micro_batches.graph, False  # hides operations
+        try:
+            seconds, times = measure(state, config, rt, path)
+        except torch.OutOfMemoryError:
+            checkpointing = config.system.activation_checkpointing
+            raise UserError(out_of_memory(state.plan, checkpointing)) from None
+        finally:
+            state.loader.close()
+    for note in rt.notes:
+        console.say(note)
+    if recorded:
+        console.say(
+            "profiled kernel by kernel: small batches wait longer for Python than in training"
+        )
+    console.say(str(state.plan))
+    for line in table(times, seconds, state, rt):
+        console.say(line)
+    console.say(f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")
+    return 0
+
+
+def measure(
+    state: TrainState, config: TrainConfig, rt: Runtime, trace: Path
+) -> tuple[float, Counter]:
+    """(seconds per step, seconds per step of each group); writes the trace."""
+    for _ in range(WARMUP_STEPS):
+        step = training_step.train_step(state, config, rt)
+    step.read()
+    on_gpu = rt.device.type == "cuda"
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with torch_profile(activities=kinds) as profiler:
+        if on_gpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            step = training_step.train_step(state, config, rt)
+            step.read()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - began) / STEPS
+    try:
+        profiler.export_chrome_trace(str(trace))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {trace}: {error}") from None
+    events = profiler.events()
+    times = _on_gpu(events) if on_gpu else _on_cpu(events)
+    return seconds, Counter({name: value / STEPS / 1e6 for name, value in times.items()})
+
+
+def _on_gpu(events) -> Counter:
+    """Microseconds of each group, by kernels; what the head or the optimizer launched is theirs."""
+    times: Counter = Counter()
+    for event in events:
+        if event.device_type == DeviceType.CUDA:
+            times[group_of(event.name)] += event.time_range.elapsed_us()
+        elif owner := _owner(event):
+            for kernel in event.kernels:
+                times[group_of(kernel.name)] -= kernel.duration
+                times[owner] += kernel.duration
+    return times
+
+
+def _on_cpu(events) -> Counter:
+    """Microseconds of each group, by what operations took without those that they called."""
+    times: Counter = Counter()
+    for event in events:
+        name = HEAD if _owner(event) == "head" else event.name
+        parent = event.cpu_parent
+        while parent is not None and group_of(name) in (OTHERS, "copies"):
+            name, parent = parent.name, parent.cpu_parent  # a part of something larger
+        times[group_of(name)] += event.self_cpu_time_total
+    return times
+
+
+def _owner(event) -> str | None:
+    """The group of the operation that an event is a part of, if all parts belong to it."""
+    while event is not None:
+        if event.name == HEAD:
+            return "head"
+        if event.name.startswith("Optimizer.step"):  # so torch.optim names it
+            return "optimizer"
+        event = event.cpu_parent
+    return None
+
+
+def group_of(name: str) -> str:
+    """The group of a kernel or an operation."""
+    name = name.lower()
+    if name.startswith("triton_"):  # many operations in one, of which copies are the least
+        return "norms" if "norm" in name else OTHERS
+    for group, parts in GROUPS.items():
+        if any(part in name for part in parts):
+            return group
+    return OTHERS
+
+
+def flops(model: GPT, tokens: int) -> dict[str, int]:
+    """Floating point operations of forward and backward over so many tokens, by group.
+
+    Two for each weight and token forward, four backward; attention without its causal half, see
+    `GPT.flops_per_token`.
+    """
+    c = model.config
+    blocks = model.transformer.h.parameters()
+    matrices = sum(p.numel() for p in blocks if p.ndim == 2)
+    return {
+        "products": 6 * matrices * tokens,
+        "head": 6 * c.n_embd * c.padded_vocab_size * tokens,
+        "attention": 12 * c.n_layer * c.n_embd * c.block_size * tokens,
+    }
+
+
+def table(times: Counter, seconds: float, state: TrainState, rt: Runtime) -> list[str]:
+    """Lines: milliseconds and share of each group, and the floor where the peak rate is known."""
+    peak = throughput.peak_flops(rt.device_name, str(rt.dtype).removeprefix("torch."))
+    floor = {}
+    if peak:
+        work = flops(state.model, state.plan.tokens_per_step)
+        floor = {name: work[name] / peak / share for name, share in REACHABLE.items()}
+    rows = [(name, times[name], floor.get(name)) for name in ORDER]
+    rows.append(("waiting", max(0.0, seconds - sum(times.values())), None))
+    rows.append(("step", seconds, sum(floor.values()) if floor else None))
+    lines = [f"{'':28s} {'ms':>9s} {'share':>7s} {'floor ms':>9s}"]
+    for name, value, least in rows:
+        text = f"{1e3 * least:9.2f}" if least else f"{'-':>9s}"
+        lines.append(f"{name:28s} {1e3 * value:9.2f} {value / seconds:7.1%} {text}")
+    lines.append(
+        "floor: the arithmetic alone at the shares of the peak rate that library kernels reach on "
+        f"an H200 ({', '.join(f'{name} {share:.0%}' for name, share in REACHABLE.items())})"
+        if peak
+        else f"floor: not known, as the peak rate of {rt.device_name} is not in the table"
+    )
+    return lines
+
+
+@contextlib.contextmanager
+def _data(config: TrainConfig) -> Iterator[str]:
+    """The folder of shards if it is there, else one with random tokens."""
+    folder = config.data.data_dir
+    if "," in folder or ":" in folder or Path(folder).exists():
+        yield folder
+        return
+    console.say(f"{folder} is not here: profiling on random tokens")
+    with tempfile.TemporaryDirectory() as made:
+        generator = np.random.default_rng(0)
+        for name in ("random_val_000000.bin", "random_train_000001.bin"):
+            tokens = generator.integers(GPT2_VOCAB_SIZE, size=2_000_000, dtype=np.uint16)
+            write_shard(Path(made) / name, tokens)
+        yield made

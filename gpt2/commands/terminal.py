@@ -1,0 +1,183 @@
+"""Writing at the prompt: `gpt2 sample` and `gpt2 chat`."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..api import GPT2
+from ..checkpoint.weights import check_vocabulary
+from ..config.commands import ChatConfig, SampleConfig, WritingConfig
+from ..data.chat_template import Message, encode_prompt, fit
+from ..errors import UserError
+from ..generate.sampling import check_sampling
+from ..generate.stream import TextWriter, stream
+from ..report import console
+from ..tokenizer import END_OF_TEXT
+
+HELP = """/reset            forget what was said (not the system message)
+/system TEXT      tell the model what it is, and begin anew; without TEXT: nothing
+/save FILE.jsonl  append the conversation, as `gpt2 finetune --data=` reads it
+/help, /quit      Ctrl-C ends an answer"""
+
+
+def sample(path: str, config: SampleConfig) -> int:
+    """Continues `--prompt=`, or one prompt after the other from the keyboard."""
+    model = _load(path, config)
+    if config.prompt:
+        for number in range(config.num_samples):
+            _write_sample(model, config, config.prompt, number)
+        return 0
+    print("Type a beginning and press Enter; an empty line ends.", flush=True)
+    number = 0
+    while prompt := _ask() or "":
+        _write_sample(model, config, prompt, number)
+        number += 1
+    return 0
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+        model: fine-tuned on conversations.
+        config: sampling and length of answers.
+    """
+
+    def __init__(self, model: GPT2, config: ChatConfig):
+        check_vocabulary(model.config, "the model")
+        self.model, self.config = model, config
+        self.messages: list[Message] = []
+        self.answers = 0
+        self.begin(config.system)
+
+    def begin(self, system: str):
+        """Forgets all messages; what the model is told first, if anything."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Pieces of the answer to a message; what was written stays when it is left early.
+
+        When the conversation outgrows the context, its oldest messages are no longer read.
+
+        Raises:
+            UserError: a message that is too long; it is not kept.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        longest = min(self.config.max_new_tokens, self.model.config.block_size // 2)
+        prompt = encode_prompt(fit(asked, self.model.config.block_size - longest))
+        seed = self.config.seed + self.answers if self.config.seed >= 0 else None
+        tokens = stream(
+            self.model, [prompt], longest, seed=seed, stop_token=END_OF_TEXT,
+            **_sampling(self.config),
+        )  # fmt: skip
+        writer, written = TextWriter(), ""
+        try:
+            for (token,) in tokens:
+                if token is not None and (piece := writer.add(token)):
+                    written += piece
+                    yield piece
+            if rest := writer.finish():
+                written += rest
+                yield rest
+        finally:
+            self.messages = [*asked, {"role": "assistant", "content": written}]
+            self.answers += 1
+
+    def save(self, path: str):
+        """Appends the conversation to a .jsonl file; raises UserError when that is impossible."""
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def chat(path: str, config: ChatConfig) -> int:
+    """Talks until the input ends or `/quit`."""
+    model = _load(path, config)
+    if getattr(model.config, "document_mask", False):
+        raise UserError(
+            f"{path} has document_mask: the end-of-text tokens between messages hide them from one "
+            "another; `gpt2 sample` continues texts with it"
+        )
+    talk = Chat(model, config)
+    with contextlib.suppress(ImportError):  # Windows has none, and arrow keys of its own
+        import readline  # noqa: F401 - makes input() edit, and bring back what was written
+    print("Type a message and press Enter; /help tells the rest.", flush=True)
+    while (line := _ask()) is not None and line.strip() != "/quit":
+        try:
+            if line.startswith("/"):
+                _obey(talk, line)
+            elif line.strip():
+                _write_answer(talk, line)
+        except UserError as error:
+            console.error(str(error))
+    return 0
+
+
+def _obey(talk: Chat, line: str):
+    command, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if command == "/reset":
+        talk.begin(next((m["content"] for m in talk.messages if m["role"] == "system"), ""))
+    elif command == "/system":
+        talk.begin(rest)
+    elif command == "/save" and rest and talk.messages:
+        talk.save(rest)
+        print(f"appended to {Path(rest)}", flush=True)
+    elif command == "/save":
+        raise UserError("write /save FILE.jsonl, after something was said")
+    elif command == "/help":
+        print(HELP, flush=True)
+    else:
+        raise UserError(f"no command {command}; /help lists them")
+
+
+def _write_answer(talk: Chat, text: str):
+    pieces = talk.answer(text)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:  # ends the answer, not the conversation
+        pieces.close()
+    print(flush=True)
+
+
+def _load(path: str, config: WritingConfig) -> GPT2:
+    check_sampling(config.max_new_tokens, **_sampling(config))
+    model = GPT2.from_pretrained(path, device=config.device)
+    return model.bfloat16() if config.dtype == "bfloat16" else model
+
+
+def _sampling(config: WritingConfig) -> dict[str, float]:
+    return {
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "min_p": config.min_p,
+        "repetition_penalty": config.repetition_penalty,
+    }
+
+
+def _write_sample(model: GPT2, config: SampleConfig, prompt: str, number: int):
+    """Prints a prompt and, as it is written, what follows."""
+    print(prompt, end="", flush=True)
+    pieces = model.stream(
+        prompt,
+        config.max_new_tokens,
+        stop=config.stop or (),
+        seed=config.seed + number if config.seed >= 0 else None,
+        **_sampling(config),
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print("\n", flush=True)
+
+
+def _ask() -> str | None:
+    """A line, or None at the end of the input."""
+    try:
+        return input("> ")
+    except EOFError:
+        return None

@@ -1,0 +1,109 @@
+"""Options of `gpt2 finetune`: those of training with other defaults, epochs and adapters."""
+
+from dataclasses import dataclass, field
+
+from ..errors import UserError
+from .options import at_least, option
+from .train import DataOptions, EvalOptions, OptimOptions, OutputOptions, TrainConfig
+
+LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; c_proj is the name of two
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """Fine-tuning."""
+
+    epochs: float = option(3.0, "passes over the data; max_steps may end the run earlier")
+    val_share: float = option(0.05, "share of the conversations held out for validation")
+    lora_rank: int = option(
+        0, "train adapters of this rank (8, 16, …) instead of all weights; 0: no"
+    )
+    lora_alpha: float = option(16.0, "adapters count alpha / rank times")
+    lora_targets: str = option(
+        ",".join(LORA_TARGETS), "matrices that get adapters; c_attn alone is peft's default"
+    )
+
+    def __post_init__(self):
+        at_least(0, lora_rank=self.lora_rank)
+        self.targets()
+        for name, low, high in (("epochs", 0, 1e6), ("val_share", 0, 1), ("lora_alpha", 0, 1e6)):
+            if not low < getattr(self, name) < high:
+                raise UserError(
+                    f"{name}={getattr(self, name)}: use a number above {low} and below {high:g}"
+                )
+
+    def targets(self) -> list[str]:
+        """The names in lora_targets; raises UserError for one that no block has."""
+        names = [name.strip() for name in self.lora_targets.split(",")]
+        for name in names:
+            if name not in LORA_TARGETS:
+                raise UserError(
+                    f"lora_targets={self.lora_targets}: {name!r} is none of "
+                    f"{', '.join(LORA_TARGETS)}"
+                )
+        return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningData(DataOptions):
+    """Data and batch."""
+
+    data_dir: str = option(
+        "",
+        "a .jsonl (also .gz, .xz, .zst), .json or .parquet file of conversations (OpenAI's "
+        "`messages` or Alpaca's), or a folder of shards; several as a.jsonl:0.8,b.jsonl:0.2",
+        alias="data",
+    )
+    grad_accum_steps: int = option(
+        0, "micro-batches per optimizer step and rank; 0: one, or what total_batch_tokens takes"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptim(OptimOptions):
+    """Optimizer and schedule."""
+
+    max_steps: int = option(1_000_000, "no more optimizer steps than this")
+    learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 3e-5, with adapters 3e-4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningEval(EvalOptions):
+    """Validation."""
+
+    eval_every: int = option(50, "steps between evaluations; 0: only at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOutput(OutputOptions):
+    """Output, checkpoints and logs."""
+
+    out_dir: str = option("out/finetuned", "folder for checkpoints, metrics.jsonl and plots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Everything that `gpt2 finetune` can be told: as `gpt2 train`, with adapters and epochs."""
+
+    data: TuningData = field(default_factory=TuningData)
+    optim: TuningOptim = field(default_factory=TuningOptim)
+    eval: TuningEval = field(default_factory=TuningEval)
+    output: TuningOutput = field(default_factory=TuningOutput)
+    tuning: TuningOptions = field(default_factory=TuningOptions)
+
+    def __post_init__(self):
+        if not self.optim.learning_rate:
+            rate = 3e-4 if self.tuning.lora_rank else 3e-5
+            object.__setattr__(self.optim, "learning_rate", rate)
+        super().__post_init__()
+        if self.tuning.lora_rank and self.optim.optimizer != "adamw":
+            raise UserError(
+                f"optimizer={self.optim.optimizer} is for whole matrices; leave it or lora_rank out"
+            )
+        if self.tuning.lora_rank and (self.optim.embedding_lr or self.optim.head_lr):
+            raise UserError(
+                "embedding_lr and head_lr are for weights that lora_rank leaves as they are; leave "
+                "them or lora_rank out"
+            )
+        if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
+            object.__setattr__(self.data, "grad_accum_steps", 1)

@@ -1,0 +1,91 @@
+"""The shape of the network: GPT-2's numbers, the table of sizes, and the switches beside them.
+
+Pure data and checks on it; nothing here imports torch or touches a file.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+from ..errors import UserError
+from .switches import Switches, check_switches
+
+GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + end of text
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """Shape of the network. The defaults are GPT-2 (124M).
+
+    Raises:
+        UserError: when the numbers do not fit together.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = GPT2_VOCAB_SIZE
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}={value!r}: use a whole number of at least 1")
+        if self.n_embd % self.n_head:
+            near = max(1, self.n_embd // self.n_head)
+            raise UserError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+                f"use n_embd={near * self.n_head} or {(near + 1) * self.n_head}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout}: use a number from 0 up to, not including, 1")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows the head computes: the next multiple of 128, which matrix units like (50,304)."""
+        return -(-self.vocab_size // 128) * 128
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "GPT2Config":
+        """The config that a checkpoint carries; unknown or missing keys are an error.
+
+        One that names switches is a `ModernConfig`, whose other switches are GPT-2's.
+        """
+        if {**values}.get("bigram_rows") == 0:  # a switch that did not pay, and is gone
+            values = {name: value for name, value in values.items() if name != "bigram_rows"}
+        known, switches = ({f.name for f in fields(c)} for c in (GPT2Config, Switches))
+        if odd := (set(values) - switches) ^ known:
+            odd = ", ".join(sorted(repr(name)[1:-1] for name in odd))  # no line breaks
+            raise UserError(f"the checkpoint's config does not describe a GPT-2: {odd}")
+        return (ModernConfig if set(values) & switches else GPT2Config)(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModernConfig(Switches, GPT2Config):
+    """Shape of the network in `modern.py`: GPT-2's, and the switches."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        width = self.n_embd // self.n_head
+        check_switches(self, self.n_layer, width, self.block_size, self.dropout)
+
+
+SIZES: dict[str, dict[str, int]] = {
+    # Radford et al. 2019, table 2; parameter counts are those of the released models.
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1,558M
+    # For laptops and tests: the same network, small enough for a CPU.
+    "gpt2-small": {"n_layer": 6, "n_head": 6, "n_embd": 384},  # 30M
+    "gpt2-mini": {"n_layer": 4, "n_head": 4, "n_embd": 256},  # 16M
+    "gpt2-tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128},  # 7M
+}
+
+
+def to_dict(config: GPT2Config) -> dict:
+    """Plain values, as a checkpoint stores them."""
+    return asdict(config)
+
+
+IGNORE = -1  # a target that is not predicted

@@ -1,0 +1,228 @@
+"""The binary shard format and its manifest. numpy only.
+
+A shard is llm.c's file, which modded-nanogpt reads too: 256 little-endian int32 (magic 20240520,
+version 1, number of tokens, zeros), then that many uint16 tokens. A folder holds
+`<prefix>_val_000000.bin`, `<prefix>_train_000001.bin`, … and `manifest.json` with the sha256 of
+each. Files appear under their names only when they are whole.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config.model import GPT2_VOCAB_SIZE
+from ..errors import UserError
+from ..files import write_atomically
+
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 256 * 4
+TOKEN_BYTES = 2
+CHUNK_TOKENS = 2**22  # read at once where a whole shard is gone through: 8 MB
+MANIFEST = "manifest.json"
+SAMPLE_TOKENS = 2**12  # of a fingerprint, at each of three places
+SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
+
+
+class WindowReader:
+    """What training and validation read windows from; has `tokens` and `read`."""
+
+    tokens: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint16 tokens [start, start + count)."""
+        raise NotImplementedError
+
+    def window(self, start: int, count: int) -> tuple[np.ndarray, ...]:
+        """(inputs, targets) of `count` tokens, (count,) int64, the first input at `start`."""
+        tokens = self.read(start, count + 1).astype(np.int64)
+        return tokens[:-1], tokens[1:]
+
+    def fingerprint(self) -> str:
+        """sha256 over the first, the middle and the last tokens; all of them in a small shard."""
+        count = min(SAMPLE_TOKENS, self.tokens)
+        digest = hashlib.sha256()
+        for first in (0, (self.tokens - count) // 2, self.tokens - count):
+            digest.update(self.read(first, count).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard(WindowReader):
+    """A file whose header has been checked."""
+
+    path: Path
+    tokens: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint16 tokens [start, start + count).
+
+        Reads instead of mapping: a file cut short under a map kills the process without a word.
+
+        Raises:
+            UserError: when the file is shorter than its header said, or an id is no GPT-2 token.
+        """
+        assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
+        tokens = np.empty(count, dtype="<u2")
+        with open(self.path, "rb", buffering=0) as file:  # few system calls, as windows are small
+            file.seek(HEADER_BYTES + TOKEN_BYTES * start)
+            received = file.readinto(tokens)
+        if received != tokens.nbytes:
+            raise UserError(f"{self.path}: ends early (was it changed during the run?); {REDO}")
+        self.check_ids(tokens, start)
+        return tokens
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All tokens in order, uint16, `CHUNK_TOKENS` at a time; raises as `read` does."""
+        for start in range(0, self.tokens, CHUNK_TOKENS):
+            yield self.read(start, min(CHUNK_TOKENS, self.tokens - start))
+
+    def header_bytes(self) -> bytes:
+        """The bytes before the tokens, for the sha256 of the file."""
+        with open(self.path, "rb") as file:
+            return file.read(HEADER_BYTES)
+
+    def check_ids(self, tokens: np.ndarray, start: int):
+        """Raises UserError for a token outside GPT-2's vocabulary, with its place in the file."""
+        if len(tokens) and tokens.max() >= GPT2_VOCAB_SIZE:
+            at = int(np.argmax(tokens >= GPT2_VOCAB_SIZE))
+            raise UserError(
+                f"{self.path}: token {tokens[at]} at offset {start + at} is outside GPT-2's "
+                f"vocabulary of {GPT2_VOCAB_SIZE}; {REDO}"
+            )
+
+
+REDO = "delete it and run `gpt2 prepare` again"
+
+
+def redo(entry: dict, missing: bool = False) -> str:
+    """What to do about a damaged or missing shard, given its entry in the manifest."""
+    if "worker" not in entry:
+        return REDO.removeprefix("delete it and ") if missing else REDO
+    it = "" if missing else "it and "
+    return (
+        f"delete {it}{MANIFEST}, then run `gpt2 prepare --worker={entry['worker']}` and "
+        "`gpt2 shards merge` again"
+    )
+
+
+def open_shard(path: Path) -> Shard:
+    """Checks a shard's header against the file.
+
+    Raises:
+        UserError: not a shard, another version, or a token count that the file does not have.
+    """
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=3)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    if size < HEADER_BYTES or header[0] != MAGIC:
+        raise UserError(
+            f"{path}: not a token shard (its magic number is not {MAGIC}); "
+            "make shards with `gpt2 prepare`"
+        )
+    if header[1] != VERSION:
+        raise UserError(
+            f"{path}: version {header[1]} of the shard format; only version {VERSION} "
+            "(GPT-2 tokens as uint16) can be read"
+        )
+    expected = HEADER_BYTES + TOKEN_BYTES * int(header[2])
+    if size != expected:
+        held = (size - HEADER_BYTES) // TOKEN_BYTES
+        raise UserError(
+            f"{path}: header says {header[2]} tokens, file holds {held} "
+            f"(truncated download?); {REDO}"
+        )
+    return Shard(path, int(header[2]))
+
+
+def find_shards(folder: str | Path, split: str) -> list[Shard]:
+    """The checked shards of a split ("train" or "val"), in the order of their names.
+
+    Raises:
+        UserError: no such folder, no shard of that split, or a damaged header in any of them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"no data folder {folder}; make one with `python fineweb.py` (FineWeb-Edu) or "
+            f"`gpt2 prepare --source=stdlib --out_dir={folder}`, or name another with --data_dir="
+        )
+    paths = [p for p in shard_paths(folder) if SHARD_NAME.fullmatch(p.name)["split"] == split]
+    if not paths:
+        check_joined(folder)
+        raise UserError(
+            f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
+        )
+    return [open_shard(path) for path in paths]
+
+
+def check_joined(folder: Path):
+    """Raises UserError for a folder whose shards are still in the folders of several workers."""
+    if any(folder.glob("worker-*-of-*")):
+        raise UserError(f"{folder} holds folders of workers; join them: gpt2 shards merge {folder}")
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """Files of a folder with the name of a shard, in the order of their names."""
+    return sorted(path for path in folder.glob("*.bin") if SHARD_NAME.fullmatch(path.name))
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> str:
+    """Writes a shard under its name only when it is whole; returns its sha256."""
+    assert tokens.dtype == np.uint16
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    body = np.ascontiguousarray(tokens, dtype="<u2").data  # no copy: 200 MB of a usual shard
+    write_atomically(path, header.data, body)
+    digest = hashlib.sha256(header)
+    digest.update(body)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict):
+    """Replaces `manifest.json` in one step."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / MANIFEST, text.encode())
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a folder, or None where there is none.
+
+    Raises:
+        UserError: when the file is damaged, or names files that are no shards of this folder.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete its folder and start over") from None
+    if (
+        not isinstance(manifest, dict)
+        or not isinstance(manifest.get("shards"), list)
+        or not all(map(_is_entry, manifest["shards"]))
+    ):
+        raise UserError(f"{path} is not a manifest of shards; use another --out_dir=")
+    return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether a manifest's entry describes a shard in the manifest's own folder."""
+    if not isinstance(entry, dict):
+        return False
+    name = str(entry.get("name"))
+    match = SHARD_NAME.fullmatch(name)
+    return (
+        match is not None
+        and not set(name) & {"/", "\\"}
+        and entry.get("split") == match["split"]
+        and isinstance(entry.get("sha256"), str)
+        and all(isinstance(entry.get(key), int) for key in ("tokens", "documents"))
+    )

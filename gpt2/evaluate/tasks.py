@@ -1,0 +1,154 @@
+"""HellaSwag and LAMBADA: their items, what is asked of a model about each, and what is counted."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data.text_files import read_items
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..huggingface.downloads import Downloads
+from ..huggingface.hub import WAY_OUT, Dataset
+from ..model.gpt import GPT
+from ..tokenizer import gpt2_tokenizer
+from .scoring import Row, score
+
+HUB = "hub"  # instead of the name of a file
+DOWNLOADS = Path("data/downloads")
+
+
+class Choice(NamedTuple):
+    """An item of HellaSwag."""
+
+    rows: list[Row]  # the context with each ending
+    label: int  # of the right ending
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the items are on the Hub, how a row becomes one, and how a model is asked."""
+
+    name: str
+    repository: str
+    file: str
+    read: Callable[[dict[str, Any]], Any]  # raises for what is no item
+    needs: str
+    ask: Callable[[GPT, list, Runtime], dict[str, float] | None]
+
+
+def load(task: Task, spec: str, say: Callable[[str], None]) -> list:
+    """The items of a task, as ids.
+
+    Args:
+        task: HELLASWAG or LAMBADA.
+        spec: a .jsonl (also .gz, .xz, .zst) or .parquet file, or "hub" for the one of the Hub,
+            which is verified and kept in data/downloads.
+        say: is told what is downloaded, and what it waits for.
+
+    Raises:
+        UserError: no such file, a row that is no item (named), no items, or no way to download.
+    """
+    path = _download(task, say) if spec == HUB else Path(spec)
+    items = []
+    for number, fields in read_items(path):
+        try:
+            items.append(task.read(fields))
+        except (AttributeError, KeyError, TypeError, ValueError):  # of whatever it holds
+            raise UserError(f"{path}: row {number} is no item; it needs {task.needs}") from None
+    if not items:
+        raise UserError(f"{path}: holds no items")
+    return items
+
+
+def _download(task: Task, say: Callable[[str], None]) -> Path:
+    dataset = Dataset(task.repository, "main", say)
+    folder, _, _ = task.file.rpartition("/")
+    downloads = Downloads(dataset, DOWNLOADS / task.repository, keep=True, say=say)
+    way_out = f"or give a file: --{task.name}=FILE"
+    try:
+        found = [file for file in dataset.find(folder) if file.name == task.file]
+        if not found:
+            raise UserError(f"{dataset.page} has no file {task.file}")
+        with downloads.open(found[0]) as path:
+            say(f"{task.name}: {path}, commit {dataset.revision[:12]} of {task.repository}")
+            return path
+    except UserError as error:
+        text = str(error).removesuffix(WAY_OUT).rstrip("; ")
+        raise UserError(f"--{task.name}={HUB}: {text}; {way_out}") from None
+    finally:
+        downloads.close()
+
+
+def _choice(fields: dict[str, Any]) -> Choice:
+    context, endings, label = fields["ctx"], fields["endings"], int(fields["label"])
+    if not context.strip() or not isinstance(endings, list) or len(endings) < 2 or not all(endings):
+        raise ValueError
+    ids = gpt2_tokenizer().encode(context)
+    rows = [(ids, gpt2_tokenizer().encode(" " + ending)) for ending in endings]
+    if not 0 <= label < len(rows):
+        raise ValueError
+    return Choice(rows, label)
+
+
+def _ask_choices(model: GPT, items: list[Choice], rt: Runtime) -> dict[str, float] | None:
+    """HellaSwag (Zellers et al. 2019) in the completion style of build-nanogpt and llm.c.
+
+    Each ending, with a space before it, is scored as the continuation of `ctx` as it stands. `acc`
+    takes the ending with the smallest sum of nats; `acc_norm` the smallest mean per token.
+
+    lm-evaluation-harness's task of this name reports other numbers: it puts the activity's label
+    before a cleaned context, and its acc_norm divides by the characters of an ending.
+    """
+    scores = score(model, [row for item in items for row in item.rows], rt, "HellaSwag")
+    if scores is None:
+        return None
+    right = right_norm = first = 0
+    for item in items:
+        of_item = scores[first : first + len(item.rows)]
+        first += len(item.rows)
+        sums = [s.nats for s in of_item]
+        means = [s.nats / s.tokens for s in of_item]
+        right += sums.index(min(sums)) == item.label
+        right_norm += means.index(min(means)) == item.label
+    return {
+        "hellaswag_acc_norm": right_norm / len(items),
+        "hellaswag_acc": right / len(items),
+        "hellaswag_items": len(items),
+    }
+
+
+def _last_word(fields: dict[str, Any]) -> Row:
+    context, space, word = fields["text"].rstrip().rpartition(" ")
+    if not space or not context.strip():
+        raise ValueError
+    return gpt2_tokenizer().encode(context), gpt2_tokenizer().encode(" " + word)
+
+
+def _ask_last_words(model: GPT, items: list[Row], rt: Runtime) -> dict[str, float] | None:
+    """LAMBADA (Paperno et al. 2016), as lm-evaluation-harness's lambada_openai.
+
+    The last word of `text`, with the space before it, is the continuation of the rest. `acc` counts
+    words that greedy decoding writes, all of their tokens; `perplexity` is exp of the mean nats per
+    word, not per token.
+    """
+    scores = score(model, items, rt, "LAMBADA")
+    if scores is None:
+        return None
+    mean_nats = sum(s.nats for s in scores) / len(scores)
+    return {
+        "lambada_acc": sum(s.greedy for s in scores) / len(scores),
+        "lambada_perplexity": math.exp(mean_nats) if mean_nats < 700 else math.inf,
+        "lambada_items": len(scores),
+    }
+
+
+HELLASWAG = Task(
+    "hellaswag", "Rowan/hellaswag", "data/validation-00000-of-00001.parquet",
+    _choice, "`ctx`, a list `endings`, and the number of the right one as `label`", _ask_choices,
+)  # fmt: skip
+LAMBADA = Task(
+    "lambada", "EleutherAI/lambada_openai", "data/lambada_test_en.jsonl",
+    _last_word, "a `text` of two words or more", _ask_last_words,
+)  # fmt: skip

@@ -1,0 +1,108 @@
+"""Models of the Hugging Face Hub: config.json and safetensors, checked by their sha256.
+
+Files come through huggingface_hub's cache (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and proxies
+count), all from one commit, and are compared with the sha256 under which the cache keeps them.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+from . import model_format
+from .hub import http_library
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def download(repository: str, revision: str = "") -> Path:
+    """The folder of the Hub's cache that holds config.json and the safetensors of a model.
+
+    The first file settles the commit that the others are taken from.
+
+    Raises:
+        UserError: no such model or revision, no access, no connection, no safetensors, damage.
+    """
+    config = _fetch(repository, model_format.CONFIG_FILE, revision)
+    folder = config.parent
+    model_format.config_from_hf(
+        model_format.read_json(config), config
+    )  # no gigabytes for what is no GPT-2
+    commit = folder.name
+    try:
+        _verify(_fetch(repository, model_format.WEIGHTS_FILE, commit))
+    except _Missing as error:
+        try:
+            index = _fetch(repository, model_format.INDEX_FILE, commit)
+        except _Missing:
+            if error.in_cache:
+                raise error from None
+            raise UserError(
+                f"{repository} at {commit[:12]} has no safetensors (pickles are not read); "
+                "save_pretrained of transformers makes them"
+            ) from None
+        for name in model_format.index_files(index):
+            _verify(_fetch(repository, name, commit))
+    return folder
+
+
+class _Missing(UserError):
+    """The repository, or without a connection the cache, lacks this file."""
+
+    in_cache = False
+
+
+def _fetch(repository: str, name: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with _as_user_error(repository, name, revision):
+        return Path(hf_hub_download(repository, name, revision=revision or None))
+
+
+def _verify(path: Path):
+    """Compares a file with its sha256, which is its name in the cache where links are possible."""
+    kept = path.resolve()
+    if SHA256.fullmatch(kept.name):
+        with open(kept, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != kept.name:
+                raise UserError(f"{kept} is damaged (its sha256 differs); delete it and try again")
+
+
+@contextmanager
+def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repository}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        text = f"no access to {repository}: set HF_TOKEN or run `hf auth login`, and accept the "
+        raise UserError(f"{text}terms at {page}") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{repository}: no such file or folder here, and no such model at {page} (a private "
+            "one needs HF_TOKEN or `hf auth login`)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{repository} has no revision {revision}; see {page}") from None
+    except errors.LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            missing = _Missing(
+                f"{repository}: no such file or folder here, HF_HUB_OFFLINE is set and the cache "
+                f"lacks its {name}; unset it, or download first"
+            )
+            missing.in_cache = True
+            raise missing from None
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(f"cannot get {name} of {page}: {reason}; try again") from None
+    except errors.EntryNotFoundError:
+        raise _Missing(f"{repository} has no {name}; see {page}") from None
+    except (errors.HFValidationError, http_library().HTTPError, OSError) as error:
+        raise UserError(f"{repository}: {_first_line(error)}; see {page}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -1,0 +1,140 @@
+"""What a network does with one text: probabilities, what each layer would predict, attention.
+
+The real network computes: `Recorder` stands in the place of its KV cache, where attention passes
+by, and hooks see the residual stream between the blocks. Positions, QK-norm, windows, documents and
+caps of the logits are therefore those of the model, and the training path knows nothing of this.
+
+Shapes: `T` tokens, `L` layers, `H` heads, `D` head width, `C` channels, `V` vocabulary, `K`
+alternatives.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..model.attention_masks import visible
+from ..model.gpt import GPT
+
+
+class Recorder:
+    """Attention by its formula (Vaswani et al. 2017, eq. 1), for one text; its weights are kept.
+
+    Used as `model(idx, cache=Recorder())`.
+    """
+
+    def __init__(self):
+        self.weights: list[Tensor] = []  # of each layer, (H, T, T): queries, keys; rows sum to 1
+        self.first: list[Tensor] = []  # of each layer, (T,): the earliest position a query may see
+
+    def start(self) -> int:
+        """Position of the first token."""
+        return 0
+
+    def advance(self, count: int):
+        """Nothing follows."""
+
+    def enter(self, begins: Tensor, positions: Tensor) -> Tensor:
+        """(1, T) bool, where documents begin -> (1, T) their numbers, as `masks.documents_of`."""
+        return begins.cumsum(1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention; all (1, H, T, D)."""
+        return self.attend_to(layer, q, k, v, None, torch.arange(q.shape[2], device=q.device), None)
+
+    def attend_to(  # noqa: PLR0917 - what attention has
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: Tensor | None,
+        positions: Tensor, documents: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """As `attend`, over what window and documents show; see `masks.visible`."""
+        seen = visible(positions, positions, window, documents, documents)
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        assert len(self.weights) == layer, layer
+        self.weights.append(weights[0].cpu())
+        self.first.append(seen[0, 0].int().argmax(-1).cpu())
+        return weights @ v
+
+
+@dataclass(frozen=True)
+class Look:
+    """All that is shown of a text; probabilities are of the next token, all tensors on the CPU.
+
+    `lens_…` hold what the network would predict if it ended after so many blocks: its last norm and
+    its head on the residual stream there (the logit lens, nostalgebraist 2020). Row 0 is the
+    embedding, row L the network itself.
+    """
+
+    ids: list[int]  # T
+    nats: Tensor  # (T - 1,) -log p of tokens 1 … T - 1; nothing predicts token 0
+    ranks: Tensor  # (T - 1,) 1: it was the likeliest
+    top_ids: Tensor  # (T, K) likeliest tokens after each position, the last one included
+    top_probs: Tensor  # (T, K)
+    lens_ids: Tensor  # (L + 1, T, K')
+    lens_probs: Tensor  # (L + 1, T, K')
+    lens_actual: Tensor  # (L + 1, T - 1) probability of the token that came
+    attention: list[Tensor] = field(default_factory=list)  # L of (H, T, T), empty if not wanted
+    first: list[Tensor] = field(default_factory=list)  # L of (T,), see `Recorder`
+
+
+@torch.no_grad()
+def record(model: GPT, ids: list[int], attention: bool = True):
+    """One pass over a text.
+
+    Args:
+        model: a network, in evaluation mode.
+        ids: at most block_size tokens.
+        attention: keep its weights, L · H · T² numbers.
+
+    Returns:
+        (logits (T, V), residual stream before, between and after the blocks: L + 1 of (T, C), the
+        `Recorder` or None).
+    """
+    assert not model.training
+    stream: list[Tensor] = []
+    blocks = model.transformer.h
+    handles = [blocks[0].register_forward_pre_hook(lambda _, given: stream.append(given[0][0]))]
+    handles += [b.register_forward_hook(lambda _, __, out: stream.append(out[0])) for b in blocks]
+    recorder = Recorder() if attention else None
+    try:
+        idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
+        logits = model(idx, cache=recorder)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, stream, recorder
+
+
+@torch.no_grad()
+def look(model: GPT, ids: list[int], top: int = 10, lens_top: int = 5, attention: bool = True):
+    """Looks at a text; gives a `Look`.
+
+    Args:
+        model: a network, in evaluation mode.
+        ids: from 1 to block_size tokens.
+        top: K, alternatives of each token.
+        lens_top: K', the same of each layer.
+        attention: keep its weights.
+    """
+    logits, stream, recorder = record(model, ids, attention)
+    actual = torch.tensor(ids[1:], device=logits.device)[:, None]
+    log_probs = _log_softmax(logits)
+    nats = -log_probs[:-1].gather(1, actual)
+    ranks = 1 + (log_probs[:-1] > -nats).sum(1)
+    top_log, top_ids = log_probs.topk(min(top, logits.shape[1]))
+    layers = []
+    for x in stream:  # one at a time: T · V numbers each
+        log_probs = _log_softmax(model.logits(model.transformer.ln_f(x)))
+        values, indices = log_probs.topk(min(lens_top, logits.shape[1]))
+        layers.append((indices, values.exp(), log_probs[:-1].gather(1, actual)[:, 0].exp()))
+    parts = zip(*layers, strict=True)
+    lens_ids, lens_probs, lens_actual = (torch.stack(part).cpu() for part in parts)
+    return Look(
+        ids, nats[:, 0].cpu(), ranks.cpu(), top_ids.cpu(), top_log.exp().cpu(),
+        lens_ids, lens_probs, lens_actual,
+        recorder.weights if recorder else [], recorder.first if recorder else [],
+    )  # fmt: skip
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

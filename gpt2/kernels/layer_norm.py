@@ -1,0 +1,64 @@
+"""LayerNorm (Ba et al. 2016), in training of wide rows in bf16 by a kernel that reads them once.
+
+The compiler reads a row of up to 1,024 numbers once, and a wider one twice, in twice the time.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .custom_op import operation
+from .precision import HAS_TRITON, products_in_bf16
+
+NARROW = 1024
+
+
+class LayerNorm(nn.LayerNorm):
+    """As PyTorch's, (..., C) -> (..., C); the kernel's result is in bf16, of the same numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rows with mean 0 and deviation 1, times a gain, plus a bias."""
+        if not (self.training and _wide_in_bf16(x)):
+            return super().forward(x)
+        return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
+
+
+def _wide_in_bf16(x: Tensor) -> bool:
+    in_bf16 = x.dtype is torch.bfloat16 and products_in_bf16("cuda")
+    return x.is_cuda and HAS_TRITON and in_bf16 and x.shape[-1] > NARROW
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        y, mean, rstd = _layer_norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        """PyTorch's own, which the compiler takes apart and joins with what is around it."""
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            dy.float(), x.float(), weight.shape, mean, rstd, weight, bias, wanted
+        )
+        return None if dx is None else dx.to(x.dtype), dw, db, None
+
+
+@operation
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, 1 / deviation), the last two (..., 1) in float32."""
+    if x.is_cuda:
+        from .triton_training import layer_norm
+
+        return layer_norm(x.contiguous(), weight, bias, eps)
+    y, mean, rstd = torch.native_layer_norm(x.float(), weight.shape, weight, bias, eps)
+    return y.to(x.dtype), mean, rstd
+
+
+@torch.library.register_fake("gpt2::layer_norm")
+def _(x, weight, bias, eps):
+    of_rows = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    return x.new_empty(x.shape), of_rows, torch.empty_like(of_rows)

@@ -1,0 +1,183 @@
+"""What preparing will take, before it begins: tokens, bytes, minutes, and room on the disk.
+
+Estimates say "about": how many bytes of a file make a token depends on language and compression.
+"""
+
+import math
+import shutil
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config.commands import PrepareConfig
+from ..data.shards import HEADER_BYTES, TOKEN_BYTES
+from ..errors import UserError
+from .sources import STDLIB, Part, Source, find_source
+from .tokenize_rows import Position, encode_rows
+
+# Bytes of a file for each GPT-2 token of its text. Parquet: FineWeb-Edu's sample, 28.5 GB for 10
+# billion tokens. The others are for English: 4.5 bytes, divided by what the compression saves.
+BYTES_PER_TOKEN = {".parquet": 2.85, ".gz": 1.7, ".xz": 1.4, ".zst": 1.7}
+PLAIN_BYTES_PER_TOKEN = 4.5
+SAMPLE_SECONDS = 1.5
+UNDER_WAY = 40  # batches: those that were encoded beside the first come at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is still to do."""
+
+    first_part: int  # where the next shard begins
+    parts: int  # files to read
+    tokens: int
+    shards: int
+    shard_bytes: int
+    download_bytes: int  # in all
+    room_bytes: int  # that downloads take at once
+    free_bytes: int  # on the disk of the shards
+
+    @property
+    def need_bytes(self) -> int:
+        """Room for shards and downloads."""
+        return self.shard_bytes + self.room_bytes
+
+
+def make_plan(
+    config: PrepareConfig, source: Source, out_dir: Path, shards: list[dict], per_token: float = 0.0
+) -> Plan:
+    """What is left to do.
+
+    Args:
+        config: says how large shards are, and when to stop.
+        source: what is read.
+        out_dir: folder of the shards, which may not be there yet.
+        shards: the manifest's entries of finished ones.
+        per_token: bytes of the source's files for each token, where measured; 0: as usual for
+            their kind.
+    """
+    first_part = shards[-1]["next"]["part"] if shards else 0
+    most_tokens = (config.shard_limit or math.inf) * config.shard_tokens
+    most_tokens -= sum(shard["tokens"] for shard in shards)
+    parts, tokens = [], 0.0
+    for part in source.parts[first_part:]:
+        if tokens >= most_tokens:
+            break
+        parts.append(part)
+        tokens += part.size_bytes / (per_token or _usual(part))
+    count = int(min(tokens, most_tokens))
+    number = -(-count // config.shard_tokens)
+    downloads: list[int] = []
+    keep = False
+    if source.downloads:
+        keep = source.downloads.keep
+        downloads = [p.size_bytes for p in parts if not source.downloads.local(p)]
+    return Plan(
+        first_part=first_part,
+        parts=len(parts),
+        tokens=count,
+        shards=number,
+        shard_bytes=count * TOKEN_BYTES + number * HEADER_BYTES,
+        download_bytes=sum(downloads),
+        room_bytes=sum(downloads if keep else sorted(downloads)[-2:]),  # one in use, one ahead
+        free_bytes=shutil.disk_usage(_existing(out_dir)).free,
+    )
+
+
+def check_room(plan: Plan, out_dir: Path):
+    """Raises UserError when the disk has less room than is needed."""
+    if plan.need_bytes > plan.free_bytes:
+        raise UserError(
+            f"{out_dir} needs about {_gb(plan.need_bytes)} ({_gb(plan.shard_bytes)} of shards, "
+            f"{_gb(plan.room_bytes)} of downloads) and its disk has {_gb(plan.free_bytes)} free; "
+            "use another --out_dir=, or stop earlier with --max_tokens="
+        )
+
+
+def measure(source: Source, num_workers: int, tokenizer: str) -> tuple[float, float]:
+    """(tokens per second here, bytes of the source per token or 0) from about two seconds of work.
+
+    The standard library stands in for a source that is not on this machine.
+    """
+    sample = source
+    if source.downloads:
+        sample = find_source(STDLIB, Path())
+        sample = replace(sample, parts=sample.parts * 50)
+    began = time.monotonic()
+    first = last = 0.0  # when the workers were under way, and when the latest batch came
+    number = before = tokens = read_bytes = 0  # batches; tokens up to `first`, and in all
+    with closing(encode_rows(sample, Position(), num_workers, tokenizer)) as stream:
+        for batch, ids, _ in stream:
+            last = time.monotonic()
+            tokens += len(ids)
+            read_bytes, number = batch.read_bytes, number + 1
+            if number == UNDER_WAY:
+                first, before = last, tokens
+            elif first and last - first > SAMPLE_SECONDS:
+                break
+    if first and last - first > SAMPLE_SECONDS / 4:  # without the start of the workers
+        began, counted = first, tokens - before
+    else:
+        counted = tokens
+    speed = max(1.0, counted / max(1e-3, last - began))
+    return speed, 0.0 if source.downloads or not tokens else read_bytes / tokens
+
+
+def forecast(config: PrepareConfig, source: Source, out_dir: Path, shards: list[dict]) -> str:
+    """What `--dry_run` says; arguments as of `make_plan`."""
+    speed, per_token = measure(source, config.num_workers, config.tokenizer)
+    plan = make_plan(config, source, out_dir, shards, per_token)
+    revision = source.revision and f" at {source.revision}"
+    download, beside = "nothing", ""
+    if plan.download_bytes:
+        minutes = _minutes(plan.download_bytes * 8 / 1e8)
+        download = f"{_gb(plan.download_bytes)}, {minutes} at 100 Mbit/s"
+        beside = ", while files are downloaded"
+    return (
+        f"source       {config.source}{revision}\n"
+        f"to read      {plan.parts:,} of {len(source.parts):,} files\n"
+        f"to download  {download}\n"
+        f"tokens       about {plan.tokens:,}\n"
+        f"shards       about {plan.shards:,}, {_gb(plan.shard_bytes)}, in {out_dir}; "
+        f"{len(shards)} are finished\n"
+        f"disk         about {_gb(plan.need_bytes)} needed at once, {_gb(plan.free_bytes)} free\n"
+        f"time         about {_minutes(plan.tokens / speed)} to tokenise, at {speed:,.0f} tokens/s "
+        f"on this machine{beside}\n"
+        "a dry run: nothing was downloaded or written"
+    )
+
+
+def limit_name(config: PrepareConfig) -> str:
+    """The option that stops the work."""
+    return "max_shards" if config.shard_limit == config.max_shards else "max_tokens"
+
+
+def limit_text(config: PrepareConfig) -> str:
+    """That option with what it means."""
+    if limit_name(config) == "max_shards":
+        return f"max_shards={config.max_shards}"
+    return (
+        f"max_tokens={config.max_tokens:,}, rounded up to {config.shard_limit} shards of "
+        f"{config.shard_tokens:,} (a smaller --shard_tokens= comes closer)"
+    )
+
+
+def _usual(part: Part) -> float:
+    """Bytes of such a file for each token."""
+    return BYTES_PER_TOKEN.get(Path(part.name).suffix.lower(), PLAIN_BYTES_PER_TOKEN)
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder that is there."""
+    folder = folder.resolve()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 60:
+        return "a minute"
+    return f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"

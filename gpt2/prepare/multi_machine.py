@@ -1,0 +1,255 @@
+"""Many machines: the share of each, and joining what they made.
+
+Worker k of n reads the k-th of n runs of the source's files, cut by bytes, and writes an ordinary
+folder of shards below the folder that all share. Only the first makes a validation shard. Joining
+moves the shards up and numbers them on: together they hold the text that one machine would have
+written, in the same order; only the cuts between shards differ.
+"""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+from ..data.shards import MANIFEST, open_shard, read_manifest, shard_paths, write_manifest
+from ..errors import UserError
+from ..report.console import say
+from .sources import Source
+
+FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
+TOTALS = ("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows")
+OWN = {*TOTALS, "complete", "shards", "worker", "damaged"}  # the rest is the same for all workers
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the machines that share a source; they count from 1. The first of one is alone."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Worker":
+        """The worker that `--worker=` names.
+
+        Raises:
+            UserError: not of the form 3/16, or no such worker.
+        """
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if not match:
+            raise UserError(f"--worker={text}: write it as 3/16, the third of sixteen")
+        worker = cls(int(match[1]), int(match[2]))
+        if not 1 <= worker.number <= worker.count:
+            last = max(1, worker.count)
+            raise UserError(f"--worker={text}: workers count from 1; use 1/{last} to {last}/{last}")
+        return worker
+
+    def __str__(self):
+        return f"{self.number}/{self.count}"
+
+    def folder(self, out_dir: Path) -> Path:
+        """Where this worker's shards are made."""
+        width = len(str(self.count))
+        return out_dir / f"worker-{self.number:0{width}d}-of-{self.count}"
+
+    def cuts(self, sizes: list[int]) -> list[int]:
+        """Where the shares of all workers begin and end: worker k has files cuts[k - 1] to cuts[k].
+
+        Each is a run of neighbours, about equal in bytes.
+
+        Raises:
+            UserError: when there are fewer files than workers.
+        """
+        if len(sizes) < self.count:
+            raise UserError(
+                f"--worker={self}: the source has only {len(sizes)} files, and each worker needs "
+                f"at least one; use {len(sizes)} workers or fewer"
+            )
+        ends = [0, *accumulate(sizes)]
+        cuts = [0]
+        for number in range(1, self.count):
+            fair = ends[-1] * number / self.count
+            nearest = min(range(len(ends)), key=lambda i: abs(ends[i] - fair))
+            # at least one file for this worker and for each that follows
+            cuts.append(min(max(nearest, cuts[-1] + 1), len(sizes) - (self.count - number)))
+        return [*cuts, len(sizes)]
+
+    def span(self, cuts: list[int]) -> slice:
+        """Which files are this worker's."""
+        return slice(*cuts[self.number - 1 : self.number + 1])
+
+    def share(self, source: Source, cuts: list[int]) -> Source:
+        """The source with this worker's files only."""
+        if cuts[-1] != len(source.parts):
+            raise UserError(
+                f"--worker={self}: the source has {len(source.parts)} files, and {cuts[-1]} where "
+                "other workers began; use another --out_dir="
+            )
+        return replace(source, parts=source.parts[self.span(cuts)])
+
+
+def begun_by_others(out_dir: Path, worker: Worker, source: str) -> dict:
+    """The manifest of another worker on the same source, if any has begun: all take its cuts.
+
+    From the Hub they take its commit and files too, so that a branch may move meanwhile.
+    """
+    for number in range(1, worker.count + 1 if worker.count > 1 else 0):
+        manifest = read_manifest(Worker(number, worker.count).folder(out_dir))
+        if manifest and manifest.get("source") == source:
+            return manifest
+    return {}
+
+
+def folder_for(out_dir: Path, worker: Worker) -> Path:
+    """The folder that `gpt2 prepare` fills: `out_dir` itself, or the worker's below it.
+
+    After `gpt2 shards merge` it is `out_dir` for all of them, where nothing is left to do.
+
+    Raises:
+        UserError: `out_dir` was begun in another way.
+    """
+    manifest = read_manifest(out_dir)
+    if manifest and worker.count > 1 and manifest.get("workers") != worker.count:
+        raise UserError(
+            f"{out_dir} holds shards that were not made by {worker.count} workers; "
+            "use another --out_dir="
+        )
+    counts = {count for _, count in _worker_folders(out_dir)}
+    if not manifest and counts - {worker.count}:
+        n = max(counts)
+        raise UserError(
+            f"{out_dir} holds folders of {n} workers; go on with --worker=1/{n} and so on, join "
+            f"them with `gpt2 shards merge {out_dir}`, or use another --out_dir="
+        )
+    return out_dir if manifest or worker.count == 1 else worker.folder(out_dir)
+
+
+def merge(out_dir: Path) -> int:
+    """Joins the folders of all workers into one set of shards; returns an exit code.
+
+    Shards are renamed, not copied. What goes where follows from the workers' manifests alone, and
+    these stay: after a crash the same call finishes.
+
+    Raises:
+        UserError: a worker is missing, unfinished or of another source; files in the way.
+    """
+    merged = read_manifest(out_dir)
+    if merged is not None:
+        if not merged.get("complete"):
+            raise UserError(f"{out_dir} is unfinished: run `gpt2 prepare` again, without --worker=")
+        how = f"joined from {merged['workers']} workers" if "workers" in merged else "one set"
+        say(f"{out_dir}: nothing to do, its {len(merged['shards'])} shards are {how} already")
+        return 0
+    manifests = _finished_manifests(out_dir)
+    moves = _plan(out_dir, manifests)
+    _check(out_dir, moves)
+    for source, target, _ in moves:
+        if source.exists():
+            try:
+                os.replace(source, target)
+            except OSError as error:
+                raise UserError(f"{source}: cannot become {target} ({error.strerror})") from None
+    first = next(iter(manifests.values()))
+    totals = {key: sum(m.get(key, 0) for m in manifests.values()) for key in TOTALS}
+    merged = {key: value for key, value in first.items() if key not in {*OWN, "cuts"}} | totals
+    merged |= {"complete": True, "workers": len(manifests)}
+    merged["files"] = dict(
+        item
+        for worker, manifest in manifests.items()
+        for item in [*manifest["files"].items()][worker.span(manifest["cuts"])]
+    )
+    write_manifest(out_dir, merged | {"shards": [entry for _, _, entry in moves]})
+    say(
+        f"{out_dir}: {len(moves)} shards of {len(manifests)} workers, {merged['tokens']:,} tokens, "
+        f"{merged['documents']:,} documents\n"
+        f"check them: gpt2 shards verify {out_dir}\n"
+        f"train on them: python train_gpt2.py --data_dir={out_dir}"
+    )
+    return 0
+
+
+def _worker_folders(out_dir: Path) -> list[tuple[int, int]]:
+    """(number, count) of each worker's folder."""
+    matches = (FOLDER.fullmatch(path.name) for path in out_dir.glob("worker-*-of-*"))
+    return sorted((int(match[1]), int(match[2])) for match in matches if match)
+
+
+def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
+    """The manifest of each worker, in order.
+
+    Raises:
+        UserError: naming the first worker that is missing, unfinished or different.
+    """
+    found = _worker_folders(out_dir)
+    if not found:
+        raise UserError(
+            f"{out_dir}: no folders of workers to join; make them with "
+            f"`gpt2 prepare --out_dir={out_dir} --worker=1/4` and so on"
+        )
+    counts = sorted({count for _, count in found})
+    if len(counts) > 1:
+        raise UserError(
+            f"{out_dir} holds folders of {counts[0]} and of {counts[1]} workers; "
+            "delete those that do not belong"
+        )
+    manifests: dict[Worker, dict] = {}
+    for number in range(1, counts[0] + 1):
+        worker = Worker(number, counts[0])
+        folder = worker.folder(out_dir)
+        manifest = read_manifest(folder)
+        if manifest is None or not manifest.get("complete"):
+            state = "missing" if manifest is None else "unfinished"
+            raise UserError(
+                f"{folder} is {state}; run `gpt2 prepare --worker={worker}` with the options of "
+                "the other workers, without --max_tokens= and --max_shards=, and merge again"
+            )
+        manifests[worker] = manifest
+        first = manifests[Worker(1, counts[0])]
+        for key in sorted((first.keys() | manifest.keys()) - OWN):
+            mine, theirs = manifest.get(key), first.get(key)
+            if key == "files":  # a damaged one may have been replaced meanwhile
+                mine, theirs = list(mine), list(theirs)
+            if mine != theirs:
+                raise UserError(
+                    f"{folder} was made with another {key} than {Worker(1, counts[0])}; "
+                    "delete it and run that worker again"
+                )
+    return manifests
+
+
+def _plan(out_dir: Path, manifests: dict[Worker, dict]) -> list[tuple[Path, Path, dict]]:
+    """(where a shard was made, where it goes, its entry in the new manifest) of all shards."""
+    moves, trained = [], 0  # the shard for validation is the first, and number 0
+    for worker, manifest in manifests.items():
+        for entry in manifest["shards"]:
+            trained += entry["split"] == "train"
+            name = f"{manifest['prefix']}_{entry['split']}_{trained:06d}.bin"
+            new = entry | {"name": name, "next": None, "worker": str(worker)}
+            moves.append((worker.folder(out_dir) / entry["name"], out_dir / name, new))
+    return moves
+
+
+def _check(out_dir: Path, moves: list[tuple[Path, Path, dict]]):
+    """Raises UserError, before anything is moved, for a shard that is damaged or in the way."""
+    for source, target, entry in moves:
+        if not source.exists() and not target.exists():
+            raise UserError(
+                f"{source} is missing; run `gpt2 prepare --worker={entry['worker']}` again"
+            )
+        if open_shard(source if source.exists() else target).tokens != entry["tokens"]:
+            raise UserError(
+                f"{source} is not the shard of its {MANIFEST}; delete it and run "
+                f"`gpt2 prepare --worker={entry['worker']}` again"
+            )
+    targets = {target: entry for source, target, entry in moves}
+    both = {target for source, target, _ in moves if source.exists() and target.exists()}
+    for path in shard_paths(out_dir):
+        if path not in targets or (path in both and not _has_sha256(path, targets[path]["sha256"])):
+            raise UserError(f"{path} belongs to no worker; move it away and merge again")
+
+
+def _has_sha256(path: Path, sha256: str) -> bool:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256

@@ -1,0 +1,196 @@
+"""Text to token shards: parallel, resumable, and the same bytes whatever happens on the way.
+
+Documents become one long stream of tokens, each behind an end-of-text token. A source of at least
+two shards is cut into equal pieces, the first of them for validation; a smaller one gives every
+20th document to validation. `manifest.json` records after each shard where the next one begins.
+"""
+
+import math
+import shutil
+from contextlib import closing
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config.commands import PrepareConfig
+from ..errors import DamagedFile, UserError
+from ..report.console import say
+from ..tokenizer import Tokenizer, tokenizer_class
+from .estimate import forecast, limit_name, limit_text
+from .shard_job import DOWNLOADS, Job, open_job, started
+from .tokenize_rows import Batch, Position, encode_rows
+
+VAL_EVERY = 20  # a small source gives every 20th document, 5 %, to validation
+LEAST_TOKENS = 64
+
+
+def run(config: PrepareConfig) -> int:
+    """Makes the shards that the settings describe, or the rest of them; returns an exit code.
+
+    Raises:
+        UserError: unusable source or folder, damaged file, full disk, no network.
+    """
+    job = None
+    try:
+        job = open_job(config)
+        if config.dry_run and not job.enough:
+            say(forecast(config, job.source, job.out_dir, job.shards))
+            return 0
+        if job.enough:
+            say(
+                "already complete"
+                if job.manifest["complete"]
+                else f"{limit_name(config)} are finished"
+            )
+        else:
+            with started(job):
+                try:
+                    make_shards(job)
+                except DamagedFile as error:
+                    job.note_damage(error.name)
+                    raise
+                finally:
+                    job.source.close()
+                if not config.keep_downloads:
+                    shutil.rmtree(job.out_dir / DOWNLOADS, ignore_errors=True)
+    except KeyboardInterrupt:
+        finished = f": {len(job.shards)} shards are finished" if job else ""
+        say(f"interrupted{finished}; run the same command to continue")
+        return 130
+    say(_summary(job))
+    return 0
+
+
+def make_shards(job: Job):
+    """Reads, encodes and writes until the source is used up or the limit is reached."""
+    cutter = _Cutter(job)
+    total_bytes = sum(part.size_bytes for part in job.source.parts)
+    limit = job.config.shard_limit * job.manifest["shard_tokens"] or math.inf
+    done = job.manifest["tokens"]
+    if job.config.tokenizer == "auto" and tokenizer_class("auto") is Tokenizer:
+        say('tokenising with tiktoken; faster with gigatoken: pip install -e ".[fast]"')
+    bar = tqdm(unit=" tokens", unit_scale=True, initial=done, disable=None, dynamic_ncols=True)
+    rows = encode_rows(job.source, cutter.start, job.config.num_workers, job.config.tokenizer)
+    with bar, closing(rows) as stream:
+        for batch, tokens, lengths in stream:
+            cutter.add(batch, tokens, lengths)
+            done += len(tokens)
+            bar.total = max(done, min(limit, done * total_bytes // max(1, batch.read_bytes)))
+            bar.update(len(tokens))
+            if job.enough:
+                return
+        cutter.finish()
+
+
+class _Cutter:
+    """Cuts the stream into shards.
+
+    The first shard is held back until there is a second: only then is the source a large one,
+    whose first shard is for validation.
+    """
+
+    def __init__(self, job: Job):
+        self.start = Position(**job.shards[-1]["next"]) if job.shards else Position()
+        self._job = job
+        self._shard_tokens = job.manifest["shard_tokens"]
+        self._pieces: list[np.ndarray] = []  # of the next shard
+        self._filled = 0  # tokens in them
+        self._held: list[tuple[np.ndarray, Position]] = []
+        self._lengths: list[np.ndarray] = []  # of all documents, while the source may be small
+        self._used = self.start.used
+        self._odd = np.array(self.start.odd)  # rows of each kind
+
+    def add(self, batch: Batch, tokens: np.ndarray, lengths: np.ndarray):
+        """Takes the next rows; (tokens, lengths) as in `Encoded`."""
+        ends = np.cumsum(lengths)
+        cut, self._used = self._used, 0
+        odd = batch.odd()
+        if not self._job.shards:
+            self._lengths.append(lengths)
+        while cut < len(tokens) and not self._job.enough:
+            piece = tokens[cut : cut + self._shard_tokens - self._filled]
+            self._pieces.append(piece)
+            self._filled += len(piece)
+            cut += len(piece)
+            if self._filled == self._shard_tokens:
+                # The row that ends at the cut or goes on behind it: rows without a text that
+                # follow belong to the next shard, so that the place depends on no batch.
+                row = int(np.searchsorted(ends, cut))
+                counts = (self._odd + odd[:row].sum(0)).tolist()
+                part, number = batch.places[row]
+                used = cut - int(ends[row] - lengths[row])
+                self._close_shard(Position(part, number, used, *counts))
+        self._odd += odd.sum(0)
+
+    def finish(self):
+        """Writes what is left when the source is used up."""
+        job, total = self._job, len(self._job.shards)
+        if not job.shards and job.validates:
+            shards = self._small_shards()
+            total = len(shards)
+            for tokens in shards[: job.config.shard_limit or None]:
+                job.add_shard(tokens, None)
+        elif self._filled:
+            total += 1
+            job.add_shard(self._take(), Position(len(job.source.parts), 0, 0, *self._odd.tolist()))
+        job.manifest["complete"] = len(job.shards) == total
+        job.save(self._odd.tolist())
+
+    def _take(self) -> np.ndarray:
+        tokens = np.concatenate(self._pieces)
+        self._pieces.clear()
+        self._filled = 0
+        return tokens
+
+    def _close_shard(self, following: Position):
+        self._held.append((self._take(), following))
+        if self._job.shards or len(self._held) == 2 or not self._job.validates:
+            for tokens, position in self._held:
+                self._job.add_shard(tokens, position)
+            self._held.clear()
+            self._lengths.clear()
+
+    def _small_shards(self) -> list[np.ndarray]:
+        """The shards of a source that is smaller than two of them."""
+        pieces = [*(tokens for tokens, _ in self._held), *self._pieces]
+        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
+        if len(tokens) < LEAST_TOKENS:
+            raise UserError(
+                f"the source has only {len(tokens)} tokens ({self._odd[0]:,} rows without a text "
+                f"were skipped); give at least {LEAST_TOKENS}"
+            )
+        lengths = np.concatenate(self._lengths)
+        val, train = split_small(tokens, lengths[lengths > 0])
+        size = self._shard_tokens
+        return [val, *(train[i : i + size] for i in range(0, len(train), size))]
+
+
+def split_small(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(val, train): every 20th document (of `lengths` tokens), or the last 5 % of fewer ones."""
+    if len(lengths) < VAL_EVERY:
+        cut = len(tokens) - max(2, len(tokens) // VAL_EVERY)
+        return tokens[cut:], tokens[:cut]
+    in_val = np.repeat(np.arange(len(lengths)) % VAL_EVERY == VAL_EVERY - 1, lengths)
+    return tokens[in_val], tokens[~in_val]
+
+
+def _summary(job: Job) -> str:
+    done, note, odd = job.manifest, "", ""
+    if done.get("repaired_rows"):
+        odd += f", {done['repaired_rows']:,} with invalid UTF-8 were repaired"
+    if done.get("literal_rows"):
+        odd += f", {done['literal_rows']:,} hold a literal <|endoftext|>, which stays text"
+    if not done["complete"]:
+        note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
+    elif job.shards and job.shards[-1]["tokens"] < done["shard_tokens"]:
+        note = "the last shard is partial by design: it holds what was left\n"
+    then = f"train on it: python train_gpt2.py --data_dir={job.out_dir}"
+    if "worker" in done:
+        then = f"when all workers are done: gpt2 shards merge {job.out_dir.parent}"
+        if not done["complete"]:
+            then = "`gpt2 shards merge` needs the whole share: run it again without a limit"
+    return (
+        f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "
+        f"in {job.out_dir}; {done['skipped_rows']:,} rows without a text were skipped{odd}\n"
+        f"{note}{then}"
+    )

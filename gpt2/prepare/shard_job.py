@@ -1,0 +1,247 @@
+"""A folder of shards in the making: what it holds, what is left to do, how a shard gets there."""
+
+import copy
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config.commands import PrepareConfig
+from ..data.shards import (
+    MANIFEST,
+    open_shard,
+    read_manifest,
+    redo,
+    shard_paths,
+    write_manifest,
+    write_shard,
+)
+from ..errors import UserError
+from ..files import locked
+from ..report.console import say
+from ..tokenizer import END_OF_TEXT, Tokenizer
+from .estimate import check_room, make_plan
+from .multi_machine import Worker, begun_by_others, folder_for
+from .sources import Source, default_folder, find_source, normal_name, prefix_of
+from .tokenize_rows import ODD, Position
+
+FORMAT = 1  # of the manifest
+DOWNLOADS = "downloads"
+
+
+@dataclass
+class Job:
+    """A folder of shards in the making."""
+
+    out_dir: Path
+    source: Source
+    manifest: dict
+    found: dict | None  # the manifest in the folder when it was looked at
+    config: PrepareConfig
+    worker: Worker
+    dropped: list[dict] = field(default_factory=list)  # entries of shards that are made again
+
+    @property
+    def validates(self) -> bool:
+        """Whether shards for validation are made here: by the first of several machines."""
+        return self.worker.number == 1
+
+    @property
+    def shards(self) -> list[dict]:
+        """The manifest's entries of finished shards, in the order of their numbers."""
+        return self.manifest["shards"]
+
+    @property
+    def enough(self) -> bool:
+        """Whether nothing is left to do: the source is used up or the limit is reached."""
+        return self.manifest["complete"] or 0 < self.config.shard_limit <= len(self.shards)
+
+    def save(self, odd: list[int] | None = None):
+        """Writes the manifest; odd: numbers of rows of the kinds in `workers.ODD` so far."""
+        if odd is not None:
+            self.manifest |= {f"{kind}_rows": n for kind, n in zip(ODD, odd, strict=True)}
+        for total in ("documents", "tokens"):
+            self.manifest[total] = sum(shard[total] for shard in self.shards)
+        with _writing(self.out_dir / MANIFEST):
+            write_manifest(self.out_dir, self.manifest)
+
+    def note_damage(self, name: str):
+        """Notes a damaged file of the source: the next run makes again what was made of it."""
+        if name:
+            self.manifest["damaged"] = name
+            self.save()
+
+    def add_shard(self, tokens: np.ndarray, following: Position | None):
+        """Writes uint16 tokens as the next shard, and where the one after it begins."""
+        number = len(self.shards) + (not self.validates)  # 0 is for validation
+        split = "train" if number else "val"
+        name = f"{self.manifest['prefix']}_{split}_{number:06d}.bin"
+        documents = int(np.count_nonzero(tokens == END_OF_TEXT))
+        with _writing(self.out_dir / name):
+            sha256 = write_shard(self.out_dir / name, tokens)
+        entry = {"name": name, "split": split, "tokens": len(tokens), "documents": documents}
+        self.shards.append(entry | {"sha256": sha256, "next": following and asdict(following)})
+        self.save(following.odd if following else None)
+        _announce(f"{name}: {len(tokens):,} tokens, {documents:,} documents")
+
+
+def open_job(config: PrepareConfig) -> Job:
+    """Checks source and folder, and finds out what is left to do.
+
+    Raises:
+        UserError: unusable source or folder, or the folder holds other shards.
+    """
+    names = {"source": normal_name(config.source), "prefix": prefix_of(config.source)}
+    worker = Worker.parse(config.worker)
+    shared = Path(config.out_dir or default_folder(config.source))
+    out_dir = folder_for(shared, worker)
+    found = read_manifest(out_dir)
+    old = copy.deepcopy(found or {})
+    dropped = _drop_damaged(old)
+    if old:  # before the Hub is asked
+        _check_same(old, names, out_dir)
+    known = old or begun_by_others(shared, worker, names["source"])
+    downloads = out_dir / DOWNLOADS
+    source = find_source(config.source, downloads, known, config.keep_downloads, _announce)
+    manifest = {
+        "format": FORMAT,
+        **names,
+        **source.identity(),
+        "tokenizer": {key: getattr(Tokenizer, key) for key in ("name", "vocab_size", "sha256")},
+        "shard_tokens": config.shard_tokens,
+    }
+    if old:
+        _check_same(old, manifest, out_dir)
+        old["files"] = manifest["files"]
+    elif shard_paths(out_dir):
+        raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
+    manifest |= {"documents": 0, "tokens": 0} | {f"{kind}_rows": 0 for kind in ODD}
+    manifest |= {"complete": False, "shards": []}
+    if worker.count > 1 and "workers" not in old:  # the manifest names the files of all workers
+        sizes = [part.size_bytes for part in source.parts]
+        manifest |= {"worker": str(worker), "cuts": known.get("cuts") or worker.cuts(sizes)}
+        source = worker.share(source, manifest["cuts"])
+    job = Job(out_dir, source, old or manifest, found, config, worker, dropped)
+    _keep_intact(job)
+    return job
+
+
+@contextmanager
+def started(job: Job) -> Iterator[None]:
+    """Checks that there is room, makes the folder and keeps other processes out of it."""
+    plan = make_plan(job.config, job.source, job.out_dir, job.shards)
+    check_room(plan, job.out_dir)
+    job.source = replace(job.source, needed_parts=plan.first_part + plan.parts)
+    with locked(job.out_dir):
+        if read_manifest(job.out_dir) != job.found:
+            raise UserError(f"another process has just made shards in {job.out_dir}; run it again")
+        with _writing(job.out_dir):
+            for leftover in job.out_dir.glob(f"{job.manifest['prefix']}_*.bin.tmp"):
+                leftover.unlink()
+            for entry in job.dropped:  # else training would read them
+                (job.out_dir / entry["name"]).unlink(missing_ok=True)
+        job.save()
+        yield
+
+
+def _keep_intact(job: Job):
+    """Forgets finished shards from the first missing or damaged one on: they are made again."""
+    for number, entry in enumerate(job.shards):
+        intact = False
+        with suppress(UserError):
+            intact = open_shard(job.out_dir / entry["name"]).tokens == entry["tokens"]
+        if not intact and "worker" in entry:
+            raise UserError(f"{job.out_dir / entry['name']} is missing or damaged: {redo(entry)}")
+        if not intact:
+            say(f"{entry['name']} is missing or damaged: making the shards from there again")
+            job.dropped += job.shards[number:]
+            del job.shards[number:]
+            job.manifest["complete"] = False
+            break
+    if job.shards and job.shards[-1]["next"] is None and not job.enough:
+        job.shards.clear()  # a small source starts over
+
+
+def _check_same(old: dict, new: dict, out_dir: Path):
+    """Raises UserError when the folder's shards are not the ones that would be made now.
+
+    Files of which no shard holds anything yet may change: a whole copy replaces a damaged one.
+    Workers share the files by their names.
+    """
+    for key, value in new.items():
+        before, now = old.get(key), value
+        if key == "files" and isinstance(before, dict):
+            if "cuts" in old and list(before) != list(now):
+                raise UserError(
+                    f"{out_dir}: the source has other files now; use another --out_dir="
+                )
+            used = _files_used(old)
+            before, now = (dict([*files.items()][used]) for files in (before, now))
+        if before != now:
+            differs = f"{key}={before!r}, not {now!r}"
+            if key == "files":
+                names = sorted(dict(before.items() ^ now.items()))
+                differs = f"another {names[0]} (and {len(names) - 1} more changed files)"
+            raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
+
+
+def _drop_damaged(manifest: dict) -> list[dict]:
+    """Takes out of a manifest, and returns, shards with text of a file that was found damaged.
+
+    Damage is often noticed behind the first wrong row.
+    """
+    name = manifest.pop("damaged", None)
+    if name is None:
+        return []
+    damaged = [*manifest["files"]].index(name) - _share(manifest).start
+    shards, kept = manifest["shards"], 0
+    while kept < len(shards) and (following := shards[kept]["next"]):
+        if (following["part"], following["row"], following["used"]) > (damaged, 0, 0):
+            break
+        kept += 1
+    manifest["shards"], manifest["complete"] = shards[:kept], False
+    return shards[kept:]
+
+
+def _share(manifest: dict) -> slice:
+    """Which of the source's files the shards of this folder are made of."""
+    if "cuts" not in manifest:
+        return slice(0, None)
+    return Worker.parse(manifest["worker"]).span(manifest["cuts"])
+
+
+def _files_used(manifest: dict) -> slice:
+    """Which of the source's files the finished shards hold text of."""
+    share = _share(manifest)
+    first = share.start
+    if not manifest["shards"]:
+        return slice(first, first)
+    following = manifest["shards"][-1]["next"]
+    if manifest["complete"] or following is None:  # None: a small source, which is cut as a whole
+        return share
+    begun = following["row"] > 0 or following["used"] > 0
+    return slice(first, first + following["part"] + begun)
+
+
+def _announce(text: str):
+    """Says something beside the progress bar, from any thread."""
+    # nolock: Ctrl-C between taking and giving back the lock would be another error
+    with tqdm.external_write_mode(nolock=True):
+        say(text)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise UserError(
+            f"{'disk full' if full else error.strerror} while writing {path}; finished shards are "
+            "kept: run the same command again to continue"
+        ) from None

@@ -1,0 +1,270 @@
+"""Where text comes from: FineWeb-Edu, other datasets of the Hub, the standard library, own files.
+
+A source is an ordered list of parts (files). A part has rows: the one document of a .txt file, the
+lines of a .jsonl file, the rows of a .parquet file.
+"""
+
+import glob
+import importlib
+import inspect
+import platform
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from urllib.parse import unquote
+
+from ..data.text_files import Row, read_rows
+from ..errors import DamagedFile, UserError
+from ..huggingface.downloads import Downloads
+from ..huggingface.hub import Dataset, File
+
+FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"
+FINEWEB_REPOSITORY, FINEWEB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
+FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+FINEWEB_FOLDERS = {
+    FINEWEB_EDU: FINEWEB_FOLDER,
+    f"{FINEWEB_EDU}/sample-100BT": "sample/100BT",
+    f"{FINEWEB_EDU}/sample-350BT": "sample/350BT",
+    f"{FINEWEB_EDU}/default": "data",
+}
+HUB_SPEC = re.compile(
+    r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]+))?"
+)
+ENDING = re.compile(r"\.(?:parquet|(?:txt|jsonl)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
+INDENTATION = re.compile(r"^(?: {4})+", re.MULTILINE)
+ACCEPTED = ".txt, .jsonl (both also .gz, .xz, .zst) and .parquet"
+# Tests and tables would be a third of the standard library, and poor reading.
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests"} | {
+    "idlelib", "lib2to3", "turtledemo", "encodings"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part(File):
+    """One file of a source: a path, or a text, or (with neither) something to download.
+
+    The name is relative, with forward slashes: the same on every machine.
+    """
+
+    path: Path | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Parts in a fixed order, and the name that their shards will have."""
+
+    prefix: str
+    revision: str
+    parts: tuple[Part, ...]
+    downloads: Downloads | None = None
+    needed_parts: int = sys.maxsize  # parts after these are not downloaded ahead of their use
+
+    def identity(self) -> dict:
+        """What must be the same for a half-finished folder of shards to be continued."""
+        hashes = {p.name: p.sha256 for p in self.parts if p.sha256}
+        files = {"files": {p.name: p.size_bytes for p in self.parts}}
+        return {"revision": self.revision} | files | ({"files_sha256": hashes} if hashes else {})
+
+    def rows(self, index: int, start: int = 0) -> Iterator[Row]:
+        """Rows of a part from number `start` on; a downloaded file is deleted after its last one.
+
+        Raises:
+            UserError: a damaged or unreadable file, one without texts, or no way to download it.
+        """
+        part = self.parts[index]
+        if part.text:
+            yield from [(part.text, part.size_bytes)][start:]
+        elif part.path:
+            try:
+                yield from read_rows(part.path, start)
+            except DamagedFile as error:
+                error.name = part.name
+                raise
+        else:
+            assert self.downloads is not None
+            ahead = self.parts[index + 1 : self.needed_parts][:1]
+            with self.downloads.open(part, *ahead) as path:
+                yield from read_rows(path, start)
+
+    def close(self):
+        """Ends what is being downloaded."""
+        if self.downloads:
+            self.downloads.close()
+
+
+def normal_name(spec: str) -> str:
+    """One spelling of what `--source=` names, for the manifest."""
+    return FINEWEB_EDU if spec == f"{FINEWEB_EDU}/sample-10BT" else Path(spec).as_posix()
+
+
+def prefix_of(spec: str) -> str:
+    """The first part of the shards' names: letters, digits, dots and dashes."""
+    if normal_name(spec) in FINEWEB_FOLDERS:
+        return "edufineweb"
+    if spec.startswith("hf:"):
+        name = _hub_spec(spec)[0].partition("/")[2]
+    else:
+        name = (_folder_of_glob(spec) if _is_glob(spec) else Path(spec)).resolve().name
+    return _plain(ENDING.sub("", name)) or "text"
+
+
+def default_folder(spec: str) -> str:
+    """Where shards go without an `--out_dir=`: fineweb, or data/NAME."""
+    if normal_name(spec) == FINEWEB_EDU:
+        return "fineweb"
+    if normal_name(spec) in FINEWEB_FOLDERS:
+        return f"data/{_plain(spec)}"
+    if spec.startswith("hf:"):
+        path = _plain(_hub_spec(spec)[2])
+        return f"data/{prefix_of(spec)}{path and '-'}{path}"
+    return f"data/{prefix_of(spec)}"
+
+
+def find_source(
+    spec: str,
+    download_dir: Path,
+    known: dict | None = None,
+    keep_downloads: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Source:
+    """The source that `--source=` names.
+
+    Args:
+        spec: fineweb-edu, another dataset of the Hub, stdlib, or a file, folder or glob.
+        download_dir: folder for files of the Hub while they are read.
+        known: the `identity` that an earlier run found: the Hub is not asked again.
+        keep_downloads: leave the files there.
+        say: is told what a download waits for.
+
+    Raises:
+        UserError: nothing usable there, or the Hub cannot be reached.
+    """
+    if spec.startswith("hf:") or normal_name(spec) in FINEWEB_FOLDERS:
+        dataset, files = _hub_files(spec, known, say)
+        parts = tuple(Part(file.name, file.size_bytes, file.sha256) for file in files)
+        downloads = Downloads(dataset, download_dir, keep_downloads, say)
+        return Source(prefix_of(spec), dataset.revision, parts, downloads)
+    if spec == STDLIB:
+        parts = tuple(_standard_library())
+        return Source(STDLIB, f"Python {platform.python_version()}", parts)
+    try:
+        return Source(prefix_of(spec), "", tuple(_local_parts(spec)))
+    except OSError as error:
+        raise UserError(f"--source={spec}: {error.strerror or error}") from None
+
+
+def _plain(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")
+
+
+def _is_glob(spec: str) -> bool:
+    return glob.has_magic(spec) and not Path(spec).exists()
+
+
+def _folder_of_glob(pattern: str) -> Path:
+    """The folders before the first wildcard."""
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:first])
+
+
+def _local_parts(spec: str) -> Iterator[Part]:
+    path = Path(spec)
+    if _is_glob(spec):
+        path = _folder_of_glob(spec)
+        found = [Path(name) for name in glob.glob(spec, recursive=True)]
+    elif spec and path.is_dir():
+        found = list(path.rglob("*"))
+    elif spec and path.is_file():
+        found, path = [path], path.parent
+    else:
+        if spec.startswith(f"{FINEWEB_EDU}/"):
+            raise UserError(f"--source={spec}: use one of {', '.join(FINEWEB_FOLDERS)}")
+        raise UserError(
+            f"--source={spec}: no such file, folder or glob; or use {FINEWEB_EDU}, {STDLIB}, or "
+            "hf:OWNER/NAME for a dataset of the Hugging Face Hub"
+        )
+    found = [file for file in found if ENDING.search(file.name) and file.is_file()]
+    if not found:
+        raise UserError(f"--source={spec}: nothing to read; give {ACCEPTED} files")
+    for name, file in sorted((file.relative_to(path).as_posix(), file) for file in found):
+        yield Part(name, file.stat().st_size, path=file)
+
+
+def _standard_library() -> Iterator[Part]:
+    """Python's own sources, then the documentation of the modules that are written in C.
+
+    Each level of indentation becomes a tab. GPT-2 has no token for several spaces, so that 43 % of
+    the tokens would be single ones.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        name = path.relative_to(root)
+        if STDLIB_LEFT_OUT.isdisjoint(name.parts) and path.is_file():
+            try:
+                text = path.read_bytes().decode()
+            except (UnicodeDecodeError, OSError):
+                continue
+            if text:
+                text = INDENTATION.sub(lambda m: "\t" * (len(m[0]) // 4), text)
+                yield Part(name.as_posix(), len(text.encode()), text=text)
+    for name in sorted(sys.builtin_module_names):
+        module = importlib.import_module(name)
+        documented = inspect.getmembers(
+            module, lambda m: inspect.isbuiltin(m) or inspect.isclass(m)
+        )
+        entries = [f"{name}.{key}\n\n{inspect.getdoc(member)}" for key, member in documented
+                   if not key.startswith("_") and inspect.getdoc(member)]  # fmt: skip
+        text = "\n\n".join([f"{name}\n\n{inspect.getdoc(module) or ''}", *entries])
+        yield Part(f"builtin/{name}", len(text.encode()), text=text)
+
+
+def _hub_spec(spec: str) -> tuple[str, str, str]:
+    """(repository, revision, path) of hf:OWNER/NAME[@REVISION][/PATH].
+
+    Raises:
+        UserError: another spelling.
+    """
+    match = HUB_SPEC.fullmatch(spec.rstrip("/"))
+    if not match:
+        raise UserError(
+            f"--source={spec}: write hf:OWNER/NAME, hf:OWNER/NAME/FOLDER or "
+            "hf:OWNER/NAME@REVISION/FOLDER, such as hf:HuggingFaceFW/fineweb-edu/sample/10BT"
+        )
+    # A branch may have slashes in its name: refs%2Fconvert%2Fparquet.
+    return match["repository"], unquote(match["revision"] or "main"), match["path"] or ""
+
+
+def _hub_files(
+    spec: str, known: dict | None, say: Callable[[str], None]
+) -> tuple[Dataset, list[File]]:
+    """The dataset at one commit, and its files to read."""
+    if normal_name(spec) in FINEWEB_FOLDERS:
+        repository, revision = FINEWEB_REPOSITORY, FINEWEB_REVISION
+        path = FINEWEB_FOLDERS[normal_name(spec)]
+    else:
+        repository, revision, path = _hub_spec(spec)
+    if known and known.get("files"):
+        hashes = known.get("files_sha256", {})
+        files = [File(name, size, hashes.get(name, "")) for name, size in known["files"].items()]
+        return Dataset(repository, known["revision"], say), files
+    dataset = Dataset(repository, revision, say)
+    folder, pattern = path, "*"
+    if glob.has_magic(path) or ENDING.search(path):
+        folder, _, pattern = path.rpartition("/")
+    below = f"{folder}/" if folder else ""
+    files = [f for f in dataset.find(folder) if fnmatch(f.name.removeprefix(below), pattern)]
+    for kind in ("parquet", "jsonl"):  # where there are both, they hold the same texts
+        chosen = [f for f in files if ENDING.search(f.name) and f".{kind}" in f.name.lower()]
+        if chosen:
+            return dataset, sorted(chosen, key=lambda file: file.name)
+    raise UserError(
+        f"--source={spec}: no parquet files and no .jsonl files in {path or repository}; see "
+        f"{dataset.page}"
+    )

@@ -1,0 +1,87 @@
+"""Lines on the console. `say`, `warn` and `error` are the package's only prints."""
+
+import math
+import sys
+from typing import TextIO
+
+
+def say(text: str) -> None:
+    """Print one message to stdout, at once."""
+    _write(sys.stdout, text)
+
+
+def warn(text: str) -> None:
+    """Print one warning to stderr, on one line."""
+    _write(sys.stderr, f"warning: {' '.join(text.split())}")
+
+
+def error(text: str) -> None:
+    """Print one error to stderr, on one line."""
+    _write(sys.stderr, f"error: {' '.join(text.split())}")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Print; a character that the console's encoding lacks becomes "?" instead of a crash."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+
+
+def console_line(values: dict, *, max_steps: int, seconds_left: float | None) -> str:
+    """One line about a training step.
+
+    Args:
+        values: What `RunLog.record` gets, and "step". `mfu` is a share from 0 to 1.
+        max_steps: Steps of the whole run.
+        seconds_left: Estimate of the time to its end; None while there is none.
+    """
+    step, total = values["step"], f"{max_steps:,}"
+    rate, mfu = values.get("tokens_per_second"), values.get("mfu")
+    parts = [
+        f"step {step:>{len(total)},}/{total} {step / max_steps:6.1%}",
+        f"loss {_number(values.get('loss'), '.4f'):>7}",
+        f"lr {_number(values.get('lr'), '.2e')}",
+        f"norm {_number(values.get('grad_norm'), '.3f'):>6}",
+        f"{'n/a' if rate is None else format_count(rate):>5} tok/s",
+        f"MFU {_number(mfu, '.1%'):>5}",
+        f"{'n/a' if seconds_left is None else format_seconds(seconds_left):>6} left",
+    ]
+    return " | ".join(parts)
+
+
+def eval_line(
+    step: int, val_loss: float, perplexity: float, bits_per_byte: float | None, tokens: int
+) -> str:
+    """One line about an evaluation; `tokens` is how many it looked at."""
+    parts = [f"step {step:,}", f"val loss {val_loss:.4f}", f"perplexity {perplexity:,.2f}"]
+    if bits_per_byte is not None:
+        parts.append(f"{bits_per_byte:.4f} bits per byte")
+    return " | ".join([*parts, f"over {format_count(tokens)} tokens"])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
+
+
+def format_count(count: float) -> str:
+    """Three digits and a unit: 950, 12.3k, 1.25M, 10.0B."""
+    if not math.isfinite(count):
+        return str(count)
+    for unit in ("", "k", "M", "B"):
+        if abs(count) < 999.5 or unit == "B":
+            break
+        count /= 1000
+    digits = 0 if not unit or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
+    return f"{count:.{digits}f}{unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """The two largest units: 45s, 4m05s, 1h23m, 3d04h."""
+    if not math.isfinite(seconds):
+        return str(seconds)
+    whole = max(0, round(seconds))
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"

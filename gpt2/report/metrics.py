@@ -1,0 +1,165 @@
+"""metrics.jsonl, the log of a run, which is also passed on to services (`trackers.py`)."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import write_atomically
+from .console import say, warn
+from .trackers import Sink, check_names, open_sink
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """Appends what is measured to metrics.jsonl and forwards it to the sinks.
+
+    Made by `open_run`. With path None (ranks other than the first) every method does nothing.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self._path = path
+        self._sinks: dict[str, Sink] = {}
+        self._warned = False
+
+    def record(self, step: int, **values: Any) -> None:
+        """Writes one line of JSON: the step, then the values in the order given.
+
+        None is left out. JSON has no NaN and no infinity: such a value is left out too and its
+        name stands in the line's list "nonfinite".
+        """
+        if self._path is None:
+            return
+        plain = {name: _plain(value) for name, value in values.items() if value is not None}
+        bad = [n for n, v in plain.items() if isinstance(v, float) and not math.isfinite(v)]
+        finite = {name: value for name, value in plain.items() if name not in bad}
+        self._append({"step": int(step), **finite, **({"nonfinite": bad} if bad else {})})
+        numbers = {n: v for n, v in finite.items() if isinstance(v, int | float)}
+        for name in list(self._sinks):
+            self._guard(name, self._sinks[name].log, int(step), numbers)
+
+    def recorded(self, step: int) -> dict[str, Any]:
+        """What metrics.jsonl already holds for a step; empty on ranks other than the first."""
+        if self._path is None or not self._path.exists():
+            return {}
+        found: dict[str, Any] = {}
+        for row in read_metrics(self._path):
+            if row["step"] == step:
+                found |= row
+        return found
+
+    def open_sinks(self, names: list[str], **settings: Any) -> None:
+        """Opens services; one that cannot be reached is left out with a warning."""
+        for name in names:
+            sink = self._guard(name, open_sink, name, **settings)
+            if sink is not None:
+                self._sinks[name] = sink
+                if sink.notice:
+                    say(sink.notice)
+
+    def close(self, failed: bool) -> None:
+        """Closes the sinks; `failed` marks the run as failed where a service knows that."""
+        for name in list(self._sinks):
+            self._guard(name, self._sinks[name].close, failed)
+        self._sinks.clear()
+
+    def _append(self, line: dict) -> None:
+        """Opens the file anew each time, so that it comes back when it was deleted or moved."""
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+        except OSError as problem:  # a full disk costs a line of the log, not the run
+            if not self._warned:
+                warn(f"{self._path}: {problem.strerror or problem}; this part of the log is lost")
+            self._warned = True
+
+    def _guard(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls a sink; when it fails, training goes on without it."""
+        try:
+            return call(*args, **kwargs)
+        except Exception as problem:  # noqa: BLE001 - other people's services raise anything
+            self._sinks.pop(name, None)
+            reason = f"{type(problem).__name__}: {problem}"
+            warn(f"--log_to={name} failed and is left out from here on ({reason})")
+            return None
+
+
+@contextmanager
+def open_run(
+    out_dir: Path,
+    *,
+    config: dict,
+    sinks: str,
+    run_name: str,
+    resume_step: int | None,
+    is_main: bool,
+) -> Iterator[RunLog]:
+    """The log of one run, closed at the end of the `with` block.
+
+    Args:
+        out_dir: Folder of metrics.jsonl; made if it is missing.
+        config: Flat settings, shown by the services.
+        sinks: Comma-separated names out of `sinks.SINKS`; may be empty.
+        run_name: Name in those services; empty means the name of out_dir.
+        resume_step: Step to go on from: lines of later steps are dropped, since they will be
+            written again. None starts a new log.
+        is_main: False on all ranks but one; they write nothing.
+
+    Raises:
+        UserError: an unknown or uninstalled sink (on every rank), or a metrics.jsonl in the way.
+    """
+    names = check_names(sinks)
+    if not is_main:
+        yield RunLog()
+        return
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / METRICS
+    if resume_step is not None:
+        _drop_after(path, resume_step)
+    elif path.exists() and path.stat().st_size:
+        raise UserError(f"{path} holds another run; move it away or use another --out_dir=")
+    run_name = run_name or out_dir.resolve().name
+    log = RunLog(path)
+    failed = True
+    try:
+        log.open_sinks(
+            names, out_dir=out_dir, config=config, run_name=run_name, resume_step=resume_step
+        )
+        yield log
+        failed = False
+    finally:
+        log.close(failed)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a half line (after a crash) is skipped."""
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # not JSON, or not UTF-8
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [json.dumps(r, ensure_ascii=False) for r in read_metrics(path) if r["step"] <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+
+
+def _plain(value: Any) -> Any:
+    """A Python number for a scalar of NumPy or PyTorch; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+# fmt: on

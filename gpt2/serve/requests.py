@@ -1,0 +1,300 @@
+"""OpenAI's requests, without the network: what their fields mean and what they may be.
+
+Fields are of three kinds. Those at the top of `Sampled` and its two children do what OpenAI says.
+Names that only keep books (`user`, `metadata`, …) are accepted, since they change no answer. What
+OpenAI has and this server lacks (`logprobs`, `tools`, …) is accepted with a value that means "no".
+Everything else is refused: nothing is silently ignored.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..data.chat_template import check_messages, encode_prompt, fit
+from ..errors import UserError
+from ..generate.continuous_batch import Row
+from ..generate.sampling import Sampling
+from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
+from .engine import Choice, Job
+from .responses import MAX_TEXTS, ApiError, Served
+
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
+MAX_MESSAGES = 2048
+LONGEST_TOKEN = 128  # bytes; so longer texts are known to be too long before they are encoded
+DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI has it
+
+Numbers = Field(default=None, ge=-(2**63), lt=2**63)
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds beside the text."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against a listener; there is none
+
+
+class Sampled(BaseModel):
+    """The fields that both kinds of requests have."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    model: str | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_TEXTS)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Numbers
+    stop: Any = None
+    # ours
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    # keep books
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    # only with the value that means "no"
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stop(cls, value: Any) -> list[str]:
+        stops = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
+            raise ValueError("must be a string, or a list of strings, that are not empty")
+        if len(stops) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in stops):
+            raise ValueError(
+                f"at most {MAX_STOPS} strings of at most {MAX_STOP_CHARACTERS} characters"
+            )
+        return stops
+
+    @field_validator("frequency_penalty", "presence_penalty")
+    @classmethod
+    def _no_penalty(cls, value: Any) -> Any:
+        return _only(value, "use repetition_penalty (1 for none, 1.2 for few)", 0, 0.0)
+
+    @field_validator("logit_bias", "logprobs")
+    @classmethod
+    def _lacking(cls, value: Any) -> Any:
+        return _only(value, "leave it out", {}, False)
+
+    @model_validator(mode="after")
+    def _stream_options(self) -> "Sampled":
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("stream_options needs stream=true", param="stream_options")
+        return self
+
+    def stops(self) -> list[str]:
+        """Strings before which a text ends."""
+        return self.stop or []
+
+    def sampling(self) -> Sampling:
+        """How tokens are drawn; what is not said is OpenAI's default.
+
+        Raises:
+            ApiError: a temperature that is neither 0 nor at least 0.001.
+        """
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {name: getattr(self, name) for name in names}
+        try:
+            return Sampling(**{name: v for name, v in given.items() if v is not None})
+        except UserError as error:
+            raise ApiError(str(error)) from None
+
+    def asked(self) -> int | None:
+        """New tokens asked for."""
+        return self.max_tokens
+
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def prompts(self, served: Served) -> list[list[int]]:
+        """The token ids of each prompt."""
+        raise NotImplementedError
+
+
+class CompletionRequest(Sampled):
+    """The body of /v1/completions."""
+
+    prompt: Any = None
+    echo: bool | None = None
+    best_of: Any = None
+    suffix: Any = None
+
+    @field_validator("best_of", "suffix")
+    @classmethod
+    def _neither(cls, value: Any) -> Any:
+        return _only(value, "leave it out", 1, "")
+
+    def prompts(self, served: Served) -> list[list[int]]:
+        """One prompt or several, each a text or token ids.
+
+        Raises:
+            ApiError: something else, ids that the model lacks, too many.
+        """
+        value = "" if self.prompt is None else self.prompt
+        one = isinstance(value, str) or (isinstance(value, list) and value and _is_id(value[0]))
+        several = [value] if one else value
+        if not isinstance(several, list) or not several:
+            raise ApiError("prompt must be a string, token ids, or a list of either",
+                           param="prompt")  # fmt: skip
+        if len(several) * (self.n or 1) > served.max_texts:
+            raise ApiError(f"prompts times n must be at most {served.max_texts}", param="prompt")
+        return [_prompt(item, served) for item in several]
+
+
+class ChatRequest(Sampled):
+    """The body of /v1/chat/completions."""
+
+    messages: Any = None
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    # ours: leave out the oldest messages when the conversation outgrows the context
+    fit_context: bool | None = None
+    top_logprobs: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    parallel_tool_calls: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    reasoning_effort: Any = None
+
+    @field_validator("messages")
+    @classmethod
+    def _messages(cls, value: Any) -> list[dict[str, str]]:
+        if isinstance(value, list) and len(value) > MAX_MESSAGES:
+            raise ValueError(f"at most {MAX_MESSAGES} messages")
+        return check_messages(value)
+
+    @field_validator("top_logprobs", "tools", "tool_choice", "functions", "parallel_tool_calls",
+                     "response_format", "modalities", "reasoning_effort")  # fmt: skip
+    @classmethod
+    def _plain_text(cls, value: Any) -> Any:
+        plain = (0, [], "none", False, True, {"type": "text"}, ["text"])
+        return _only(value, "the model writes plain text; leave it out", *plain)
+
+    def asked(self) -> int | None:
+        """New tokens asked for, under either name.
+
+        Raises:
+            ApiError: both, with different numbers.
+        """
+        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(given) > 1:
+            raise ApiError("max_tokens and max_completion_tokens differ; give one of them",
+                           param="max_tokens")  # fmt: skip
+        return next(iter(given), None)
+
+    def prompts(self, served: Served) -> list[list[int]]:
+        """The one prompt; with `fit_context` half the context at most is kept free for the answer.
+
+        Raises:
+            ApiError: a model that cannot chat, a conversation that is too long.
+        """
+        if served.chat == "impossible":
+            raise ApiError("this model does not see past the end of a text (document_mask), which "
+                           "is what separates messages; use /v1/completions")  # fmt: skip
+        if (self.n or 1) > served.max_texts:
+            raise ApiError(f"n must be at most {served.max_texts}", param="n")
+        messages = self.messages
+        if self.fit_context:
+            longest = min(self.asked() or served.block_size, served.block_size // 2)
+            try:
+                messages = fit(messages, served.block_size - longest)
+            except UserError as error:
+                raise _too_long(str(error), "messages") from None
+        _check_bytes((m["content"] for m in messages), served, "messages")
+        return [encode_prompt(messages)]
+
+
+def make_job(request: Sampled, served: Served) -> tuple[Job, list[list[int]]]:
+    """The job of a request, and its prompts; takes a moment where texts are long.
+
+    Raises:
+        ApiError: another model's name, prompts and answers that do not fit.
+    """
+    check_model(request.model, served)
+    chat = isinstance(request, ChatRequest)
+    prompts, sampling, count = request.prompts(served), request.sampling(), request.n or 1
+    choices = []
+    for prompt in prompts:
+        limit = _limit(request, served, len(prompt), chat)
+        for _ in range(count):
+            index = len(choices)
+            seed = None if request.seed is None else request.seed + index
+            row = Row(tokens=list(prompt), limit=limit, sampling=sampling, seed=seed)
+            choices.append(Choice(row, index, request.stops()))
+    return Job(choices, sum(map(len, prompts))), prompts
+
+
+def check_model(name: str | None, served: Served):
+    """Raises ApiError for a model that is not here; none means the one that is."""
+    if name not in (None, served.name):
+        raise ApiError(f"the model {name!r} does not exist here; this server has {served.name!r}",
+                       status=404, param="model", code="model_not_found")  # fmt: skip
+
+
+def _limit(request: Sampled, served: Served, length: int, chat: bool) -> int:
+    """Tokens that may be written after a prompt."""
+    room, asked = served.block_size - length, request.asked()
+    most = served.max_new_tokens or served.block_size
+    param = "messages" if chat else "prompt"
+    if room < 1:
+        raise _too_long(f"the prompt has {length:,} tokens and leaves no room for new ones "
+                        f"in the context of {served.block_size:,}; shorten it", param)  # fmt: skip
+    if asked is None:
+        return min(room, most) if chat else min(DEFAULT_MAX_TOKENS, room, most)
+    if asked > most and served.max_new_tokens:
+        raise ApiError(f"max_tokens={asked}: this server writes at most {most:,}",
+                       param="max_tokens")  # fmt: skip
+    if asked > room and not (chat and request.fit_context):
+        raise _too_long(
+            f"{length:,} tokens of prompt and {asked:,} new ones do not fit into the context of "
+            f"{served.block_size:,}; ask for at most {room:,}",
+            param,
+        )
+    return min(asked, room)
+
+
+def _too_long(message: str, param: str) -> ApiError:
+    return ApiError(message, param=param, code="context_length_exceeded")
+
+
+def _check_bytes(texts, served: Served, param: str):
+    total = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    if total > LONGEST_TOKEN * served.block_size:
+        raise _too_long(f"{total:,} bytes of text cannot fit into a context of "
+                        f"{served.block_size:,} tokens", param)  # fmt: skip
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _prompt(item: Any, served: Served) -> list[int]:
+    if isinstance(item, str):
+        _check_bytes([item], served, "prompt")
+        return gpt2_tokenizer().encode(item) or [END_OF_TEXT]  # begins a new document
+    if not isinstance(item, list) or not item or not all(map(_is_id, item)):
+        raise ApiError("prompt must be a string, token ids, or a list of either", param="prompt")
+    if not all(0 <= i < served.vocab_size for i in item):
+        raise ApiError(f"token ids must be from 0 to {served.vocab_size - 1}", param="prompt")
+    return item
+
+
+def _only(value: Any, way_out: str, *neutral: Any) -> Any:
+    """Accepts None and what means "no"; 0, which may ask for something, is not False here."""
+    same = any(value == other and type(value) is type(other) for other in neutral)
+    if value is not None and not same:
+        raise ValueError(f"not supported; {way_out}")
+    return value

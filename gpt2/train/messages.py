@@ -1,0 +1,185 @@
+"""What a training run says: where it stands before the first step, and a line for each step."""
+
+import contextlib
+import json
+
+from ..checkpoint.training_state import Resumed
+from ..config.options import flatten
+from ..config.train import BatchPlan, OptimOptions, TrainConfig
+from ..data.datasets import split_eval_tokens
+from ..distributed.runtime import Runtime
+from ..evaluate.loss import Evaluation, together
+from ..files import write_atomically
+from ..report import console, metrics, throughput
+from .run_folder import out_dir
+from .schedules import sequences_left
+from .state import TrainState
+
+FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
+MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that say where, not what
+
+
+def log_evaluation(
+    parts: dict[str, Evaluation], state: TrainState, rt: Runtime, log: metrics.RunLog
+):
+    """One line on the console, one object in metrics.jsonl, over all datasets together."""
+    result = together(parts.values())
+    several = parts if len(parts) > 1 else {}
+    log.record(
+        state.step,
+        val_loss=result.loss,
+        val_perplexity=result.perplexity,
+        val_bpb=result.bits_per_byte,
+        val_tokens=result.tokens,
+        **{f"val_loss_{name}": part.loss for name, part in several.items()},
+        tokens=state.tokens,
+    )
+    if rt.is_main:
+        line = console.eval_line(
+            state.step, result.loss, result.perplexity, result.bits_per_byte, result.tokens
+        )
+        each = "".join(f" | {name} {part.loss:.4f}" for name, part in several.items())
+        console.say(line + each)
+
+
+def log_hellaswag(results: dict[str, float], state: TrainState, rt: Runtime, log: metrics.RunLog):
+    """The same for HellaSwag."""
+    log.record(state.step, **results, tokens=state.tokens)
+    if rt.is_main:
+        console.say(
+            f"step {state.step:,} | HellaSwag acc_norm {results['hellaswag_acc_norm']:.4f} "
+            f"| acc {results['hellaswag_acc']:.4f} | over {results['hellaswag_items']:,} items"
+        )
+
+
+def log_step(  # noqa: PLR0917
+    step: int,
+    values: dict,
+    state: TrainState,
+    config: TrainConfig,
+    rt: Runtime,
+    log: metrics.RunLog,
+):
+    """The same for a training step, with the rate since the last line."""
+    rate, state.seconds = state.clock.lap()
+    peak = throughput.peak_flops(rt.device_name, str(rt.dtype).removeprefix("torch."))
+    achieved = rate * state.model.flops_per_token()
+    values |= {
+        "tokens_per_second": rate,
+        "mfu": achieved / (peak * rt.world_size) if peak else None,
+        "seconds": state.seconds,
+    }
+    log.record(step, **values)
+    if rt.is_main:
+        steps = config.optim.max_steps
+        windows = sequences_left(step, config.optim, state.plan)
+        left = state.clock.seconds_left(windows * state.plan.block_size)
+        line = {"step": step} | values
+        console.say(console.console_line(line, max_steps=steps, seconds_left=left))
+
+
+def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str):
+    """Says whether the loss of fresh weights is what theory expects (`GPT.expected_first_loss`).
+
+    Of weights that were given (`init`), the theory knows nothing but that guessing would be worse.
+
+    Text that often repeats its last token, such as source code with its spaces, lies a little
+    below, because a fresh network slightly prefers the token that it has just read.
+    """
+    if not rt.is_main:
+        return
+    expected = state.model.expected_first_loss()
+    if init and loss < expected:
+        console.say(f"first loss {loss:.4f}, of the weights of {init}")
+        return
+    if init:
+        console.warn(
+            f"first loss {loss:.2f}, of the weights of {init}, is no better than guessing "
+            f"({expected:.2f}): are the shards and the model of one tokenizer?"
+        )
+        return
+    text = f"first loss {loss:.2f}; fresh weights should give {expected:.2f}"
+    if -FIRST_LOSS_BELOW <= loss - expected <= FIRST_LOSS_ABOVE:
+        console.say(f"{text}: as expected")
+    else:
+        console.warn(f"{text}: check the data, the learning rate and the initialisation")
+
+
+def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, tokens: int) -> str:
+    """Writes which text a step read, of all ranks, into nonfinite.json; the first of it in words.
+
+    Args:
+        state: of the run.
+        config: its settings.
+        tokens_before: that the run had trained on before the step.
+        tokens: of the step.
+    """
+    length = state.plan.block_size
+    found = state.loader.order.locate(tokens_before // length, tokens // length)
+    windows = [
+        {"shard": str(shard.path), "first_token": int(start), "tokens": length + 1}
+        for shard, start in found
+    ]
+    path, content = out_dir(config) / "nonfinite.json", {"tokens_before": tokens_before}
+    with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+        write_atomically(path, json.dumps(content | {"windows": windows}, indent=1).encode())
+    first = f"{windows[0]['shard']} from token {windows[0]['first_token']:,}"
+    return f"{first} and {len(windows) - 1} more windows (all in {path})"
+
+
+def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None):
+    """What is about to happen, and why so."""
+    if not rt.is_main:
+        return
+    c = state.model.config
+    console.say(
+        f"GPT-2 with {state.model.num_parameters():,} parameters: {c.n_layer} layers, "
+        f"{c.n_head} heads, width {c.n_embd}, context {c.block_size}"
+    )
+    for note in rt.notes:
+        console.say(note)
+    console.say(str(state.plan))
+    for line in describe_data(state, config.optim):
+        console.say(line)
+    asked = config.eval.eval_tokens
+    have = sum(split_eval_tokens(state.datasets, asked))
+    fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
+    console.say(f"validation on {have:,} tokens{fewer}")
+    if resumed:
+        console.say(f"continuing from {resumed.path}")
+        before, now = resumed.state["settings"], flatten(config)
+        for name in now:
+            if name not in MAY_DIFFER and before.get(name) != now[name]:
+                console.say(f"changed since then: {name} {before.get(name)} -> {now[name]}")
+
+
+def describe_data(state: TrainState, options: OptimOptions) -> list[str]:
+    """A line for each dataset: its share, and how often the run will read it."""
+    lines = []
+    windows = sequences_left(0, options, state.plan)
+    for dataset, order in zip(state.datasets, state.loader.order.orders, strict=True):
+        share = f"{dataset.name}: {dataset.share:.1%} of the tokens; " if dataset.share < 1 else ""
+        held = sum(shard.tokens for shard in dataset.train)
+        longer = ""
+        if order.window_start == "document":
+            times = order.tokens_per_epoch / held
+            longer = f" ({times:.2f} times those of the shards: windows begin with documents)"
+        lines.append(
+            f"{share}{order.tokens_per_epoch:,} training tokens per epoch{longer}; "
+            f"{options.max_steps} steps are {windows * dataset.share / order.per_epoch:.2f} epochs"
+        )
+    return lines
+
+
+def out_of_memory(plan: BatchPlan, checkpointing: bool = False) -> str:
+    """What to do when the GPU's memory is too small: the same step in smaller micro-batches."""
+    now = plan.batch_size
+    smaller = max((n for n in range(1, now) if now % n == 0), default=0)
+    if not smaller:
+        less = "" if checkpointing else "--activation_checkpointing=True, or "
+        return f"out of GPU memory with batch_size=1; use {less}a smaller --block_size= or --size="
+    accum = plan.grad_accum_steps * now // smaller
+    return (
+        f"out of GPU memory with batch_size={now}; use --batch_size={smaller} "
+        f"--grad_accum_steps={accum}: the same {plan.tokens_per_step:,} tokens per step"
+    )

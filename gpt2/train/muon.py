@@ -1,0 +1,197 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for the rest.
+
+The update of a matrix is its Nesterov momentum made nearly orthogonal: by five quintic polynomials,
+each the best for what the one before leaves (Polar Express, Amsel et al. 2025, arXiv:2505.16932),
+over all matrices of one shape at once. NorMuon (Li et al. 2025, arXiv:2510.05491) then gives the
+rows of an update, which are neurons, about equal length.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..distributed.fsdp import as_part_of, cut, local, whole
+
+ROW_DECAY = 0.95  # of NorMuon's mean of squares, as in its paper
+SLACK = 1.02  # for singular values that rounding takes above 1, where the polynomials run away
+POLYNOMIALS = (  # a x + b x³ + c x⁵ of singular values: from 0.001 on they end in 0.85 … 1.15
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """(n, rows, columns), rows ≤ columns -> nearly U Vᵀ of each, in the same precision."""
+    x = matrices / (SLACK * matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLYNOMIALS:
+        square = x @ x.mT
+        x = a * x + (b * square + c * (square @ square)) @ x
+    return x
+
+
+def look_ahead(  # noqa: PLR0917 - one kernel
+    mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor, scale: Tensor, to: torch.dtype
+) -> Tensor:
+    """The gradient / scale, looked ahead with its running mean, which is updated unless skip > 0.
+
+    `momentum`, `skip` and `scale` are () tensors, so that a schedule does not compile anew.
+    """
+    grad = torch.where(skip > 0, 0.0, grad / scale)
+    new = torch.where(skip > 0, mean, mean.lerp(grad, 1 - momentum))
+    mean.copy_(new)
+    ahead = grad.lerp(new, momentum)
+    return ahead.to(to)
+
+
+def even_rows(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
+    """Rows divided by the root of their running mean of squares, the norm of each matrix as before.
+
+    Keeping the norm, and not the paper's 0.2 √(rows · columns), leaves `muon_lr` its meaning.
+
+    Args:
+        update: (matrices, rows, columns).
+        squares: (matrices, rows, 1) the running mean, which is updated unless skip > 0.
+        skip: ().
+    """
+    exact = update.to(squares.dtype)
+    new = squares.lerp(exact.square().mean(-1, keepdim=True), 1 - ROW_DECAY)
+    new = torch.where(skip > 0, squares, new)
+    squares.copy_(new)
+    even = exact / (new.sqrt() + 1e-8)
+    before, after = (m.norm(dim=(-2, -1), keepdim=True) for m in (exact, even))
+    return even * (before / (after + 1e-8))
+
+
+def apply(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor):
+    """p ← keep · p - rate · update unless skip > 0; the factors are () tensors."""
+    p.copy_(torch.where(skip > 0, p, keep * p - rate * update.to(p.dtype)))
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    """On a GPU in one kernel, or in few; the products for each shape anew."""
+    return torch.compile(function, dynamic=False if function is orthogonalise else None)
+
+
+class MuonAndAdamW(torch.optim.AdamW):
+    """One optimizer for both. Groups with `parts` are Muon's, the others AdamW's.
+
+    Args:
+        groups: `parts`: how many matrices stand one above the other in each parameter (queries,
+            keys and values: 3); `momentum`; `even`: whether it is NorMuon.
+        all_sum: sums a tensor over ranks in place; each rank orthogonalises its share.
+        rank: of this process.
+        world_size: ranks.
+        compiled: whether its parts are compiled.
+        precision: of `orthogonalise`: float32, or bf16, which is enough; the range of float16 is
+            not.
+        **settings: of AdamW.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        *,
+        all_sum: Callable[[Tensor], Tensor],
+        rank: int,
+        world_size: int,
+        compiled: bool,
+        precision: torch.dtype,
+        **settings,
+    ):
+        super().__init__(groups, **settings)
+        self.all_sum, self.rank, self.world_size = all_sum, rank, world_size
+        self.precision = precision
+        parts = look_ahead, orthogonalise, even_rows, apply
+        self.look_ahead, self.orthogonalise, self.even_rows, self.apply = (
+            _compiled(part) if compiled else part for part in parts
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update, by gradients / `grad_scale`; none of a parameter where `found_inf` is 1.
+
+        The loop sets both.
+        """
+        assert closure is None
+        groups = self.param_groups
+        self._step_muon([group for group in groups if "parts" in group])
+        try:
+            self.param_groups = [group for group in groups if "parts" not in group]
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _step_muon(self, groups: list[dict]):
+        number = functools.cache(lambda value, device: torch.full((), value, device=device))
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, dict]]] = defaultdict(list)
+        for group in groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    rows, columns = p.shape[0] // group["parts"], p.shape[1]
+                    by_shape[min(rows, columns), max(rows, columns)].append((p, group))
+        for members in by_shape.values():  # no more than one shape at a time is held whole
+            matrices = [
+                matrix
+                for p, group in members
+                for matrix in self._momentum(p, group, number).chunk(group["parts"])
+            ]
+            wide = torch.stack([m if m.shape[0] <= m.shape[1] else m.mT for m in matrices])
+            pairs = zip(self._share(wide), matrices, strict=True)
+            updates = iter([u if m.shape[0] <= m.shape[1] else u.mT for u, m in pairs])
+            for p, group in members:
+                update = torch.stack([next(updates) for _ in range(group["parts"])])
+                if group["even"]:
+                    update = self._even(p, update, number)
+                self._apply(p, cut(update.flatten(0, 1), p), group, number)
+
+    def _momentum(self, p: Tensor, group: dict, number: Callable) -> Tensor:
+        """The whole gradient, looked ahead with its running mean, which is updated."""
+        state = self.state[p]
+        if not state:  # "step" is what AdamW's loading of states looks for
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["momentum"] = torch.zeros_like(p)
+        mean, grad = local(state["momentum"]), local(p.grad)
+        momentum, skip = number(group["momentum"], p.device), self._skip(number, p)
+        scale = self._from_loop("grad_scale", 1.0, number, p)
+        ahead = self.look_ahead(mean, grad, momentum, skip, scale, self.precision)
+        return whole(as_part_of(ahead, p))
+
+    def _even(self, p: Tensor, update: Tensor, number: Callable) -> Tensor:
+        """`even_rows`; every rank has the mean of squares of all rows, a number for each."""
+        state = self.state[p]
+        if "squares" not in state:
+            state["squares"] = update.new_zeros(*update.shape[:2], 1, dtype=p.dtype)
+        return self.even_rows(update, state["squares"], self._skip(number, p))
+
+    def _skip(self, number: Callable, p: Tensor) -> Tensor:
+        return self._from_loop("found_inf", 0.0, number, p)
+
+    def _from_loop(self, name: str, otherwise: float, number: Callable, p: Tensor) -> Tensor:
+        """A () tensor that the loop may have set, by the name that fused optimizers look at."""
+        found = getattr(self, name, None)
+        return number(otherwise, p.device) if found is None else found
+
+    def _share(self, stack: Tensor) -> Tensor:
+        """Orthogonalises this rank's share of a stack; the sum over ranks has them all."""
+        if self.world_size == 1:
+            return self.orthogonalise(stack)
+        each = -(-len(stack) // self.world_size)
+        mine = slice(self.rank * each, min(len(stack), (self.rank + 1) * each))
+        update = torch.zeros_like(stack)
+        if len(stack[mine]):
+            update[mine] = self.orthogonalise(stack[mine])
+        return self.all_sum(update)
+
+    def _apply(self, p: Tensor, update: Tensor, group: dict, number: Callable):
+        """p ← (1 - lr·decay) p - lr √max(1, rows/columns) update; the update may be a part."""
+        rows, columns = p.shape[0] // group["parts"], p.shape[1]
+        keep = number(1 - group["lr"] * group["weight_decay"], p.device)
+        rate = number(group["lr"] * max(1.0, rows / columns) ** 0.5, p.device)
+        self.apply(local(p), update, keep, rate, self._skip(number, p))

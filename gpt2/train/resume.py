@@ -1,0 +1,102 @@
+"""How a run continues: from which checkpoint, and what an earlier run left behind."""
+
+import contextlib
+from pathlib import Path
+
+from ..checkpoint import training_state
+from ..checkpoint.training_state import Resumed
+from ..config.model import to_dict
+from ..config.switches import defaults, switched
+from ..config.train import ModelOptions, TrainConfig
+from ..data.datasets import split_eval_tokens
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..report import console, metrics
+from . import run_folder
+from .run_folder import out_dir
+from .state import TrainState
+
+
+def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
+    """The state to continue from, or None for a new run; changes nothing but our leftovers."""
+    kept: list[Resumed] = []  # what rank 0 has read need not be read twice
+
+    def look() -> str | None:
+        out = out_dir(config)
+        with _as_user_error():
+            run_folder.clean(out)
+        found, damaged = training_state.find_state(out, config.output.resume)
+        for line in damaged:
+            console.warn(f"{line}; using an older checkpoint")
+        if found:
+            check_same_run(found, config.model)
+            kept.append(found)
+        return str(found.path) if found else None
+
+    path = rt.on_main(look)
+    if not path:
+        return None
+    return kept[0] if kept else training_state.load_state(Path(path), verify=False)
+
+
+def make_way(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
+    """Moves aside what an earlier run left beyond the state to continue from."""
+
+    def move():
+        out = out_dir(config)
+        own = resumed and resumed.path.resolve().parent == (out / "state").resolve()
+        back = config.output.resume not in ("auto", "never")
+        with _as_user_error():
+            moved = run_folder.archive(out, resumed.step if own else -1, going_back=back)
+        if moved:
+            console.say(f"moved files of an earlier run to {moved}")
+
+    rt.on_main(move)
+
+
+@contextlib.contextmanager
+def _as_user_error():
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror or error}") from None
+
+
+def check_same_run(found: Resumed, options: ModelOptions):
+    """Raises UserError when the checkpoint is of another network, or began with other weights."""
+    began_with = found.state.get("settings", {}).get("init", "")
+    if options.init and options.init != began_with:
+        raise UserError(
+            f"{found.path} is of a run that began with {began_with or 'fresh weights'}, not "
+            f"init={options.init}; use another --out_dir, or --resume=never"
+        )
+    theirs = defaults() | to_dict(found.config)
+    ours = defaults() | to_dict(options.shape())
+    if options.init:  # the rest is that of the weights
+        ours = options.given() | switched(options)
+    ours.pop("dropout", None)  # may change between runs
+    different = [f"{n} {ours[n]} instead of {theirs[n]}" for n in ours if ours[n] != theirs[n]]
+    if different:
+        raise UserError(
+            f"{found.path} is of another network: you asked for {', '.join(different)}; "
+            "use the same settings, another --out_dir, or --resume=never"
+        )
+
+
+def adopt_evaluation(
+    state: TrainState,
+    config: TrainConfig,
+    rt: Runtime,
+    log: metrics.RunLog,
+    resumed: Resumed | None,
+):
+    """Takes from the log an evaluation that the interrupted run made after its last save."""
+    known = rt.broadcast(log.recorded(state.step))
+    if known.get("hellaswag_items") == len(state.hellaswag):
+        state.hellaswag_at = state.step
+    asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
+    if not resumed or "val_loss" not in known or state.evaluated_at == state.step:
+        return
+    same_data = resumed.state["settings"]["data_dir"] == config.data.data_dir
+    if same_data and known.get("val_tokens") == asked:
+        state.note_evaluation(known["val_loss"])

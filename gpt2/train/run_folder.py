@@ -1,0 +1,118 @@
+"""The folder of a run: its files, its lock, its log, what a crash left, what moves out of the way.
+
+Nothing that a person may want is deleted here; it moves to `archive_1`, `archive_2`, …
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..checkpoint.training_state import Resumed, state_folders
+from ..config import command_line
+from ..config.options import flatten
+from ..config.train import TrainConfig
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..files import locked
+from ..report import metrics
+
+RUN_FILES = (  # and folders, of a run, besides its states
+    *("metrics.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png"),
+    *("tensorboard", "wandb", "wandb_id.txt"),
+)
+
+
+def archive(out_dir: Path, after_step: int, going_back: bool = False) -> Path | None:
+    """Moves a run's states after a step, and its files if that is none, out of the way.
+
+    Args:
+        out_dir: the run's folder.
+        after_step: later states are moved; -1: everything of the run.
+        going_back: also copy the files that a run from an earlier state will write anew.
+
+    Returns:
+        The folder, or None when there was nothing to move.
+    """
+    moved = [p for p in state_folders(out_dir) if int(p.name[5:]) > after_step]
+    files = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
+    if after_step < 0:
+        moved += files
+    if not moved:
+        return None
+    number = 1
+    while (folder := out_dir / f"archive_{number}").exists():
+        number += 1
+    (folder / "state").mkdir(parents=True)
+    if going_back and after_step >= 0:
+        for path in files:
+            if path.is_file():
+                shutil.copy2(path, folder / path.name)
+    for path in moved:
+        os.replace(path, folder / path.relative_to(out_dir))
+    return folder
+
+
+def clean(out_dir: Path) -> list[str]:
+    """Removes what a crash left half written; returns the names."""
+    leftovers = [*out_dir.glob("state/step_*.tmp"), *out_dir.glob("*_ckpt.pt.tmp")]
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [path.name for path in leftovers]
+
+
+def check_writable(out_dir: Path):
+    """Fails before the first step instead of at the first save.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe = out_dir / "write_test.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to out_dir={out_dir}: {reason}; use another") from None
+
+
+BUSY = "run folder {folder} is in use by {holder}"
+
+
+@contextlib.contextmanager
+def reserved(config: TrainConfig, rt: Runtime) -> Iterator[None]:
+    """Keeps other runs out of the run's folder; raises UserError when one is in there."""
+    with contextlib.ExitStack() as stack:
+
+        def reserve():
+            check_writable(out_dir(config))
+            stack.enter_context(locked(out_dir(config), BUSY))
+
+        rt.on_main(reserve)
+        yield
+
+
+def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
+    """metrics.jsonl and the services; also writes the settings as a file that --config= reads."""
+    settings = flatten(config)
+    if rt.is_main:
+        own = {name: value for name, value in settings.items() if name != "resume"}
+        (out_dir(config) / "config.toml").write_text(command_line.to_toml(own), encoding="utf-8")
+    return metrics.open_run(
+        out_dir(config),
+        config=settings,
+        sinks=config.output.log_to,
+        run_name=config.output.run_name,
+        resume_step=resumed.step if resumed else None,
+        is_main=rt.is_main,
+    )
+
+
+MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
+
+
+def out_dir(config: TrainConfig) -> Path:
+    """The run's folder."""
+    return Path(config.output.out_dir)

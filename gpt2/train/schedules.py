@@ -1,0 +1,84 @@
+"""What step n looks like: learning rate, momentum, batch and attention window.
+
+Pure functions of the step and the options, except for `set_rates`, which writes to an optimizer.
+"""
+
+import math
+
+import torch
+
+from ..config.train import BatchPlan, OptimOptions, warmup_steps
+from ..errors import UserError
+
+MOMENTUM_BEGINS = 0.85  # of Muon, where it grows (modded-nanogpt)
+
+
+def learning_rate_at(step: int, options: OptimOptions) -> float:
+    """Learning rate of the step-th update (from 0): linear warm-up, then as `schedule` says.
+
+    cosine: half a cosine falls from the peak to `min_lr_ratio` of it at `max_steps` (Brown et al.
+    2020, appendix B; Loshchilov & Hutter 2017). wsd: stable, then a line to the same over the last
+    `cooldown` of the steps (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024).
+    """
+    peak, warmup = options.learning_rate, warmup_steps(options)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if options.schedule == "wsd":
+        decay = min(options.cooldown * options.max_steps, options.max_steps - warmup)
+        share = min(1.0, max(0.0, (options.max_steps - step) / max(1, decay)))
+        return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * share)
+    progress = min(1.0, (step - warmup) / max(1, options.max_steps - warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * cosine)
+
+
+def momentum_at(step: int, options: OptimOptions) -> float:
+    """Muon's momentum: from `MOMENTUM_BEGINS` along a line over `muon_momentum_warmup` steps."""
+    full, warmup = options.muon_momentum, options.muon_momentum_warmup
+    if step >= warmup:
+        return full
+    return MOMENTUM_BEGINS + step / warmup * (full - MOMENTUM_BEGINS)
+
+
+def micro_batches_at(step: int, options: OptimOptions, plan: BatchPlan) -> int:
+    """Micro-batches of the step-th update: from an eighth to all, by eighths, rounded up."""
+    return math.ceil(plan.grad_accum_steps * _eighths(step, options.batch_warmup, options) / 8)
+
+
+def window_at(step: int, options: OptimOptions, full: int) -> int:
+    """Positions that a layer may see at the step-th update: from an eighth of `full` to all."""
+    return math.ceil(full * _eighths(step, options.window_warmup, options) / 8)
+
+
+def _eighths(step: int, share: float, options: OptimOptions) -> int:
+    """1 … 7 over this share of the run, then 8."""
+    warmup = share * options.max_steps
+    return 8 if step >= warmup else 1 + int(7 * step / warmup)
+
+
+def sequences_left(step: int, options: OptimOptions, plan: BatchPlan) -> int:
+    """Windows that all ranks together train on from the step-th update (from 0) to the last."""
+    grown = max(step, min(options.max_steps, math.ceil(options.batch_warmup * options.max_steps)))
+    micro = sum(micro_batches_at(i, options, plan) for i in range(step, grown))
+    micro += (options.max_steps - grown) * plan.grad_accum_steps
+    return micro * plan.batch_size * plan.world_size
+
+
+def check_plan(step: int, options: OptimOptions, plan: BatchPlan):
+    """Raises UserError for a warm-up, from this step on, of a batch that cannot be smaller."""
+    growing = step < options.batch_warmup * options.max_steps
+    if growing and plan.grad_accum_steps == 1:
+        raise UserError(
+            "batch_warmup takes fewer micro-batches at first, and a step has only one; use a "
+            "smaller --batch_size, or leave it out"
+        )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, options: OptimOptions) -> float:
+    """Gives every group the rate of the step-th update, times its `lr_ratio`; returns the rate."""
+    rate, momentum = learning_rate_at(step, options), momentum_at(step, options)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
+        if "momentum" in group:
+            group["momentum"] = momentum
+    return rate

@@ -1,0 +1,56 @@
+"""All that changes while training, in one dataclass."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.async_writer import Saver
+from ..config.train import BatchPlan
+from ..data.datasets import Dataset
+from ..data.loader import TrainLoader
+from ..evaluate.tasks import Choice
+from ..model.gpt import GPT
+from ..report import console, throughput
+from .cuda_graph import MicroBatches
+
+
+@dataclass
+class TrainState:
+    """All that changes while training."""
+
+    model: GPT
+    forward: Callable[..., Tensor]  # the model, or DDP around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: TrainLoader
+    datasets: list[Dataset]
+    plan: BatchPlan
+    clock: throughput.Throughput
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # of training before this process
+    skipped: int = 0  # steps in a row whose gradient was not finite
+    val_loss: float | None = None
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    evaluated_at: int = -1  # the step of the last evaluation
+    stop: bool = False  # agreed by all ranks
+    hellaswag: list[Choice] = field(default_factory=list)  # items, if it is evaluated
+    hellaswag_at: int = -1  # the step of its last evaluation
+    saver: Saver = field(default_factory=lambda: Saver(console.warn))
+    micro_batches: MicroBatches = field(init=False)  # runs `forward`
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all ranks have trained on, whatever the batch was at each step."""
+        return self.loader.position * self.plan.block_size
+
+    def note_evaluation(self, loss: float) -> bool:
+        """Takes down a validation loss of this step; True when it is the best so far."""
+        improved = loss < self.best_val_loss
+        self.val_loss, self.evaluated_at = loss, self.step
+        self.best_val_loss = loss if improved else self.best_val_loss
+        self.evals_without_gain = 0 if improved else self.evals_without_gain + 1
+        return improved

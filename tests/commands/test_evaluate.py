@@ -1,0 +1,167 @@
+"""`gpt2 eval` as a person meets it: table, JSON, mistakes, two ranks."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gpt2 import cli
+from gpt2.commands.evaluate import TokensInMemory, run
+from gpt2.config.commands import EvalConfig, PrepareConfig
+from gpt2.data.loader import eval_batches
+from gpt2.data.shards import find_shards
+from gpt2.evaluate.loss import evaluate
+from gpt2.prepare.run import run as prepare
+
+from ..conftest import ROOT, TINY, run_python
+from ..evaluate.test_tasks import RT, hellaswag_items, lambada_items, write_jsonl
+from ..test_distributed import TORCHRUN
+from ..train.test_loop import metrics
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    """A run of three steps, evaluated by the training loop at the end."""
+    out = tmp_path_factory.mktemp("run")
+    run_python(
+        "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY, "--max_steps=3"
+    )
+    return out / "out_ckpt.pt"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("items")
+    return [
+        f"--hellaswag={write_jsonl(folder / 'h.jsonl', hellaswag_items(37))}",
+        f"--lambada={write_jsonl(folder / 'l.jsonl', lambada_items(23))}",
+    ]
+
+
+def test_everything_at_once(trained, files, data_dir, tmp_path, capsys):
+    target = tmp_path / "results.json"
+    arguments = [f"--data_dir={data_dir}", "--eval_tokens=500", *files, f"--json={target}"]
+    assert cli.main(["eval", str(trained), *arguments, "--device=cpu", "--dtype=float32"]) == 0
+    found, shown = json.loads(target.read_text()), capsys.readouterr().out
+    assert found["val_loss"] == pytest.approx(metrics(trained.parent, "val_loss")[3], abs=1e-6)
+    assert math.log(found["val_perplexity"]) == pytest.approx(found["val_loss"])
+    assert (found["step"], found["val_tokens"], found["val_source"]) == (3, 500, str(data_dir))
+    assert (found["hellaswag_items"], found["lambada_items"]) == (37, 23)
+    assert found["hellaswag_source"] == files[0].partition("=")[2]
+    assert (found["device"], found["dtype"], found["ranks"]) == ("cpu", "float32", 1)
+    for label, number in (
+        ("validation loss", f"{found['val_loss']:.4f}  over 500 tokens"),
+        ("HellaSwag acc_norm", f"{found['hellaswag_acc_norm']:.4f}  over 37 items"),
+        ("LAMBADA perplexity", f"{found['lambada_perplexity']:,.2f}  over 23 items"),
+    ):
+        line = next(line for line in shown.splitlines() if label in line)
+        assert line.endswith(number)
+    assert "step 3, " in shown
+
+
+def test_without_options_the_data_of_the_run(trained, data_dir, tmp_path):
+    target = tmp_path / "results.json"
+    config = EvalConfig(json=str(target), device="cpu", dtype="float32")
+    assert run(str(trained), config) == 0
+    found = json.loads(target.read_text())
+    assert found["val_loss"] == pytest.approx(metrics(trained.parent, "val_loss")[3], abs=1e-6)
+    assert found["val_source"] == str(data_dir)
+    assert "hellaswag_items" not in found
+
+
+def test_mix_tells_each_loss(trained, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "other")
+    target = tmp_path / "results.json"
+    mix = f"{data_dir}:0.5,{tmp_path / 'other'}:0.5"
+    run(str(trained), EvalConfig(data_dir=mix, eval_tokens=400, json=str(target), device="cpu"))
+    found = json.loads(target.read_text())
+    assert found["val_loss_other"] == pytest.approx(found[f"val_loss_{data_dir.name}"])
+    assert found["val_loss"] == pytest.approx(found["val_loss_other"])
+
+
+def test_text_equals_its_shards(trained, text, tmp_path):
+    """The loss on a file is that on the shards which `gpt2 prepare` makes of it."""
+    items = [{"text": text[i : i + 900]} for i in range(0, 9000, 900)]
+    source = write_jsonl(tmp_path / "t.jsonl", items)
+    prepare(PrepareConfig(source=str(source), out_dir=str(tmp_path / "s"), shard_tokens=100_000))
+    # a source of one shard gives its end to validation
+    shards = [*find_shards(tmp_path / "s", "train"), *find_shards(tmp_path / "s", "val")]
+    ids = np.concatenate([shard.read(0, shard.tokens) for shard in shards])
+    target = tmp_path / "results.json"
+    run(str(trained), EvalConfig(text=str(source), json=str(target), device="cpu", dtype="float32"))
+    found = json.loads(target.read_text())
+    from gpt2.api import GPT2
+
+    batches = eval_batches([TokensInMemory(ids)], block_size=32, batch_size=8, eval_tokens=10**6)
+    wanted = evaluate(GPT2.from_checkpoint(trained, "cpu"), batches, RT)
+    assert found["text_tokens"] == wanted.tokens == len(ids) - 1
+    assert found["text_loss"] == pytest.approx(wanted.loss, rel=1e-6)
+    assert found["text_bpb"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
+    run(str(trained), EvalConfig(text=str(source), eval_tokens=77, json=str(target), device="cpu"))
+    assert json.loads(target.read_text())["text_tokens"] == 77
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv on Windows")
+def test_two_ranks_count_every_item_once(trained, files, data_dir, tmp_path):
+    """37 and 23 items, of which no batch holds all, on one rank and on two."""
+    arguments = [trained, f"--data_dir={data_dir}", "--eval_tokens=500", *files,
+                 "--device=cpu", "--dtype=float32"]  # fmt: skip
+    shown = []
+    for ranks in (1, 2):
+        command = ["-m", "gpt2", "eval"]
+        if ranks > 1:
+            command = [*TORCHRUN, f"--nproc_per_node={ranks}", *command]
+        done = run_python(*command, *arguments, f"--json={tmp_path / str(ranks)}")
+        shown.append(done.stdout.splitlines()[1:])
+    one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
+    assert two["ranks"] == 2
+    assert list(one) == list(two)
+    for name in set(one) - {"seconds", "ranks"}:
+        same = pytest.approx(one[name], rel=1e-6) if isinstance(one[name], float) else one[name]
+        assert two[name] == same, name
+    assert shown[0] == shown[1]  # one rank speaks
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ on Windows")
+def test_ctrl_c_ends_at_once(trained, tmp_path):
+    items = write_jsonl(tmp_path / "h.jsonl", hellaswag_items(20_000))
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from gpt2 import cli; from gpt2.report import console\n"
+         "from gpt2.evaluate import tasks\n"
+         "ask = tasks.score\n"
+         "def told(*a): console.say('asked'); return ask(*a)\n"
+         "tasks.score = told\n"
+         f"raise SystemExit(cli.main(['eval', {str(trained)!r}, '--hellaswag={items}',"
+         " '--device=cpu']))"],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[0] == ""
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.pt"], "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text="),
+        (["nothing.pt", "--data_dir=/nowhere"], "no data folder /nowhere"),
+        (["nothing.pt", "--hellaswag=/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
+        (["nothing.pt", "--text=/nowhere.txt"], "--text=/nowhere.txt: no such file"),
+        (["nothing.pt", "--text=README.md", "--json=/nowhere/x"], "--json=/nowhere/x: no such fol"),
+        (["nothing.pt", "--helaswag=x"], "did you mean --hellaswag?"),
+        ([], "checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, message):
+    assert cli.main(["eval", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

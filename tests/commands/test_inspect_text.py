@@ -1,0 +1,138 @@
+"""`gpt2 inspect` on the command line."""
+
+import io
+import math
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt2 import cli
+from gpt2.api import GPT2
+from gpt2.commands.inspect_text import encode, evaluation, table
+from gpt2.config.model import ModernConfig
+from gpt2.interpret import html_page
+from gpt2.interpret.logit_lens import look
+from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
+
+from ..test_cli import complain
+
+TEXT = "def main(argv): return main"
+
+
+def small(**switches) -> GPT2:
+    """A model of 48 positions whose heads look at something."""
+    from gpt2.api import SwitchedGPT2
+
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48}
+    model = SwitchedGPT2(ModernConfig(**shape, **switches)) if switches else GPT2(**shape)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "m.pt"
+    small().save(path)
+    return path
+
+
+def inspect(*argv) -> int:
+    return cli.main(["inspect", *map(str, argv), "--device=cpu"])
+
+
+def test_table_has_the_numbers(checkpoint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert inspect(checkpoint, TEXT, "--out=") == 0
+    out = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    seen = look(small(), gpt2_tokenizer().encode(TEXT))
+    lines = out.splitlines()
+    assert lines[:-1] == table(seen).splitlines()[:-1]
+    assert f"loss {seen.nats.sum().item():.2f} nats in all" in lines[-1]
+    assert len(lines) == len(seen.ids) + 3  # a head, what may follow, the sum
+    assert "nothing before it" in lines[1]
+    p, bits, rank = re.search(r"([\d.]+)% +([\d.]+) +([\d,]+)", lines[2]).groups()
+    nats = seen.nats[0].item()
+    assert math.isclose(float(p), 100 * math.exp(-nats), abs_tol=0.006)
+    assert math.isclose(float(bits), nats / math.log(2), abs_tol=0.006)
+    assert int(rank.replace(",", "")) == seen.ranks[0]
+    assert all(len(line) <= 100 for line in lines[:-1])
+
+
+def test_sums_leave_out_the_first_token():
+    seen = look(small(), gpt2_tokenizer().encode("Hello world, hello"))
+    e = evaluation(seen)
+    assert (e.tokens, e.text_bytes) == (3, len(" world, hello"))
+    assert math.isclose(e.nats, seen.nats.sum().item(), rel_tol=1e-6)
+
+
+def test_page_is_written_and_written_again(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert inspect(checkpoint, TEXT) == 0
+    first = (tmp_path / "inspect.html").read_text("utf-8")
+    assert html_page.MARK in first
+    assert "open it in a browser" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(TEXT.encode())))
+    assert inspect(checkpoint, "-") == 0
+    assert (tmp_path / "inspect.html").read_text("utf-8") == first
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    assert inspect(checkpoint, "--file=t.txt", "--top=3") == 0
+    assert (tmp_path / "inspect.html").read_text("utf-8") != first  # fewer alternatives
+
+
+def test_endoftext_is_text_unless_it_is_special(tmp_path, capsys):
+    assert END_OF_TEXT not in encode("a<|endoftext|>b", special=False)
+    assert encode("<|endoftext|>a<|endoftext|>b", True) == [50256, 64, 50256, 65]
+    small(document_mask=True).save(tmp_path / "m.pt")
+    out = tmp_path / "p.html"
+    assert inspect(tmp_path / "m.pt", "a<|endoftext|>b c", "--special", f"--out={out}") == 0
+    assert "'<|endoftext|>'" in capsys.readouterr().out
+    data = out.read_text("utf-8")
+    assert '"first":[[0,1,1,1],[0,1,1,1]]' in data
+    assert '"switches":{"document_mask":"True"}' in data
+
+
+def test_maps_that_would_be_too_large_are_left_out(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(html_page, "MOST_MAP_BYTES", 50)
+    assert inspect(checkpoint, TEXT, f"--out={tmp_path / 'p.html'}") == 0
+    said = capsys.readouterr().err
+    assert "are left out; up to 5 tokens have them" in said
+    assert '"attention":[]' in (tmp_path / "p.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([""], "there is no text"),
+        ([], "there is no text"),
+        (["a", "--file=t.txt"], "a text or --file=, not both"),
+        (["--file=nowhere.txt"], "--file=nowhere.txt: No such file"),
+        (["--file=bad.txt"], "bad.txt is not UTF-8 (byte 1)"),
+        (["word " * 60], "tokens, and the model sees 48 at once; leave out"),
+        (["a", "--out=bad.txt"], "is there and no page of `gpt2 inspect`"),
+        (["a", "--top=0"], "top=0: use 1 or more"),
+        (["a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_mistakes(checkpoint, capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.txt").write_bytes(b"a\xffb")
+    assert message in complain(capsys, "inspect", str(checkpoint), *argv)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_one_token(checkpoint, capsys):
+    assert inspect(checkpoint, "a", "--out=") == 0
+    assert "nothing was predicted" in capsys.readouterr().out
+
+
+def test_a_console_without_these_letters(checkpoint, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert inspect(checkpoint, "naïve 🙂", "--out=") == 0

@@ -1,0 +1,112 @@
+"""`gpt2 profile`: every microsecond once, in the right group."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from gpt2.cli import main
+from gpt2.commands import profile_step
+from gpt2.config.model import GPT2Config
+from gpt2.model.gpt import GPT
+
+from ..conftest import TINY
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_nn_n_tilesize128x128x64_dgelu", "products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
+        ("_cross_entropy", "head"),
+        ("_gradient_fp8", "head"),
+        ("triton_per_fused__to_copy_add_native_layer_norm_view_7", "norms"),
+        (
+            "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata>",
+            "optimizer",
+        ),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("triton_red_fused_sum_view_8", profile_step.OTHERS),
+        ("triton_poi_fused_gelu_5", profile_step.OTHERS),
+        ("aten::addmm", "products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::native_layer_norm_backward", "norms"),
+    ],
+)
+def test_groups(name, group):
+    assert profile_step.group_of(name) == group
+
+
+def test_flops_are_six_per_weight_and_token_and_attention():
+    model = GPT(GPT2Config())
+    work = profile_step.flops(model, 1)
+    tables = model.transformer.wpe.weight.numel()
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    padding = (50304 - 50257) * 768
+    assert work["products"] + work["head"] == 6 * (
+        model.num_parameters() - tables - vectors + padding
+    )
+    assert sum(work.values()) == pytest.approx(model.flops_per_token(), rel=2e-3)
+
+
+@pytest.mark.parametrize("data", ["shards", "none"])
+def test_profile_on_a_cpu(data, data_dir, tmp_path, capsys):
+    argv = [
+        "profile",
+        *TINY,
+        f"--trace={tmp_path / 'trace.json.gz'}",
+        f"--out_dir={tmp_path / 'out'}",
+    ]
+    folder = data_dir if data == "shards" else tmp_path / "nothing"
+    assert main([*argv, f"--data_dir={folder}"]) == 0
+    out = capsys.readouterr().out
+    assert ("profiling on random tokens" in out) == (data == "none")
+    rows = {}
+    for line in out.splitlines():
+        for name in (*profile_step.ORDER, "waiting", "step"):
+            if line.startswith(name + " " * 3):
+                rows[name] = float(line[28:38])
+    assert rows.keys() == {*profile_step.ORDER, "waiting", "step"}
+    assert sum(rows.values()) - rows["step"] == pytest.approx(rows["step"], rel=0.02)
+    assert rows["products"] > 0
+    assert rows["head"] > rows["norms"] > 0
+    assert rows["attention"] > 0
+    assert rows["optimizer"] > 0
+    with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
+        assert len(json.load(file)["traceEvents"]) > 100
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--trace=nowhere/t.json", "there is no folder nowhere"),
+        ("--trace=t.txt", "ends in .json or .json.gz"),
+        ("--trase=t.json", "did you mean"),
+    ],
+)
+def test_wrong_input_is_one_line(argument, message, capsys):
+    assert main(["profile", *TINY, argument]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.timeout(600)
+def test_profile_on_a_gpu(tmp_path, capsys):
+    # with a smaller batch the GPU waits for Python, which the profiler slows down
+    argv = ["--batch_size=64", "--grad_accum_steps=1", f"--trace={tmp_path / 't.json'}"]
+    assert main(["profile", *argv, f"--data_dir={tmp_path / 'none'}"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    share = {line[:28].strip(): float(line[38:46].strip("% ")) for line in rows if line[0] != "f"}
+    assert share["products"] > 25
+    assert share["head"] > 10
+    assert share["attention"] > 5
+    assert share[profile_step.OTHERS] < 30

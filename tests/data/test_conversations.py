@@ -1,0 +1,257 @@
+"""Conversations as training data, and the loop on them: loss, packing, resume, two ranks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2 import cli
+from gpt2.api import GPT2
+from gpt2.checkpoint import model_file
+from gpt2.config.command_line import parse
+from gpt2.config.finetune import FinetuneConfig
+from gpt2.config.model import IGNORE
+from gpt2.data.chat_template import encode_conversation, messages_of
+from gpt2.data.conversations import Conversations, is_chat, open_conversations, pack
+from gpt2.data.loader import eval_batches
+from gpt2.errors import UserError
+from gpt2.huggingface.model_format import to_hf
+from gpt2.model.packed_documents import packed
+from gpt2.report import metrics
+from gpt2.train import loop
+
+from ..conftest import run_python
+from ..models import reference
+from ..test_distributed import TORCHRUN
+
+T = 48
+
+
+def talk(n: int, words: int = 4) -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": f"What follows {n}?"},
+            {"role": "assistant", "content": " ".join(str(n + i) for i in range(1, words))},
+        ]
+    }
+
+
+def write(path: Path, items: list) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    items = [talk(n, 3 + n % 9) for n in range(60)]
+    return write(tmp_path_factory.mktemp("chat") / "chat.jsonl", items)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.pt"
+    torch.manual_seed(0)
+    GPT2(n_layer=2, n_head=2, n_embd=32, block_size=T).save(path)
+    return path
+
+
+def arguments(base, data, out_dir, *more) -> list[str]:
+    return [
+        f"--init={base}", f"--data={data}", f"--out_dir={out_dir}", "--device=cpu",
+        "--dtype=float32", "--batch_size=2", "--learning_rate=1e-2", *more,
+    ]  # fmt: skip
+
+
+def finetune(*args) -> int:
+    return loop.run(parse(FinetuneConfig, arguments(*args), "gpt2 finetune"))
+
+
+def losses(out_dir) -> list[float]:
+    return [r["loss"] for r in metrics.read_metrics(Path(out_dir) / "metrics.jsonl") if "loss" in r]
+
+
+@given(st.lists(st.integers(1, 20)), st.integers(20, 40))
+def test_packing_holds_each_once_and_wastes_little(lengths, room):
+    rows = pack(lengths, room)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in row) for row in rows]
+    assert all(0 < s <= room for s in sums)
+    assert len(rows) <= 11 / 9 * -(-sum(lengths) // room) * 2 + 1
+    assert sum(2 * s <= room for s in sums) <= 1  # two such rows would have been one
+
+
+def test_the_loss_is_that_of_transformers_with_labels_of_minus_100(chats):
+    """Each conversation alone there, packed here."""
+    model = reference(block_size=T).double()
+    ours = GPT2(n_layer=2, n_head=2, n_embd=32, block_size=T).double().eval()
+    theirs = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    want = ours.state_dict()
+    ours.load_state_dict({n: t.t() if want[n].shape != t.shape or "attn.c_proj.weight" in n
+                          else t for n, t in theirs.items()})  # fmt: skip
+    for name, tensor in to_hf(ours.state_dict()).items():  # the same network
+        torch.testing.assert_close(tensor, model.state_dict()[name])
+    nats = count = 0
+    encoded = [encode_conversation(messages_of(json.loads(s))) for s in chats.open()]
+    for ids, learned in encoded:
+        labels = [i if own else -100 for i, own in zip(ids, learned, strict=True)]
+        loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        nats, count = nats + loss.item() * sum(learned), count + sum(learned)
+    shard = Conversations(chats, encoded, T)
+    assert len(shard.rows) < len(encoded)
+    batches = list(eval_batches([shard], block_size=T, batch_size=3, eval_tokens=10**6))
+    with torch.no_grad():
+        summed = sum(
+            ours(x, y, reduction="sum", cache=packed(begins)).item() for x, y, begins in batches
+        )
+    assert sum((y != IGNORE).sum().item() for _, y, _ in batches) == count
+    assert summed == pytest.approx(nats, rel=1e-6)
+
+
+MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant"]),
+        "content": st.text("ab \n", max_size=60),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(MESSAGE, min_size=1, max_size=5), min_size=2, max_size=12))
+def test_no_row_is_without_targets_and_all_are_accounted_for(tmp_path_factory, conversations):
+    path = tmp_path_factory.mktemp("x") / "x.jsonl"
+    write(path, [{"messages": messages} for messages in conversations])
+    try:
+        (dataset,), (line,) = open_conversations(str(path), 16, 0.2)
+    except UserError:  # hardly any of them can be learned from
+        return
+    kept = 0
+    for shard in (*dataset.train, *dataset.val):
+        kept += sum(map(len, shard.rows))
+        for row in range(len(shard.rows)):
+            x, y, begins = shard.window(row * 16, 16)
+            assert (y != IGNORE).any()
+            assert (begins <= np.arange(16)).all()
+            assert ((y == IGNORE) | (y < 50257)).all()
+            assert len(x) == 16
+    assert f"{len(conversations) - kept:,} left out" in line
+
+
+def test_what_is_too_long_is_counted_and_cut(tmp_path):
+    long = talk(1, 100)
+    buried = {"messages": [{"role": "user", "content": "why " * 99}, long["messages"][1]]}
+    silent = {"messages": long["messages"][:1]}
+    path = write(tmp_path / "x.jsonl", [talk(1), talk(2), long, buried, silent])
+    (dataset,), (line,) = open_conversations(str(path), T, 0.01)
+    assert "1 truncated, 2 left out" in line
+    assert sum(len(row) for shard in (*dataset.train, *dataset.val) for row in shard.rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "gives 0 conversations"),
+        ("{", "row 1 is not JSON"),
+        ("[1]", "row 1 is not a JSON object"),
+        (json.dumps(talk(1)) + '\n{"messages": [{"role": "user"}]}', "row 2: message 1 has no"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "row 1: message 1: role 'robot'"),
+        (json.dumps(talk(1)), "gives 1 conversations"),
+    ],
+)
+def test_wrong_files_are_told_in_one_line(tmp_path, content, told):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        open_conversations(str(path), T, 0.05)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_alpacas_list_is_read_like_lines(tmp_path):
+    items = [{"instruction": f"Say {n}", "input": "", "output": str(n)} for n in range(9)]
+    (tmp_path / "a.json").write_text(json.dumps(items, indent=1))
+    write(tmp_path / "a.jsonl", items)
+    one, two = (open_conversations(str(tmp_path / n), T, 0.2)[0][0] for n in ("a.json", "a.jsonl"))
+    assert one.train[0].fingerprint() == two.train[0].fingerprint()
+
+
+def test_files_folders_and_texts_are_told_apart(tmp_path):
+    assert is_chat("a.jsonl.xz:0.5,b.parquet:0.5")
+    assert not is_chat(str(tmp_path))
+    with pytest.raises(UserError, match="do not mix"):
+        is_chat(f"a.jsonl:0.5,{tmp_path}:0.5")
+    with pytest.raises(UserError, match="gpt2 prepare"):
+        is_chat("book.txt")
+
+
+def test_it_learns_and_epochs_become_steps(chats, base, tmp_path, capsys):
+    assert finetune(base, chats, tmp_path, "--epochs=10") == 0
+    said = capsys.readouterr().out
+    assert "57 conversations in" in said
+    assert "10.0" in said.split("steps are ")[1][:5]
+    falling = losses(tmp_path)
+    assert falling[-1] < 0.5 * falling[0]
+
+
+def test_epochs_count_the_smaller_steps_at_first(chats, base, tmp_path, capsys):
+    more = ["--grad_accum_steps=8", "--batch_warmup=0.9"]
+    assert finetune(base, chats, tmp_path, "--epochs=10", *more) == 0
+    said = capsys.readouterr().out
+    epochs = float(said.split("steps are ")[1].split()[0])
+    assert 10 <= epochs < 12.5  # 11 rows, and steps of up to 16
+    assert len(losses(tmp_path)) > 7  # which would do without the warm-up
+
+
+def test_a_continued_run_is_the_same_bit_for_bit(chats, base, tmp_path):
+    rank = "--lora_rank=2"
+    assert finetune(base, chats, tmp_path / "one", rank, "--max_steps=6", "--save_every=3") == 0
+    state = tmp_path / "one" / "state" / "step_00000003"
+    argv = [base, chats, tmp_path / "two", rank, "--max_steps=6", f"--resume={state}"]
+    assert finetune(*argv) == 0
+    one, two = (model_file.load_model(tmp_path / n / "out_ckpt.pt")[1] for n in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_eval_finds_the_conversations_that_were_held_out(chats, base, tmp_path, capsys):
+    assert finetune(base, chats, tmp_path / "out", "--max_steps=2") == 0
+    wanted = [r["val_loss"] for r in metrics.read_metrics(tmp_path / "out" / "metrics.jsonl")
+              if "val_loss" in r][-1]  # fmt: skip
+    result = tmp_path / "r.json"
+    argv = ["eval", str(tmp_path / "out" / "out_ckpt.pt"), "--device=cpu", f"--json={result}"]
+    assert cli.main(argv) == 0
+    assert json.loads(result.read_text())["val_loss"] == pytest.approx(wanted, rel=1e-5)
+    argv = ["eval", str(base), f"--data={chats}", "--device=cpu"]
+    assert cli.main(argv) == 2
+    assert "stands in the config.toml" in capsys.readouterr().err
+
+
+def test_a_changed_file_is_refused(base, tmp_path):
+    path = write(tmp_path / "chat.jsonl", [talk(n) for n in range(30)])
+    assert finetune(base, path, tmp_path / "out", "--max_steps=1") == 0
+    write(path, [talk(n) for n in range(29)] + [talk(90)])
+    with pytest.raises(UserError, match="holds other tokens"):
+        finetune(base, path, tmp_path / "out", "--max_steps=2")
+
+
+def test_shards_of_text_are_tuned_on_as_well(data_dir, base, tmp_path):
+    assert finetune(base, data_dir, tmp_path, "--max_steps=2", "--eval_tokens=200") == 0
+    assert (tmp_path / "out_ckpt.pt").exists()
+
+
+def test_options_that_mean_nothing_are_refused(chats, base, tmp_path):
+    with pytest.raises(UserError, match="conversations are always whole"):
+        finetune(base, chats, tmp_path, "--window_start=document")
+    with pytest.raises(UserError, match="eval_tokens=5"):
+        finetune(base, chats, tmp_path, "--eval_tokens=5")
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_with_twice_the_accumulation(chats, base, tmp_path):
+    common = ["--max_steps=4", "--log_every=1"]
+    assert finetune(base, chats, tmp_path / "one", *common, "--grad_accum_steps=2") == 0
+    argv = [*arguments(base, chats, tmp_path / "two"), *common, "--grad_accum_steps=1"]
+    run_python(*TORCHRUN, "--nproc_per_node=2", "-m", "gpt2", "finetune", *argv)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)

@@ -1,0 +1,105 @@
+"""LoRA: begins as the given network, trains adapters alone, equals peft and its own merged form."""
+
+import pytest
+import torch
+
+from gpt2.api import GPT2
+from gpt2.checkpoint import model_file, training_state
+from gpt2.config.command_line import parse
+from gpt2.config.finetune import FinetuneConfig, TuningOptions
+from gpt2.config.train import OptimOptions
+from gpt2.errors import UserError
+from gpt2.model.lora import adapt, is_adapted, merged_state, to_peft
+from gpt2.train.optimizer import build_optimizer
+
+from ..data.test_conversations import base, chats, finetune  # noqa: F401 - two fixtures
+from ..models import reference
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 100}
+IDX = torch.arange(40).view(2, 20)
+
+
+def adapted(rank=4, trained=True, **given) -> GPT2:
+    torch.manual_seed(0)
+    model = GPT2(**SHAPE)
+    adapt(model, TuningOptions(lora_rank=rank, **given))
+    if trained:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("lora_B"):
+                    p.normal_(0, 0.1)
+    return model.eval()
+
+
+def test_training_begins_with_the_given_network():
+    model = adapted(trained=False)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(IDX), GPT2(**SHAPE).eval()(IDX))
+
+
+def test_only_adapters_are_in_the_optimizer():
+    model = adapted()
+    adapters = {id(p) for n, p in model.named_parameters() if "lora_" in n}
+    groups = build_optimizer(model, OptimOptions()).param_groups
+    assert {id(p) for group in groups for p in group["params"]} == adapters
+    per_block = 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * per_block
+
+
+def test_targets_choose_the_matrices():
+    names = [n for n, _ in adapted(lora_targets="c_attn").named_parameters() if "lora_" in n]
+    assert names
+    assert all(".attn.c_attn." in n for n in names)
+    with pytest.raises(UserError, match="'wte' is none of"):
+        TuningOptions(lora_targets="wte")
+
+
+def test_merged_weights_do_the_same():
+    model, plain = adapted(), GPT2(**SHAPE).eval()
+    assert is_adapted(model)
+    assert not is_adapted(plain)
+    model_file.load_into(plain, merged_state(model), "merged")
+    torch.testing.assert_close(plain(IDX), model(IDX), atol=1e-5, rtol=1e-4)
+
+
+def test_peft_loads_the_adapter_with_equal_logits(tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    theirs = reference(vocab_size=100)
+    theirs.save_pretrained(tmp_path / "base")
+    ours = GPT2.from_checkpoint(tmp_path / "base", device="cpu")
+    adapt(ours, TuningOptions(lora_rank=4, lora_alpha=24.0))
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_(0, 0.3)
+    model_file.write_adapter(tmp_path / "adapter", *to_peft(ours, str(tmp_path / "base")))
+    before = theirs(IDX).logits
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDX), loaded(IDX).logits, atol=1e-4, rtol=1e-4)
+        assert (loaded(IDX).logits - before).abs().max() > 0.1
+
+
+def test_a_run_leaves_frozen_weights_alone_and_exports_merged_ones(chats, base, tmp_path):  # noqa: F811
+    assert finetune(base, chats, tmp_path, "--lora_rank=2", "--max_steps=3") == 0
+    began = model_file.load_model(base)[1]
+    state = training_state.find_state(tmp_path, "auto")[0].model
+    assert all(torch.equal(state[name], began[name]) for name in began)
+    exported = GPT2.from_checkpoint(tmp_path / "out_ckpt.pt", device="cpu").state_dict()
+    changed = {name for name in began if not torch.equal(exported[name], began[name])}
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert changed == {f"transformer.h.{i}.{n}.weight" for i in range(2) for n in matrices}
+    assert (tmp_path / "out_adapter" / "adapter_config.json").exists()
+
+
+def test_without_a_rank_nothing_is_adapted():
+    model = GPT2(**SHAPE)
+    adapt(model, TuningOptions())
+    adapt(model, None)
+    assert not is_adapted(model)
+
+
+def test_the_learning_rate_follows_from_what_is_trained():
+    given = ["--init=gpt2", "--data=x.jsonl"]
+    assert parse(FinetuneConfig, given, "x").optim.learning_rate == 3e-5
+    assert parse(FinetuneConfig, [*given, "--lora_rank=8"], "x").optim.learning_rate == 3e-4

@@ -25,7 +25,7 @@ import torch
 from gpt2.config.model import GPT2_VOCAB_SIZE
 from gpt2.config.train import BatchPlan
 from gpt2.data.loader import TrainLoader
-from gpt2.data.sequence_order import Mixture, WindowOrder
+from gpt2.data.sequence_order import Mixture, SequenceOrder
 from gpt2.data.shards import Shard, find_shards, write_shard
 
 
@@ -43,7 +43,7 @@ def forget(shards: list[Shard]) -> bool:
 def rate(shards: list[Shard], plan: BatchPlan, seconds: float) -> str:
     """Tokens per second of a loader from its first batch on."""
     used = time.process_time()
-    loader = TrainLoader(Mixture([WindowOrder(shards, plan.block_size, 1337, True)]), plan)
+    loader = TrainLoader(Mixture([SequenceOrder(shards, plan.block_size, 1337, True)]), plan)
     steps, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         loader.next_step()
@@ -57,7 +57,7 @@ def rate(shards: list[Shard], plan: BatchPlan, seconds: float) -> str:
 def wait(shards: list[Shard], plan: BatchPlan, step_seconds: float, steps: int) -> list[float]:
     """Seconds that each step waits for its batch while the device computes for `step_seconds`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    order = Mixture([WindowOrder(shards, plan.block_size, 1337, True)])
+    order = Mixture([SequenceOrder(shards, plan.block_size, 1337, True)])
     loader = TrainLoader(order, plan, device=device)
     waited = []
     for _ in range(steps + 1):

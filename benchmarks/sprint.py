@@ -47,8 +47,8 @@ from gpt2.evaluate.loss import Evaluation, evaluate
 from gpt2.train import setup
 from gpt2.train import step as step_module
 from gpt2.train.save import save_model
-from gpt2.train.schedules import sequences_left, window_at
-from gpt2.train.setup import settle_init
+from gpt2.train.schedules import attention_window_at, sequences_left
+from gpt2.train.setup import resolve_init
 from gpt2.train.state import TrainState
 
 from .sprint_report import draw, table
@@ -112,7 +112,7 @@ def sprint(options: argparse.Namespace) -> Iterator[dict]:
     config = parse(TrainConfig, [*argv, f"--device={options.device}"], "sprint")
     with runtime.start(config.system) as rt:
         began = time.perf_counter()
-        config, init = settle_init(config, rt, None)
+        config, init = resolve_init(config, rt, None)
         state = setup.build(config, rt, None, init)
         try:
             config = calibrate(state, config, rt, options.seconds)
@@ -144,7 +144,7 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
     cost = 0.0  # seconds per token: along a line in the width while windows grow
     for width, share in shares_of_ends(many, full).items():
         if options.window_warmup:
-            state.model.limit_windows(width)
+            state.model.limit_attention_window(width)
         cost += share * seconds_per_token(state, compiling, rt)
     # while the batch grows, a step has fewer tokens
     average = sequences_left(0, many, state.plan) / many.max_steps * full
@@ -160,7 +160,7 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
 
 def shares_of_ends(options: OptimOptions, full: int) -> dict[int, float]:
     """The first and the last width of windows, with what each counts in the mean over all steps."""
-    widths = [window_at(step, options, full) for step in range(options.max_steps)]
+    widths = [attention_window_at(step, options, full) for step in range(options.max_steps)]
     first = widths[0]
     of_last = (statistics.mean(widths) - first) / (full - first) if first < full else 0.0
     return {first: 1 - of_last} | ({full: of_last} if of_last else {})

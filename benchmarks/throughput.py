@@ -42,7 +42,7 @@ from gpt2.data.shards import HEADER_BYTES, write_shard
 from gpt2.distributed import devices, runtime
 from gpt2.train import setup
 from gpt2.train import step as step_module
-from gpt2.train.setup import settle_init
+from gpt2.train.setup import resolve_init
 
 SHARD_TOKENS = 4_000_000
 STEPS_TIMED = 10  # together
@@ -59,7 +59,7 @@ def ours(options: argparse.Namespace, data_dir: Path):
     ]  # fmt: skip
     config = parse(TrainConfig, argv, "benchmark")
     with runtime.start(config.system) as rt:
-        config, init = settle_init(config, rt, None)
+        config, init = resolve_init(config, rt, None)
         state = setup.build(config, rt, None, init)
         try:
             yield _late(lambda: step_module.train_step(state, config, rt).read, rt.steps_ahead)

@@ -274,13 +274,13 @@ def test_the_clock_of_a_sprint_knows_that_windows_grow(data_dir, monkeypatch):
     # 8, 16 … 56 over half of the run, 64 over the rest
     assert sum(width * share for width, share in shares.items()) == pytest.approx(48, abs=0.1)
     assert shares.keys() == {8, 64}
-    seen, limit = [], Modern.limit_windows
+    seen, limit = [], Modern.limit_attention_window
 
     def watched(self, positions):
         seen.append(positions)
         limit(self, positions)
 
-    monkeypatch.setattr(Modern, "limit_windows", watched)
+    monkeypatch.setattr(Modern, "limit_attention_window", watched)
     switches = ["--window_pattern=SL", "--window=16", "--window_warmup=0.5"]
     (row,) = sprint_of(data_dir, *switches)
     assert seen[:2] == [4, 32]  # nothing else while the speed is measured

@@ -9,7 +9,7 @@ import pytest
 from gpt2.errors import UserError
 from gpt2.files import locked
 
-from ..conftest import ROOT
+from .conftest import ROOT
 
 HOLD = """
 import sys

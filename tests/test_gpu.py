@@ -196,7 +196,7 @@ def test_masks_in_a_recorded_step_equal_the_plain_network(masks, apart):
         (loss * factor).backward()
         return loss.detach()
 
-    recorded = MicroBatches(model, forward_and_backward, graph=True, tell=pytest.fail)
+    recorded = MicroBatches(model, forward_and_backward, graph=True, log=pytest.fail)
     factor = torch.tensor(1e-3, device="cuda")
     for _ in range(5):
         idx = torch.randint(0, 300, (4, 513), device="cuda")  # one in 300 begins a document

@@ -82,7 +82,7 @@ def load_local(path: str | Path) -> Weights:
     return Weights(config, state, origin, notes, rest.get("step"), rest.get("val_loss"))
 
 
-def settle(options: ModelOptions, found: GPT2Config) -> ModelOptions:
+def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:
     """The options of a run with the sizes of the network that `options.init` names.
 
     Raises:

@@ -20,7 +20,7 @@ from ..config.train import EvalOptions, SystemOptions
 from ..data.conversations import check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import Dataset, open_datasets, split_eval_tokens
 from ..data.loader import eval_batches
-from ..data.shards import WindowReader
+from ..data.shards import SequenceReader
 from ..data.text_files import read_rows
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
@@ -48,7 +48,7 @@ LABELS = {  # of the table: name of a result -> (what it is, its form, what it w
 }
 
 
-class TokensInMemory(WindowReader):
+class TokensInMemory(SequenceReader):
     """Tokens to evaluate on, as a shard."""
 
     def __init__(self, ids: np.ndarray):
@@ -84,7 +84,7 @@ def run(checkpoint: str, config: EvalConfig) -> int:
             results |= part
         results["seconds"] = round(time.perf_counter() - started, 1)
         if rt.is_main:
-            console.say(table(results))
+            console.log(table(results))
             if config.json:
                 _write_json(Path(config.json), results)
     return 0
@@ -115,7 +115,7 @@ def _jobs(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Job]:
     for task, spec in ((HELLASWAG, config.hellaswag), (LAMBADA, config.lambada)):
         if spec:
             # broadcast: the other ranks may be on machines without the file
-            items = rt.on_main(partial(load, task, spec, console.say))
+            items = rt.on_main(partial(load, task, spec, console.log))
             yield partial(_ask, task, spec, items)
 
 

@@ -88,7 +88,7 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
     check_target(folder)
     model = _network(weights)
     for note in weights.notes:
-        console.say(f"{weights.origin}: {note}")
+        console.log(f"{weights.origin}: {note}")
     folder = folder.absolute()
     temporary = folder.with_name(f"{folder.name}.export.tmp")
     try:

@@ -23,7 +23,7 @@ from ..data.shards import (
     shard_paths,
 )
 from ..errors import UserError
-from ..report.console import say, warn
+from ..report.console import log, warn
 from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 PICTURE = "document_lengths.png"
@@ -53,16 +53,16 @@ def verify(folder: Path) -> int:
             except OSError as error:
                 problems.append(f"{path}: {error.strerror or error}; {redo(entry)}")
     for problem in problems:
-        say(problem)
+        log(problem)
     if problems:
-        say(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {folder}")
+        log(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {folder}")
         return 1
     what = f"{folder}: {len(paths)} shards, {tokens:,} tokens"
     if not manifest:
-        say(f"{what}: headers and token ids are right; without a {MANIFEST} no more can be checked")
+        log(f"{what}: headers and token ids are right; without a {MANIFEST} no more can be checked")
         return 0
     rest = "" if manifest.get("complete") else "; unfinished, `gpt2 prepare` goes on"
-    say(
+    log(
         f"{what}, {manifest['documents']:,} documents: headers, checksums, token ids and counts "
         f"are right{rest}"
     )
@@ -93,15 +93,15 @@ def info(folder: Path) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *cells in rows:
         padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-        say("  ".join([f"{name:{widths[0]}}", *padded]))
+        log("  ".join([f"{name:{widths[0]}}", *padded]))
     for line in _origin(manifest):
-        say(line)
+        log(line)
     from ..report.plot import plot_lengths
 
     medians = {split: median_length(counts) for split, counts in lengths.items()}
     try:
         target = plot_lengths(lengths, medians, folder.resolve().name, folder / PICTURE)
-        say(f"document lengths: {target}")
+        log(f"document lengths: {target}")
     except UserError as error:
         warn(f"no picture of the lengths: {error}")
     return 0
@@ -132,7 +132,7 @@ def show(path: Path, number: int) -> int:
             count = sum(_count(chunk) for chunk in shard.chunks())
         if before <= number < before + count:
             tokens, ended = _document(shards[index:], number - before)
-            say(gpt2_tokenizer().decode(tokens.tolist()))
+            log(gpt2_tokenizer().decode(tokens.tolist()))
             if not ended and (why := _why_cut(shards[-1].path, manifest)):
                 warn(why)
             return 0

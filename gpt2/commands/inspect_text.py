@@ -48,12 +48,12 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
     model = GPT2.from_weights(found, config.device)
     wanted, note = _maps(shape.n_layer, shape.n_head, len(ids), bool(config.out))
     seen = look(model, ids, config.top, attention=wanted)
-    console.say(table(seen))
+    console.log(table(seen))
     if config.out:
         facts = _facts(found, seen, checkpoint) | {"note": note}
         content = html_page.build(seen, facts).encode()
         write_atomically(Path(config.out), content)
-        console.say(f"{config.out}: {len(content) / 1e6:.1f} MB; open it in a browser")
+        console.log(f"{config.out}: {len(content) / 1e6:.1f} MB; open it in a browser")
     return 0
 
 

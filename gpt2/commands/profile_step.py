@@ -31,7 +31,7 @@ from ..report import console, throughput
 from ..train import setup
 from ..train import step as training_step
 from ..train.messages import out_of_memory
-from ..train.setup import settle_init
+from ..train.setup import resolve_init
 from ..train.state import TrainState
 
 WARMUP_STEPS, STEPS = 5, 3
@@ -69,7 +69,7 @@ def run(config: ProfileConfig) -> int:
         if rt.world_size > 1:
             raise UserError("gpt2 profile looks at one process; run it without torchrun")
         config = replace(config, data=replace(config.data, data_dir=data_dir))
-        config, init = settle_init(config, rt, None)
+        config, init = resolve_init(config, rt, None)
         state = setup.build(config, rt, None, init)
         recorded, state.micro_batches.graph = state.micro_batches.graph, False  # hides operations
         try:
@@ -80,15 +80,15 @@ def run(config: ProfileConfig) -> int:
         finally:
             state.loader.close()
     for note in rt.notes:
-        console.say(note)
+        console.log(note)
     if recorded:
-        console.say(
+        console.log(
             "profiled kernel by kernel: small batches wait longer for Python than in training"
         )
-    console.say(str(state.plan))
+    console.log(str(state.plan))
     for line in table(times, seconds, state, rt):
-        console.say(line)
-    console.say(f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")
+        console.log(line)
+    console.log(f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")
     return 0
 
 
@@ -213,7 +213,7 @@ def _data(config: TrainConfig) -> Iterator[str]:
     if "," in folder or ":" in folder or Path(folder).exists():
         yield folder
         return
-    console.say(f"{folder} is not here: profiling on random tokens")
+    console.log(f"{folder} is not here: profiling on random tokens")
     with tempfile.TemporaryDirectory() as made:
         generator = np.random.default_rng(0)
         for name in ("random_val_000000.bin", "random_train_000001.bin"):

@@ -44,7 +44,7 @@ def check_recipe(r: Recipe, s: Switches | None):
 
     Args:
         r: the options.
-        s: the switches of the network; None: not known before `begin.settle_init`.
+        s: the switches of the network; None: not known before `begin.resolve_init`.
     """
     at_least(0, muon_lr=r.muon_lr, embedding_lr=r.embedding_lr, head_lr=r.head_lr)
     for name in ("cooldown", "batch_warmup", "window_warmup"):
@@ -98,7 +98,7 @@ class ModelOptions(Switches):
     dropout: float = option(0.0, "probability of dropping an activation while training")
 
     def __post_init__(self):
-        if not self.init:  # else `weights.settle` does it, which knows them
+        if not self.init:  # else `weights.resolve_options` does it, which knows them
             object.__setattr__(self, "size", "gpt2" if self.size == "auto" else self.size)
             object.__setattr__(self, "block_size", self.block_size or GPT2Config.block_size)
 
@@ -133,11 +133,12 @@ class DataOptions:
         0, "tokens per optimizer step over all ranks; 0: 524,288, or what grad_accum_steps gives"
     )
     shuffle: bool = option(True, "visit the windows of the training text in random order")
-    window_start: str = option(
+    sequence_start: str = option(
         "anywhere",
-        "where windows of block_size tokens begin: anywhere (one after another), or document "
-        "(with a document, unless it is longer than a window)",
+        "where sequences of block_size tokens begin: anywhere (one after another), or document "
+        "(with a document, unless it is longer than a sequence)",
         ("anywhere", "document"),
+        alias="window_start",
     )
 
 

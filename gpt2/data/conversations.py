@@ -23,7 +23,7 @@ from ..config.options import at_least
 from ..errors import UserError
 from .chat_template import encode_conversation, messages_of
 from .datasets import Dataset, parse_mix
-from .shards import WindowReader
+from .shards import SequenceReader
 from .text_files import read_items
 
 CHAT_FILE = re.compile(r"\.(jsonl?(\.(gz|xz|zst))?|parquet)$", re.IGNORECASE)
@@ -39,7 +39,7 @@ class Counts:
     left_out: int = 0  # nothing of the assistant's in them, or in what the context holds
 
 
-class Conversations(WindowReader):
+class Conversations(SequenceReader):
     """Rows of conversations, as a shard of one window a row.
 
     Args:

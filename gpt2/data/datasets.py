@@ -13,7 +13,7 @@ from typing import Any
 from ..config.train import DataOptions
 from ..errors import UserError
 from .loader import available_eval_tokens
-from .sequence_order import Mixture, WindowOrder
+from .sequence_order import Mixture, SequenceOrder
 from .shards import Shard, find_shards
 
 Identity = list[list]  # [name, tokens, sha256 of samples] of each shard of a dataset
@@ -110,7 +110,8 @@ def build_mixture(
 ) -> Mixture:
     """The order of the windows of all datasets."""
     orders = [
-        WindowOrder(d.train, block_size, seed, data.shuffle, data.window_start) for d in datasets
+        SequenceOrder(d.train, block_size, seed, data.shuffle, data.sequence_start)
+        for d in datasets
     ]
     return Mixture(orders, [d.share for d in datasets], start.began, start.before)
 

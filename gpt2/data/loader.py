@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config.model import IGNORE
 from ..config.train import BatchPlan
 from .sequence_order import Mixture
-from .shards import WindowReader
+from .shards import SequenceReader
 
 # (inputs, targets), each (B, T) int64; of conversations also their beginnings, see `packed.Packed`
 Batch = tuple[Tensor, ...]
@@ -103,13 +103,13 @@ class TrainLoader:
         return tuple(t.pin_memory() if self.device.type == "cuda" else t for t in batch)
 
 
-def available_eval_tokens(shards: list[WindowReader], asked: int) -> int:
+def available_eval_tokens(shards: list[SequenceReader], asked: int) -> int:
     """Tokens that validation predicts: as many as asked for, or all there are."""
     return min(asked, sum(max(0, shard.tokens - 1) for shard in shards))
 
 
 def eval_batches(
-    shards: list[WindowReader],
+    shards: list[SequenceReader],
     *,
     block_size: int,
     batch_size: int,
@@ -136,7 +136,7 @@ def eval_batches(
         yield tuple(torch.from_numpy(rows).to(device) for rows in batch)
 
 
-def _eval_windows(shards: list[WindowReader], block_size: int, eval_tokens: int):
+def _eval_windows(shards: list[SequenceReader], block_size: int, eval_tokens: int):
     """(shard, start, predicted tokens) of each validation window."""
     left = available_eval_tokens(shards, eval_tokens)
     for shard in shards:

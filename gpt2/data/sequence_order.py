@@ -24,7 +24,7 @@ from .shards import Shard
 GROUP_TOKENS, GROUP_SHARDS = 128_000_000, 128  # at most, but one shard of any size; 256 MB
 
 
-class WindowOrder:
+class SequenceOrder:
     """Where the n-th window of a dataset is, for n = 0, 1, 2, … without end.
 
     Args:
@@ -32,8 +32,9 @@ class WindowOrder:
         block_size: tokens that a window predicts.
         seed: of the random order.
         shuffle: False visits shards and windows in the order of the files.
-        window_start: "anywhere": a window every block_size tokens, each token predicted once but
-            for fewer than block_size at the ends of each shard; "document": see `document_windows`.
+        sequence_start: "anywhere": a sequence every block_size tokens, each token predicted once
+            but for fewer than block_size at the ends of each shard; "document": see
+            `document_sequences`.
 
     Raises:
         UserError: not a single window; a token outside the vocabulary ("document" reads it all).
@@ -45,16 +46,16 @@ class WindowOrder:
         block_size: int,
         seed: int,
         shuffle: bool,
-        window_start: str = "anywhere",
+        sequence_start: str = "anywhere",
     ):
         self.shards, self.block_size = shards, block_size
-        self.seed, self.shuffle, self.window_start = seed, shuffle, window_start
+        self.seed, self.shuffle, self.sequence_start = seed, shuffle, sequence_start
         # One group may end and the next begin within a batch, so two permutations are kept.
         self._shards_of = functools.lru_cache(maxsize=2)(self._order_of_shards)
         self._windows_of = functools.lru_cache(maxsize=2)(self._order_of_windows)
         self._shift_of = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(self._shift)
         self._documents_of = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(
-            lambda shard: document_windows(shards[shard], block_size)  # 0.5 MB of 100M tokens
+            lambda shard: document_sequences(shards[shard], block_size)  # 0.5 MB of 100M tokens
         )
         with ThreadPoolExecutor() as pool:
             self.windows = list(pool.map(self._count, range(len(shards))))
@@ -79,7 +80,7 @@ class WindowOrder:
         place = starts[group] + int(self._windows_of(epoch, group)[place - starts[group]])
         turn = bisect.bisect_right(begins, place) - 1
         shard, window = order[turn], place - begins[turn]
-        if self.window_start == "document":
+        if self.sequence_start == "document":
             return self.shards[shard], int(self._documents_of(shard)[window])
         return self.shards[shard], self._shift_of(epoch, shard) + window * self.block_size
 
@@ -91,7 +92,7 @@ class WindowOrder:
         return int(self._random(1, epoch, len(self.shards) + 1 + shard)[0] % (left_over + 1))
 
     def _count(self, shard: int) -> int:
-        if self.window_start == "document":
+        if self.sequence_start == "document":
             return len(self._documents_of(shard))
         return max(0, (self.shards[shard].tokens - 1) // self.block_size)
 
@@ -132,7 +133,7 @@ class WindowOrder:
         return np.random.Philox(key=[self.seed, (epoch << 32) + stream]).random_raw(count)
 
 
-def document_windows(shard: Shard, block_size: int) -> np.ndarray:
+def document_sequences(shard: Shard, block_size: int) -> np.ndarray:
     """First tokens of a shard's windows, uint32 and ascending, when they begin with documents.
 
     The first window begins at the first token. The next one begins at the last document (its
@@ -183,7 +184,7 @@ class Mixture:
 
     def __init__(
         self,
-        orders: list[WindowOrder],
+        orders: list[SequenceOrder],
         shares: Sequence[float] = (1.0,),
         began: int = 0,
         before: Sequence[int] | None = None,

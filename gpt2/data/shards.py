@@ -28,7 +28,7 @@ SAMPLE_TOKENS = 2**12  # of a fingerprint, at each of three places
 SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
 
 
-class WindowReader:
+class SequenceReader:
     """What training and validation read windows from; has `tokens` and `read`."""
 
     tokens: int
@@ -52,7 +52,7 @@ class WindowReader:
 
 
 @dataclass(frozen=True)
-class Shard(WindowReader):
+class Shard(SequenceReader):
     """A file whose header has been checked."""
 
     path: Path

@@ -223,7 +223,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def start(
-    options: SystemOptions, tell: Callable[[str], None] = lambda text: None
+    options: SystemOptions, log: Callable[[str], None] = lambda text: None
 ) -> Iterator[Runtime]:
     """Joins the process group (under torchrun), chooses the device and catches signals.
 
@@ -258,7 +258,7 @@ def start(
         dist.init_process_group(backend, store=store, timeout=START_TIMEOUT, **ranks)
         how = "each with a part of the weights (fsdp)" if sharded else "each with all weights (ddp)"
         rt.notes.append(f"{world_size} ranks by {backend}, {how}")
-        _watch(rt, options.hang_timeout_seconds, tell)
+        _watch(rt, options.hang_timeout_seconds, log)
     elif options.parallel == "fsdp":
         rt.notes.append("parallel=fsdp: one rank holds all weights")
     seed(options.seed)
@@ -272,13 +272,13 @@ def start(
             dist.destroy_process_group()
 
 
-def _watch(rt: Runtime, seconds: int, tell: Callable[[str], None]):
+def _watch(rt: Runtime, seconds: int, log: Callable[[str], None]):
     """Starts the watchdog, where this torch lets us have the store by which the ranks met."""
     get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
     if seconds and get_store:
         store = dist.PrefixStore("watchdog", get_store())
         rt.hang_timeout = seconds
-        rt.watchdog = Watchdog(store, rt.rank, rt.world_size, seconds=seconds, tell=tell)
+        rt.watchdog = Watchdog(store, rt.rank, rt.world_size, seconds=seconds, log=log)
 
 
 def _set_timeout(timeout: datetime.timedelta):

@@ -47,11 +47,11 @@ class Watchdog:
         world_size: int,
         *,
         seconds: float,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         leave: Callable[[int], None] = os._exit,
     ):
         self._store, self._rank, self._world_size = store, rank, world_size
-        self._seconds, self._tell, self._leave = seconds, tell, leave
+        self._seconds, self._log, self._leave = seconds, log, leave
         self._period = min(30.0, seconds / 10)
         self._recent = max(2.0, 4 * self._period)  # seconds; a busy machine is late now and then
         self._step = self._beats = self._alone = 0
@@ -114,7 +114,7 @@ class Watchdog:
                 if self._closed.wait(2):  # the first of those who noticed tells it
                     return
             else:
-                self._tell(
+                self._log(
                     f"[rank {self._rank}] no progress for {idle:.0f} seconds after step "
                     f"{self._step}: {self._reason()}; this run ends here, and the same command "
                     "goes on from the last checkpoint"

@@ -10,7 +10,7 @@ from ..data.text_files import read_items
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..huggingface.downloads import Downloads
-from ..huggingface.hub import WAY_OUT, Dataset
+from ..huggingface.hub import WAY_OUT, HubDataset
 from ..model.gpt import GPT
 from ..tokenizer import gpt2_tokenizer
 from .scoring import Row, score
@@ -19,7 +19,7 @@ HUB = "hub"  # instead of the name of a file
 DOWNLOADS = Path("data/downloads")
 
 
-class Choice(NamedTuple):
+class MultipleChoice(NamedTuple):
     """An item of HellaSwag."""
 
     rows: list[Row]  # the context with each ending
@@ -38,7 +38,7 @@ class Task:
     ask: Callable[[GPT, list, Runtime], dict[str, float] | None]
 
 
-def load(task: Task, spec: str, say: Callable[[str], None]) -> list:
+def load(task: Task, spec: str, log: Callable[[str], None]) -> list:
     """The items of a task, as ids.
 
     Args:
@@ -50,7 +50,7 @@ def load(task: Task, spec: str, say: Callable[[str], None]) -> list:
     Raises:
         UserError: no such file, a row that is no item (named), no items, or no way to download.
     """
-    path = _download(task, say) if spec == HUB else Path(spec)
+    path = _download(task, log) if spec == HUB else Path(spec)
     items = []
     for number, fields in read_items(path):
         try:
@@ -62,17 +62,17 @@ def load(task: Task, spec: str, say: Callable[[str], None]) -> list:
     return items
 
 
-def _download(task: Task, say: Callable[[str], None]) -> Path:
-    dataset = Dataset(task.repository, "main", say)
+def _download(task: Task, log: Callable[[str], None]) -> Path:
+    dataset = HubDataset(task.repository, "main", log)
     folder, _, _ = task.file.rpartition("/")
-    downloads = Downloads(dataset, DOWNLOADS / task.repository, keep=True, say=say)
+    downloads = Downloads(dataset, DOWNLOADS / task.repository, keep=True, log=log)
     way_out = f"or give a file: --{task.name}=FILE"
     try:
         found = [file for file in dataset.find(folder) if file.name == task.file]
         if not found:
             raise UserError(f"{dataset.page} has no file {task.file}")
         with downloads.open(found[0]) as path:
-            say(f"{task.name}: {path}, commit {dataset.revision[:12]} of {task.repository}")
+            log(f"{task.name}: {path}, commit {dataset.revision[:12]} of {task.repository}")
             return path
     except UserError as error:
         text = str(error).removesuffix(WAY_OUT).rstrip("; ")
@@ -81,7 +81,7 @@ def _download(task: Task, say: Callable[[str], None]) -> Path:
         downloads.close()
 
 
-def _choice(fields: dict[str, Any]) -> Choice:
+def _choice(fields: dict[str, Any]) -> MultipleChoice:
     context, endings, label = fields["ctx"], fields["endings"], int(fields["label"])
     if not context.strip() or not isinstance(endings, list) or len(endings) < 2 or not all(endings):
         raise ValueError
@@ -89,10 +89,10 @@ def _choice(fields: dict[str, Any]) -> Choice:
     rows = [(ids, gpt2_tokenizer().encode(" " + ending)) for ending in endings]
     if not 0 <= label < len(rows):
         raise ValueError
-    return Choice(rows, label)
+    return MultipleChoice(rows, label)
 
 
-def _ask_choices(model: GPT, items: list[Choice], rt: Runtime) -> dict[str, float] | None:
+def _ask_choices(model: GPT, items: list[MultipleChoice], rt: Runtime) -> dict[str, float] | None:
     """HellaSwag (Zellers et al. 2019) in the completion style of build-nanogpt and llm.c.
 
     Each ending, with a space before it, is scored as the continuation of `ctx` as it stands. `acc`

@@ -1,4 +1,4 @@
-"""`Batch`: sequences that join and leave while others go on (Yu et al. 2022, "Orca", OSDI).
+"""`BatchDecoder`: sequences that join and leave while others go on (Yu et al. 2022, "Orca", OSDI).
 
 Every pass reads the newest token of all rows together; a row keeps its place only while it is
 written. Rows have settings and seeds of their own and get the tokens that they would get alone, up
@@ -39,7 +39,7 @@ class Row:
     numbers: list[float] = field(default_factory=list)  # what its tokens are drawn with
 
 
-class Batch(Decoder):
+class BatchDecoder(Decoder):
     """Up to `slots` rows that are written together. For one thread.
 
     On a GPU the memory for all of them is taken at once; elsewhere it grows with the rows.

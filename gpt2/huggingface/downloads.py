@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from .hub import Dataset, File, size_of
+from .hub import File, HubDataset, bytes_of_file
 
 POLL_SECONDS = 0.1  # how soon Ctrl-C is noticed; Windows cannot interrupt a longer wait
 
@@ -29,15 +29,15 @@ class Downloads:
         say: is told, from any thread, what is downloaded.
     """
 
-    def __init__(self, dataset: Dataset, folder: Path, keep: bool, say: Callable[[str], None]):
+    def __init__(self, dataset: HubDataset, folder: Path, keep: bool, log: Callable[[str], None]):
         self.dataset, self.keep = dataset, keep
-        self._folder, self._say = folder, say
+        self._folder, self._log = folder, log
         self._begun: dict[str, Future] = {}  # by name; at most one besides the one in use
 
     def local(self, file: File) -> Path | None:
         """Where a file lies already, in the Hub's cache or kept here; only its size is checked."""
         for path in (self.dataset.cached(file), self._folder / file.name):
-            if path and path.is_file() and size_of(path) == file.size_bytes:
+            if path and path.is_file() and bytes_of_file(path) == file.size_bytes:
                 return path
         return None
 
@@ -78,7 +78,7 @@ class Downloads:
             with tqdm(total=file.size_bytes, unit="B", unit_scale=True, desc=Path(file.name).name,
                       disable=None, leave=False, dynamic_ncols=True) as bar:  # fmt: skip
                 while not wait([future], POLL_SECONDS).done:
-                    bar.update(size_of(part) - bar.n)
+                    bar.update(bytes_of_file(part) - bar.n)
         del self._begun[file.name]
         return future.result()
 
@@ -110,7 +110,7 @@ class Downloads:
             return found
         path, part = self._folder / file.name, self._part(file)
         part.parent.mkdir(parents=True, exist_ok=True)
-        self._say(f"downloading {file.name}, {file.size_bytes / 1e9:.2f} GB")
+        self._log(f"downloading {file.name}, {file.size_bytes / 1e9:.2f} GB")
         for last in (False, True):
             part.touch()
             self.dataset.download(file, part)
@@ -120,7 +120,7 @@ class Downloads:
                 return path
             part.unlink()
             if not last:
-                self._say(f"{file.name}: {problem}; downloading it again")
+                self._log(f"{file.name}: {problem}; downloading it again")
         raise UserError(
             f"{file.name} of {self.dataset.repository}: {problem}, twice; run the same command "
             "again later, or ask the dataset's owner"
@@ -132,8 +132,8 @@ class Downloads:
 
 def _problem(path: Path, file: File) -> str:
     """What is wrong with a downloaded file, or ""."""
-    if size_of(path) != file.size_bytes:
-        return f"{size_of(path):,} bytes came instead of {file.size_bytes:,}"
+    if bytes_of_file(path) != file.size_bytes:
+        return f"{bytes_of_file(path):,} bytes came instead of {file.size_bytes:,}"
     if file.sha256:
         with open(path, "rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()

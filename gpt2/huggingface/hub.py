@@ -46,10 +46,10 @@ class _Passing(Exception):
 
 
 class Stopped(Exception):
-    """`Dataset.stop` was called."""
+    """`HubDataset.stop` was called."""
 
 
-class Dataset:
+class HubDataset:
     """A dataset repository at one revision.
 
     Args:
@@ -58,9 +58,9 @@ class Dataset:
         say: is told, from any thread, what is waited for.
     """
 
-    def __init__(self, repository: str, revision: str, say: Callable[[str], None]):
+    def __init__(self, repository: str, revision: str, log: Callable[[str], None]):
         self.repository, self.revision = repository, revision
-        self._say = say
+        self._log = log
         self._stop = threading.Event()
 
     @property
@@ -118,13 +118,13 @@ class Dataset:
             OSError: of the disk.
             Stopped: `stop` was called.
         """
-        self._patiently(lambda: self._receive(file, target), lambda: size_of(target))
+        self._patiently(lambda: self._receive(file, target), lambda: bytes_of_file(target))
 
     def _receive(self, file: File, target: Path):
         """One request. Raises _Passing when it is cut short."""
         from huggingface_hub import hf_hub_url
 
-        have = size_of(target)
+        have = bytes_of_file(target)
         if have >= file.size_bytes:
             return
         url = hf_hub_url(self.repository, file.name, repo_type="dataset", revision=self.revision)
@@ -139,7 +139,7 @@ class Dataset:
                     out.flush()  # what has come is kept, whatever ends the process
                     if out.tell() > file.size_bytes:
                         return
-        if size_of(target) < file.size_bytes:
+        if bytes_of_file(target) < file.size_bytes:
             raise _Passing("the connection was closed early")
 
     def _json(self, url: str) -> tuple[Any, str]:
@@ -227,7 +227,7 @@ class Dataset:
                 # Jitter, so that many machines do not come back at the same moment.
                 seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1))
                 seconds = max(error.seconds, seconds) + random.uniform(0, seconds / 2)
-                self._say(
+                self._log(
                     f"{error}: trying again in {seconds:.3g} s (try {failures + 1} of {TRIES})"
                 )
             if self._stop.wait(seconds):
@@ -249,7 +249,7 @@ class Dataset:
             ) from None
         self.revision = root.name
         found = [p for p in (root / path).rglob("*") if p.is_file()]
-        self._say(
+        self._log(
             f"HF_HUB_OFFLINE is set: taking the {len(found)} files of {self.repository} that the "
             "cache holds; whether these are all of them cannot be known"
         )
@@ -278,7 +278,7 @@ def http_library() -> Any:
     return importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__)
 
 
-def size_of(path: Path) -> int:
+def bytes_of_file(path: Path) -> int:
     """Bytes of a file; 0 where there is none."""
     try:
         return path.stat().st_size

@@ -32,7 +32,7 @@ class _Candidate(ctypes.Structure):
         ("workspace_bytes", c_size_t),
         ("state", c_int),
         ("waves", c_float),
-        ("reserved", c_int * 4),
+        ("run_folder_lock", c_int * 4),
     )
 
 

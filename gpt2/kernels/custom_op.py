@@ -8,7 +8,7 @@ _LIBRARY = torch.library.Library("gpt2", "FRAGMENT")
 _TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
 
 
-def operation(function: Callable) -> Callable:
+def custom_op(function: Callable) -> Callable:
     """Registers a function as the operation gpt2::name, without a leading underscore.
 
     It changes none of its arguments and returns none of them; its annotations are its schema. As

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.model import IGNORE
-from .custom_op import operation
+from .custom_op import custom_op
 from .precision import HAS_TRITON
 
 
@@ -114,7 +114,7 @@ class _HeadLoss(torch.autograd.Function):
         return (grad_x * upstream).to(grad_x.dtype), of_weight, None, None, None, None, None
 
 
-@operation
+@custom_op
 def _head_loss_and_gradients(  # noqa: PLR0917
     x: Tensor,
     weight: Tensor,

@@ -6,8 +6,8 @@ The compiler reads a row of up to 1,024 numbers once, and a wider one twice, in 
 import torch
 from torch import Tensor, nn
 
-from .custom_op import operation
-from .precision import HAS_TRITON, products_in_bf16
+from .custom_op import custom_op
+from .precision import HAS_TRITON, matmuls_in_bf16
 
 NARROW = 1024
 
@@ -23,7 +23,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def _wide_in_bf16(x: Tensor) -> bool:
-    in_bf16 = x.dtype is torch.bfloat16 and products_in_bf16("cuda")
+    in_bf16 = x.dtype is torch.bfloat16 and matmuls_in_bf16("cuda")
     return x.is_cuda and HAS_TRITON and in_bf16 and x.shape[-1] > NARROW
 
 
@@ -45,7 +45,7 @@ class _LayerNorm(torch.autograd.Function):
         return None if dx is None else dx.to(x.dtype), dw, db, None
 
 
-@operation
+@custom_op
 def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cublaslt
-from .custom_op import operation
-from .precision import products_in_bf16
+from .custom_op import custom_op
+from .precision import matmuls_in_bf16
 
 BF16 = torch.bfloat16
 FEWEST_ROWS = 1024  # below, finding the fastest algorithm would not pay
@@ -60,7 +60,7 @@ def _by_cublaslt(x: Tensor, layer: nn.Linear, residual: Tensor | None = None) ->
     stream_too = residual is None or residual.dtype is BF16
     large = x.shape[:-1].numel() >= FEWEST_ROWS and x.shape[-1] % 64 == 0
     trains = torch.is_grad_enabled() and layer.weight.requires_grad
-    return x.is_cuda and products_in_bf16("cuda") and stream_too and large and trains
+    return x.is_cuda and matmuls_in_bf16("cuda") and stream_too and large and trains
 
 
 class _QKV(torch.autograd.Function):
@@ -138,7 +138,7 @@ class _AddMLP(torch.autograd.Function):
 # the same by plain PyTorch.
 
 
-@operation
+@custom_op
 def _product(
     a: Tensor,
     b: Tensor,
@@ -163,7 +163,7 @@ def _(a, b, transpose_b=False, bias=None, add=None):
     return a.new_empty(a.shape[0], b.shape[0 if transpose_b else 1])
 
 
-@operation
+@custom_op
 def _weight_gradient(dys: list[Tensor], x: Tensor) -> Tensor:
     """dyᵀ x in float32 of each dy, one above the other, (rows, N) and (rows, K) -> (Σ N, K)."""
     out = x.new_empty(sum(dy.shape[1] for dy in dys), x.shape[1], dtype=torch.float32)
@@ -180,7 +180,7 @@ def _(dys, x):
     return x.new_empty(sum(dy.shape[1] for dy in dys), x.shape[1], dtype=torch.float32)
 
 
-@operation
+@custom_op
 def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(h, gelu(h)) with h = x Wᵀ + b."""
     before = x.new_empty(x.shape[0], weight.shape[0])
@@ -203,7 +203,7 @@ def _(x, weight, bias):
     return before, torch.empty_like(before)
 
 
-@operation
+@custom_op
 def _product_dgelu(dy: Tensor, weight: Tensor, before: Tensor) -> Tensor:
     """The gradient of `before` in y = gelu(before) Wᵀ."""
     if dy.is_cuda and cublaslt.library():

@@ -13,9 +13,9 @@ def to_residual_stream(x: Tensor) -> Tensor:
 
     In fp16 it stays float32, whose range it may need.
     """
-    return x.bfloat16() if products_in_bf16(x.device.type) else x
+    return x.bfloat16() if matmuls_in_bf16(x.device.type) else x
 
 
-def products_in_bf16(kind: str) -> bool:
+def matmuls_in_bf16(kind: str) -> bool:
     """Whether autocast computes them so, on a device of this kind."""
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16

@@ -166,7 +166,7 @@ class Modern(GPT):
         self.config = config
         self.fp8_head = self.checkpoint_activations = False
         self.compiled_apart = False  # each block by itself, see `Runtime.compile`
-        self.widest: Tensor | None = None  # see `limit_windows`, () int64
+        self.widest: Tensor | None = None  # see `limit_attention_window`, () int64
         V, C = config.vocab_size, config.n_embd
         parts = {"wte": nn.Embedding(V, C)}
         if config.positions == "learned":
@@ -195,7 +195,7 @@ class Modern(GPT):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
 
-    def limit_windows(self, positions: int):
+    def limit_attention_window(self, positions: int):
         """While training, no layer of `window_pattern` sees more than so many positions.
 
         The number is a tensor, so that another one compiles nothing anew; the whole context is a

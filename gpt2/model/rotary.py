@@ -6,10 +6,10 @@ Shapes: `B` batch, `H` heads, `T` time, `D` head width.
 import torch
 from torch import Tensor
 
-from ..kernels.custom_op import operation
+from ..kernels.custom_op import custom_op
 
 
-@operation
+@custom_op
 def turns(positions: Tensor, pairs: int, turning: int, base: float) -> Tensor:
     """Cosines and sines of the angles by which pairs turn (eq. 15): position · base^(-i/turning).
 

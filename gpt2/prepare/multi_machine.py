@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..data.shards import MANIFEST, open_shard, read_manifest, shard_paths, write_manifest
 from ..errors import UserError
-from ..report.console import say
+from ..report.console import log
 from .sources import Source
 
 FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
@@ -140,7 +140,7 @@ def merge(out_dir: Path) -> int:
         if not merged.get("complete"):
             raise UserError(f"{out_dir} is unfinished: run `gpt2 prepare` again, without --worker=")
         how = f"joined from {merged['workers']} workers" if "workers" in merged else "one set"
-        say(f"{out_dir}: nothing to do, its {len(merged['shards'])} shards are {how} already")
+        log(f"{out_dir}: nothing to do, its {len(merged['shards'])} shards are {how} already")
         return 0
     manifests = _finished_manifests(out_dir)
     moves = _plan(out_dir, manifests)
@@ -161,7 +161,7 @@ def merge(out_dir: Path) -> int:
         for item in [*manifest["files"].items()][worker.span(manifest["cuts"])]
     )
     write_manifest(out_dir, merged | {"shards": [entry for _, _, entry in moves]})
-    say(
+    log(
         f"{out_dir}: {len(moves)} shards of {len(manifests)} workers, {merged['tokens']:,} tokens, "
         f"{merged['documents']:,} documents\n"
         f"check them: gpt2 shards verify {out_dir}\n"

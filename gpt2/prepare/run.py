@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from ..config.commands import PrepareConfig
 from ..errors import DamagedFile, UserError
-from ..report.console import say
+from ..report.console import log
 from ..tokenizer import Tokenizer, tokenizer_class
 from .estimate import forecast, limit_name, limit_text
-from .shard_job import DOWNLOADS, Job, open_job, started
-from .tokenize_rows import Batch, Position, encode_rows
+from .shard_job import DOWNLOADS, ShardJob, open_job, started
+from .tokenize_rows import Position, RowBatch, encode_rows
 
 VAL_EVERY = 20  # a small source gives every 20th document, 5 %, to validation
 LEAST_TOKENS = 64
@@ -34,10 +34,10 @@ def run(config: PrepareConfig) -> int:
     try:
         job = open_job(config)
         if config.dry_run and not job.enough:
-            say(forecast(config, job.source, job.out_dir, job.shards))
+            log(forecast(config, job.source, job.out_dir, job.shards))
             return 0
         if job.enough:
-            say(
+            log(
                 "already complete"
                 if job.manifest["complete"]
                 else f"{limit_name(config)} are finished"
@@ -55,20 +55,20 @@ def run(config: PrepareConfig) -> int:
                     shutil.rmtree(job.out_dir / DOWNLOADS, ignore_errors=True)
     except KeyboardInterrupt:
         finished = f": {len(job.shards)} shards are finished" if job else ""
-        say(f"interrupted{finished}; run the same command to continue")
+        log(f"interrupted{finished}; run the same command to continue")
         return 130
-    say(_summary(job))
+    log(_summary(job))
     return 0
 
 
-def make_shards(job: Job):
+def make_shards(job: ShardJob):
     """Reads, encodes and writes until the source is used up or the limit is reached."""
     cutter = _Cutter(job)
     total_bytes = sum(part.size_bytes for part in job.source.parts)
     limit = job.config.shard_limit * job.manifest["shard_tokens"] or math.inf
     done = job.manifest["tokens"]
     if job.config.tokenizer == "auto" and tokenizer_class("auto") is Tokenizer:
-        say('tokenising with tiktoken; faster with gigatoken: pip install -e ".[fast]"')
+        log('tokenising with tiktoken; faster with gigatoken: pip install -e ".[fast]"')
     bar = tqdm(unit=" tokens", unit_scale=True, initial=done, disable=None, dynamic_ncols=True)
     rows = encode_rows(job.source, cutter.start, job.config.num_workers, job.config.tokenizer)
     with bar, closing(rows) as stream:
@@ -89,7 +89,7 @@ class _Cutter:
     whose first shard is for validation.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, job: ShardJob):
         self.start = Position(**job.shards[-1]["next"]) if job.shards else Position()
         self._job = job
         self._shard_tokens = job.manifest["shard_tokens"]
@@ -100,7 +100,7 @@ class _Cutter:
         self._used = self.start.used
         self._odd = np.array(self.start.odd)  # rows of each kind
 
-    def add(self, batch: Batch, tokens: np.ndarray, lengths: np.ndarray):
+    def add(self, batch: RowBatch, tokens: np.ndarray, lengths: np.ndarray):
         """Takes the next rows; (tokens, lengths) as in `Encoded`."""
         ends = np.cumsum(lengths)
         cut, self._used = self._used, 0
@@ -174,7 +174,7 @@ def split_small(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np
     return tokens[in_val], tokens[~in_val]
 
 
-def _summary(job: Job) -> str:
+def _summary(job: ShardJob) -> str:
     done, note, odd = job.manifest, "", ""
     if done.get("repaired_rows"):
         odd += f", {done['repaired_rows']:,} with invalid UTF-8 were repaired"

@@ -22,7 +22,7 @@ from ..data.shards import (
 )
 from ..errors import UserError
 from ..files import locked
-from ..report.console import say
+from ..report.console import log
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from .estimate import check_room, make_plan
 from .multi_machine import Worker, begun_by_others, folder_for
@@ -34,7 +34,7 @@ DOWNLOADS = "downloads"
 
 
 @dataclass
-class Job:
+class ShardJob:
     """A folder of shards in the making."""
 
     out_dir: Path
@@ -89,7 +89,7 @@ class Job:
         _announce(f"{name}: {len(tokens):,} tokens, {documents:,} documents")
 
 
-def open_job(config: PrepareConfig) -> Job:
+def open_job(config: PrepareConfig) -> ShardJob:
     """Checks source and folder, and finds out what is left to do.
 
     Raises:
@@ -125,13 +125,13 @@ def open_job(config: PrepareConfig) -> Job:
         sizes = [part.size_bytes for part in source.parts]
         manifest |= {"worker": str(worker), "cuts": known.get("cuts") or worker.cuts(sizes)}
         source = worker.share(source, manifest["cuts"])
-    job = Job(out_dir, source, old or manifest, found, config, worker, dropped)
+    job = ShardJob(out_dir, source, old or manifest, found, config, worker, dropped)
     _keep_intact(job)
     return job
 
 
 @contextmanager
-def started(job: Job) -> Iterator[None]:
+def started(job: ShardJob) -> Iterator[None]:
     """Checks that there is room, makes the folder and keeps other processes out of it."""
     plan = make_plan(job.config, job.source, job.out_dir, job.shards)
     check_room(plan, job.out_dir)
@@ -148,7 +148,7 @@ def started(job: Job) -> Iterator[None]:
         yield
 
 
-def _keep_intact(job: Job):
+def _keep_intact(job: ShardJob):
     """Forgets finished shards from the first missing or damaged one on: they are made again."""
     for number, entry in enumerate(job.shards):
         intact = False
@@ -157,7 +157,7 @@ def _keep_intact(job: Job):
         if not intact and "worker" in entry:
             raise UserError(f"{job.out_dir / entry['name']} is missing or damaged: {redo(entry)}")
         if not intact:
-            say(f"{entry['name']} is missing or damaged: making the shards from there again")
+            log(f"{entry['name']} is missing or damaged: making the shards from there again")
             job.dropped += job.shards[number:]
             del job.shards[number:]
             job.manifest["complete"] = False
@@ -231,7 +231,7 @@ def _announce(text: str):
     """Says something beside the progress bar, from any thread."""
     # nolock: Ctrl-C between taking and giving back the lock would be another error
     with tqdm.external_write_mode(nolock=True):
-        say(text)
+        log(text)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 from ..data.text_files import Row, read_rows
 from ..errors import DamagedFile, UserError
 from ..huggingface.downloads import Downloads
-from ..huggingface.hub import Dataset, File
+from ..huggingface.hub import File, HubDataset
 
 FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"
 FINEWEB_REPOSITORY, FINEWEB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
@@ -130,7 +130,7 @@ def find_source(
     download_dir: Path,
     known: dict | None = None,
     keep_downloads: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Source:
     """The source that `--source=` names.
 
@@ -145,9 +145,9 @@ def find_source(
         UserError: nothing usable there, or the Hub cannot be reached.
     """
     if spec.startswith("hf:") or normal_name(spec) in FINEWEB_FOLDERS:
-        dataset, files = _hub_files(spec, known, say)
+        dataset, files = _hub_files(spec, known, log)
         parts = tuple(Part(file.name, file.size_bytes, file.sha256) for file in files)
-        downloads = Downloads(dataset, download_dir, keep_downloads, say)
+        downloads = Downloads(dataset, download_dir, keep_downloads, log)
         return Source(prefix_of(spec), dataset.revision, parts, downloads)
     if spec == STDLIB:
         parts = tuple(_standard_library())
@@ -242,8 +242,8 @@ def _hub_spec(spec: str) -> tuple[str, str, str]:
 
 
 def _hub_files(
-    spec: str, known: dict | None, say: Callable[[str], None]
-) -> tuple[Dataset, list[File]]:
+    spec: str, known: dict | None, log: Callable[[str], None]
+) -> tuple[HubDataset, list[File]]:
     """The dataset at one commit, and its files to read."""
     if normal_name(spec) in FINEWEB_FOLDERS:
         repository, revision = FINEWEB_REPOSITORY, FINEWEB_REVISION
@@ -253,8 +253,8 @@ def _hub_files(
     if known and known.get("files"):
         hashes = known.get("files_sha256", {})
         files = [File(name, size, hashes.get(name, "")) for name, size in known["files"].items()]
-        return Dataset(repository, known["revision"], say), files
-    dataset = Dataset(repository, revision, say)
+        return HubDataset(repository, known["revision"], log), files
+    dataset = HubDataset(repository, revision, log)
     folder, pattern = path, "*"
     if glob.has_magic(path) or ENDING.search(path):
         folder, _, pattern = path.rpartition("/")

@@ -23,7 +23,7 @@ MOST_WORKERS = 16  # by default: one thread reads, and cannot feed more
 ODD = ("skipped", "repaired", "literal")  # rows that are counted
 CHECK_EVERY = 1000  # documents of which one is compared with tiktoken
 
-Encoded = tuple["Batch", np.ndarray, np.ndarray]  # uint16 tokens; int64 tokens of each row
+Encoded = tuple["RowBatch", np.ndarray, np.ndarray]  # uint16 tokens; int64 tokens of each row
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowBatch:
     """Consecutive rows with the part and number of each."""
 
     texts: list[str | None]
@@ -82,7 +82,7 @@ def encode_rows(
     num_workers = num_workers or min(_cores(), MOST_WORKERS)
     make, of_thread, one_at_a_time = tokenizer_class(tokenizer), threading.local(), threading.Lock()
 
-    def encode(batch: Batch) -> Encoded:
+    def encode(batch: RowBatch) -> Encoded:
         first = not hasattr(of_thread, "tokenizer")
         if first:
             with one_at_a_time:  # the first one reads the merges for all
@@ -118,7 +118,7 @@ def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: 
                 )
 
 
-def _per_row(batch: Batch, tokens: np.ndarray, lengths: np.ndarray) -> Encoded:
+def _per_row(batch: RowBatch, tokens: np.ndarray, lengths: np.ndarray) -> Encoded:
     """Gives rows without a text their length, zero."""
     row_lengths = np.zeros(len(batch.texts), np.int64)
     row_lengths[[text is not None for text in batch.texts]] = lengths
@@ -132,7 +132,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _batches(source: Source, start: Position) -> Iterator[Batch]:
+def _batches(source: Source, start: Position) -> Iterator[RowBatch]:
     """All rows from a position on; a batch may span files."""
     texts, places, chars, earlier_bytes = [], [], 0, 0
     for index, part in enumerate(source.parts):
@@ -143,8 +143,8 @@ def _batches(source: Source, start: Position) -> Iterator[Batch]:
             places.append((index, number))
             chars += len(text or "")
             if chars >= BATCH_CHARS or len(texts) == BATCH_ROWS:
-                yield Batch(texts, places, earlier_bytes + read_bytes)
+                yield RowBatch(texts, places, earlier_bytes + read_bytes)
                 texts, places, chars = [], [], 0
         earlier_bytes += part.size_bytes
     if texts:
-        yield Batch(texts, places, earlier_bytes)
+        yield RowBatch(texts, places, earlier_bytes)

@@ -1,11 +1,11 @@
-"""Lines on the console. `say`, `warn` and `error` are the package's only prints."""
+"""Lines on the console. `log`, `warn` and `error` are the package's only prints."""
 
 import math
 import sys
 from typing import TextIO
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print one message to stdout, at once."""
     _write(sys.stdout, text)
 

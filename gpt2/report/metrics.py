@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomically
-from .console import say, warn
+from . import console
 from .trackers import Sink, check_names, open_sink
 
 METRICS = "metrics.jsonl"
@@ -59,7 +59,7 @@ class RunLog:
             if sink is not None:
                 self._sinks[name] = sink
                 if sink.notice:
-                    say(sink.notice)
+                    console.log(sink.notice)
 
     def close(self, failed: bool) -> None:
         """Closes the sinks; `failed` marks the run as failed where a service knows that."""
@@ -76,7 +76,9 @@ class RunLog:
                 file.write(text)
         except OSError as problem:  # a full disk costs a line of the log, not the run
             if not self._warned:
-                warn(f"{self._path}: {problem.strerror or problem}; this part of the log is lost")
+                console.warn(
+                    f"{self._path}: {problem.strerror or problem}; this part of the log is lost"
+                )
             self._warned = True
 
     def _guard(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +88,7 @@ class RunLog:
         except Exception as problem:  # noqa: BLE001 - other people's services raise anything
             self._sinks.pop(name, None)
             reason = f"{type(problem).__name__}: {problem}"
-            warn(f"--log_to={name} failed and is left out from here on ({reason})")
+            console.warn(f"--log_to={name} failed and is left out from here on ({reason})")
             return None
 
 

@@ -1,4 +1,4 @@
-"""`Engine`: requests of many clients on one `Batch`, in a thread of its own.
+"""`Engine`: requests of many clients on one `BatchDecoder`, in a thread of its own.
 
 Requests wait in one queue. When there is a slot, the next request in turn gets it for one of its
 texts and goes to the end of the queue with the others: who asks for a hundred texts does not keep
@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..generate.continuous_batch import Batch, Row
+from ..generate.continuous_batch import BatchDecoder, Row
 from ..generate.stream import TextWriter
 from ..model.gpt import GPT
 from ..tokenizer import END_OF_TEXT
@@ -74,7 +74,7 @@ class Piece:
     finish: str | None
 
 
-class Job:
+class TextRequest:
     """The texts of one request, and when what happened to them, by time.perf_counter in seconds.
 
     Args:
@@ -124,18 +124,18 @@ class Engine:
 
     def __init__(self, model: GPT, slots: int, max_waiting: int):
         graph = model.transformer.wte.weight.is_cuda
-        self.batch, self.slots = Batch(model, slots, graph=graph), slots
+        self.batch, self.slots = BatchDecoder(model, slots, graph=graph), slots
         self.max_waiting = max_waiting
         self.on_failure: Callable[[], None] = lambda: None  # in the loop, when writing has failed
         self.failure: str | None = None
         self.counts = {"done": 0, "cancelled": 0, "failed": 0, "refused": 0}
         self._latencies: deque[dict[str, float]] = deque(maxlen=REMEMBERED)
-        self._jobs: dict[Row, tuple[Job, Choice]] = {}  # of rows in the batch; the thread's
-        self._queue: deque[Job] = deque()
+        self._jobs: dict[Row, tuple[TextRequest, Choice]] = {}  # of rows in the batch; the thread's
+        self._queue: deque[TextRequest] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._alive: set[Job] = set()  # the loop's
+        self._alive: set[TextRequest] = set()  # the loop's
 
     def start(self, loop: asyncio.AbstractEventLoop):
         """Begins to work for the handlers that run in this loop."""
@@ -150,7 +150,7 @@ class Engine:
             self._changed.notify()
         self._fail_all("the server is shutting down")
 
-    def submit(self, job: Job):
+    def submit(self, job: TextRequest):
         """Puts a job into the queue.
 
         Raises:
@@ -168,7 +168,7 @@ class Engine:
             self._queue.append(job)
             self._changed.notify()
 
-    def finish(self, job: Job, how: str):
+    def finish(self, job: TextRequest, how: str):
         """Frees what a job has; a second call does nothing.
 
         Args:
@@ -245,13 +245,13 @@ class Engine:
                 joining.append(choice.row)
         return joining
 
-    def _piece(self, row: Row, token: int) -> tuple[Job, Piece]:
+    def _piece(self, row: Row, token: int) -> tuple[TextRequest, Piece]:
         job, choice = self._jobs[row]
         job.first = job.first or time.perf_counter()
         text = choice.take(token)
         return job, Piece(choice, text, choice.finish)
 
-    def _post(self, pieces: list[tuple[Job, Piece]]):
+    def _post(self, pieces: list[tuple[TextRequest, Piece]]):
         if pieces:
             self._call(self._deliver, pieces)
 
@@ -261,7 +261,7 @@ class Engine:
         except RuntimeError:  # the loop has ended, and with it all who listen
             self._closed = True
 
-    def _deliver(self, pieces: list[tuple[Job, Piece]]):
+    def _deliver(self, pieces: list[tuple[TextRequest, Piece]]):
         for job, piece in pieces:
             if not job.over and (piece.text or piece.finish):
                 job.queue.put_nowait(piece)
@@ -271,7 +271,7 @@ class Engine:
             job.queue.put_nowait(Failed(reason))
 
 
-def latency(job: Job) -> dict[str, float]:
+def latency(job: TextRequest) -> dict[str, float]:
     """What a job took: seconds in the queue, to the first token, in all, and tokens a second."""
     now = time.perf_counter()
     begun = job.begun or now

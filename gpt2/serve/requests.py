@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..generate.continuous_batch import Row
 from ..generate.sampling import Sampling
 from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
-from .engine import Choice, Job
+from .engine import Choice, TextRequest
 from .responses import MAX_TEXTS, ApiError, Served
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
@@ -217,7 +217,7 @@ class ChatRequest(Sampled):
         return [encode_prompt(messages)]
 
 
-def make_job(request: Sampled, served: Served) -> tuple[Job, list[list[int]]]:
+def make_job(request: Sampled, served: Served) -> tuple[TextRequest, list[list[int]]]:
     """The job of a request, and its prompts; takes a moment where texts are long.
 
     Raises:
@@ -234,7 +234,7 @@ def make_job(request: Sampled, served: Served) -> tuple[Job, list[list[int]]]:
             seed = None if request.seed is None else request.seed + index
             row = Row(tokens=list(prompt), limit=limit, sampling=sampling, seed=seed)
             choices.append(Choice(row, index, request.stops()))
-    return Job(choices, sum(map(len, prompts))), prompts
+    return TextRequest(choices, sum(map(len, prompts))), prompts
 
 
 def check_model(name: str | None, served: Served):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .engine import Job
+from .engine import TextRequest
 
 MAX_TEXTS = 128  # of one request: prompts times n
 
@@ -93,7 +93,7 @@ class Answer:
         with_usage: the stream ends with the counts.
     """
 
-    def __init__(self, job: Job, name: str, *, chat: bool, stream: bool, with_usage: bool):
+    def __init__(self, job: TextRequest, name: str, *, chat: bool, stream: bool, with_usage: bool):
         self.job, self.chat, self.with_usage = job, chat, with_usage
         kind = "chat.completion" if chat else "text_completion"
         if chat and stream:

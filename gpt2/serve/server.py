@@ -25,7 +25,7 @@ from ..distributed.devices import choose_dtype
 from ..errors import UserError
 from ..report import console
 from ..tokenizer import gpt2_tokenizer
-from .engine import Busy, Engine, Failed, Job, latency
+from .engine import Busy, Engine, Failed, TextRequest, latency
 from .requests import ChatRequest, CompletionRequest, Sampled, check_model, make_job
 from .responses import MAX_TEXTS, Answer, ApiError, Served, event, from_validation
 from .security import Guard, page_policy
@@ -45,13 +45,13 @@ def run(path: str, config: ServeConfig) -> int:
     hosts = {h.strip().lower() for h in (config.host, *config.allowed_hosts.split(","))} - {""}
     app = Guard(make_app(engine, served), hosts, key)
     host, port = listener.getsockname()[:2]
-    console.say(
+    console.log(
         f"{served.name}: {model.num_parameters():,} parameters on "
         f"{model.transformer.wte.weight.device}, {str(model.transformer.wte.weight.dtype)[6:]}, "
         f"context {served.block_size:,}, {config.slots} texts at a time"
     )
     shown = f"[{host}]" if ":" in host else host
-    console.say(f"http://{shown}:{port}/ has the chat page, /v1 OpenAI's API; Ctrl-C ends")
+    console.log(f"http://{shown}:{port}/ has the chat page, /v1 OpenAI's API; Ctrl-C ends")
     if not key and host not in ("127.0.0.1", "::1"):
         console.warn("everybody who reaches this address can use it: consider --api_key")
     settings = uvicorn.Config(
@@ -207,7 +207,7 @@ async def _answer(body: Sampled, request: Request, engine: Engine, served: Serve
 
 
 async def _events(
-    engine: Engine, job: Job, answer: Answer, begin: list[str] | None, watch: asyncio.Task
+    engine: Engine, job: TextRequest, answer: Answer, begin: list[str] | None, watch: asyncio.Task
 ) -> AsyncIterator[bytes]:
     """The server-sent events of an answer."""
     try:
@@ -231,7 +231,7 @@ async def _events(
     yield event("[DONE]")
 
 
-async def _end_when_gone(request: Request, engine: Engine, job: Job):
+async def _end_when_gone(request: Request, engine: Engine, job: TextRequest):
     """Frees what a job has when its client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -239,7 +239,7 @@ async def _end_when_gone(request: Request, engine: Engine, job: Job):
 
 
 @contextlib.asynccontextmanager
-async def _logged(engine: Engine, job: Job, watch: asyncio.Task) -> AsyncIterator[None]:
+async def _logged(engine: Engine, job: TextRequest, watch: asyncio.Task) -> AsyncIterator[None]:
     """Around the reading of a job: whatever happens, it is over afterwards, and in the log."""
     how = "cancelled"
     try:
@@ -254,7 +254,7 @@ async def _logged(engine: Engine, job: Job, watch: asyncio.Task) -> AsyncIterato
         _finish(engine, job, how)
 
 
-def _finish(engine: Engine, job: Job, how: str):
+def _finish(engine: Engine, job: TextRequest, how: str):
     """Ends a job and writes its line of the log, once."""
     if job.over:
         return
@@ -262,7 +262,7 @@ def _finish(engine: Engine, job: Job, how: str):
     took = latency(job)
     ends = ",".join(sorted({c.finish for c in job.choices if c.finish})) or how
     texts = f"{len(job.choices)} texts  " if len(job.choices) > 1 else ""
-    console.say(
+    console.log(
         f"{time.strftime('%H:%M:%S')}  {how:9s}  {texts}{job.prompt_tokens} + {job.written} tokens"
         f"  {ends}  queue {took['queue_seconds']:.2f} s"
         f"  first token {took['first_token_seconds']:.2f} s"

@@ -32,8 +32,8 @@ class MicroBatches:
         tell: is told when it cannot be recorded.
     """
 
-    def __init__(self, model: nn.Module, run: Run, graph: bool, tell: Callable[[str], None]):
-        self.model, self.run, self.graph, self.tell = model, run, graph, tell
+    def __init__(self, model: nn.Module, run: Run, graph: bool, log: Callable[[str], None]):
+        self.model, self.run, self.graph, self.log = model, run, graph, log
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._forget(None)
 
@@ -91,7 +91,7 @@ class MicroBatches:
             self._grads = [p.grad for p in self.parameters]
 
     def _go_on_without(self, reason: str, given: Sequence[Tensor], first: bool) -> Tensor:
-        self.tell(f"a step cannot be recorded as a CUDA graph ({reason[:150]}); going on without")
+        self.log(f"a step cannot be recorded as a CUDA graph ({reason[:150]}); going on without")
         self.graph = False
         if first:  # what was recorded so far has not been computed
             for p in self.parameters:

@@ -25,14 +25,14 @@ from .messages import (
     check_first_loss,
     log_evaluation,
     log_hellaswag,
-    log_step,
+    log_training_step,
     note_batch,
     out_of_memory,
 )
-from .resume import adopt_evaluation, find_checkpoint, make_way
-from .run_folder import MODEL_NAME, open_log, out_dir, reserved
+from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
+from .run_folder import MODEL_NAME, open_log, out_dir, run_folder_lock
 from .save import export, export_best, save
-from .setup import build, settle_init, settle_steps
+from .setup import build, resolve_init, resolve_steps
 from .state import TrainState
 from .step import Launched, train_step
 
@@ -48,16 +48,16 @@ def run(config: TrainConfig) -> int:
     Raises:
         UserError: anything that a person can correct; whatever had been saved is still there.
     """
-    with runtime.start(config.system, console.error) as rt, reserved(config, rt):
+    with runtime.start(config.system, console.error) as rt, run_folder_lock(config, rt):
         resumed = find_checkpoint(config, rt)
-        config, init = settle_init(config, rt, resumed)
+        config, init = resolve_init(config, rt, resumed)
         state = build(config, rt, resumed, init)
-        config = settle_steps(config, state)
+        config = resolve_steps(config, state)
         try:
-            make_way(config, rt, resumed)
+            archive_previous_run(config, rt, resumed)
             with state.saver, open_log(config, rt, resumed) as log:
                 announce(state, config, rt, resumed)
-                adopt_evaluation(state, config, rt, log, resumed)
+                restore_logged_evaluation(state, config, rt, log, resumed)
                 loop(state, config, rt, log)
         finally:
             state.loader.close()
@@ -79,13 +79,13 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLo
             checkpointing = config.system.activation_checkpointing
             raise UserError(out_of_memory(state.plan, checkpointing)) from None
         # A GPU that had to wait for each step's loss to be read would idle 4 % of the time.
-        while launched and (len(launched) > rt.steps_ahead or stands_still(state, config)):
-            note_step(launched.popleft(), state, config, rt, log)
+        while launched and (len(launched) > rt.steps_ahead or needs_sync(state, config)):
+            log_step(launched.popleft(), state, config, rt, log)
     if rt.is_main:
-        if out_of_patience(state, config):
-            console.say(f"no gain in {state.evals_without_gain} evaluations: stopping early")
+        if early_stopped(state, config):
+            console.log(f"no gain in {state.evals_without_gain} evaluations: stopping early")
         verb = "stopped" if state.step < max_steps else "finished"
-        console.say(f"{verb} at step {state.step}; the model is {out_dir(config) / MODEL_NAME}")
+        console.log(f"{verb} at step {state.step}; the model is {out_dir(config) / MODEL_NAME}")
 
 
 def between_steps(
@@ -119,21 +119,21 @@ def due(step: int, every: int) -> bool:
 
 def is_over(state: TrainState, config: TrainConfig) -> bool:
     """Whether no step follows."""
-    return state.step >= config.optim.max_steps or state.stop or out_of_patience(state, config)
+    return state.step >= config.optim.max_steps or state.stop or early_stopped(state, config)
 
 
-def stands_still(state: TrainState, config: TrainConfig) -> bool:
+def needs_sync(state: TrainState, config: TrainConfig) -> bool:
     """Whether something is due between the last step and the next, which needs all numbers."""
     every = (config.output.save_every, config.eval.eval_every, config.eval.eval_hellaswag_every)
     return is_over(state, config) or any(due(state.step, n) for n in every)
 
 
-def out_of_patience(state: TrainState, config: TrainConfig) -> bool:
+def early_stopped(state: TrainState, config: TrainConfig) -> bool:
     """Whether so many evaluations brought no gain that it is time to stop."""
     return 0 < config.eval.early_stop_evals <= state.evals_without_gain
 
 
-def note_step(
+def log_step(
     launched: Launched, state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog
 ):
     """Waits for a step's numbers, acts on them and logs them."""
@@ -147,7 +147,7 @@ def note_step(
     last = launched.step == config.optim.max_steps or state.stop
     if due(launched.step, config.output.log_every) or last:
         values = {"loss": loss, "lr": launched.lr, "grad_norm": norm, "tokens": launched.tokens}
-        log_step(launched.step, values, state, config, rt, log)
+        log_training_step(launched.step, values, state, config, rt, log)
 
 
 def count_skipped(

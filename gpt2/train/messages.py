@@ -39,20 +39,20 @@ def log_evaluation(
             state.step, result.loss, result.perplexity, result.bits_per_byte, result.tokens
         )
         each = "".join(f" | {name} {part.loss:.4f}" for name, part in several.items())
-        console.say(line + each)
+        console.log(line + each)
 
 
 def log_hellaswag(results: dict[str, float], state: TrainState, rt: Runtime, log: metrics.RunLog):
     """The same for HellaSwag."""
     log.record(state.step, **results, tokens=state.tokens)
     if rt.is_main:
-        console.say(
+        console.log(
             f"step {state.step:,} | HellaSwag acc_norm {results['hellaswag_acc_norm']:.4f} "
             f"| acc {results['hellaswag_acc']:.4f} | over {results['hellaswag_items']:,} items"
         )
 
 
-def log_step(  # noqa: PLR0917
+def log_training_step(  # noqa: PLR0917
     step: int,
     values: dict,
     state: TrainState,
@@ -75,7 +75,7 @@ def log_step(  # noqa: PLR0917
         windows = sequences_left(step, config.optim, state.plan)
         left = state.clock.seconds_left(windows * state.plan.block_size)
         line = {"step": step} | values
-        console.say(console.console_line(line, max_steps=steps, seconds_left=left))
+        console.log(console.console_line(line, max_steps=steps, seconds_left=left))
 
 
 def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str):
@@ -90,7 +90,7 @@ def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str):
         return
     expected = state.model.expected_first_loss()
     if init and loss < expected:
-        console.say(f"first loss {loss:.4f}, of the weights of {init}")
+        console.log(f"first loss {loss:.4f}, of the weights of {init}")
         return
     if init:
         console.warn(
@@ -100,7 +100,7 @@ def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str):
         return
     text = f"first loss {loss:.2f}; fresh weights should give {expected:.2f}"
     if -FIRST_LOSS_BELOW <= loss - expected <= FIRST_LOSS_ABOVE:
-        console.say(f"{text}: as expected")
+        console.log(f"{text}: as expected")
     else:
         console.warn(f"{text}: check the data, the learning rate and the initialisation")
 
@@ -132,25 +132,25 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     if not rt.is_main:
         return
     c = state.model.config
-    console.say(
+    console.log(
         f"GPT-2 with {state.model.num_parameters():,} parameters: {c.n_layer} layers, "
         f"{c.n_head} heads, width {c.n_embd}, context {c.block_size}"
     )
     for note in rt.notes:
-        console.say(note)
-    console.say(str(state.plan))
+        console.log(note)
+    console.log(str(state.plan))
     for line in describe_data(state, config.optim):
-        console.say(line)
+        console.log(line)
     asked = config.eval.eval_tokens
     have = sum(split_eval_tokens(state.datasets, asked))
     fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
-    console.say(f"validation on {have:,} tokens{fewer}")
+    console.log(f"validation on {have:,} tokens{fewer}")
     if resumed:
-        console.say(f"continuing from {resumed.path}")
+        console.log(f"continuing from {resumed.path}")
         before, now = resumed.state["settings"], flatten(config)
         for name in now:
             if name not in MAY_DIFFER and before.get(name) != now[name]:
-                console.say(f"changed since then: {name} {before.get(name)} -> {now[name]}")
+                console.log(f"changed since then: {name} {before.get(name)} -> {now[name]}")
 
 
 def describe_data(state: TrainState, options: OptimOptions) -> list[str]:
@@ -161,7 +161,7 @@ def describe_data(state: TrainState, options: OptimOptions) -> list[str]:
         share = f"{dataset.name}: {dataset.share:.1%} of the tokens; " if dataset.share < 1 else ""
         held = sum(shard.tokens for shard in dataset.train)
         longer = ""
-        if order.window_start == "document":
+        if order.sequence_start == "document":
             times = order.tokens_per_epoch / held
             longer = f" ({times:.2f} times those of the shards: windows begin with documents)"
         lines.append(

@@ -39,7 +39,7 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     return kept[0] if kept else training_state.load_state(Path(path), verify=False)
 
 
-def make_way(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
+def archive_previous_run(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
     """Moves aside what an earlier run left beyond the state to continue from."""
 
     def move():
@@ -49,7 +49,7 @@ def make_way(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
         with _as_user_error():
             moved = run_folder.archive(out, resumed.step if own else -1, going_back=back)
         if moved:
-            console.say(f"moved files of an earlier run to {moved}")
+            console.log(f"moved files of an earlier run to {moved}")
 
     rt.on_main(move)
 
@@ -83,7 +83,7 @@ def check_same_run(found: Resumed, options: ModelOptions):
         )
 
 
-def adopt_evaluation(
+def restore_logged_evaluation(
     state: TrainState,
     config: TrainConfig,
     rt: Runtime,

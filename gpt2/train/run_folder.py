@@ -82,7 +82,7 @@ BUSY = "run folder {folder} is in use by {holder}"
 
 
 @contextlib.contextmanager
-def reserved(config: TrainConfig, rt: Runtime) -> Iterator[None]:
+def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
     """Keeps other runs out of the run's folder; raises UserError when one is in there."""
     with contextlib.ExitStack() as stack:
 

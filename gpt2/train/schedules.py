@@ -45,7 +45,7 @@ def micro_batches_at(step: int, options: OptimOptions, plan: BatchPlan) -> int:
     return math.ceil(plan.grad_accum_steps * _eighths(step, options.batch_warmup, options) / 8)
 
 
-def window_at(step: int, options: OptimOptions, full: int) -> int:
+def attention_window_at(step: int, options: OptimOptions, full: int) -> int:
     """Positions that a layer may see at the step-th update: from an eighth of `full` to all."""
     return math.ceil(full * _eighths(step, options.window_warmup, options) / 8)
 

@@ -38,7 +38,7 @@ from .state import TrainState
 from .step import forward_backward
 
 
-def settle_init(
+def resolve_init(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None
 ) -> tuple[TrainConfig, Weights | None]:
     """The settings with the sizes of the weights that `--init` names, and these weights.
@@ -56,16 +56,16 @@ def settle_init(
 
     def look() -> GPT2Config:
         found = weights.load(options.init)
-        settled = weights.settle(options, found.config)
+        settled = weights.resolve_options(options, found.config)
         found = weights.for_training(found, settled.block_size)
-        console.say(f"beginning with {found.origin}")
+        console.log(f"beginning with {found.origin}")
         for note in found.notes:
-            console.say(note)
+            console.log(note)
         loaded.append(found)
         return found.config
 
     shape = resumed.config if resumed else rt.on_main(look)
-    settled = weights.settle(options, shape)
+    settled = weights.resolve_options(options, shape)
     check_of_switches(config.optim, settled)
     return replace(config, model=settled), next(iter(loaded), None)
 
@@ -93,8 +93,8 @@ def order_data(
             f"{resumed.path} does not say which shards it was trained on: it is of an older "
             "version, whose order was another; what was read in this epoch may come again"
         )
-    if config.data.window_start == "document" and rt.is_main:
-        console.say("looking for the beginnings of documents in the training shards")
+    if config.data.sequence_start == "document" and rt.is_main:
+        console.log("looking for the beginnings of documents in the training shards")
     return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start)
 
 
@@ -102,7 +102,7 @@ def _open_data(config: TrainConfig, block_size: int, rt: Runtime) -> list[Datase
     """Folders of shards or, for `gpt2 finetune`, files of conversations."""
     if config.tuning is None or not is_chat(config.data.data_dir):
         return open_datasets(config.data.data_dir)
-    if config.data.window_start != "anywhere":
+    if config.data.sequence_start != "anywhere":
         raise UserError("--window_start=document is for text; conversations are always whole")
     if config.model.document_mask:
         raise UserError(
@@ -116,7 +116,7 @@ def _open_data(config: TrainConfig, block_size: int, rt: Runtime) -> list[Datase
     return datasets
 
 
-def settle_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
+def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
     """The settings with the steps that `--epochs=` takes, if these are fewer than max_steps."""
     if config.tuning is None:
         return config
@@ -148,7 +148,7 @@ def build(
     check_names(config.output.log_to)
     hellaswag = []
     if config.eval.eval_hellaswag_every:  # broadcast: other machines may lack the file
-        hellaswag = rt.on_main(lambda: load(HELLASWAG, config.eval.hellaswag, console.say))
+        hellaswag = rt.on_main(lambda: load(HELLASWAG, config.eval.hellaswag, console.log))
     model = network(shape)  # on the CPU: the same weights on every device
     if init:
         model_file.load_into(model, init.state, init.origin)

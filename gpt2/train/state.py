@@ -11,7 +11,7 @@ from ..checkpoint.async_writer import Saver
 from ..config.train import BatchPlan
 from ..data.datasets import Dataset
 from ..data.loader import TrainLoader
-from ..evaluate.tasks import Choice
+from ..evaluate.tasks import MultipleChoice
 from ..model.gpt import GPT
 from ..report import console, throughput
 from .cuda_graph import MicroBatches
@@ -37,7 +37,7 @@ class TrainState:
     evals_without_gain: int = 0
     evaluated_at: int = -1  # the step of the last evaluation
     stop: bool = False  # agreed by all ranks
-    hellaswag: list[Choice] = field(default_factory=list)  # items, if it is evaluated
+    hellaswag: list[MultipleChoice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
     saver: Saver = field(default_factory=lambda: Saver(console.warn))
     micro_batches: MicroBatches = field(init=False)  # runs `forward`

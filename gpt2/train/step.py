@@ -15,14 +15,16 @@ from ..errors import UserError
 from ..model.packed_documents import Packed, packed
 from ..report import console
 from .optimizer import clip_gradients
-from .schedules import micro_batches_at, set_rates, window_at
+from .schedules import attention_window_at, micro_batches_at, set_rates
 from .state import TrainState
 
 
 def begin_step(state: TrainState, config: TrainConfig) -> int:
     """Grows the windows while `window_warmup` lasts; the micro-batches of the step."""
     if config.optim.window_warmup:
-        state.model.limit_windows(window_at(state.step, config.optim, state.plan.block_size))
+        state.model.limit_attention_window(
+            attention_window_at(state.step, config.optim, state.plan.block_size)
+        )
     return micro_batches_at(state.step, config.optim, state.plan)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from gpt2 import GPT2
 from gpt2.checkpoint import weights
-from gpt2.checkpoint.weights import Weights, for_training, settle
+from gpt2.checkpoint.weights import Weights, for_training, resolve_options
 from gpt2.config.command_line import parse
 from gpt2.config.model import GPT2Config, ModernConfig
 from gpt2.config.train import ModelOptions, TrainConfig, check_of_switches
@@ -173,10 +173,10 @@ FOUND = GPT2Config(n_layer=3, n_head=5, n_embd=40, block_size=64)
 
 
 def test_sizes_are_those_of_the_weights():
-    options = settle(ModelOptions(init="x", dropout=0.1), FOUND)
+    options = resolve_options(ModelOptions(init="x", dropout=0.1), FOUND)
     assert options.shape() == GPT2Config(**{**vars(FOUND), "dropout": 0.1})
     same = ModelOptions(init="x", n_layer=3, n_head=5, n_embd=40, block_size=16)
-    assert settle(same, FOUND).shape() == GPT2Config(**{**vars(FOUND), "block_size": 16})
+    assert resolve_options(same, FOUND).shape() == GPT2Config(**{**vars(FOUND), "block_size": 16})
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_sizes_are_those_of_the_weights():
 )
 def test_sizes_that_contradict_the_weights(asked, message):
     with pytest.raises(UserError, match=message):
-        settle(ModelOptions(init="x", **asked), FOUND)
+        resolve_options(ModelOptions(init="x", **asked), FOUND)
 
 
 def test_windows_and_rates_of_switches_that_the_weights_have():
@@ -197,12 +197,12 @@ def test_windows_and_rates_of_switches_that_the_weights_have():
                          window_pattern="SL", window=32)  # fmt: skip
     for room in (1, 32):
         with pytest.raises(UserError, match="has windows of 32 positions; use --block_size=33"):
-            settle(ModelOptions(init="x", block_size=room), found)
-    assert settle(ModelOptions(init="x", block_size=33), found).shape().window == 32
+            resolve_options(ModelOptions(init="x", block_size=room), found)
+    assert resolve_options(ModelOptions(init="x", block_size=33), found).shape().window == 32
     asked = parse(TrainConfig, ["--init=x", "--head_lr=1e-3", "--window_warmup=0.5"], "gpt2 train")
-    check_of_switches(asked.optim, settle(asked.model, found))
+    check_of_switches(asked.optim, resolve_options(asked.model, found))
     with pytest.raises(UserError, match="head_lr is for --untied_head"):
-        check_of_switches(asked.optim, settle(asked.model, FOUND))
+        check_of_switches(asked.optim, resolve_options(asked.model, FOUND))
 
 
 def test_tables_and_a_head_of_their_own_are_cut_as_well():

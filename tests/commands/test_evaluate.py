@@ -136,7 +136,7 @@ def test_ctrl_c_ends_at_once(trained, tmp_path):
         [sys.executable, "-c", "from gpt2 import cli; from gpt2.report import console\n"
          "from gpt2.evaluate import tasks\n"
          "ask = tasks.score\n"
-         "def told(*a): console.say('asked'); return ask(*a)\n"
+         "def told(*a): console.log('asked'); return ask(*a)\n"
          "tasks.score = told\n"
          f"raise SystemExit(cli.main(['eval', {str(trained)!r}, '--hellaswag={items}',"
          " '--device=cpu']))"],

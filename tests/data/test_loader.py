@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpt2.config.train import BatchPlan
 from gpt2.data.loader import TrainLoader, available_eval_tokens, eval_batches
-from gpt2.data.sequence_order import Mixture, WindowOrder
+from gpt2.data.sequence_order import Mixture, SequenceOrder
 from gpt2.data.shards import find_shards, write_shard
 from gpt2.errors import UserError
 
@@ -31,7 +31,7 @@ def shards(tmp_path):
 
 
 def load(shards, plan, seed=0, shuffle=True, **arguments) -> TrainLoader:
-    order = WindowOrder(shards, plan.block_size, seed, shuffle)
+    order = SequenceOrder(shards, plan.block_size, seed, shuffle)
     return TrainLoader(Mixture([order]), plan, **arguments)
 
 
@@ -87,7 +87,7 @@ def test_each_window_once_per_epoch(shards, shuffle, batch, accum):
 def test_order_is_one_for_any_stops_and_ranks(tmp_path_factory, block, legs, seed):
     """A run in several legs, each with another batch, accumulation and number of ranks."""
     shards = write(tmp_path_factory.mktemp("s"), "train", 300, 2, 90)
-    order = WindowOrder(shards, block, seed, shuffle=True)
+    order = SequenceOrder(shards, block, seed, shuffle=True)
     position = 0
     for batch, accum, world, steps in legs:
         plan = BatchPlan(batch, block, accum, world)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2.data.sequence_order import Mixture, WindowOrder, document_windows
+from gpt2.data.sequence_order import Mixture, SequenceOrder, document_sequences
 from gpt2.data.shards import find_shards, open_shard, write_shard
 from gpt2.errors import UserError
 from gpt2.tokenizer import END_OF_TEXT
@@ -50,7 +50,7 @@ def test_each_window_once_per_epoch(
     with mock.patch.multiple(
         "gpt2.data.sequence_order", GROUP_TOKENS=together, GROUP_SHARDS=at_most
     ):
-        found = epoch_of(WindowOrder(shards, block, seed, shuffle), epoch)
+        found = epoch_of(SequenceOrder(shards, block, seed, shuffle), epoch)
     expected = [(s, i * block) for s in shards for i in range(max(0, (s.tokens - 1) // block))]
     shifts = {s: min(start for shard, start in found if shard is s) for s, _ in expected}
     cut = [(s, start - shifts[s]) for s, start in sorted(found, key=lambda w: (w[0].path, w[1]))]
@@ -63,7 +63,7 @@ def test_each_window_once_per_epoch(
 def test_later_epochs_are_cut_elsewhere(tmp_path):
     """By up to what fills no whole window, differently for each shard and epoch."""
     shards = write(tmp_path, 1000, 1000, 961)
-    order = WindowOrder(shards, 64, 1, shuffle=True)
+    order = SequenceOrder(shards, 64, 1, shuffle=True)
 
     def shifts(epoch):
         return [min(start for s, start in epoch_of(order, epoch) if s is shard) for shard in shards]
@@ -78,7 +78,7 @@ def test_later_epochs_are_cut_elsewhere(tmp_path):
 
 def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):
     shards = write(tmp_path, 500, 500, 500)
-    order, other = (WindowOrder(shards, 10, seed, shuffle=True) for seed in (1, 2))
+    order, other = (SequenceOrder(shards, 10, seed, shuffle=True) for seed in (1, 2))
     orders = [epoch_of(order, 0), epoch_of(order, 1), epoch_of(other, 0)]
     assert all(a != b for a, b in itertools.pairwise(orders))
     within = {tuple(n for s, n in orders[0] if s == shard) for shard in shards}
@@ -90,7 +90,7 @@ def test_order_is_pinned(tmp_path, monkeypatch):
     shards = write(tmp_path, 50, 40)
 
     def windows() -> str:
-        order = WindowOrder(shards, 8, seed=1337, shuffle=True)
+        order = SequenceOrder(shards, 8, seed=1337, shuffle=True)
         return " ".join(f"{shard.path.name[-5]}:{start // 8}" for shard, start in epoch_of(order))
 
     assert windows() == "2:2 1:3 2:1 2:3 1:0 1:1 2:0 1:5 1:2 1:4"
@@ -101,10 +101,10 @@ def test_order_is_pinned(tmp_path, monkeypatch):
 def test_small_shards_are_shuffled_together(tmp_path, monkeypatch):
     """Any tenth of an epoch has windows of all shards of its group; groups follow each other."""
     shards = write(tmp_path, *[101] * 20)
-    whole = [shard for shard, _ in epoch_of(WindowOrder(shards, 1, 7, shuffle=True))]
+    whole = [shard for shard, _ in epoch_of(SequenceOrder(shards, 1, 7, shuffle=True))]
     assert all(len(set(whole[i : i + 200])) == 20 for i in range(0, 2000, 200))
     monkeypatch.setattr("gpt2.data.sequence_order.GROUP_SHARDS", 5)
-    parts = [shard for shard, _ in epoch_of(WindowOrder(shards, 1, 7, shuffle=True))]
+    parts = [shard for shard, _ in epoch_of(SequenceOrder(shards, 1, 7, shuffle=True))]
     groups = [set(parts[i : i + 500]) for i in range(0, 2000, 500)]
     assert [len(group) for group in groups] == [5] * 4
     assert len(set.union(*groups)) == 20
@@ -112,7 +112,7 @@ def test_small_shards_are_shuffled_together(tmp_path, monkeypatch):
 
 def test_shards_of_the_usual_size_take_turns_alone():
     shards = [SimpleNamespace(number=n, tokens=100_000_000) for n in range(3)]
-    order = WindowOrder(shards, 1024, seed=1, shuffle=True)
+    order = SequenceOrder(shards, 1024, seed=1, shuffle=True)
     assert order.windows == [97_656] * 3
     found = [shard.number for shard, _ in epoch_of(order)]
     turns = [set(found[i : i + 97_656]) for i in range(0, 3 * 97_656, 97_656)]
@@ -121,7 +121,7 @@ def test_shards_of_the_usual_size_take_turns_alone():
 
 def test_too_little_text(tmp_path):
     with pytest.raises(UserError, match="20 training tokens are too few"):
-        WindowOrder(write(tmp_path, 10, 10), 16, 0, shuffle=True)
+        SequenceOrder(write(tmp_path, 10, 10), 16, 0, shuffle=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,7 +133,7 @@ def test_too_little_text(tmp_path):
 def test_windows_at_documents(tmp_path_factory, lengths, block, cut):
     cut = min(cut, sum(lengths) - 1)  # a shard may begin within a document
     shard = shard_of(tmp_path_factory.mktemp("d"), lengths, cut)
-    starts = document_windows(shard, block).tolist()
+    starts = document_sequences(shard, block).tolist()
     tokens = shard.read(0, shard.tokens)
     begins = {0, *np.flatnonzero(tokens == END_OF_TEXT).tolist()}
     assert starts == sorted(set(starts))
@@ -153,17 +153,17 @@ def test_windows_at_documents(tmp_path_factory, lengths, block, cut):
 
 def test_documents_across_pieces_are_found(tmp_path, monkeypatch):
     shard = shard_of(tmp_path, [50, 1, 1, 49, 3, 200])
-    whole = document_windows(shard, 20).tolist()
+    whole = document_sequences(shard, 20).tolist()
     for piece in (1, 7, 50, 51):
         monkeypatch.setattr("gpt2.data.shards.CHUNK_TOKENS", piece)
-        assert document_windows(shard, 20).tolist() == whole
+        assert document_sequences(shard, 20).tolist() == whole
 
 
 def test_an_epoch_of_documents(tmp_path):
     shards = [shard_of(tmp_path, [12] * 40)]
-    order = WindowOrder(shards, 16, 3, shuffle=True, window_start="document")
+    order = SequenceOrder(shards, 16, 3, shuffle=True, sequence_start="document")
     found = epoch_of(order)
-    assert sorted(start for _, start in found) == document_windows(shards[0], 16).tolist()
+    assert sorted(start for _, start in found) == document_sequences(shards[0], 16).tolist()
     assert all(shard.read(start, 1)[0] == END_OF_TEXT for shard, start in found)
     assert order.tokens_per_epoch == 16 * len(found)
 

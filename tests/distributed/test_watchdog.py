@@ -38,7 +38,7 @@ class Rank:
     def __init__(self, store, rank, size=2, seconds=0.5):
         self.told, self.left = [], threading.Event()
         self.dog = Watchdog(
-            store, rank, size, seconds=seconds, tell=self.told.append, leave=self.leave
+            store, rank, size, seconds=seconds, log=self.told.append, leave=self.leave
         )
 
     def leave(self, code):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt2.config.model import GPT2Config, ModernConfig
-from gpt2.generate.continuous_batch import Batch, Row
+from gpt2.generate.continuous_batch import BatchDecoder, Row
 from gpt2.generate.sampling import Sampling
 from gpt2.generate.stream import generate
 from gpt2.train.setup import network
@@ -54,7 +54,7 @@ def alone(model, wanted: list[dict]) -> list[list[int]]:
     ]
 
 
-def together(batch: Batch, wanted: list[dict]) -> list[list[int]]:
+def together(batch: BatchDecoder, wanted: list[dict]) -> list[list[int]]:
     """Every request joins in the step it names, or as soon as there is a slot."""
     rows = [
         Row(tokens=list(r["tokens"]), limit=r["limit"], seed=r["seed"],
@@ -76,7 +76,7 @@ def test_rows_get_the_tokens_that_they_get_alone(kind):
     model, wanted = sharp_model(CONFIGS[kind]), requests(20)
     expected = alone(model, wanted)
     assert len({tuple(row) for row in expected}) > 12
-    batch = Batch(model, 6)
+    batch = BatchDecoder(model, 6)
     for _ in range(2):  # used again
         assert together(batch, wanted) == expected
         assert not batch.rows
@@ -87,7 +87,7 @@ def test_rows_get_the_tokens_that_they_get_alone(kind):
 def test_a_recorded_batch_gives_the_same_tokens(kind):
     model, wanted = sharp_model(CONFIGS[kind]), requests(20)
     expected = alone(model, wanted)
-    batch = Batch(model.cuda(), 7, graph=True)
+    batch = BatchDecoder(model.cuda(), 7, graph=True)
     assert together(batch, wanted) == expected
     assert together(batch, wanted) == expected
 
@@ -95,13 +95,13 @@ def test_a_recorded_batch_gives_the_same_tokens(kind):
 @pytest.mark.gpu
 def test_in_a_recorded_batch_of_bf16_no_row_changes_another():
     model, wanted = sharp_model(CONFIGS["gpt2"]).cuda().bfloat16(), requests(20)
-    batch = Batch(model, 8, graph=True)
+    batch = BatchDecoder(model, 8, graph=True)
     assert together(batch, wanted) == [together(batch, [w | {"at": 0}])[0] for w in wanted]
 
 
 def test_a_row_that_is_ended_from_outside_leaves_and_the_others_go_on():
     model = sharp_model(CONFIGS["gpt2"])
-    batch = Batch(model, 4)
+    batch = BatchDecoder(model, 4)
     rows = [Row(tokens=[i, i + 1], limit=20, sampling=Sampling(temperature=0)) for i in range(4)]
     for row in rows:
         batch.join(row)
@@ -120,7 +120,7 @@ def test_a_row_that_is_ended_from_outside_leaves_and_the_others_go_on():
 
 
 def test_memory_grows_with_the_rows():
-    batch = Batch(sharp_model(CONFIGS["gpt2"]), 32)
+    batch = BatchDecoder(sharp_model(CONFIGS["gpt2"]), 32)
     assert batch.cache.keys.shape[1] == 1
     for i in range(5):
         batch.join(Row(tokens=[i], limit=3))
@@ -130,7 +130,7 @@ def test_memory_grows_with_the_rows():
 def test_without_a_seed_tokens_differ_every_time():
     model = sharp_model(CONFIGS["gpt2"])
     rows = [Row(tokens=[1], limit=20) for _ in range(2)]
-    batch = Batch(model, 2)
+    batch = BatchDecoder(model, 2)
     for row in rows:
         batch.join(row)
     while batch.busy:

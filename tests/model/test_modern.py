@@ -262,11 +262,11 @@ def test_attention_scale_replaces_one_over_the_root_of_the_width():
 def test_windows_grow_in_training_alone_and_end_with_the_warmup():
     model, idx = disturbed(window_pattern="SL", window=5), tokens()
     whole = model(idx)
-    model.limit_windows(3)
+    model.limit_attention_window(3)
     assert torch.equal(model(idx), whole)
     narrow = disturbed(window_pattern="S", window=3)
     torch.testing.assert_close(model.train()(idx), narrow(idx))
-    model.limit_windows(32)
+    model.limit_attention_window(32)
     torch.testing.assert_close(model(idx), whole)
     assert torch.equal(model.eval()(idx), whole)
 
@@ -281,7 +281,7 @@ def test_compiled_masks_need_no_second_graph_for_other_windows_and_documents(apa
     batches, widths, wanted = torch.randint(0, 100, (3, 2, 256)), (100, 200, 256), []
     with torch.no_grad():
         for idx, width in zip(batches, widths, strict=True):
-            model.limit_windows(width)
+            model.limit_attention_window(width)
             wanted.append(model(idx, idx))
         monkeypatch.setattr(modern, "mask_for", lambda *given: mask_for(*given[:3], blocks=True))
         counter = CompileCounterWithBackend("aot_eager")
@@ -289,7 +289,7 @@ def test_compiled_masks_need_no_second_graph_for_other_windows_and_documents(apa
             part.compile(backend=counter, fullgraph=True)
         graphs = set()
         for idx, width, loss in zip(batches, widths, wanted, strict=True):
-            model.limit_windows(width)
+            model.limit_attention_window(width)
             torch.testing.assert_close(model(idx, idx), loss, atol=1e-4, rtol=1e-4)
             graphs.add(counter.frame_count)
     assert graphs == ({3} if apart else {1})  # of four blocks two have no value embeddings

@@ -31,7 +31,7 @@ def write_steps(folder, last, **changes):
 
 
 def test_messages_go_to_their_streams(capsys):
-    console.say("a\nb")
+    console.log("a\nb")
     console.warn("two\n lines")
     console.error("wrong")
     out, err = capsys.readouterr()
@@ -43,7 +43,7 @@ def test_messages_go_to_their_streams(capsys):
 def test_a_poor_console_does_not_crash(monkeypatch, encoding, shown):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
     monkeypatch.setattr(sys, "stdout", stream)
-    console.say("8 × 2 \N{ALMOST EQUAL TO} 16")
+    console.log("8 × 2 \N{ALMOST EQUAL TO} 16")
     assert stream.buffer.getvalue().decode(encoding) == f"{shown} ? 16\n"
 
 

@@ -20,7 +20,7 @@ from gpt2.config.model import GPT2Config, ModernConfig
 from gpt2.data.chat_template import encode_prompt
 from gpt2.generate.continuous_batch import Row
 from gpt2.generate.stream import generate
-from gpt2.serve.engine import Choice, Job
+from gpt2.serve.engine import Choice, TextRequest
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from gpt2.train.setup import network
 
@@ -355,7 +355,8 @@ def test_turns_are_taken_by_request(model):
 
     engine = Engine(model, 1, 100)
     many, one = (
-        Job([Choice(Row(tokens=[1], limit=1), i) for i in range(count)], 1) for count in (5, 1)
+        TextRequest([Choice(Row(tokens=[1], limit=1), i) for i in range(count)], 1)
+        for count in (5, 1)
     )
     engine._queue.extend([many, one])
     order = []
@@ -374,7 +375,7 @@ def test_a_failure_is_told_to_everyone_who_waits(model, monkeypatch):
         failed = asyncio.Event()
         engine.on_failure = failed.set
         engine.start(asyncio.get_running_loop())
-        job = Job([Choice(Row(tokens=[1], limit=5), 0)], 1)
+        job = TextRequest([Choice(Row(tokens=[1], limit=5), 0)], 1)
         engine.submit(job)
         with pytest.raises(Failed, match="ZeroDivisionError"):
             async for _ in job.pieces():

@@ -50,7 +50,7 @@ def test_what_cannot_be_recorded_runs_without_and_lets_go_of_memory(monkeypatch,
         assert not any(ref() for ref in held)
         return loss.detach()
 
-    batches = MicroBatches(model, run, graph=True, tell=told.append)
+    batches = MicroBatches(model, run, graph=True, log=told.append)
     for _ in range(4):
         model.zero_grad(set_to_none=True)
         loss = batches(X, X, torch.tensor(1.0), None, first=True)

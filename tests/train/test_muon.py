@@ -8,13 +8,13 @@ from gpt2.errors import UserError
 from gpt2.train.muon import POLYNOMIALS, orthogonalise
 from gpt2.train.optimizer import build_optimizer
 from gpt2.train.schedules import (
+    attention_window_at,
     check_plan,
     learning_rate_at,
     micro_batches_at,
     momentum_at,
     sequences_left,
     set_rates,
-    window_at,
 )
 
 
@@ -154,7 +154,7 @@ def test_schedules_by_eighths_and_the_momentum():
     assert batches[39] == 7
     assert batches[40:] == [8] * 40
     assert batches == sorted(batches)
-    assert [window_at(step, o, 1024) for step in (0, 6, 39, 40)] == [128, 256, 896, 1024]
+    assert [attention_window_at(step, o, 1024) for step in (0, 6, 39, 40)] == [128, 256, 896, 1024]
     twice = BatchPlan(2, 32, 16, 1)
     assert [micro_batches_at(s, o, twice) for s in range(80)] == [2 * n for n in batches]
     assert sequences_left(0, o, plan) == 2 * sum(batches)

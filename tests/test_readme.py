@@ -1,5 +1,10 @@
-"""Every command and every Python block of the README runs, with small numbers where needed."""
+"""README and docs/: every command and every Python block runs, every link and path exists.
 
+Commands run with small numbers where needed, in the order of the text, README first, so that a
+reader who follows it from top to bottom has what each of them needs.
+"""
+
+import dataclasses
 import os
 import re
 import shlex
@@ -10,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt2 import cli
 from gpt2.prepare.sources import FINEWEB_FOLDER
 
 from .conftest import ROOT, TINY
@@ -17,56 +23,64 @@ from .evaluate.test_tasks import hellaswag_items, lambada_items, write_jsonl
 from .fake_hub import fake_hub, parquet_bytes
 from .models import reference
 
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # whose commands run
+LINKING = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SMALL = [*TINY, "--max_steps=2"]
 NO_BATCH = [a for a in SMALL if not a.startswith(("--grad_accum", "--batch_size"))]
-# What is added to a command to make it small. None: it only installs, or is what runs this test.
-ADDED: dict[str, list[str] | None] = {
-    "make demo": None,
-    "make test": None,
-    "python -m pip install -e .": None,
+OF_GIVEN_WEIGHTS = [a for a in SMALL if not a.startswith(("--n_", "--learning_rate"))]
+# What is added to a command to make it small.
+ADDED: dict[str, list[str]] = {
+    # README.md
     "python -m gpt2 demo": [*SMALL, "--block_size=32"],
-    'python -m pip install -e ".[dev]" && python -m pytest -n auto': None,
     "python fineweb.py": ["--shard_tokens=3000"],
     "python train_gpt2.py": SMALL,
-    "gpt2 shards verify fineweb": [],
-    "gpt2 shards info fineweb": [],
-    "gpt2 shards show fineweb --doc=17": ["--doc=2"],
     "python train_gpt2.py --compile_model=True --dtype=bfloat16 --grad_accum_steps=8": [
         a for a in SMALL if not a.startswith(("--grad_accum", "--dtype"))
     ] + ["--out_dir=out/compiled"],
     "python train_gpt2.py --config=configs/gpt2_124m.toml --learning_rate=1e-3": [
         *NO_BATCH, "--total_batch_tokens=2048", "--out_dir=out/recipe",
     ],
-    "gpt2 plot out/": [],
-    'gpt2 sample out/out_ckpt.pt --prompt="Hello world,"': ["--max_new_tokens=5"],
+    "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     "gpt2 prepare --source=my_texts --out_dir=data/mine": [],
     "gpt2 train --data_dir=data/mine --out_dir=out/mine --size=gpt2-mini --block_size=256": SMALL,
-    "gpt2 train --data_dir=fineweb:0.8,data/mine:0.2 --out_dir=out/mix": SMALL,
+    "gpt2 plot out/": [],
+    'gpt2 sample out/out_ckpt.pt --prompt="Hello world,"': ["--max_new_tokens=5"],
     "gpt2 eval out/out_ckpt.pt": ["--device=cpu"],
+    "gpt2 finetune --init=gpt2 --data=chats.jsonl --lora_rank=8": [
+        *OF_GIVEN_WEIGHTS, "--eval_every=1",
+    ],
+    "gpt2 chat out/finetuned/out_ckpt.pt": ["--max_new_tokens=5"],
+    # docs/data.md
+    "gpt2 shards verify fineweb": [],
+    "gpt2 shards info fineweb": [],
+    "gpt2 shards show fineweb --doc=17": ["--doc=2"],
+    "gpt2 train --data_dir=fineweb:0.8,data/mine:0.2 --out_dir=out/mix": SMALL,
+    # docs/evaluating.md
     "gpt2 eval out/out_ckpt.pt --hellaswag=hub --lambada=hub --text=my_texts/one.txt "
     "--json=out/eval.json": [
         "--hellaswag=h.jsonl", "--lambada=l.jsonl", "--eval_tokens=500", "--device=cpu",
     ],
-    # downloads its tasks; tests/test_harness.py runs it with tasks of its own
-    "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": None,
+    # docs/finetuning.md
+    "gpt2 eval out/finetuned/out_ckpt.pt": ["--device=cpu"],
+    # docs/generating.md
     'gpt2 inspect out/out_ckpt.pt "The cat sat on the mat, and the dog sat on the"': [
         "--out=out/inspect.html",
     ],
+    # docs/huggingface.md
     'gpt2 sample gpt2 --prompt="Hello world,"': ["--max_new_tokens=5"],
     "python train_gpt2.py --init=gpt2 --data_dir=data/mine --out_dir=out/tuned "
-    "--learning_rate=3e-5 --max_steps=200": [
-        "--max_steps=2", *(a for a in TINY if not a.startswith(("--n_", "--learning_rate"))),
-    ],
+    "--learning_rate=3e-5 --max_steps=200": OF_GIVEN_WEIGHTS,
     "gpt2 export out/out_ckpt.pt --to=hf out/hf": [],
     "gpt2 push out/out_ckpt.pt OWNER/NAME": [],
-    # need other programs, which Python's package index does not have
-    "python ../llama.cpp/convert_hf_to_gguf.py out/hf --outfile=out/model.gguf": None,
-    'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile': None,
-    'ollama run my-gpt2 "Hello world,"': None,
-    "vllm serve out/hf": None,
-    'pip install -e ".[serve]"': None,
-    "gpt2 serve out/finetuned/out_ckpt.pt": None,  # does not end; tests/test_serve.py runs it
+    # docs/scaling.md
+    "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
+    "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
+    "torchrun --nnodes=1:4 --nproc_per_node=8 --max_restarts=3 --rdzv_backend=c10d "
+    "--rdzv_endpoint=HEAD:29500 --rdzv_id=1 -m gpt2 train --out_dir=/shared/out": SMALL,
+    "python -m benchmarks.scaling": [],
+    # docs/speed.md
+    "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,
+    # docs/switches.md
     "python train_gpt2.py --config=configs/speedrun.toml --mlp=swiglu --window_pattern=SSSL "
     "--window=256": [
         *SMALL, "--n_layer=6", "--total_batch_tokens=0", "--window=8", "--out_dir=out/modern",
@@ -77,20 +91,7 @@ ADDED: dict[str, list[str] | None] = {
         "--total_batch_tokens=0", "--size=gpt2",
         *(a for a in TINY if not a.startswith(("--device", "--n_layer", "--eval"))),
     ],
-    "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
-    "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
-    "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
-    # needs clones of other projects; tests/test_benchmarks.py runs it with one of its own
-    "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": None,
-    "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,
-    "python -m benchmarks.generate --nanogpt=../nanoGPT": None,
-    "python -m benchmarks.loader": [
-        "--shard_tokens=100000", "--batch_size=2", "--seconds=0.1",
-    ],
-    "python -m benchmarks.memory": [
-        "--sizes=gpt2-tiny", "--batch_sizes=1", "--block_size=32", "--device=cpu",
-        "--n_layer=1", "--n_head=2", "--n_embd=32", "--dtype=float32",
-    ],
+    # docs/training.md
     "python fineweb.py --source=data/raw --out_dir=data/corpus": [],
     "python train_gpt2.py --config=configs/gpt2_124m.toml --data_dir=data/corpus "
     "--out_dir=out/h200 --max_steps=480 --eval_every=50 --save_every=100": [
@@ -100,14 +101,84 @@ ADDED: dict[str, list[str] | None] = {
     'gpt2 sample out/h200/out_ckpt.pt --prompt="The history of the city begins" --seed=1337 '
     "--max_new_tokens=120": ["--max_new_tokens=5"],
 }  # fmt: skip
+# What a cluster has and this machine has not, replaced after the command was found in the text.
+HERE = {
+    "--nproc_per_node=8": ["--nproc_per_node=1"],
+    "--rdzv_endpoint=HEAD:29500": ["--rdzv_endpoint=localhost:0"],
+    "--rdzv_id=1": ["--rdzv_id=1", "--rdzv_conf=last_call_timeout=1"],  # 1 s for more machines
+    "--out_dir=/shared/out": ["--out_dir=out/shared"],
+}
+# Commands that are not run here: the test file that runs them, and what it calls there.
+ELSEWHERE = {
+    "python -m benchmarks.finetune": ("test_benchmarks.py", "benchmarks.finetune"),
+    "python -m benchmarks.generate --nanogpt=../nanoGPT": (
+        "test_benchmarks.py", "benchmarks.generate",
+    ),
+    "python -m benchmarks.loader": ("test_benchmarks.py", "benchmarks.loader"),
+    "python -m benchmarks.masks": ("test_benchmarks.py", "benchmarks.masks"),
+    "python -m benchmarks.memory": ("test_benchmarks.py", "benchmarks.memory"),
+    "python -m benchmarks.prepare": ("test_benchmark_prepare.py", "benchmarks.prepare"),
+    "python -m benchmarks.saving": ("test_benchmarks.py", "benchmarks.saving"),
+    # with a clone of its own
+    "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": (
+        "test_benchmarks.py", "benchmarks.throughput",
+    ),
+    # downloads its tasks; the test has tasks of its own
+    "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": ("test_harness.py", '"lm_eval"'),
+    "gpt2 serve out/finetuned/out_ckpt.pt": ("test_serve.py", '"serve"'),  # does not end
+}  # fmt: skip
+# Commands that only install, that run this test, or that need programs which Python's package
+# index does not have.
+NOWHERE = {
+    "make demo",  # `make -n demo` below
+    "make test",
+    "python -m pip install -e .",
+    'python -m pip install -e ".[dev]" && python -m pytest -n auto',
+    'pip install -e ".[eval]"',
+    'pip install -e ".[fast]"',
+    'pip install -e ".[serve]"',
+    "python ../llama.cpp/convert_hf_to_gguf.py out/hf --outfile=out/model.gguf",
+    'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile',
+    'ollama run my-gpt2 "Hello world,"',
+    "vllm serve out/hf",
+}
+# Options of other programs that the text names.
+FOREIGN = {
+    "standalone", "nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint",
+    "rdzv_id", "signals-to-handle",  # torchrun
+    "tasks", "model",  # lm_eval
+    "outfile",  # llama.cpp
+}  # fmt: skip
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def read(page: Path) -> str:
+    return page.read_text("utf-8")
+
+
+def prose(page: Path) -> str:
+    """The text of a page without its code blocks, whose lines may look like links or headings."""
+    return FENCE.sub("", read(page))
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """The code blocks of all pages in a language, each once."""
+    found = (
+        block for page in PAGES for name, block in FENCE.findall(read(page)) if name == language
+    )
+    return list(dict.fromkeys(found))
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    """Every command of all pages once, in the order of the text; continued lines are joined."""
+    joined = (re.sub(r"\s*\\\n\s*", " ", block) for block in blocks("bash"))
+    lines = (line.strip() for block in joined for line in block.splitlines())
+    return list(dict.fromkeys(filter(None, lines)))
+
+
+def code_spans(page: Path) -> list[str]:
+    """What stands between backticks in a page, code blocks left out."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +196,9 @@ def clone(tmp_path_factory, text) -> Path:
         (folder / name / "one.txt").write_text(text, encoding="utf-8")
     write_jsonl(folder / "h.jsonl", hellaswag_items(5))
     write_jsonl(folder / "l.jsonl", lambada_items(5))
+    write_jsonl(folder / "chats.jsonl", [
+        {"instruction": f"What is {n} + 1?", "output": f"It is {n + 1}."} for n in range(60)
+    ])  # fmt: skip
     return folder
 
 
@@ -133,17 +207,27 @@ def run(command: list[str], folder: Path, **environment):
     words["torchrun"] = [sys.executable, "-m", "torch.distributed.run"]
     env = {**os.environ, "PYTHONPATH": str(folder), **environment}
     done = subprocess.run([*words[command[0]], *command[1:]], cwd=folder, env=env, timeout=170,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          check=False)  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
-def test_every_command_of_the_readme_is_known():
-    assert commands() == list(ADDED)
+def test_every_command_of_the_text_is_known():
+    found = commands()
+    assert [c for c in found if c not in NOWHERE and c not in ELSEWHERE] == list(ADDED)
+    assert {*ELSEWHERE, *NOWHERE} <= set(found)  # none that the text no longer has
+
+
+@pytest.mark.parametrize(("command", "place"), ELSEWHERE.items())
+def test_commands_that_other_tests_run_are_there(command, place):
+    name, call = place
+    (test,) = (ROOT / "tests").rglob(name)
+    assert call in read(test), f"{command}: {name} does not run it"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # thirty commands, each a process that imports torch
-def test_commands_and_python_of_the_readme(clone, text, tmp_path):
+@pytest.mark.timeout(600)  # forty processes, most of which import torch
+def test_commands_and_python_of_the_text(clone, text, tmp_path):
     """In one test, since they build on one another."""
     texts = [text[i : i + 4000] for i in range(0, 40_000, 4000)]
     reference().save_pretrained(tmp_path / "model")
@@ -151,29 +235,124 @@ def test_commands_and_python_of_the_readme(clone, text, tmp_path):
         model = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
         hub.models["openai-community/gpt2"] = model
         online = {**hub.environment(tmp_path), "HF_TOKEN": "any"}
-        for command in commands():
-            if ADDED[command] is not None:
-                run([*shlex.split(command), *ADDED[command]], clone, **online)
+        for command, added in ADDED.items():
+            words = [new for word in shlex.split(command) for new in HERE.get(word, [word])]
+            run([*words, *added], clone, **online)
         for code in blocks("python"):
             run(["python", "-c", code], clone, **online)
         assert "model.safetensors" in hub.models["OWNER/NAME"]
     for path in ("fineweb/edufineweb_val_000000.bin", "fineweb/edufineweb_train_000001.bin",
                  "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",
                  "out/loss.png", "out/eval.json", "out/inspect.html", "out/two/out_ckpt.pt",
-                 "out/mine/out_ckpt.pt",
+                 "out/mine/out_ckpt.pt", "out/finetuned/out_ckpt.pt", "out/shared/out_ckpt.pt",
                  "out/h200/loss.png", "out/tuned/out_ckpt.pt", "out/hf/config.json"):  # fmt: skip
         assert (clone / path).exists(), path
 
 
-def test_files_and_links_of_the_readme_exist():
-    links = re.findall(r"\]\(([^)#]+?)\)", README)
-    assert len(links) > 3
-    for link in links:
-        assert link.startswith("https://") or (ROOT / link).exists(), link
-    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
-                for h in re.findall(r"^##* (.*)$", README, re.MULTILINE)}  # fmt: skip
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in headings, anchor
+def test_readme_is_a_front_door():
+    assert len(read(ROOT / "README.md").splitlines()) <= 250
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
+        name = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        found[name] = found.get(name, -1) + 1
+    return {f"{name}-{n}" if n else name for name, last in found.items() for n in range(last + 1)}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links and pictures of a page that lead to no file, or to no heading."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if link.startswith("https://"):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    assert not broken_links(page)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "b.md").write_text(
+        "# One `two`: three!\n\n# Four\n\n```\n# no heading\n```\n\n# Four\n"
+    )
+    (tmp_path / "a.md").write_text(
+        "[](b.md#one-two-three) [](b.md#four-1) ![](b.md) [](https://a.b/c) [](gone.md) "
+        "[](b.md#no-heading) [](b.md#four-2) [](#here)\n\n```\n[](in_code.md)\n```\n"
+    )
+    assert broken_links(tmp_path / "a.md") == ["gone.md", "b.md#no-heading", "b.md#four-2", "#here"]
+
+
+def missing_paths(page: Path) -> list[str]:
+    """Files and folders of this project that a page names between backticks and that are not there.
+
+    A path may begin at the root or at `gpt2/`; a test is also found by its name alone.
+    """
+    missing = []
+    for span in code_spans(page):
+        rooted = re.fullmatch(r"(gpt2|tests|benchmarks|configs|docs|dev)/[\w./-]*", span)
+        if rooted or re.fullmatch(r"[\w/]+\.py", span):
+            places = [ROOT / span, ROOT / "gpt2" / span]
+            known = any(place.exists() for place in places) or span in ("hellaswag.py",)
+            if not known and not ("/" not in span and any((ROOT / "tests").rglob(span))):
+                missing.append(span)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    assert not missing_paths(page)
+
+
+def test_a_file_that_is_not_there_is_found(tmp_path):
+    (tmp_path / "a.md").write_text(
+        "`gpt2/cli.py` `cli.py` `gpt2/gone.py` `gone/it.py` `out/x.json`"
+    )
+    assert missing_paths(tmp_path / "a.md") == ["gpt2/gone.py", "gone/it.py"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
+def test_every_wing_is_on_the_map(name):
+    wings = {path.parent.name for path in (ROOT / "gpt2").glob("*/__init__.py")}
+    named = {span.removeprefix("gpt2/") for span in code_spans(ROOT / name)}
+    assert wings
+    assert {f"{wing}/" for wing in wings} <= named
+
+
+def options() -> set[str]:
+    """All options of all commands and benchmarks."""
+    found = set()
+    for cls in (c for name, c in vars(cli).items() if name.endswith("Config")):
+        for field in dataclasses.fields(cls):
+            inner = (
+                dataclasses.fields(field.type) if dataclasses.is_dataclass(field.type) else [field]
+            )
+            found |= {name for f in inner for name in (f.name, f.metadata.get("alias"))}
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        found |= set(re.findall(r'"--(\w+)"', read(path)))
+    return found | FOREIGN | {"config", "help"}
+
+
+def test_every_option_that_the_text_names_exists():
+    known = options()
+    for page in PAGES:
+        for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", read(page)):
+            assert name in known, f"{page.name}: --{name}"
+
+
+def test_every_command_that_the_text_names_exists():
+    for page in PAGES:
+        for name, inner in re.findall(r"(?:`|^)gpt2 (\w+)(?: (\w+))?", read(page), re.MULTILINE):
+            assert name in cli.COMMANDS, f"{page.name}: gpt2 {name}"
+            assert name != "shards" or inner in cli.SHARDS_COMMANDS, f"{page.name}: {name} {inner}"
 
 
 def test_make_demo_runs_the_demo():

@@ -206,7 +206,7 @@ def run(command: list[str], folder: Path, **environment):
     words = {"python": [sys.executable], "gpt2": [sys.executable, "-m", "gpt2"]}
     words["torchrun"] = [sys.executable, "-m", "torch.distributed.run"]
     env = {**os.environ, "PYTHONPATH": str(folder), **environment}
-    done = subprocess.run([*words[command[0]], *command[1:]], cwd=folder, env=env, timeout=170,
+    done = subprocess.run([*words[command[0]], *command[1:]], cwd=folder, env=env, timeout=300,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           check=False)  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -226,7 +226,7 @@ def test_commands_that_other_tests_run_are_there(command, place):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # forty processes, most of which import torch
+@pytest.mark.timeout(900)  # forty processes, most of which import torch
 def test_commands_and_python_of_the_text(clone, text, tmp_path):
     """In one test, since they build on one another."""
     texts = [text[i : i + 4000] for i in range(0, 40_000, 4000)]
@@ -238,8 +238,8 @@ def test_commands_and_python_of_the_text(clone, text, tmp_path):
         for command, added in ADDED.items():
             words = [new for word in shlex.split(command) for new in HERE.get(word, [word])]
             run([*words, *added], clone, **online)
-        for code in blocks("python"):
-            run(["python", "-c", code], clone, **online)
+        each = f"for code in {blocks('python')!r}: exec(code, {{'__name__': '__main__'}})"
+        run(["python", "-c", each], clone, **online)
         assert "model.safetensors" in hub.models["OWNER/NAME"]
     for path in ("fineweb/edufineweb_val_000000.bin", "fineweb/edufineweb_train_000001.bin",
                  "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",

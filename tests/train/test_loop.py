@@ -27,9 +27,9 @@ from gpt2.train import loop, setup
 from gpt2.train import step as step_module
 from gpt2.train.messages import out_of_memory
 
-from ..conftest import TINY
+from ..conftest import ROOT, TINY
 
-GOLDEN = Path(__file__).parent / "golden_losses.json"
+GOLDEN = ROOT / "tests" / "golden_losses.json"
 
 
 def config(data_dir, out_dir, *arguments) -> TrainConfig:

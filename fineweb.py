@@ -1,6 +1,6 @@
 """Downloads and tokenises FineWeb-Edu into ./fineweb: `python fineweb.py --help`.
 
-The same as `gpt2 prepare`; see gpt2/prepare.py.
+The command is `gpt2 prepare`; see gpt2/prepare/run.py.
 """
 
 import sys

@@ -295,14 +295,14 @@ class _NoOptions:
 
 
 def _train(config: TrainConfig | FinetuneConfig) -> int:
-    from .distributed import runtime
+    from .distributed.environment import leave
     from .train.loop import run
 
     try:
-        return runtime.leave(run(config))
+        return leave(run(config))
     except KeyboardInterrupt:  # the second: a checkpoint that is being written is not waited for
         print("interrupted", file=sys.stderr)
-        return runtime.leave(130, at_once=True)
+        return leave(130, at_once=True)
 
 
 def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callable:
@@ -317,7 +317,7 @@ def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callab
 
 def _complain(text: str) -> int:
     """One line; under torchrun, where every rank finds the same mistakes, from the first."""
-    from .distributed.runtime import is_first_rank
+    from .distributed.environment import is_first_rank
 
     if is_first_rank():
         print(f"gpt2: error: {text}", file=sys.stderr, flush=True)

@@ -424,14 +424,14 @@ def test_help_and_typos_are_answered_fast_and_without_torch(arguments):
 def test_training_gpt2_imports_no_code_of_switches():
     code = (
         "import sys, gpt2.train.loop\n"
-        "print(*(m for m in sys.modules if m.startswith('gpt2.model') or 'flex_attention' in m))"
+        "print(*(m for m in sys.modules if m.startswith('gpt2.model') or m.startswith('torch.nn.attention')))"
     )
     imported = run_python("-c", code).stdout.split()
     assert "gpt2.model.gpt" in imported
     assert not {"gpt2.model.modern", "gpt2.model.rotary", "gpt2.model.attention_masks"} & set(
         imported
     )
-    assert not any("flex_attention" in name for name in imported)
+    assert "torch.nn.attention.flex_attention" not in imported
 
 
 def test_pt_files_go_to_git_lfs():

@@ -101,9 +101,10 @@ def test_gradients_are_sent_on_the_last_micro_batch_only(tmp_path, checkpointing
     script.write_text(
         f"""
 import torch
-from gpt2 import runtime
-from gpt2.config import GPT2Config, SystemOptions
-from gpt2.model import GPT
+from gpt2.config.model import GPT2Config
+from gpt2.config.train import SystemOptions
+from gpt2.distributed import runtime
+from gpt2.model.gpt import GPT
 
 with runtime.start(SystemOptions(device="cpu", dtype="float32")) as rt:
     model = GPT(GPT2Config(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100))
@@ -121,7 +122,7 @@ with runtime.start(SystemOptions(device="cpu", dtype="float32")) as rt:
     forward.register_comm_hook(None, hook)
     for step in range(2):
         for micro, part in enumerate(idx[:, rt.rank]):
-            with rt.accumulate(forward, last=micro == 2):
+            with rt.gradient_sync(forward, last=micro == 2):
                 forward(part, part).backward()
         assert sent and set(sent) == {{2}}, sent
         for parameter, wanted in zip(model.parameters(), alone, strict=True):

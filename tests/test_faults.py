@@ -330,7 +330,7 @@ def test_other_locale_and_no_home(data_dir, tmp_path):
 PHASES = {  # where in the program the signal arrives; its file, function and call
     "while the model is made": ("train.setup", "network", 1),
     "first step": ("train.loop", "train_step", 1),
-    "evaluation": ("train.loop", "evaluate", 1),
+    "evaluation": ("train.validation", "evaluate", 1),
     "copying for a save": ("train.save", "write", 1),
     "writing a save": ("checkpoint.training_state", "save_file", 1),
     "committing a save": ("files", "discard", 1),
@@ -413,9 +413,9 @@ def test_signal_while_compiling(data_dir, tmp_path):
 POISONED = """
 import sys
 import torch
-from gpt2 import runtime, train
 from gpt2.cli import main
-step = train.train_step
+from gpt2.train import loop
+step = loop.train_step
 def poisoned(state, config, rt):
     hooks = []
     if state.step == 2 and rt.rank == 1:
@@ -428,7 +428,7 @@ def poisoned(state, config, rt):
     kept = torch.equal(before, state.model.transformer.wte.weight)
     print(f"rank {rt.rank} step {state.step} kept {kept}", flush=True)
     return launched
-train.train_step = poisoned
+loop.train_step = poisoned
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 

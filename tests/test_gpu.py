@@ -26,7 +26,7 @@ from gpt2.kernels.head_loss import head_loss, head_loss_reference
 from gpt2.kernels.linear import gelu
 from gpt2.model.gpt import GPT
 from gpt2.train import loop, setup, step
-from gpt2.train.cuda_graph import MicroBatches
+from gpt2.train.cuda_graph import MicroBatchGraph
 from gpt2.train.setup import network
 
 from .conftest import ROOT, TINY, error
@@ -160,7 +160,7 @@ def test_checkpointing_keeps_less_when_compiled(data_dir):
                 torch.cuda.reset_peak_memory_stats()
                 step.train_step(state, config, rt).read()
                 peaks.append(torch.cuda.max_memory_allocated())
-            assert state.micro_batches.graph  # recorded in the third step
+            assert state.graph.enabled  # recorded in the third step
             state.loader.close()
     assert peaks[5] < 0.6 * peaks[1], peaks
 
@@ -188,21 +188,21 @@ def test_masks_in_a_recorded_step_equal_the_plain_network(masks, apart):
         p.data.normal_(0, 0.2)
     plain = copy.deepcopy(model)
     model.checkpoint_activations = apart
-    runtime.Runtime(torch.device("cuda"), torch.float32).compile(model)
+    setup.compile_network(model, sharded=False)
     assert model.compiled_apart is apart
 
-    def forward_and_backward(x, y, factor, inside, model=model):
+    def forward_and_backward(x, y, factor, model=model):
         loss = model(x, y, reduction="sum")
         (loss * factor).backward()
         return loss.detach()
 
-    recorded = MicroBatches(model, forward_and_backward, graph=True, log=pytest.fail)
+    recorded = MicroBatchGraph(model, enabled=True, log=pytest.fail)
     factor = torch.tensor(1e-3, device="cuda")
     for _ in range(5):
         idx = torch.randint(0, 300, (4, 513), device="cuda")  # one in 300 begins a document
         x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-        losses = [recorded(x, y, factor, None, True).item()]
-        losses.append(forward_and_backward(x, y, factor, None, plain).item())
+        losses = [recorded(forward_and_backward, (x, y, factor), True).item()]
+        losses.append(forward_and_backward(x, y, factor, plain).item())
         assert losses[0] == pytest.approx(losses[1], rel=2e-3)
         for (name, p), exact in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert error(p.grad, exact.grad) < 2e-2, name

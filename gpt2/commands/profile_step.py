@@ -71,7 +71,7 @@ def run(config: ProfileConfig) -> int:
         config = replace(config, data=replace(config.data, data_dir=data_dir))
         config, init = resolve_init(config, rt, None)
         state = setup.build(config, rt, None, init)
-        recorded, state.micro_batches.graph = state.micro_batches.graph, False  # hides operations
+        recorded, state.graph.enabled = state.graph.enabled, False  # a graph hides operations
         try:
             seconds, times = measure(state, config, rt, path)
         except torch.OutOfMemoryError:
@@ -79,7 +79,7 @@ def run(config: ProfileConfig) -> int:
             raise UserError(out_of_memory(state.plan, checkpointing)) from None
         finally:
             state.loader.close()
-    for note in rt.notes:
+    for note in (*rt.choices, *state.notes):
         console.log(note)
     if recorded:
         console.log(

@@ -52,9 +52,9 @@ def is_sharded(model: nn.Module) -> bool:
     return module is not None and isinstance(model, module.FSDPModule)
 
 
-def send_gradients(model: nn.Module, now: bool):
-    """Whether the next backward pass sums gradients over ranks, or adds to what is not sent yet."""
-    model.set_requires_gradient_sync(now)
+def set_gradient_sync(model: nn.Module, on: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks, or only accumulates them."""
+    model.set_requires_gradient_sync(on)
 
 
 def method(model: nn.Module, name: str) -> Callable:

@@ -8,22 +8,10 @@ So every start uses names of its own, which rank 0 makes up and all agree on.
 import json
 import time
 import uuid
-from typing import Protocol
+
+from .store import Store
 
 PAUSE = 0.05  # seconds between two looks
-
-
-class Store(Protocol):
-    """Strings that all ranks share, as torch's TCPStore."""
-
-    def set(self, key: str, value: str) -> None:
-        """Stores."""
-
-    def get(self, key: str) -> bytes:
-        """What was stored; waits for it."""
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all of them were stored."""
 
 
 def meet(store: Store, rank: int, world_size: int) -> str:

@@ -1,19 +1,13 @@
-"""The machine: processes, device, precision, compilation, seeds and signals.
+"""This process among all processes, and what it computes with: ranks, device, precision, DDP.
 
-The only module that knows environment variables and, beside `parallel`, torch.distributed.
-Everything above it works with a `Runtime` and does not ask whether there is one rank or many, a GPU
-or none.
+Beside `fsdp` the only module that knows torch.distributed. Everything above works with a `Runtime`
+and does not ask whether there is one rank or many, a GPU or none.
 """
 
 import contextlib
 import datetime
-import os
-import random
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,18 +15,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config.model import ModernConfig
 from ..config.train import SystemOptions
 from ..errors import UserError
 from . import fsdp
 from .devices import choose_device, choose_dtype, describe, keep_freed_memory
+from .environment import ranks
+from .random_state import seed
 from .rendezvous import meet
+from .signals import caught
 from .watchdog import Watchdog
 
-DEEP = 24  # blocks that are still compiled all at once
 START_TIMEOUT = datetime.timedelta(minutes=30)  # the first step may compile for minutes
 MARGIN = datetime.timedelta(minutes=10)  # of a collective's timeout beyond that of the watchdog
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is what Slurm is often told to send
 
 
 @dataclass
@@ -43,8 +37,8 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
-    notes: list[str] = field(default_factory=list)  # what was chosen, and why
-    sharded: bool = False  # by FSDP2, see `parallel`; else every rank holds all
+    sharded: bool = False  # by FSDP2: a rank holds a part of the weights, else all of them
+    choices: tuple[str, ...] = ()  # device, precision and ranks in words, and why
     stop_signal: int = 0  # number of the signal that asked this rank to stop, 0: none
     hang_timeout: int = 0  # seconds; 0: none
     watchdog: Watchdog | None = None  # where there are other ranks
@@ -52,48 +46,41 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes files and speaks."""
+        """True on rank 0, the one that writes files and logs."""
         return self.rank == 0
 
     @property
     def device_name(self) -> str:
-        """The name that a table of peak rates is asked for."""
+        """Name of the GPU as its driver gives it, else the kind of device."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return self.device.type
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Matrix products in `dtype`, everything delicate in float32."""
+        """Matmuls in `dtype`; softmax, norms and losses in float32."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss in fp16, whose small numbers end at 6e-8; does nothing elsewhere."""
+        """Scales the loss in fp16, whose smallest number is 6e-8; does nothing elsewhere."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def place(self, model: nn.Module):
-        """Moves a model on the CPU to the device: all of it, or this rank's part; in place."""
+    def stop(self, number: int) -> None:
+        """Notes the signal that asked this rank to stop."""
+        self.stop_signal = number
+
+    def place(self, model: nn.Module) -> None:
+        """Moves a model from the CPU to the device, in place; with FSDP, this rank's part."""
         if self.sharded:
             fsdp.shard(model, self.device, self.dtype)
         else:
             model.to(self.device)
 
-    def compile(self, model: nn.Module):
-        """Compiles in place: names in the state dict stay as they are.
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to train with, DDP around the model where there are several ranks.
 
-        FSDP gathers weights between blocks, where the compiler could not look past. PyTorch 2.11,
-        given the whole model, keeps most of what activation checkpointing should drop. And 48
-        blocks at once take it over a minute. So then each block is compiled by itself, all by the
-        same code. Blocks with switches differ, and their masks are made outside of them.
+        The model inside keeps its plain names for checkpoints.
         """
-        deep = len(model.transformer.h) > DEEP and not isinstance(model.config, ModernConfig)
-        apart = self.sharded or model.checkpoint_activations or deep
-        model.compiled_apart = apart
-        for part in model.transformer.h if apart else [model]:
-            part.compile()
-
-    def wrap(self, model: nn.Module) -> Callable[..., Tensor]:
-        """The callable to train with. The raw model keeps its plain names for checkpoints."""
         if self.world_size == 1 or self.sharded:
             return model
         on_gpu = self.device.type == "cuda"
@@ -101,17 +88,22 @@ class Runtime:
             model,
             device_ids=[self.device.index] if on_gpu else None,
             gradient_as_bucket_view=True,  # gradients live in the buffers that are sent
-            # no static_graph: with no_sync (see `accumulate`) it ends in an error of PyTorch's own
+            # no static_graph: together with no_sync it raises an error inside of PyTorch
         )
 
-    def accumulate(self, forward: Callable, last: bool) -> contextlib.AbstractContextManager:
-        """Around forward and backward of a micro-batch: gradients are sent on the last only."""
+    def gradient_sync(self, wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Around forward and backward of a micro-batch: gradients are summed on the last only.
+
+        Args:
+            wrapped: the module that `wrap` gave.
+            last: whether this is the last micro-batch of the step; the others run in `no_sync`.
+        """
         self._beat()
         if self.sharded:
-            fsdp.send_gradients(forward, last)
+            fsdp.set_gradient_sync(wrapped, last)
         if self.world_size == 1 or self.sharded or last:
             return contextlib.nullcontext()
-        return forward.no_sync()
+        return wrapped.no_sync()
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Calls a function on rank 0; every rank gets its result, or the UserError it raised."""
@@ -130,18 +122,18 @@ class Runtime:
         return result
 
     def alone(self) -> contextlib.AbstractContextManager:
-        """Around long work of this rank for which the others wait: they are not to call it hung."""
+        """Around long work for which the other ranks wait: the watchdog does not count it."""
         return self.watchdog.alone() if self.watchdog else contextlib.nullcontext()
 
-    def reached(self, step: int):
-        """Takes down that a step is done; from the first on a rank that hangs is noticed soon."""
+    def reached(self, step: int) -> None:
+        """Tells the watchdog that a step is done; after the first, timeouts are short."""
         if self.watchdog:
             self.watchdog.reached(step)
             if not self.watched:
                 _set_timeout(datetime.timedelta(seconds=self.hang_timeout) + MARGIN)
             self.watched = True
 
-    def _beat(self):
+    def _beat(self) -> None:
         if self.watchdog:
             self.watchdog.beat()
 
@@ -162,11 +154,11 @@ class Runtime:
 
     @property
     def steps_ahead(self) -> int:
-        """Steps that are launched before the numbers of an earlier one are waited for."""
+        """Steps that are launched before the loss of an earlier one is read."""
         return int(self.device.type == "cuda")
 
     def read_later(self, numbers: Tensor) -> Callable[[], list[float]]:
-        """Starts to copy numbers from the device; the result waits for them and nothing behind."""
+        """Starts a copy from the device; the function returned waits for the copy alone."""
         if self.device.type != "cuda":
             return numbers.tolist
         copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
@@ -205,21 +197,6 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
-    def rng_state(self) -> dict[str, Any]:
-        """State of the random generators of this rank, as plain values and tensors."""
-        state = {"python": random.getstate(), "torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def set_rng_state(self, state: dict[str, Any]):
-        """Puts back what `rng_state` gave."""
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        torch.set_rng_state(state["torch"])
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-
 
 @contextlib.contextmanager
 def start(
@@ -229,12 +206,12 @@ def start(
 
     Args:
         options: of the machine.
-        tell: is given a line when a rank hangs, before the process ends.
+        log: gets one line when a rank hangs, before the process ends.
+
+    Raises:
+        UserError: a device that is not there, or a precision that does not fit.
     """
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-    )
+    rank, local_rank, world_size = ranks()
     device = choose_device(options.device, local_rank)
     dtype, reason = choose_dtype(options.dtype, device)
     sharded = options.parallel == "fsdp" and world_size > 1
@@ -243,33 +220,38 @@ def start(
             "parallel=fsdp does not scale the loss, which float16 needs; use --parallel=ddp, or "
             "--dtype=float32 (bfloat16 where the GPU has it)"
         )
-    rt = Runtime(device, dtype, rank, world_size, sharded=sharded)
-    rt.notes.append(f"device {describe(device)}, dtype {str(dtype)[6:]}: {reason}")
+    rt = Runtime(device, dtype, rank, world_size, sharded)
+    rt.choices = (f"device {describe(device)}, dtype {str(dtype)[6:]}: {reason}",)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 products on tensor cores
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 matmuls on tensor cores
     else:
         keep_freed_memory()
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))[0]
-        store = dist.PrefixStore(meet(store, rank, world_size), store)
-        ranks = {"rank": rank, "world_size": world_size}
-        dist.init_process_group(backend, store=store, timeout=START_TIMEOUT, **ranks)
-        how = "each with a part of the weights (fsdp)" if sharded else "each with all weights (ddp)"
-        rt.notes.append(f"{world_size} ranks by {backend}, {how}")
+        rt.choices += (_join(rt),)
         _watch(rt, options.hang_timeout_seconds, log)
     elif options.parallel == "fsdp":
-        rt.notes.append("parallel=fsdp: one rank holds all weights")
+        rt.choices += ("parallel=fsdp: one rank holds all weights",)
     seed(options.seed)
     try:
-        with _catch_signals(rt):
+        with caught(rt.stop):
             yield rt
     finally:
         if rt.watchdog:
             rt.watchdog.close()
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _join(rt: Runtime) -> str:
+    """Joins the process group; returns what it is in words."""
+    backend = "nccl" if rt.device.type == "cuda" else "gloo"
+    store = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))[0]
+    store = dist.PrefixStore(meet(store, rt.rank, rt.world_size), store)
+    of_rank = {"rank": rt.rank, "world_size": rt.world_size}
+    dist.init_process_group(backend, store=store, timeout=START_TIMEOUT, **of_rank)
+    how = "each with a part of the weights (fsdp)" if rt.sharded else "each with all weights (ddp)"
+    return f"{rt.world_size} ranks by {backend}, {how}"
 
 
 def _watch(rt: Runtime, seconds: int, log: Callable[[str], None]):
@@ -286,62 +268,3 @@ def _set_timeout(timeout: datetime.timedelta):
     set_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
     if set_timeout:
         set_timeout(timeout)
-
-
-def leave(code: int, at_once: bool = False) -> int:
-    """The exit code of a run that is over; one of several ranks ends its process here.
-
-    So does a run that ends `at_once`, while a thread is still writing. While Python takes itself
-    apart, a thread of gloo that wants Python's lock makes the process abort (seen once in hundreds
-    of runs): a finished run would be reported as failed.
-    """
-    if at_once or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-def variable(name: str) -> str:
-    """A variable of the environment; empty where there is none."""
-    return os.environ.get(name, "")
-
-
-def is_first_rank() -> bool:
-    """Whether this process is rank 0 under torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def seed(number: int):
-    """Seeds every generator alike, so that all ranks make the same weights."""
-    random.seed(number)
-    torch.manual_seed(number)
-
-
-@contextlib.contextmanager
-def _catch_signals(rt: Runtime) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 set `stop_signal`; a second Ctrl-C, later, ends at once.
-
-    A terminal sends Ctrl-C to the whole process group and torchrun passes it on once more, so a
-    repetition within a second is the same request.
-    """
-    first_time = 0.0
-
-    def handle(number: int, _frame: Any):
-        nonlocal first_time
-        if not rt.stop_signal:
-            rt.stop_signal, first_time = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - first_time > 1:
-            raise KeyboardInterrupt
-
-    caught = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-    try:
-        before = {number: signal.signal(number, handle) for number in caught}
-    except ValueError:  # not the main thread: signals belong to the program that embeds us
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,20 +12,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+
+from .store import Store
 
 HUNG = 75  # exit code: "try again" of sysexits.h
 PATIENCE = 1800.0  # seconds for what a rank does alone
-
-
-class Store(Protocol):
-    """Strings that all ranks share, as torch's TCPStore."""
-
-    def set(self, key: str, value: str) -> None:
-        """Stores."""
-
-    def get(self, key: str) -> bytes:
-        """Waits until it is there."""
 
 
 class Watchdog:

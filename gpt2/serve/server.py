@@ -20,7 +20,7 @@ from ..api import GPT2
 from ..checkpoint.weights import check_vocabulary
 from ..config.commands import ServeConfig
 from ..data.conversations import is_chat
-from ..distributed import runtime
+from ..distributed import environment
 from ..distributed.devices import choose_dtype
 from ..errors import UserError
 from ..report import console
@@ -41,7 +41,7 @@ def run(path: str, config: ServeConfig) -> int:
     model = _load(path, config)
     served = describe(path, config, model)
     engine = Engine(model, config.slots, config.max_queue)
-    key = config.api_key or runtime.variable("GPT2_API_KEY")
+    key = config.api_key or environment.variable("GPT2_API_KEY")
     hosts = {h.strip().lower() for h in (config.host, *config.allowed_hosts.split(","))} - {""}
     app = Guard(make_app(engine, served), hosts, key)
     host, port = listener.getsockname()[:2]

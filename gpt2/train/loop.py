@@ -12,29 +12,24 @@ from collections import deque
 import torch
 
 from ..config.train import TrainConfig
-from ..data.datasets import split_eval_tokens
-from ..data.loader import eval_batches
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..evaluate.loss import evaluate, together
-from ..evaluate.tasks import HELLASWAG
 from ..report import console, metrics
 from .messages import (
     announce,
     check_first_loss,
-    log_evaluation,
-    log_hellaswag,
     log_training_step,
     note_batch,
     out_of_memory,
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
 from .run_folder import MODEL_NAME, open_log, out_dir, run_folder_lock
-from .save import export, export_best, save
+from .save import export, save
 from .setup import build, resolve_init, resolve_steps
 from .state import TrainState
 from .step import Launched, train_step
+from .validation import evaluate_hellaswag, validate
 
 MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale
 
@@ -66,11 +61,11 @@ def run(config: TrainConfig) -> int:
         return 128 + (rt.stop_signal or signal.SIGTERM)  # another rank may have got the signal
 
 
-def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog):
+def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
     resumed_at, max_steps = state.step, config.optim.max_steps
     state.clock.start(state.seconds)
-    state.stop = rt.stop_requested()  # while the data were opened and the model was made
+    state.stop = rt.stop_requested()  # a signal while the data were opened and the model was made
     launched: deque[Launched] = deque()
     while not between_steps(state, config, rt, log, resumed_at):
         try:
@@ -78,7 +73,7 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLo
         except torch.OutOfMemoryError:
             checkpointing = config.system.activation_checkpointing
             raise UserError(out_of_memory(state.plan, checkpointing)) from None
-        # A GPU that had to wait for each step's loss to be read would idle 4 % of the time.
+        # The loss of a step is read after the next is launched: a GPU that waited would idle 4 %.
         while launched and (len(launched) > rt.steps_ahead or needs_sync(state, config)):
             log_step(launched.popleft(), state, config, rt, log)
     if rt.is_main:
@@ -91,25 +86,38 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLo
 def between_steps(
     state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog, resumed_at: int
 ) -> bool:
-    """Saves, evaluates and exports where that is due; True when the run is at its end."""
-    last = state.step >= config.optim.max_steps
-    ends = is_over(state, config)
+    """Saves, evaluates and exports where that is due; True when the run is at its end.
+
+    The checkpoint comes before the evaluation, so that a crash in the evaluation costs nothing. An
+    evaluation may end the run, by its loss or by a signal; a last checkpoint then follows.
+    """
+    last, ends = state.step >= config.optim.max_steps, is_over(state, config)
     save_due = ends or due(state.step, config.output.save_every)
-    eval_due = last or due(state.step, config.eval.eval_every)
+    is_new = state.step > resumed_at  # else the checkpoint is there already
+    with state.clock.pause():
+        if save_due and is_new:
+            save(state, config, rt, final=ends)
+        evaluate_where_due(state, config, rt, log, last)
+        if not ends and is_over(state, config):
+            ends = save_due = True
+            if is_new:
+                save(state, config, rt, final=True)
+        if save_due:
+            export(state, config, rt, final=ends)
+    return ends
+
+
+def evaluate_where_due(
+    state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog, last: bool
+) -> None:
+    """The validation loss and HellaSwag, unless a signal came or they are known for this step."""
     hellaswag_every = config.eval.eval_hellaswag_every
     hellaswag_due = (last and hellaswag_every > 0) or due(state.step, hellaswag_every)
-    with state.clock.pause():
-        if save_due and state.step > resumed_at:
-            save(state, config, rt, ends)  # before evaluating: a crash there costs nothing
-        if eval_due and not state.stop and state.evaluated_at != state.step:
-            validate(state, config, rt, log)
-        if hellaswag_due and not state.stop and state.hellaswag_at != state.step:
-            evaluate_hellaswag(state, rt, log)
-        if not ends and is_over(state, config):  # since a moment ago
-            return between_steps(state, config, rt, log, resumed_at)
-        if save_due:
-            export(state, config, rt, ends)
-    return ends
+    eval_due = last or due(state.step, config.eval.eval_every)
+    if eval_due and not state.stop and state.evaluated_at != state.step:
+        validate(state, config, rt, log)
+    if hellaswag_due and not state.stop and state.hellaswag_at != state.step:
+        evaluate_hellaswag(state, rt, log)
 
 
 def due(step: int, every: int) -> bool:
@@ -123,20 +131,20 @@ def is_over(state: TrainState, config: TrainConfig) -> bool:
 
 
 def needs_sync(state: TrainState, config: TrainConfig) -> bool:
-    """Whether something is due between the last step and the next, which needs all numbers."""
+    """Whether saving, evaluating or the end comes next: the loss of every step is read before."""
     every = (config.output.save_every, config.eval.eval_every, config.eval.eval_hellaswag_every)
     return is_over(state, config) or any(due(state.step, n) for n in every)
 
 
 def early_stopped(state: TrainState, config: TrainConfig) -> bool:
-    """Whether so many evaluations brought no gain that it is time to stop."""
+    """Whether `early_stop_evals` evaluations in a row brought no gain."""
     return 0 < config.eval.early_stop_evals <= state.evals_without_gain
 
 
 def log_step(
     launched: Launched, state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog
-):
-    """Waits for a step's numbers, acts on them and logs them."""
+) -> None:
+    """Waits for a step's loss, gradient norm and stop flags, acts on them and logs them."""
     loss, norm, stops = launched.read()
     rt.reached(launched.step)
     count_skipped(state, config, rt, launched, math.isfinite(loss + norm))
@@ -152,8 +160,12 @@ def log_step(
 
 def count_skipped(
     state: TrainState, config: TrainConfig, rt: Runtime, launched: Launched, finite: bool
-):
-    """Counts steps in a row that changed nothing; raises UserError, with their text, after many."""
+) -> None:
+    """Counts steps in a row that were skipped.
+
+    Raises:
+        UserError: after `MAX_SKIPPED_STEPS`; names the text that the last of them read.
+    """
     state.skipped = 0 if finite else state.skipped + 1
     if state.skipped >= MAX_SKIPPED_STEPS:
         own = launched.own_tokens
@@ -163,37 +175,3 @@ def count_skipped(
             f"to step {launched.step}, which read {batch}; the checkpoints are untouched: continue "
             "with a lower --learning_rate, or with --dtype=float32"
         )
-
-
-def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog):
-    """Evaluates, logs and keeps the best model; a signal on the way leaves it for the next run."""
-    parts = {}
-    counts = split_eval_tokens(state.datasets, config.eval.eval_tokens)
-    for dataset, eval_tokens in zip(state.datasets, counts, strict=True):
-        batches = eval_batches(
-            dataset.val,
-            block_size=state.plan.block_size,
-            batch_size=state.plan.batch_size,
-            eval_tokens=eval_tokens,
-            rank=rt.rank,
-            world_size=rt.world_size,
-            device=rt.device,
-        )
-        result = evaluate(state.model, batches, rt)
-        if result is None:
-            state.stop = True
-            return
-        parts[dataset.name] = result
-    if state.note_evaluation(together(parts.values()).loss):
-        export_best(state, config, rt)
-    log_evaluation(parts, state, rt, log)
-
-
-def evaluate_hellaswag(state: TrainState, rt: Runtime, log: metrics.RunLog):
-    """Evaluates on HellaSwag and logs; a signal on the way leaves it for the next run."""
-    results = HELLASWAG.ask(state.model, state.hellaswag, rt)
-    if results is None:
-        state.stop = True
-        return
-    state.hellaswag_at = state.step
-    log_hellaswag(results, state, rt, log)

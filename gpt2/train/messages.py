@@ -136,7 +136,7 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
         f"GPT-2 with {state.model.num_parameters():,} parameters: {c.n_layer} layers, "
         f"{c.n_head} heads, width {c.n_embd}, context {c.block_size}"
     )
-    for note in rt.notes:
+    for note in (*rt.choices, *state.notes):
         console.log(note)
     console.log(str(state.plan))
     for line in describe_data(state, config.optim):

@@ -13,6 +13,7 @@ from ..config.options import flatten
 from ..config.train import TrainConfig
 from ..data.datasets import remember
 from ..distributed import fsdp
+from ..distributed.random_state import rng_state, set_rng_state
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..model import lora
@@ -32,7 +33,7 @@ def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
     content = {
         "position": state.loader.position,
         "scaler": state.scaler.state_dict(),
-        "rng": rt.gather(rt.rng_state()),
+        "rng": rt.gather(rng_state(rt.device)),
         **{name: getattr(state, name) for name in COUNTERS},
         "data": remember(state.datasets, state.loader.order, state.loader.position),
         "settings": flatten(config),
@@ -69,7 +70,7 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime):
     if content["scaler"] and state.scaler.is_enabled():  # empty unless that run was fp16
         state.scaler.load_state_dict(content["scaler"])
     if rt.rank < len(content["rng"]):  # a new rank keeps the generators it was seeded with
-        rt.set_rng_state(content["rng"][rt.rank])
+        set_rng_state(content["rng"][rt.rank], rt.device)
     state.step = resumed.step
     for name in COUNTERS:
         setattr(state, name, content[name])

@@ -1,7 +1,6 @@
 """How a run begins: with which weights, data, network and optimizer."""
 
 import bisect
-import functools
 import math
 from dataclasses import replace
 
@@ -21,21 +20,22 @@ from ..data.datasets import (
 )
 from ..data.loader import TrainLoader
 from ..data.sequence_order import Mixture
-from ..distributed import devices, runtime
+from ..distributed import devices
+from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..evaluate.tasks import HELLASWAG, load
 from ..model import lora
 from ..model.gpt import GPT
-from ..model.modern import Modern
 from ..report import console, throughput
 from ..report.trackers import check_names
-from .cuda_graph import MicroBatches
+from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
 from .save import restore
 from .schedules import check_plan, sequences_left
 from .state import TrainState
-from .step import forward_backward
+
+DEEP = 24  # a deeper network is compiled block by block
 
 
 def resolve_init(
@@ -72,36 +72,37 @@ def resolve_init(
 
 def order_data(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None
-) -> tuple[list[Dataset], Mixture]:
-    """The datasets, and the order of their windows: from the beginning or as a checkpoint goes on.
+) -> tuple[list[Dataset], Mixture, list[str]]:
+    """The datasets, the order of their sequences, and notes for the reader of the log.
+
+    The order begins anew, or goes on where a checkpoint stopped.
 
     Raises:
-        UserError: what is wrong with the datasets, or not as it was when the checkpoint was saved.
+        UserError: damaged datasets, or datasets that changed since the checkpoint was saved.
     """
     shape, seed = config.model.shape(), config.system.seed
-    datasets = _open_data(config, shape.block_size, rt)
+    datasets, notes = _open_data(config, shape.block_size)
     identities = rt.on_main(lambda: [identify(dataset) for dataset in datasets])
     datasets = [replace(d, identity=i) for d, i in zip(datasets, identities, strict=True)]
     start = MixStart()
     if resumed and "data" in resumed.state:
-        position = resumed.state["position"]
-        stored = resumed.state["data"]
-        datasets, start, notes = continue_mix(datasets, stored, position, resumed.path)
-        rt.notes.extend(notes)
+        position, stored = resumed.state["position"], resumed.state["data"]
+        datasets, start, more = continue_mix(datasets, stored, position, resumed.path)
+        notes += more
     elif resumed:
-        rt.notes.append(
+        notes.append(
             f"{resumed.path} does not say which shards it was trained on: it is of an older "
             "version, whose order was another; what was read in this epoch may come again"
         )
     if config.data.sequence_start == "document" and rt.is_main:
         console.log("looking for the beginnings of documents in the training shards")
-    return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start)
+    return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start), notes
 
 
-def _open_data(config: TrainConfig, block_size: int, rt: Runtime) -> list[Dataset]:
-    """Folders of shards or, for `gpt2 finetune`, files of conversations."""
+def _open_data(config: TrainConfig, block_size: int) -> tuple[list[Dataset], list[str]]:
+    """Folders of shards or, for `gpt2 finetune`, files of conversations; and notes on them."""
     if config.tuning is None or not is_chat(config.data.data_dir):
-        return open_datasets(config.data.data_dir)
+        return open_datasets(config.data.data_dir), []
     if config.data.sequence_start != "anywhere":
         raise UserError("--window_start=document is for text; conversations are always whole")
     if config.model.document_mask:
@@ -109,11 +110,9 @@ def _open_data(config: TrainConfig, block_size: int, rt: Runtime) -> list[Datase
             f"init={config.model.init} has document_mask: the end-of-text tokens between messages "
             "would hide them from one another; begin with another model"
         )
-    share = config.tuning.val_share
-    datasets, notes = open_conversations(config.data.data_dir, block_size, share)
+    datasets, notes = open_conversations(config.data.data_dir, block_size, config.tuning.val_share)
     check_eval_tokens(config.eval.eval_tokens, datasets, block_size)
-    rt.notes.extend(notes)
-    return datasets
+    return datasets, list(notes)
 
 
 def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
@@ -132,64 +131,93 @@ def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
     return replace(config, optim=replace(config.optim, max_steps=max_steps))
 
 
-def network(config: GPT2Config) -> GPT:
-    """The network of a config; the one place that decides which."""
-    return Modern(config) if isinstance(config, ModernConfig) else GPT(config)
-
-
 def build(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None, init: Weights | None = None
 ) -> TrainState:
-    """Model, optimizer and loader, fresh or as a checkpoint left them; checks all that can be."""
+    """Network, optimizer and loader, fresh or as a checkpoint left them.
+
+    Args:
+        config: the settings, resolved by `resolve_init`.
+        rt: this process.
+        resumed: the checkpoint to continue from.
+        init: weights to begin with.
+
+    Raises:
+        UserError: everything about data, batch, network and device that can be found before the
+            first step.
+    """
     shape = config.model.shape()
     plan = plan_batch(config.data, shape.block_size, rt.world_size)
     check_plan(resumed.step if resumed else 0, config.optim, plan)
-    datasets, mixture = order_data(config, rt, resumed)
+    datasets, mixture, data_notes = order_data(config, rt, resumed)
     check_names(config.output.log_to)
     hellaswag = []
     if config.eval.eval_hellaswag_every:  # broadcast: other machines may lack the file
         hellaswag = rt.on_main(lambda: load(HELLASWAG, config.eval.hellaswag, console.log))
-    model = network(shape)  # on the CPU: the same weights on every device
+    model = build_network(config, rt, init)
+    compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
+    if compiled:
+        compile_network(model, rt.sharded)
+    recorded, graph_note = devices.choose_graph(rt.device, compiled, rt.world_size)
+    notes = [*data_notes, f"compile_model {compiled}: {compile_note}"]
+    if rt.device.type == "cuda":
+        notes.append(f"CUDA graph {recorded}: {graph_note}")
+    seed(config.system.seed + rt.rank)  # from here on only dropout draws
+    position = resumed.state["position"] if resumed else 0
+    state = TrainState(
+        model=model,
+        wrapped_model=model,
+        optimizer=build_optimizer(model, config.optim, rt),
+        scaler=rt.grad_scaler(),
+        loader=TrainLoader(mixture, plan, rank=rt.rank, position=position, device=rt.device),
+        datasets=datasets,
+        plan=plan,
+        clock=throughput.Throughput(),
+        graph=MicroBatchGraph(model, recorded, console.warn),
+        notes=tuple(notes),
+        hellaswag=hellaswag,
+    )
+    if resumed:
+        restore(state, resumed, rt)
+    state.wrapped_model = rt.wrap(model)  # DDP compares the weights of all ranks: after `restore`
+    return state
+
+
+def network(config: GPT2Config) -> GPT:
+    """The network of a config, fresh; the one place that decides between GPT-2 and `Modern`."""
+    if not isinstance(config, ModernConfig):
+        return GPT(config)
+    from ..model.modern import Modern  # a run of GPT-2 never imports RoPE or FlexAttention
+
+    return Modern(config)
+
+
+def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> GPT:
+    """The network on its device, with given weights or fresh ones, and with LoRA's adapters.
+
+    Raises:
+        UserError: weights that do not fit; fp8 where the device has none.
+    """
+    model = network(config.model.shape())  # on the CPU: the same weights on every device
     if init:
         model_file.load_into(model, init.state, init.origin)
     lora.adapt(model, config.tuning)
     rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing
-    compiled, reason = devices.choose_compile(config.system.compile_model, rt.device)
-    if compiled:
-        rt.compile(model)
-    rt.notes.append(f"compile_model {compiled}: {reason}")
-    runtime.seed(config.system.seed + rt.rank)  # from here on only dropout draws
-    loader = TrainLoader(
-        mixture,
-        plan,
-        rank=rt.rank,
-        position=resumed.state["position"] if resumed else 0,
-        device=rt.device,
-    )
-    state = TrainState(
-        model=model,
-        forward=model,
-        optimizer=build_optimizer(model, config.optim, rt),
-        scaler=rt.grad_scaler(),
-        loader=loader,
-        datasets=datasets,
-        plan=plan,
-        clock=throughput.Throughput(),
-        hellaswag=hellaswag,
-    )
-    if resumed:
-        restore(state, resumed, rt)
-    state.forward = rt.wrap(model)
-    state.micro_batches = micro_batches(state, rt, compiled)
-    return state
+    return model
 
 
-def micro_batches(state: TrainState, rt: Runtime, compiled: bool) -> MicroBatches:
-    """Runs `forward_backward`, as a CUDA graph where that is chosen."""
-    graph, reason = devices.choose_graph(rt.device, compiled, rt.world_size)
-    if rt.device.type == "cuda":
-        rt.notes.append(f"CUDA graph {graph}: {reason}")
-    run = functools.partial(forward_backward, state, rt)
-    return MicroBatches(state.model, run, graph, console.warn)
+def compile_network(model: GPT, sharded: bool) -> None:
+    """Compiles in place, the network whole or block by block; names in the state dict stay.
+
+    Block by block where the whole would not do: FSDP all-gathers weights between blocks, and the
+    compiler cannot look past that. PyTorch 2.11 keeps most of what activation checkpointing should
+    drop when it is given the whole network. 48 blocks at once take it over a minute; equal blocks
+    share one compilation, blocks with switches differ.
+    """
+    deep = len(model.transformer.h) > DEEP and not isinstance(model.config, ModernConfig)
+    apart = sharded or model.checkpoint_activations or deep
+    model.compiled_apart = apart
+    for part in model.transformer.h if apart else [model]:
+        part.compile()

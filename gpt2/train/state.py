@@ -1,11 +1,10 @@
-"""All that changes while training, in one dataclass."""
+"""What a training run holds: the network, its optimizer and data, and the counters."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from ..checkpoint.async_writer import Saver
 from ..config.train import BatchPlan
@@ -14,21 +13,23 @@ from ..data.loader import TrainLoader
 from ..evaluate.tasks import MultipleChoice
 from ..model.gpt import GPT
 from ..report import console, throughput
-from .cuda_graph import MicroBatches
+from .cuda_graph import MicroBatchGraph
 
 
 @dataclass
 class TrainState:
-    """All that changes while training."""
+    """All that changes while training; `save.py` writes it to a checkpoint and restores it."""
 
     model: GPT
-    forward: Callable[..., Tensor]  # the model, or DDP around it
+    wrapped_model: nn.Module  # DistributedDataParallel around the model, or the model itself
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loader: TrainLoader
     datasets: list[Dataset]
     plan: BatchPlan
     clock: throughput.Throughput
+    graph: MicroBatchGraph
+    notes: tuple[str, ...] = ()  # what was chosen when the run was set up, and why
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of training before this process
     skipped: int = 0  # steps in a row whose gradient was not finite
@@ -40,7 +41,6 @@ class TrainState:
     hellaswag: list[MultipleChoice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
     saver: Saver = field(default_factory=lambda: Saver(console.warn))
-    micro_batches: MicroBatches = field(init=False)  # runs `forward`
 
     @property
     def tokens(self) -> int:
@@ -48,7 +48,7 @@ class TrainState:
         return self.loader.position * self.plan.block_size
 
     def note_evaluation(self, loss: float) -> bool:
-        """Takes down a validation loss of this step; True when it is the best so far."""
+        """Records the validation loss of this step, in nats; True when it is the best so far."""
         improved = loss < self.best_val_loss
         self.val_loss, self.evaluated_at = loss, self.step
         self.best_val_loss = loss if improved else self.best_val_loss

@@ -1,5 +1,11 @@
-"""One optimizer step over all micro-batches of all ranks, forward and backward included."""
+"""One optimizer step, from its micro-batches to the new weights.
 
+`train_step` reads from top to bottom: rates, batches, forward and backward of each micro-batch, the
+norm of the gradient, the update. It does not wait for a GPU: the loss is read when the next step is
+under way (`loop.py`).
+"""
+
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,62 +18,98 @@ from ..data.loader import Batch
 from ..distributed import fsdp
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..model.packed_documents import Packed, packed
+from ..model.packed_documents import Packed
 from ..report import console
 from .optimizer import clip_gradients
 from .schedules import attention_window_at, micro_batches_at, set_rates
 from .state import TrainState
 
 
-def begin_step(state: TrainState, config: TrainConfig) -> int:
-    """Grows the windows while `window_warmup` lasts; the micro-batches of the step."""
-    if config.optim.window_warmup:
-        state.model.limit_attention_window(
-            attention_window_at(state.step, config.optim, state.plan.block_size)
-        )
-    return micro_batches_at(state.step, config.optim, state.plan)
-
-
 @dataclass
 class Launched:
-    """A step that the device may still be working on."""
+    """A step that the GPU may still be computing."""
 
-    step: int
+    step: int  # number of the step, from 1
     lr: float
-    tokens: int  # trained on so far, this step included
-    own_tokens: int  # of this step
-    read: Callable[[], list[float]]  # waits; mean loss in nats, norm of the gradient, stops
+    tokens: int  # trained on so far by all ranks, this step included
+    own_tokens: int  # of this step alone
+    read: Callable[[], list[float]]  # waits; mean loss in nats, gradient norm, ranks that stop
 
 
 def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     """One optimizer step over all micro-batches of all ranks; does not wait for the device.
 
-    The loss is the sum over the step's valid tokens divided by their number over all ranks, so its
-    gradient does not depend on how the step is cut into micro-batches and ranks.
+    The loss is the sum over the step's valid tokens divided by their number over all ranks. The
+    gradient therefore does not depend on how the step is cut into micro-batches and ranks.
+
+    Raises:
+        UserError: a damaged shard.
     """
     lr = set_rates(state.optimizer, state.step, config.optim)
-    before = state.tokens
-    batches = next_batches(state, rt, begin_step(state, config))
+    if config.optim.window_warmup:
+        context = state.plan.block_size
+        state.model.limit_attention_window(attention_window_at(state.step, config.optim, context))
+    tokens_before = state.tokens
+    batches = next_batches(state, rt, micro_batches_at(state.step, config.optim, state.plan))
+
     valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y, *_ in batches))
-    loss_sum = torch.zeros((), device=rt.device)
-    # DDP and FSDP take the mean over ranks of what should be a sum
+    # DDP and FSDP average gradients over ranks; the world size turns that into a sum.
     factor = state.scaler.scale(rt.world_size / valid_tokens)
-    for micro, (x, y, *begins) in enumerate(batches):
-        inside = packed(*begins, dropout=config.model.dropout)
-        with rt.accumulate(state.forward, last=micro == len(batches) - 1):
-            loss_sum += state.micro_batches(x, y, factor, inside, first=micro == 0)  # nats
+    loss_sum = torch.zeros((), device=rt.device)
+    for micro, batch in enumerate(batches):
+        with rt.gradient_sync(state.wrapped_model, last=micro == len(batches) - 1):
+            loss_sum += micro_batch(state, config, rt, batch, factor, first=micro == 0)
+
     state.scaler.unscale_(state.optimizer)
     grad_norm = fsdp.gradient_norm(state.model.parameters())
     if config.optim.grad_clip:
-        inside = rt.device.type == "cuda" and not state.scaler.is_enabled()
-        clip_gradients(state.optimizer, grad_norm, config.optim.grad_clip, inside)
-    # one message for all that ranks must agree on, copied while the weights change
-    parts = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
-    parts = rt.all_sum(torch.stack(parts))
-    read = rt.read_later(parts)
-    _update(state, skip=~parts[:2].isfinite().all())
+        in_optimizer = rt.device.type == "cuda" and not state.scaler.is_enabled()
+        clip_gradients(state.optimizer, grad_norm, config.optim.grad_clip, in_optimizer)
+    # One all-reduce for all that ranks must agree on; its copy to the CPU overlaps the update.
+    agreed = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
+    agreed = rt.all_sum(torch.stack(agreed))
+    read = rt.read_later(agreed)
+    _update(state, skip=~agreed[:2].isfinite().all())
     state.step += 1
-    return Launched(state.step, lr, state.tokens, state.tokens - before, read)
+    return Launched(state.step, lr, state.tokens, state.tokens - tokens_before, read)
+
+
+def micro_batch(  # noqa: PLR0917
+    state: TrainState, config: TrainConfig, rt: Runtime, batch: Batch, factor: Tensor, first: bool
+) -> Tensor:
+    """Forward and backward of one micro-batch, by a CUDA graph where there is one.
+
+    Args:
+        state: of the run; gradients add up in its model's parameters.
+        config: its settings.
+        rt: this process.
+        batch: inputs and targets (B, T); for conversations also where each document begins.
+        factor: () the loss is multiplied by it before backward.
+        first: whether it is the first of the step.
+
+    Returns:
+        () the loss in nats, summed over the valid tokens.
+    """
+    x, y, *begins = batch
+    if begins:  # the mask of the documents is another tensor each time: no graph can hold it
+        documents = Packed(*begins, dropout=config.model.dropout)
+        return forward_backward(state, rt, x, y, factor, documents)
+    return state.graph(functools.partial(forward_backward, state, rt), (x, y, factor), first)
+
+
+def forward_backward(  # noqa: PLR0917
+    state: TrainState,
+    rt: Runtime,
+    x: Tensor,
+    y: Tensor,
+    factor: Tensor,
+    documents: Packed | None = None,
+) -> Tensor:
+    """The loss () of ids and targets (B, T), a sum in nats; its gradient, times `factor`."""
+    with rt.autocast():
+        loss = state.wrapped_model(x, y, reduction="sum", cache=documents)
+    (loss * factor).backward()
+    return loss.detach()
 
 
 def next_batches(state: TrainState, rt: Runtime, count: int) -> list[Batch]:
@@ -75,25 +117,18 @@ def next_batches(state: TrainState, rt: Runtime, count: int) -> list[Batch]:
     try:
         return state.loader.next_step(count)
     except UserError as error:
-        if not rt.is_main:  # rank 0's errors are told by the command line
+        if not rt.is_main:  # the command line prints the error of rank 0
             console.error(f"[rank {rt.rank}] {error}")
         raise
 
 
-def _update(state: TrainState, skip: Tensor):
-    """Changes the weights, unless `skip` (on the device): the gradient holds NaN or infinity."""
-    if not state.scaler.is_enabled():  # the scaler skips by itself, and lowers its scale
-        state.optimizer.found_inf = skip.float()  # what fused optimizers look at, without a wait
+def _update(state: TrainState, skip: Tensor) -> None:
+    """Changes the weights, unless `skip` (() bool, on the device) says that a number is no number.
+
+    Fused optimizers look at `found_inf` on the device, so the skip costs no synchronisation.
+    """
+    if not state.scaler.is_enabled():  # an enabled scaler skips by itself, and lowers its scale
+        state.optimizer.found_inf = skip.float()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-
-
-def forward_backward(  # noqa: PLR0917 - the last four are `micro_batch.Run`'s
-    state: TrainState, rt: Runtime, x: Tensor, y: Tensor, factor: Tensor, inside: Packed | None
-) -> Tensor:
-    """The loss of a micro-batch, summed over its tokens; the gradient of its `factor`-fold."""
-    with rt.autocast():
-        loss = state.forward(x, y, reduction="sum", cache=inside)
-    (loss * factor).backward()
-    return loss.detach()

@@ -30,26 +30,27 @@ STEPS = """
 import json, sys
 from dataclasses import replace
 import torch
-from gpt2 import parallel, runtime, train
-from gpt2.config import TrainConfig
-from gpt2.flags import parse
-from gpt2.score import score
+from gpt2.config.command_line import parse
+from gpt2.config.train import TrainConfig
+from gpt2.distributed import fsdp, random_state, runtime
+from gpt2.evaluate.scoring import score
+from gpt2.train import setup, step
 
 ROWS = [([1, 2, 3], [4, 5]), ([7] * 20, [3]), ([9, 8], [1, 2, 3])]  # three batches of one row
 
 def go(config, world):
     rt = replace(world, dtype=getattr(torch, config.system.dtype),
                  sharded=config.system.parallel == "fsdp")
-    runtime.seed(1337)
-    state = train.build(config, rt, None)
-    steps = [train.train_step(state, config, rt).read()[:2] for _ in range(3)]
+    random_state.seed(1337)
+    state = setup.build(config, rt, None)
+    steps = [step.train_step(state, config, rt).read()[:2] for _ in range(3)]
     scores = score(state.model, ROWS, rt, batch_tokens=16)
-    found = {n: parallel.whole(p).clone() for n, p in state.model.state_dict().items()}
+    found = {n: fsdp.whole(p).clone() for n, p in state.model.state_dict().items()}
     for p in state.model.parameters():
         p.grad = torch.full_like(p, torch.nan)
-    train._update(state, torch.ones((), dtype=torch.bool))
+    step._update(state, torch.ones((), dtype=torch.bool))
     for n, p in state.model.state_dict().items():
-        assert torch.equal(found[n], parallel.whole(p)), n  # a bad gradient changes nothing
+        assert torch.equal(found[n], fsdp.whole(p)), n  # a bad gradient changes nothing
     state.loader.close()
     return steps, [s.nats for s in scores], found
 

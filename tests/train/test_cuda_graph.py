@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from gpt2.train.cuda_graph import MicroBatches
+from gpt2.train.cuda_graph import MicroBatchGraph
 
 X = torch.ones(2, 3)
 
@@ -40,7 +40,7 @@ def test_what_cannot_be_recorded_runs_without_and_lets_go_of_memory(monkeypatch,
     monkeypatch.setattr(torch.cuda, "graph", graph)
     model = torch.nn.Linear(3, 1)
 
-    def run(x, y, factor, inside):
+    def run(x, y, factor):
         room = Room()
         loss = model(x).sum()
         (loss * factor).backward()
@@ -50,12 +50,12 @@ def test_what_cannot_be_recorded_runs_without_and_lets_go_of_memory(monkeypatch,
         assert not any(ref() for ref in held)
         return loss.detach()
 
-    batches = MicroBatches(model, run, graph=True, log=told.append)
+    graph_of = MicroBatchGraph(model, enabled=True, log=told.append)
     for _ in range(4):
         model.zero_grad(set_to_none=True)
-        loss = batches(X, X, torch.tensor(1.0), None, first=True)
+        loss = graph_of(run, (X, X, torch.tensor(1.0)), first=True)
         torch.testing.assert_close(model.weight.grad, torch.full((1, 3), 2.0))
         assert loss == model(X).sum()
     assert len(held) == 1
     assert told == ["a step cannot be recorded as a CUDA graph (no room); going on without"]
-    assert not batches.graph
+    assert not graph_of.enabled

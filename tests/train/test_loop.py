@@ -23,7 +23,7 @@ from gpt2.distributed import devices, fsdp, runtime
 from gpt2.errors import UserError
 from gpt2.evaluate import loss as loss_module
 from gpt2.report import metrics as metrics_module
-from gpt2.train import loop, setup
+from gpt2.train import loop, setup, validation
 from gpt2.train import step as step_module
 from gpt2.train.messages import out_of_memory
 
@@ -336,7 +336,7 @@ def test_save_comes_before_evaluation(data_dir, tmp_path, monkeypatch):
     def crash(*_):
         raise RuntimeError("evaluation crashed")
 
-    monkeypatch.setattr(loop, "evaluate", crash)
+    monkeypatch.setattr(validation, "evaluate", crash)
     with pytest.raises(RuntimeError, match="evaluation crashed"):
         loop.run(config(data_dir, tmp_path, "--max_steps=2"))
     assert training_state.load_state(tmp_path / "state/step_00000002").step == 2
@@ -350,7 +350,7 @@ def test_early_stop_and_best_model(data_dir, tmp_path, monkeypatch, capsys):
         found = original(model, batches, rt)
         return type(found)(next(results) * found.tokens, found.tokens, found.text_bytes)
 
-    monkeypatch.setattr(loop, "evaluate", scripted)
+    monkeypatch.setattr(validation, "evaluate", scripted)
     arguments = ["--max_steps=20", "--eval_every=2", "--early_stop_evals=3", "--save_every=0"]
     assert loop.run(config(data_dir, tmp_path, *arguments)) == 0
     assert list(metrics(tmp_path, "val_loss")) == [2, 4, 6, 8, 10]
@@ -385,7 +385,7 @@ def scripted_losses(monkeypatch, *losses):
         found = original(model, batches, rt)
         return type(found)(next(results) * found.tokens, found.tokens, found.text_bytes)
 
-    monkeypatch.setattr(loop, "evaluate", scripted)
+    monkeypatch.setattr(validation, "evaluate", scripted)
 
 
 def best(out_dir) -> tuple[int, float]:
@@ -417,7 +417,7 @@ def test_signal_during_evaluation_ends_it(data_dir, tmp_path, monkeypatch):
             assert number < 12, "evaluation went on"
             yield batch
 
-    monkeypatch.setattr(loop, "eval_batches", interrupted)
+    monkeypatch.setattr(validation, "eval_batches", interrupted)
     arguments = ["--max_steps=4", "--eval_every=2", "--eval_tokens=3999"]
     assert loop.run(config(data_dir, tmp_path, *arguments)) == 143
     assert [p.name for p in training_state.state_folders(tmp_path)] == ["step_00000002"]

@@ -15,7 +15,7 @@ from .config.model import SIZES, GPT2Config, ModernConfig
 from .distributed.devices import choose_device
 from .errors import UserError
 from .generate import stream as generation
-from .generate.stream import TextWriter, _stops
+from .generate.stream import TextWriter, check_stops
 from .model.gpt import GPT
 from .model.modern import Modern
 from .report import console
@@ -129,7 +129,7 @@ class GPT2(GPT):
             UserError: an empty list, ids outside the vocabulary, settings that mean nothing.
         """
         prompts, many, text = self._read_prompts(prompt)
-        tokenizer, stops = gpt2_tokenizer(), _stops(stop)
+        tokenizer, stops = gpt2_tokenizer(), check_stops(stop)
         if stops and not text:
             raise UserError("stop= needs prompts that are text")
         steps = generation.stream(
@@ -183,7 +183,7 @@ class GPT2(GPT):
             UserError: settings that mean nothing.
         """
         prompts, _, _ = self._read_prompts(prompt)
-        writer = TextWriter(_stops(stop))
+        writer = TextWriter(check_stops(stop))
         settings = {"stop_token": gpt2_tokenizer().end_of_text} | settings
         for (token,) in generation.stream(self, prompts, max_new_tokens, **settings):
             if token is not None and (piece := writer.add(token)):

@@ -1,9 +1,9 @@
-"""`BatchDecoder`: sequences that join and leave while others go on (Yu et al. 2022, "Orca", OSDI).
+"""`BatchDecoder`: continuous batching (Yu et al. 2022, "Orca", OSDI).
 
-Every pass reads the newest token of all rows together; a row keeps its place only while it is
-written. Rows have settings and seeds of their own and get the tokens that they would get alone, up
-to the rounding of products with more or fewer rows; on a GPU, whose recorded pass always has all
-rows, there is no such difference.
+Sequences join and leave the batch between steps while others go on. Each has its own sampling
+settings and seed. Its tokens are those that it would get alone, up to rounding of matmuls with more
+or fewer rows. On a GPU, where the recorded step always computes all slots, the other rows have no
+effect at all.
 
 Shapes: `B` rows, `V` vocabulary.
 """
@@ -15,151 +15,168 @@ import torch
 from torch import Tensor
 
 from ..model.gpt import GPT
-from .decoder import LAG, Decoder
+from .cached_forward import CachedForward, HostCopy
+from .decoder import LAG
 from .sampling import Sampling, choose, uniforms
 
 
 @dataclass(eq=False, kw_only=True)
-class Row:
-    """A sequence in the making.
+class Generation:
+    """A text being generated.
 
     Args:
-        tokens: the prompt, at least one token; what is written is appended.
-        limit: tokens to write, at least one; prompt and limit fit into the context.
-        sampling: how they are drawn.
-        seed: as in `generate.stream`; None for other tokens every time.
+        tokens: the prompt, at least one token; new tokens are appended.
+        limit: new tokens to generate, at least one; prompt and new tokens fit into the context.
+        sampling: how they are chosen.
+        seed: as in `generate.stream`; None for different tokens every time.
+        ended: may be set from any thread; the generation leaves before the next step.
     """
 
     tokens: list[int]
     limit: int
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
-    ended: bool = False  # anyone may set it: the row leaves before the next pass
-    passes: int = 0  # begun; on a GPU ahead of the tokens that have arrived
-    numbers: list[float] = field(default_factory=list)  # what its tokens are drawn with
+    ended: bool = False
+    steps: int = 0  # begun; on a GPU ahead of the tokens that have arrived
+    uniform: list[float] = field(default_factory=list)  # a random number for each new token
 
 
-class BatchDecoder(Decoder):
-    """Up to `slots` rows that are written together. For one thread.
+class BatchDecoder:
+    """Generates up to `slots` texts together. Not thread-safe.
 
-    On a GPU the memory for all of them is taken at once; elsewhere it grows with the rows.
+    Row i of the cache belongs to `running[i]`. On a GPU memory for all slots is allocated at once;
+    elsewhere the cache grows with the number of rows.
 
     Args:
-        model: on any device; switched to evaluation mode. Its weights must stay as they are.
-        slots: rows at a time.
-        graph: record the pass as a CUDA graph.
+        model: on any device; switched to evaluation mode. Its weights must no longer change.
+        slots: texts at a time.
+        graph: record a step as a CUDA graph. The graph ends with the logits of all slots: tokens
+            are chosen outside, since every row has its own settings.
     """
 
     @torch.inference_mode()
     def __init__(self, model: GPT, slots: int, *, graph: bool = False):
-        self.slots, self.scores = slots, None
-        rows, block_size = slots if graph else 1, model.config.block_size
-        super().__init__(model, rows, block_size, Sampling(), static=True, graph=graph)
-        self.few = self.few and graph  # without one there may soon be many
-        if self.head is not None:
-            self.head[: model.config.vocab_size] = model.transformer.wte.weight
-        self.tokens = self.tokens if graph else self.tokens.new_zeros(slots)
-        self.seen = torch.zeros(
-            (slots, model.config.vocab_size), dtype=torch.bool, device=self.device
+        self.model, self.slots = model.eval(), slots
+        self.device = model.transformer.wte.weight.device
+        self.block_size = model.config.block_size
+        self.forward = CachedForward(
+            model,
+            slots if graph else 1,
+            self.block_size,
+            per_row_lengths=True,
+            few_rows=graph,  # without a graph the cache may soon have many rows
         )
-        self.starts, self.filled = [0] * slots, [0] * slots
-        self.rows: list[Row] = []  # the first of the cache's
-        self.sent: deque[tuple[list[Row], Tensor, torch.cuda.Event | None]] = deque()
+        self.forward.copy_head()
+        self.tokens = torch.zeros(slots, dtype=torch.int64, device=self.device)  # the newest
+        shape = (slots, model.config.vocab_size)
+        self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        self.filled = [0] * slots  # tokens of each row but the newest
+        self.running: list[Generation] = []
+        self._sent: deque[tuple[list[Generation], HostCopy]] = deque()
+        self._recorded_logits: Tensor | None = None  # (slots, V), written by each replay
+        self.graph = self.forward.record(self.tokens, self._keep_logits) if graph else None
+
+    def _keep_logits(self, logits: Tensor) -> None:
+        self._recorded_logits = logits
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self.rows or self.sent)
+        return bool(self.running or self._sent)
+
+    def holds(self, generation: Generation) -> bool:
+        """Whether a generation has a row, or tokens that have not arrived yet."""
+        sent = (generation in generations for generations, _ in self._sent)
+        return generation in self.running or any(sent)
 
     @torch.inference_mode()
-    def join(self, row: Row):
-        """Reads a prompt; the row is written from the next step on."""
-        at = len(self.rows)
+    def join(self, generation: Generation) -> None:
+        """Gives a generation a row and reads its prompt; the next step writes its first token."""
+        at, prompt = len(self.running), generation.tokens
         assert at < self.slots, "no free slot"
-        assert row.tokens, "a prompt needs a token"
-        assert 0 < row.limit <= self.block_size - len(row.tokens), row
-        row.numbers = uniforms(row.seed, 1, row.limit).flatten().tolist()
-        if at == self.cache.keys.shape[1]:
+        assert prompt, "a prompt needs a token"
+        assert 0 < generation.limit <= self.block_size - len(prompt), generation
+        generation.uniform = uniforms(generation.seed, 1, generation.limit).flatten().tolist()
+        if at == self.forward.rows:
             self._grow()
-        self.rows.append(row)
-        self._read([at], [r.tokens for r in self.rows])
-        self.tokens[at] = row.tokens[-1]
+        self.running.append(generation)
+        self.forward.prefill([at], [prompt[:-1]])
+        self.filled[at] = len(prompt) - 1
+        self.tokens[at] = prompt[-1]
         self.seen[at] = False
-        self.seen[at, torch.tensor(row.tokens, device=self.device)] = True
+        self.seen[at, torch.tensor(prompt, device=self.device)] = True
 
     @torch.inference_mode()
-    def leave(self):
-        """Takes out rows that have ended; the last ones move into their places."""
-        for at in reversed(range(len(self.rows))):
-            if self.rows[at].ended or self.rows[at].passes == self.rows[at].limit:
-                row, last = self.rows.pop(), len(self.rows)
+    def leave(self) -> None:
+        """Removes generations that have ended; the last rows move into their places."""
+        for at in reversed(range(len(self.running))):
+            if self.running[at].ended or self.running[at].steps == self.running[at].limit:
+                moved, last = self.running.pop(), len(self.running)
                 if at < last:
-                    self.rows[at] = row
-                    self.cache.take(at, self.cache, last)
+                    self.running[at] = moved
+                    self.forward.cache.take(at, self.forward.cache, last)
                     self.filled[at] = self.filled[last]
                     self.tokens[at], self.seen[at] = self.tokens[last], self.seen[last]
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Row, int]]:
-        """A pass for all rows; gives the tokens that have arrived, of rows that have not ended.
+    def step(self) -> list[tuple[Generation, int]]:
+        """Computes one token for every row; returns the tokens that have arrived on the CPU.
 
-        A row whose limit is reached has ended. With a graph tokens come `LAG` steps late.
+        With a CUDA graph tokens arrive `LAG` steps late. Tokens of generations that have ended
+        meanwhile are dropped. A generation whose limit is reached leaves before the next step.
         """
         self.leave()
-        if self.rows:
-            count = len(self.rows)
-            uniform = torch.tensor([row.numbers[row.passes] for row in self.rows])
-            self._choose_by_row(self._scores(), uniform.to(self.device, non_blocking=True))
+        if self.running:
+            count = len(self.running)
+            uniform = torch.tensor([g.uniform[g.steps] for g in self.running])
+            self._choose(self._logits(), uniform.to(self.device, non_blocking=True))
             self.filled[:count] = [filled + 1 for filled in self.filled[:count]]
-            for row in self.rows:
-                row.passes += 1
-            self.sent.append((list(self.rows), *self._send()))
-        arrived: list[tuple[Row, int]] = []
-        while len(self.sent) > (LAG if self.graph and self.rows else 0):
-            arrived += self._arrived()
+            for generation in self.running:
+                generation.steps += 1
+            self._sent.append((list(self.running), HostCopy(self.tokens, wait=not self.graph)))
+        arrived: list[tuple[Generation, int]] = []
+        while len(self._sent) > (LAG if self.graph and self.running else 0):
+            arrived += self._receive()
         return arrived
 
-    def _scores(self) -> Tensor:
-        """Logits of the rows, (B, V), or with a graph of all slots."""
-        count = len(self.rows)
-        lengths = torch.tensor(self.filled[:count] + [0] * (len(self.cache.lengths) - count))
-        self.cache.lengths.copy_(lengths, non_blocking=True)
+    def _logits(self) -> Tensor:
+        """Logits after the newest tokens: (B, V) of all rows, or of all slots with a graph."""
+        count, cache = len(self.running), self.forward.cache
+        lengths = torch.tensor(self.filled[:count] + [0] * (len(cache.lengths) - count))
+        cache.lengths.copy_(lengths, non_blocking=True)
         if self.graph:
             self.graph.replay()
-            return self.scores
-        part = self.cache.first(count)
+            return self._recorded_logits
+        part = cache.first(count)
         part.length = max(self.filled[:count])
-        return self._logits_after(self.tokens[:count], part)
+        return self.forward.next_logits(self.tokens[:count], part)
 
-    def _choose(self, logits: Tensor):
-        """What is recorded ends with the logits: each row chooses in its own way."""
-        self.scores = logits
-
-    def _choose_by_row(self, scores: Tensor, uniform: Tensor):
-        """The next token of every row; rows of the same settings choose together."""
-        alike: dict[Sampling, list[int]] = {}
-        for at, row in enumerate(self.rows):
-            alike.setdefault(row.sampling, []).append(at)
-        for sampling, numbers in alike.items():
-            at = torch.tensor(numbers).to(self.device, non_blocking=True)
-            tokens = choose(scores[at], uniform[at], sampling, self.seen[at])
+    def _choose(self, logits: Tensor, uniform: Tensor) -> None:
+        """Chooses the next token of every row; rows with equal settings are chosen together."""
+        rows_of: dict[Sampling, list[int]] = {}
+        for at, generation in enumerate(self.running):
+            rows_of.setdefault(generation.sampling, []).append(at)
+        for sampling, rows in rows_of.items():
+            at = torch.tensor(rows).to(self.device, non_blocking=True)
+            tokens = choose(logits[at], uniform[at], sampling, self.seen[at])
             self.tokens[at] = tokens
             self.seen[at, tokens] = True
 
-    def _arrived(self) -> list[tuple[Row, int]]:
-        rows, tokens, event = self.sent.popleft()
-        if event:
-            event.synchronize()
+    def _receive(self) -> list[tuple[Generation, int]]:
+        """Waits for the oldest tokens on their way to the CPU and appends them."""
+        generations, copy = self._sent.popleft()
         arrived = []
-        for row, token in zip(rows, tokens[: len(rows)].tolist(), strict=True):
-            if not row.ended:
-                row.tokens.append(token)
-                arrived.append((row, token))
+        for generation, token in zip(generations, copy.get(), strict=False):  # then free slots
+            if not generation.ended:
+                generation.tokens.append(token)
+                arrived.append((generation, token))
         return arrived
 
-    def _grow(self):
-        old, rows = self.cache, min(self.slots, 2 * self.cache.keys.shape[1])
-        self.cache = self.model.new_cache(rows, old.keys.dtype, old.keys.shape[3])
-        self.cache.lengths = old.lengths.new_zeros(rows)
-        for row in range(len(self.rows)):
-            self.cache.take(row, old, row)
+    def _grow(self) -> None:
+        """Doubles the rows of the cache, up to the number of slots."""
+        old, rows = self.forward.cache, min(self.slots, 2 * self.forward.rows)
+        cache = self.model.new_cache(rows, old.keys.dtype, self.forward.capacity)
+        cache.lengths = old.lengths.new_zeros(rows)
+        for row in range(len(self.running)):
+            cache.take(row, old, row)
+        self.forward.cache = cache

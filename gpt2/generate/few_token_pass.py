@@ -1,4 +1,8 @@
-"""A few new tokens: what `model.GPT` computes, in five kernels a layer.
+"""GPT-2's forward pass for a few new tokens, with five kernels per layer.
+
+Computes what `model.gpt.GPT` computes. With few rows the number of kernels limits the speed, so
+each linear layer is one kernel together with the LayerNorm before it and the GELU or residual
+addition after it.
 
 Shapes: `B` sequences, `T` new tokens of each, `C` channels, `H` heads, `D` = C / H, `V`
 vocabulary, `K` in, `N` out.
@@ -6,6 +10,7 @@ vocabulary, `K` in, `N` out.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +20,7 @@ from ..kernels.precision import HAS_TRITON
 from ..model.gpt import GPT, Block
 from ..model.kv_cache import KVCache
 
-FEW_ROWS = 4  # each row reads the weights again, if from the cache of the GPU; more are multiplied
+FEW_ROWS = 4  # the kernel reads the weights once per row; with more rows cuBLAS is faster
 
 
 def small_linear(
@@ -27,27 +32,28 @@ def small_linear(
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + gelu(norm(x) weightᵀ + bias), each of them if it is given, for a few rows.
-
-    On a GPU one kernel: with few rows the number of kernels is what takes time.
+    """residual + gelu(norm(x) weightᵀ + bias) for a few rows; on a GPU with Triton one kernel.
 
     Args:
         x: (B, K).
         weight: (N, K).
         bias: (N,).
-        norm: a LayerNorm of width K.
-        gelu: the tanh form.
-        residual: (B, N).
+        norm: a LayerNorm of width K, or None.
+        gelu: apply GELU in its tanh form.
+        residual: (B, N) to add, or None.
+
+    Returns:
+        (B, N).
     """
     if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
         from ..kernels.triton_decoding import small_linear_
 
         return small_linear_(x, weight, bias, norm, gelu, residual)
     plain = functools.partial(F.linear, weight=weight, bias=bias)
-    return around(plain, x, norm=norm, gelu=gelu, residual=residual)
+    return apply_linear(plain, x, norm=norm, gelu=gelu, residual=residual)
 
 
-def around(
+def apply_linear(
     linear: Callable[[Tensor], Tensor],
     x: Tensor,
     *,
@@ -55,20 +61,20 @@ def around(
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + gelu(linear(norm(x))), each of them if it is given."""
+    """residual + gelu(linear(norm(x))); norm, gelu and residual are optional."""
     y = linear(norm(x) if norm else x)
     y = F.gelu(y, approximate="tanh") if gelu else y
     return y if residual is None else residual + y
 
 
 def half_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """layer(x) for one row on a CPU, (1, K) -> (1, N), by a copy of the weight in float16.
+    """A function layer(x) for one row on a CPU, (1, K) -> (1, N), with an fp16 copy of the weight.
 
-    Where PyTorch has FBGEMM (x86), its packed form, which sums in float32 and is up to three times
-    as fast as PyTorch's product of a matrix with a vector.
+    Where PyTorch has FBGEMM (x86), the copy is in FBGEMM's packed layout. That matmul accumulates
+    in float32 and is up to three times as fast as `torch.mv`.
 
     Args:
-        layer: with a `weight` (N, K), and a `bias` (N,) or none.
+        layer: has a `weight` (N, K), and a `bias` (N,) or none.
     """
     weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
     if "fbgemm" in torch.backends.quantized.supported_engines:
@@ -76,28 +82,38 @@ def half_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     weight = weight.half()
 
-    def product(x: Tensor) -> Tensor:
+    def linear(x: Tensor) -> Tensor:
         y = torch.mv(weight, x.flatten().half()).to(x.dtype)
         return (y if bias is None else y + bias)[None]
 
-    return product
+    return linear
 
 
 def packed_linear(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor]:
-    """layer(x) for about so many rows on a CPU, (rows, K) -> (rows, N), in float32.
+    """A function layer(x) for about `rows` rows on a CPU, (rows, K) -> (rows, N), in float32.
 
-    By a copy of the weight in the order in which oneDNN reads it: the plain product of a dozen rows
-    spends half its time on putting the weight into such an order.
+    Uses a copy of the weight in oneDNN's blocked layout. With a dozen rows, `F.linear` spends half
+    of its time on converting the weight to that layout.
+
+    `_reorder_linear_weight` and `_linear_pointwise` are private operators of PyTorch, which
+    torch.compile emits for CPUs; no public function multiplies by a packed float32 weight. Without
+    oneDNN, in other precisions, or in a PyTorch that lacks the operators, `F.linear` takes their
+    place: equal up to rounding, but slower.
     """
     weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
-    if not torch.backends.mkldnn.is_available() or weight.dtype != torch.float32:
+    operators = ("_reorder_linear_weight", "_linear_pointwise")
+    if (
+        not torch.backends.mkldnn.is_available()
+        or weight.dtype != torch.float32
+        or not all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    ):
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def knows(model: GPT) -> bool:
-    """Whether the layers are GPT-2's own: no switches, no adapters."""
+def supports(model: GPT) -> bool:
+    """Whether all layers are GPT-2's own: no switches, no LoRA adapters."""
     return all(
         type(block) is Block
         and all(type(m) is nn.Linear for m in (block.attn.c_attn, block.attn.c_proj))
@@ -106,21 +122,25 @@ def knows(model: GPT) -> bool:
     )
 
 
-def product(x: Tensor, layer: nn.Module, **given) -> Tensor:
-    """`small_linear` with the weight of a layer, and its bias if it has one."""
+def small_layer(x: Tensor, layer: nn.Module, **given: Any) -> Tensor:
+    """`small_linear` with a layer's weight, and its bias if it has one."""
     return small_linear(x, layer.weight, getattr(layer, "bias", None), **given)
 
 
 def next_logits(
-    model: GPT, tokens: Tensor, cache: KVCache, product: Callable[..., Tensor] = product
+    model: GPT, tokens: Tensor, cache: KVCache, linear: Callable[..., Tensor] = small_layer
 ) -> Tensor:
-    """Reads the newest tokens of every row, (B, T) ids -> (B · T, V).
+    """Appends T tokens to every row of a cache; logits after each of them.
 
     Args:
-        model: one that `knows` accepts.
+        model: one that `supports` accepts.
         tokens: (B, T) int64.
-        cache: has T positions more afterwards.
-        product: computes the products, also that of the head with the embedding.
+        cache: holds T more positions afterwards.
+        linear: called as `linear(x, layer, norm=…, gelu=…, residual=…)` for every linear layer, and
+            with the token embedding for the head.
+
+    Returns:
+        (B · T, V) logits.
     """
     (B, T), heads = tokens.shape, model.config.n_head
     parts, at = model.transformer, cache.start()
@@ -128,11 +148,11 @@ def next_logits(
     x = (parts.wte(tokens) + parts.wpe.weight[at]).flatten(0, 1)  # (B · T, C)
     for layer, block in enumerate(parts.h):
         attn, mlp = block.attn, block.mlp
-        qkv = product(x, attn.c_attn, norm=block.ln_1)
+        qkv = linear(x, attn.c_attn, norm=block.ln_1)
         q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         y = cache.attend(layer, q, k, v).transpose(1, 2).reshape(B * T, -1)
-        x = product(y, attn.c_proj, residual=x)
-        y = product(x, mlp.c_fc, norm=block.ln_2, gelu=True)
-        x = product(y, mlp.c_proj, residual=x)
+        x = linear(y, attn.c_proj, residual=x)
+        y = linear(x, mlp.c_fc, norm=block.ln_2, gelu=True)
+        x = linear(y, mlp.c_proj, residual=x)
     cache.advance(T)
-    return product(x, parts.wte, norm=parts.ln_f)
+    return linear(x, parts.wte, norm=parts.ln_f)

@@ -1,8 +1,10 @@
-"""From logits to a token: filters of the distribution, repetition penalty, reproducible draws.
+"""Sampling: from logits to one token per row, reproducible by seed.
 
-Nothing here waits for the device or depends on values in it, so that a CUDA graph can hold it.
+`choose` applies the repetition penalty, the temperature and the filters (top-k, top-p, min-p), then
+draws. No function here synchronizes with the device or branches on values of a tensor, so a CUDA
+graph can record `choose`.
 
-Shapes: `B` sequences, `N` new tokens, `V` vocabulary.
+Shapes: `B` rows (sequences being generated), `N` new tokens, `V` vocabulary.
 """
 
 import math
@@ -16,17 +18,17 @@ from ..errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; the defaults draw as the model says.
+    """Sampling settings; the defaults sample from the model's distribution.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        top_k: see `filter_logits`; 0 for all tokens.
-        top_p: see `filter_logits`; 1 for all tokens.
-        min_p: see `filter_logits`; 0 for all tokens.
-        repetition_penalty: see `penalise`; 1 for none.
+        temperature: divides the logits; 0 for greedy decoding.
+        top_k: keep the k likeliest tokens; 0 for all.
+        top_p: keep the likeliest tokens that reach this probability together; 1 for all.
+        min_p: keep tokens at least this many times as likely as the likeliest; 0 for all.
+        repetition_penalty: above 1, tokens that have occurred become less likely; 1 for none.
 
     Raises:
-        UserError: for settings that mean nothing.
+        UserError: a setting is out of range.
     """
 
     temperature: float = 1.0
@@ -35,7 +37,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.temperature and not 1e-3 <= self.temperature < math.inf:
             raise UserError(
                 f"temperature={self.temperature}: use 0 (always the likeliest token) or 0.001…"
@@ -53,23 +55,29 @@ class Sampling:
             )
 
 
-def check_sampling(max_new_tokens: int, *positional, **settings):
-    """Raises UserError for settings that mean nothing; they are those of `Sampling`, in order."""
+def check_sampling(max_new_tokens: int, **settings: float) -> Sampling:
+    """Builds `Sampling` from its fields and also checks the number of tokens.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens}: use 0 or more")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    Sampling(**dict(zip(names, positional, strict=False)), **settings)
+    return Sampling(**settings)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes tokens that have occurred less likely (Keskar et al. 2019, section 4.1).
+    """Repetition penalty (Keskar et al. 2019, section 4.1): repeated tokens become less likely.
 
-    As in transformers, negative logits are multiplied by the penalty and the others divided by it.
+    Negative logits are multiplied by the penalty, others divided by it, as in transformers.
 
     Args:
         logits: (B, V).
-        seen: (B, V) bool, the tokens of the prompt and those written.
+        seen: (B, V) bool, True for tokens of the prompt and generated tokens.
         penalty: above 1 for fewer repetitions.
+
+    Returns:
+        (B, V) logits.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -77,11 +85,24 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def filter_logits(
     logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """Logits (B, V) divided by the temperature, with -inf for tokens that must not be drawn.
+    """Divides by the temperature and sets filtered tokens to -inf.
 
-    top_k keeps the k likeliest tokens (Fan et al. 2018); of these, top_p keeps the fewest that
-    together reach probability p (Holtzman et al. 2020), at least one; min_p keeps those at least
-    min_p times as likely as the likeliest (Nguyen et al. 2024).
+    The filters apply in this order:
+
+    1. top_k keeps the k likeliest tokens (Fan et al. 2018).
+    2. top_p (nucleus sampling, Holtzman et al. 2020) keeps the smallest set of likeliest tokens
+       whose probabilities reach p, and at least one token.
+    3. min_p keeps tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024).
+
+    Args:
+        logits: (B, V).
+        temperature: above 0.
+        top_k: 0 for all tokens.
+        top_p: 1 for all tokens.
+        min_p: 0 for all tokens.
+
+    Returns:
+        (B, V) logits.
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -90,8 +111,8 @@ def filter_logits(
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = _sums(probabilities) - probabilities  # mass of the likelier tokens
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
+        likelier = _cumulative(probabilities) - probabilities  # mass of all likelier tokens
+        drop = torch.zeros_like(likelier, dtype=torch.bool).scatter(1, index, likelier >= top_p)
         logits = logits.masked_fill(drop, float("-inf"))
     if min_p > 0:
         lowest = logits.amax(-1, keepdim=True) + math.log(min_p)
@@ -99,20 +120,21 @@ def filter_logits(
     return logits
 
 
-def _sums(p: Tensor) -> Tensor:
-    """Sums of each row of probabilities up to every place.
+def _cumulative(p: Tensor) -> Tensor:
+    """Cumulative sums of each row, in float64 except on MPS, which lacks it.
 
-    In float64, where there is one, since a row beside others is added in another order than alone:
-    in float32 that changes tokens.
+    The order of summation depends on the number of rows. In float32 its rounding would make a
+    row's tokens depend on the other rows of the batch.
     """
     return p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
 
 
 def uniforms(seed: int | None, rows: int, count: int) -> Tensor:
-    """(count, rows) numbers of [0, 1) on the CPU, one for each token that will be drawn.
+    """Uniform random numbers in [0, 1), one for each token to be drawn; (N, B) on the CPU.
 
-    Row i has the numbers of `seed + i`, whatever the other rows and the device are, and a larger
-    count only appends. Without a seed they are torch's next random numbers.
+    Row i uses its own generator with `seed + i`: its numbers depend neither on the other rows nor
+    on the device, and a larger count appends numbers without changing the first ones. Without a
+    seed, the numbers come from torch's default generator.
     """
     if seed is None:
         return torch.rand(count, rows)
@@ -123,16 +145,19 @@ def uniforms(seed: int | None, rows: int, count: int) -> Tensor:
 def choose(
     logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | None = None
 ) -> Tensor:
-    """One token for each row of (B, V) logits, (B,).
+    """Chooses one token per row.
 
-    A draw is the inverse of the cumulative distribution at one uniform number: it needs one
-    number a token, which no other row and no device changes.
+    A draw inverts the cumulative distribution at one uniform number (inverse transform sampling).
+    It needs a single random number per token, whatever the device and the other rows are.
 
     Args:
         logits: (B, V) in any precision.
-        uniform: (B,) in [0, 1), see `uniforms`; not read at temperature 0.
+        uniform: (B,) in [0, 1), from `uniforms`; not read at temperature 0.
         sampling: the settings.
         seen: (B, V) bool; needed with a repetition penalty.
+
+    Returns:
+        (B,) token ids.
     """
     s = sampling
     if s.temperature == 0 and s.repetition_penalty == 1:
@@ -143,21 +168,8 @@ def choose(
     if s.temperature == 0:
         return logits.argmax(-1)
     p = filter_logits(logits, s.temperature, s.top_k, s.top_p, s.min_p).softmax(-1)
-    total = _sums(p)
-    at = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
-    at = at.clamp(max=p.shape[-1] - 1)
-    # rounding in the sum can lead to a token that was filtered out
-    return torch.where(p.gather(1, at) > 0, at, p.argmax(-1, keepdim=True)).squeeze(1)
-
-
-def pick(
-    logits: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token for each row of (B, V) logits, (B,); temperature 0 takes the likeliest."""
-    uniform = torch.rand(len(logits), device=logits.device, generator=generator)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    return choose(logits, uniform, sampling)
+    total = _cumulative(p)
+    token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
+    token = token.clamp(max=p.shape[-1] - 1)
+    # rounding of the sums may end at a token of probability 0: take the likeliest instead
+    return torch.where(p.gather(1, token) > 0, token, p.argmax(-1, keepdim=True)).squeeze(1)

@@ -1,11 +1,12 @@
-"""Generation: from prompts to new tokens, with what is fastest on the model's device.
+"""Text generation: from prompts to new tokens, and from tokens to text.
 
-`decode` has the passes through the network and the rule for full contexts, `sampling` the choice of
-a token; here is who has ended.
+`stream` yields new tokens step by step, `generate` returns them all, `TextWriter` turns tokens
+into text. `Decoder` runs the network; `sampling` chooses the tokens.
 """
 
 import codecs
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -13,28 +14,37 @@ from ..config.model import GPT2_VOCAB_SIZE, ModernConfig
 from ..errors import UserError
 from ..model.gpt import GPT
 from ..tokenizer import gpt2_tokenizer
-from .decoder import DRAFT_MIN_PARAMETERS, DRAFT_TOKENS, GRAPH_MIN_TOKENS, Decoder
-from .sampling import Sampling, check_sampling, filter_logits, pick
-
-__all__ = ["check_sampling", "decoder_for", "filter_logits", "generate", "pick", "stream"]
+from .decoder import GRAPH_MIN_TOKENS, Decoder
+from .sampling import Sampling, check_sampling
+from .speculative import DRAFT_MIN_PARAMETERS, DRAFT_TOKENS
 
 
 def decoder_for(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, use_cache=True
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    use_cache: bool = True,
 ) -> Decoder:
-    """The decoder that is fastest for these prompts.
+    """The fastest kind of decoder for a model, its device and these prompts.
 
-    A CUDA graph on a GPU, but not under autocast, which would convert the weights for every token;
-    draft and check for one sequence in float32 on a CPU.
+    A CUDA graph on a GPU, except under autocast, which would convert the weights for every token.
+    Speculative decoding for one sequence in float32 on a CPU.
     """
-    weight, lengths = model.transformer.wte.weight, [len(prompt) for prompt in prompts]
-    kind = weight.device.type
-    plain = not use_cache or torch.is_autocast_enabled(kind)
-    graph = not plain and kind == "cuda" and max_new_tokens >= GRAPH_MIN_TOKENS
-    draft = not plain and kind == "cpu" and weight.dtype == torch.float32 and len(prompts) == 1
-    draft = draft and max_new_tokens > DRAFT_TOKENS
-    draft = draft and not isinstance(model.config, ModernConfig)  # it knows GPT-2's layers
-    draft = draft and model.num_parameters() >= DRAFT_MIN_PARAMETERS
+    weight = model.transformer.wte.weight
+    lengths = [len(prompt) for prompt in prompts]
+    device = weight.device.type
+    can_be_fast = use_cache and not torch.is_autocast_enabled(device)
+    graph = can_be_fast and device == "cuda" and max_new_tokens >= GRAPH_MIN_TOKENS
+    draft = (
+        can_be_fast
+        and device == "cpu"
+        and weight.dtype == torch.float32
+        and len(prompts) == 1
+        and max_new_tokens > DRAFT_TOKENS
+        and not isinstance(model.config, ModernConfig)  # the draft implements GPT-2's layers only
+        and model.num_parameters() >= DRAFT_MIN_PARAMETERS
+    )
     return Decoder(
         model,
         len(prompts),
@@ -56,54 +66,54 @@ def stream(
     stop_token: int | None = None,
     use_cache: bool = True,
     decoder: Decoder | None = None,
-    **settings,
+    **settings: float,
 ) -> Iterator[list[int | None]]:
-    """Continues prompts, one token for each of them at a time.
+    """Continues prompts and yields one new token of each at a time.
 
-    Prompts may differ in length. Closing the iterator, or leaving it, ends the work and frees the
-    memory. On a GPU tokens come two passes late; on a CPU sometimes up to a dozen at once.
+    Closing the iterator ends the work and frees the memory. On a GPU, tokens arrive two steps after
+    they are computed; with speculative decoding, up to a dozen arrive at once.
 
     Args:
         model: on any device; switched to evaluation mode.
-        prompts: token ids, at least one per prompt.
+        prompts: token ids, at least one per prompt; lengths may differ.
         max_new_tokens: for each prompt.
-        seed: the same seed gives the same tokens, with and without cache. Row i uses seed + i and
-            is what its prompt alone gives with that seed, unless the rounding of products, which
-            depends on the number of rows, tips a near tie. None for other tokens every time.
-        stop_token: ends the sequence that wrote it (and is not yielded).
-        use_cache: False computes everything anew for every token, for comparison.
-        decoder: one from an earlier call with as many prompts; keeps its memory and its CUDA graph.
-            It carries its own settings.
-        **settings: temperature, top_k, top_p, min_p, repetition_penalty: see `sampling.Sampling`.
+        seed: row i uses seed + i; None for different tokens on every call. A row's tokens depend on
+            its prompt and seed alone, with or without cache, as long as rounding, which depends on
+            the number of rows, does not decide between two nearly equal choices.
+        stop_token: ends the sequence that generates it; it is not yielded.
+        use_cache: False recomputes all positions for every token, as a reference.
+        decoder: one from an earlier call with as many prompts, to reuse its memory and CUDA graph.
+            Its own sampling settings apply.
+        **settings: fields of `Sampling`.
 
     Yields:
-        For each prompt its new token, or None where it has ended.
+        For each prompt the new token, or None if its sequence has ended.
 
     Raises:
-        UserError: settings that mean nothing, a prompt without tokens.
+        UserError: a setting is out of range, or a prompt has no tokens.
     """
-    check_sampling(max_new_tokens, **settings)
+    sampling = check_sampling(max_new_tokens, **settings)
     if not prompts or not all(prompts):
         raise UserError("a prompt needs at least one token")
     if not max_new_tokens:
         return
     if decoder is None:
-        decoder = decoder_for(model, prompts, max_new_tokens, Sampling(**settings), use_cache)
-    finished = [False] * len(prompts)
+        decoder = decoder_for(model, prompts, max_new_tokens, sampling, use_cache)
+    ended = [False] * len(prompts)
     for tokens in decoder.write(prompts, max_new_tokens, seed):
         new: list[int | None] = []
         for i, token in enumerate(tokens):
-            finished[i] = finished[i] or token == stop_token
-            new.append(None if finished[i] else token)
+            ended[i] = ended[i] or token == stop_token
+            new.append(None if ended[i] else token)
         yield new
-        if all(finished):
+        if all(ended):
             return
 
 
 def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, **settings
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, **settings: Any
 ) -> list[list[int]]:
-    """The new tokens of each prompt; the settings are those of `stream`."""
+    """The new tokens of each prompt; `settings` are the keyword arguments of `stream`."""
     written: list[list[int]] = [[] for _ in prompts]
     for new in stream(model, prompts, max_new_tokens, **settings):
         for row, token in zip(written, new, strict=True):
@@ -113,26 +123,33 @@ def generate(
 
 
 class TextWriter:
-    """Tokens one at a time to pieces of text that hold no half character and no stop string."""
+    """Incremental decoding of one sequence, with stop strings.
+
+    Text is held back while it may be an incomplete UTF-8 character or the beginning of a stop
+    string.
+
+    Args:
+        stops: strings before which the text ends.
+    """
 
     def __init__(self, stops: Sequence[str] = ()):
         self.stops = tuple(stops)
-        self.stopped = False
+        self.stopped = False  # a stop string has occurred
         self._held = ""  # may be the beginning of a stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """The text that is certain with this token; nothing after a stop string."""
-        known = [token] if token < GPT2_VOCAB_SIZE else []  # others may have added tokens
-        return self._pass_on(self._decoder.decode(gpt2_tokenizer().decode_bytes(known)))
+        """Adds a token; returns the text that is now certain, "" after a stop string."""
+        known = [token] if token < GPT2_VOCAB_SIZE else []  # ids of added tokens have no text
+        return self._release(self._decoder.decode(gpt2_tokenizer().decode_bytes(known)))
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come."""
-        text = self._pass_on(self._decoder.decode(b"", final=True))
+        """Ends the text; returns what was held back."""
+        text = self._release(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
         return text + held
 
-    def _pass_on(self, text: str) -> str:
+    def _release(self, text: str) -> str:
         if self.stopped:
             return ""
         text = self._held + text
@@ -140,15 +157,25 @@ class TextWriter:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        longest = max(map(len, self.stops), default=1) - 1
-        begins = (n for n in range(min(longest, len(text)), 0, -1)
-                  if any(stop.startswith(text[-n:]) for stop in self.stops))  # fmt: skip
-        split = len(text) - next(begins, 0)
+        split = len(text) - self._length_of_stop_prefix(text)
         self._held = text[split:]
         return text[:split]
 
+    def _length_of_stop_prefix(self, text: str) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        longest = max(map(len, self.stops), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self.stops):
+                return length
+        return 0
 
-def _stops(stop: str | Sequence[str]) -> list[str]:
+
+def check_stops(stop: str | Sequence[str]) -> list[str]:
+    """Stop strings as a list.
+
+    Raises:
+        UserError: one is empty, or not a string.
+    """
     stops = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise UserError(f"stop={stop!r}: use strings that are not empty")

@@ -1,8 +1,8 @@
 """Triton kernels for one new token of each sequence. Imported on CUDA devices only.
 
 Such a pass is bound by reading weights and cached keys and values, and with few sequences by the
-number of kernels. Each is tested against its plain form in `ops` or `one_token`: `pytest -m gpu`,
-and in Triton's interpreter where Triton is installed without a GPU.
+number of kernels. Each is tested against its plain form in `kernels` or `few_token_pass`: by
+`pytest -m gpu`, and in Triton's interpreter where Triton is installed without a GPU.
 """
 
 import torch
@@ -58,7 +58,7 @@ def small_linear_(  # noqa: PLR0917 - what there is around a product
     gelu: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    """`one_token.small_linear` in one kernel, which reads the weight once for each row.
+    """`few_token_pass.small_linear` in one kernel, which reads the weight once for each row.
 
     Args:
         x: (B, K) contiguous.

@@ -1,11 +1,11 @@
-"""`Engine`: requests of many clients on one `BatchDecoder`, in a thread of its own.
+"""`Engine`: runs the requests of many clients on one `BatchDecoder`, in its own thread.
 
-Requests wait in one queue. When there is a slot, the next request in turn gets it for one of its
-texts and goes to the end of the queue with the others: who asks for a hundred texts does not keep
-anyone waiting who asks for one.
+Requests wait in one queue. When a slot becomes free, the request at the head of the queue gets it
+for one of its texts and then moves to the end of the queue (round robin): a request for a hundred
+texts does not delay a request for one.
 
-The event loop of the server and the thread meet in two places only: `_changed` guards the queue,
-and what was written goes to the loop by `call_soon_threadsafe`, once a step.
+The thread shares two things with the server's event loop: the queue, guarded by `_changed`, and
+the new text of each step, sent to the loop by `call_soon_threadsafe`.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..generate.continuous_batch import BatchDecoder, Row
+from ..generate.continuous_batch import BatchDecoder, Generation
 from ..generate.stream import TextWriter
 from ..model.gpt import GPT
 from ..tokenizer import END_OF_TEXT
 
-READ_TOKENS = 512  # of prompts read between two passes, or one prompt: nobody stands still for long
-REMEMBERED = 1000  # requests whose latency is counted
+PREFILL_TOKENS = 512  # prompt tokens read between two steps (or one prompt): bounds the pause
+LATENCIES_KEPT = 1000  # finished requests that the percentiles are taken over
 
 
 class Busy(UserError):
@@ -31,26 +31,26 @@ class Busy(UserError):
 
 
 class Failed(RuntimeError):
-    """The text cannot be finished: the server stops, or has failed."""
+    """The text cannot be finished: the server is stopping, or generation has failed."""
 
 
 class Choice:
-    """One text in the making.
+    """One of the texts of a request (OpenAI's name for it).
 
     Args:
-        row: prompt and settings.
-        index: its number in the answer.
-        stops: strings before which it ends.
+        generation: prompt and sampling settings.
+        index: number of the text in the answer.
+        stops: strings before which the text ends.
     """
 
-    def __init__(self, row: Row, index: int, stops: Sequence[str] = ()):
-        self.row, self.index = row, index
+    def __init__(self, generation: Generation, index: int, stops: Sequence[str] = ()):
+        self.generation, self.index = generation, index
         self.writer = TextWriter(stops)
-        self.written = 0  # tokens, without the one that ends a text
-        self.finish: str | None = None  # "stop" or "length", when it has ended
+        self.written = 0  # tokens, without the end-of-text token
+        self.finish: str | None = None  # "stop" or "length" once the text has ended
 
-    def take(self, token: int) -> str:
-        """The text that is certain with this token."""
+    def add(self, token: int) -> str:
+        """Adds a token; returns the text that can be sent now."""
         if token == END_OF_TEXT:
             self.finish, piece = "stop", self.writer.finish()
         else:
@@ -58,16 +58,16 @@ class Choice:
             piece = self.writer.add(token)
             if self.writer.stopped:
                 self.finish = "stop"
-            elif self.written == self.row.limit:
+            elif self.written == self.generation.limit:
                 self.finish, piece = "length", piece + self.writer.finish()
         if self.finish:
-            self.row.ended = True
+            self.generation.ended = True
         return piece
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that was added to a choice; `finish` says why it is the last."""
+    """New text of a choice; `finish` is set on the last piece and says why the text ended."""
 
     choice: Choice
     text: str
@@ -75,32 +75,34 @@ class Piece:
 
 
 class TextRequest:
-    """The texts of one request, and when what happened to them, by time.perf_counter in seconds.
+    """The texts that one client asked for, and the times of a request's stages.
+
+    Times are seconds of `time.perf_counter`.
 
     Args:
         choices: at least one.
-        prompt_tokens: read for them, each prompt counted once.
+        prompt_tokens: tokens of all prompts; a prompt of several texts counts once.
     """
 
     def __init__(self, choices: list[Choice], prompt_tokens: int):
         self.choices, self.prompt_tokens = choices, prompt_tokens
         self.waiting = deque(choices)
         self.arrived = time.perf_counter()
-        self.begun: float | None = None  # the first of its prompts is read
-        self.first: float | None = None  # the first token is there
-        self.over = ""  # how it ended: done, cancelled, failed
+        self.begun: float | None = None  # when the first prompt was taken from the queue
+        self.first: float | None = None  # when the first token arrived
+        self.over = ""  # how the request ended: done, cancelled or failed
         self.queue: asyncio.Queue[Piece | Failed | None] = asyncio.Queue()
 
     @property
     def written(self) -> int:
-        """Tokens of all texts so far."""
+        """New tokens of all texts so far."""
         return sum(choice.written for choice in self.choices)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What is written, until all texts have ended or the job is cancelled.
+        """Yields text as it is generated, until all texts have ended or the request is cancelled.
 
         Raises:
-            Failed: the server stops, or has failed.
+            Failed: the server is stopping, or generation has failed.
         """
         open_texts = len(self.choices)
         while open_texts:
@@ -114,11 +116,11 @@ class TextRequest:
 
 
 class Engine:
-    """Writes the texts of jobs.
+    """Generates the texts of requests.
 
     Args:
         model: on its device.
-        slots: texts at a time.
+        slots: texts generated at a time.
         max_waiting: texts that may wait for a slot.
     """
 
@@ -126,158 +128,160 @@ class Engine:
         graph = model.transformer.wte.weight.is_cuda
         self.batch, self.slots = BatchDecoder(model, slots, graph=graph), slots
         self.max_waiting = max_waiting
-        self.on_failure: Callable[[], None] = lambda: None  # in the loop, when writing has failed
+        self.on_failure: Callable[[], None] = lambda: None  # called in the loop after a failure
         self.failure: str | None = None
         self.counts = {"done": 0, "cancelled": 0, "failed": 0, "refused": 0}
-        self._latencies: deque[dict[str, float]] = deque(maxlen=REMEMBERED)
-        self._jobs: dict[Row, tuple[TextRequest, Choice]] = {}  # of rows in the batch; the thread's
+        self._latencies: deque[dict[str, float]] = deque(maxlen=LATENCIES_KEPT)
+        # requests of the generations in the batch; written by the thread alone
+        self._running: dict[Generation, tuple[TextRequest, Choice]] = {}
         self._queue: deque[TextRequest] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._alive: set[TextRequest] = set()  # the loop's
+        self._alive: set[TextRequest] = set()  # used by the loop alone
 
-    def start(self, loop: asyncio.AbstractEventLoop):
-        """Begins to work for the handlers that run in this loop."""
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Starts the thread; `loop` is where the request handlers run."""
         self._loop = loop
         self._thread.start()
 
-    def close(self):
-        """Ends all jobs with `Failed`, and the thread after the step that it is in."""
+    def close(self) -> None:
+        """Ends all requests with `Failed`, and the thread after its current step."""
         with self._changed:
             self._closed = True
             self._queue.clear()
             self._changed.notify()
         self._fail_all("the server is shutting down")
 
-    def submit(self, job: TextRequest):
-        """Puts a job into the queue.
+    def submit(self, request: TextRequest) -> None:
+        """Puts a request into the queue.
 
         Raises:
             Busy: too many texts are waiting.
-            Failed: the server stops, or has failed.
+            Failed: the server is stopping, or generation has failed.
         """
         if self._closed or self.failure:
             raise Failed(self.failure or "the server is shutting down")
-        running, waiting = self.load()
-        if running + waiting + len(job.choices) > self.slots + self.max_waiting:
+        running, waiting = self.count_texts()
+        if running + waiting + len(request.choices) > self.slots + self.max_waiting:
             self.counts["refused"] += 1
             raise Busy(f"{waiting} texts are waiting already; try again in a moment")
-        self._alive.add(job)
+        self._alive.add(request)
         with self._changed:
-            self._queue.append(job)
+            self._queue.append(request)
             self._changed.notify()
 
-    def finish(self, job: TextRequest, how: str):
-        """Frees what a job has; a second call does nothing.
+    def finish(self, request: TextRequest, how: str) -> None:
+        """Ends a request and frees its slots; a second call does nothing.
 
         Args:
-            job: one that was submitted.
+            request: one that was submitted.
             how: done, cancelled or failed.
         """
-        if job.over:
+        if request.over:
             return
-        job.over = how
+        request.over = how
         self.counts[how] += 1
-        self._alive.discard(job)
-        for choice in job.choices:
-            choice.row.ended = True
+        self._alive.discard(request)
+        for choice in request.choices:
+            choice.generation.ended = True
         with self._changed:
-            if job in self._queue:
-                self._queue.remove(job)
+            if request in self._queue:
+                self._queue.remove(request)
             self._changed.notify()
-        job.queue.put_nowait(None)
+        request.queue.put_nowait(None)
         if how == "done":
-            self._latencies.append(latency(job))
+            self._latencies.append(latency(request))
 
-    def load(self) -> tuple[int, int]:
-        """(texts being written, texts that wait)."""
+    def count_texts(self) -> tuple[int, int]:
+        """(texts being generated, texts that wait for a slot)."""
         with self._changed:
-            waiting = sum(len(job.waiting) for job in self._queue)
-            return sum(not row.ended for row in self._jobs), waiting
+            waiting = sum(len(request.waiting) for request in self._queue)
+            return sum(not generation.ended for generation in self._running), waiting
 
     def percentiles(self) -> dict[str, dict[str, float]]:
-        """p50, p90 and p99 of what `latency` gives, over the last requests that were done."""
+        """p50, p90 and p99 of each number of `latency`, over the last finished requests."""
         found: dict[str, dict[str, float]] = {}
-        rows = list(self._latencies)
-        for name in rows[0] if rows else ():
-            values = [row[name] for row in rows]
-            cuts = statistics.quantiles(values, n=100, method="inclusive") if len(rows) > 1 else []
+        latencies = list(self._latencies)
+        for name in latencies[0] if latencies else ():
+            values = [each[name] for each in latencies]
+            several = len(values) > 1
+            cuts = statistics.quantiles(values, n=100, method="inclusive") if several else []
             at = {f"p{p}": cuts[p - 1] if cuts else values[0] for p in (50, 90, 99)}
             found[name] = {p: round(value, 4) for p, value in at.items()}
         return found
 
-    def _run(self):
+    def _run(self) -> None:
         try:
-            while (joining := self._next_rows()) is not None:
-                for row in joining:
-                    self.batch.join(row)
+            while (joining := self._next_generations()) is not None:
+                for generation in joining:
+                    self.batch.join(generation)
                 arrived = self.batch.step()
-                self._post([self._piece(row, token) for row, token in arrived])
-        except Exception as error:  # noqa: BLE001 - whatever it is, clients must not wait forever
+                self._post([self._piece(generation, token) for generation, token in arrived])
+        except Exception as error:  # noqa: BLE001 - after any error clients must not wait forever
             self.failure = f"writing has failed ({type(error).__name__}: {error})"
             self._call(self._fail_all, self.failure)
             self._call(self.on_failure)
 
-    def _next_rows(self) -> list[Row] | None:
-        """What joins the batch now; waits while there is nothing to do; None at the end."""
+    def _next_generations(self) -> list[Generation] | None:
+        """Generations that join the batch now; blocks while idle; None after `close`."""
         self.batch.leave()
-        self._jobs = {r: job for r, job in self._jobs.items() if r in self.batch.rows
-                      or any(r in rows for rows, *_ in self.batch.sent)}  # fmt: skip
-        joining: list[Row] = []
+        self._running = {g: held for g, held in self._running.items() if self.batch.holds(g)}
+        joining: list[Generation] = []
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._queue or self.batch.busy)
             if self._closed:
                 return None
-            free, room = self.slots - len(self.batch.rows), READ_TOKENS
+            free, room = self.slots - len(self.batch.running), PREFILL_TOKENS
             while self._queue and len(joining) < free:
-                job = self._queue.popleft()
-                choice = job.waiting[0]
-                room -= len(choice.row.tokens)
+                request = self._queue.popleft()
+                choice = request.waiting[0]
+                room -= len(choice.generation.tokens)
                 if joining and room < 0:
-                    self._queue.appendleft(job)
+                    self._queue.appendleft(request)
                     break
-                job.waiting.popleft()
-                if job.waiting:
-                    self._queue.append(job)
-                job.begun = job.begun or time.perf_counter()
-                self._jobs[choice.row] = (job, choice)
-                joining.append(choice.row)
+                request.waiting.popleft()
+                if request.waiting:
+                    self._queue.append(request)
+                request.begun = request.begun or time.perf_counter()
+                self._running[choice.generation] = (request, choice)
+                joining.append(choice.generation)
         return joining
 
-    def _piece(self, row: Row, token: int) -> tuple[TextRequest, Piece]:
-        job, choice = self._jobs[row]
-        job.first = job.first or time.perf_counter()
-        text = choice.take(token)
-        return job, Piece(choice, text, choice.finish)
+    def _piece(self, generation: Generation, token: int) -> tuple[TextRequest, Piece]:
+        request, choice = self._running[generation]
+        request.first = request.first or time.perf_counter()
+        text = choice.add(token)
+        return request, Piece(choice, text, choice.finish)
 
-    def _post(self, pieces: list[tuple[TextRequest, Piece]]):
+    def _post(self, pieces: list[tuple[TextRequest, Piece]]) -> None:
         if pieces:
             self._call(self._deliver, pieces)
 
-    def _call(self, function, *arguments):
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Calls a function in the event loop."""
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop has ended, and with it all who listen
+        except RuntimeError:  # the loop is closed, so no client listens any more
             self._closed = True
 
-    def _deliver(self, pieces: list[tuple[TextRequest, Piece]]):
-        for job, piece in pieces:
-            if not job.over and (piece.text or piece.finish):
-                job.queue.put_nowait(piece)
+    def _deliver(self, pieces: list[tuple[TextRequest, Piece]]) -> None:
+        for request, piece in pieces:
+            if not request.over and (piece.text or piece.finish):
+                request.queue.put_nowait(piece)
 
-    def _fail_all(self, reason: str):
-        for job in list(self._alive):
-            job.queue.put_nowait(Failed(reason))
+    def _fail_all(self, reason: str) -> None:
+        for request in list(self._alive):
+            request.queue.put_nowait(Failed(reason))
 
 
-def latency(job: TextRequest) -> dict[str, float]:
-    """What a job took: seconds in the queue, to the first token, in all, and tokens a second."""
+def latency(request: TextRequest) -> dict[str, float]:
+    """Seconds in the queue, to the first token and in all; tokens per second of generation."""
     now = time.perf_counter()
-    begun = job.begun or now
+    begun = request.begun or now
     return {
-        "queue_seconds": begun - job.arrived,
-        "first_token_seconds": (job.first or now) - job.arrived,
-        "seconds": now - job.arrived,
-        "tokens_per_second": job.written / (now - begun) if job.written else 0.0,
+        "queue_seconds": begun - request.arrived,
+        "first_token_seconds": (request.first or now) - request.arrived,
+        "seconds": now - request.arrived,
+        "tokens_per_second": request.written / (now - begun) if request.written else 0.0,
     }

@@ -1,9 +1,11 @@
-"""What every request passes before it is looked at, and the headers of every response.
+"""`Guard`: checks every request before the application sees it, and adds the security headers.
 
-Other pages in the same browser must not use the server: a page's requests carry its `Origin`, and
-none but our own is let in (no CORS at all); a name that somebody made to point at this machine (DNS
-rebinding) is refused by its `Host`; and a body that is not `application/json`, the only one that a
-form or a plain script of another site can send unasked, is not read.
+Other web pages in the user's browser must not be able to use the server:
+
+- Cross-origin requests are refused by their `Origin` header (no CORS at all).
+- DNS rebinding, where a foreign name resolves to this machine, is refused by the `Host` header.
+- Only `application/json` bodies are read. Forms and simple scripts of other sites cannot send them
+  without a CORS preflight, which is refused.
 """
 
 import base64
@@ -16,8 +18,9 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .responses import ApiError
+from .errors import ApiError
 
 MAX_BODY = 2**20  # bytes; a context of 1024 tokens is about 5,000
 HEADERS = {
@@ -32,9 +35,9 @@ HEADERS = {
 
 
 def page_policy(html: str) -> str:
-    """A Content-Security-Policy that lets this page run its own script and style, and nothing else.
+    """A Content-Security-Policy that allows the page's own script and style and nothing else.
 
-    They are named by their sha256, so that text that finds its way into the page cannot run.
+    It names them by sha256, so text that is injected into the page cannot run.
     """
 
     def hashes(tag: str) -> str:
@@ -50,24 +53,24 @@ def page_policy(html: str) -> str:
 
 
 class Guard:
-    """An ASGI application around another.
+    """ASGI middleware that refuses requests of other web pages and without the API key.
 
     Args:
-        app: what answers.
-        hosts: names in `Host` that are ours, in lower case, beside localhost and numbers.
-        api_key: what /v1/ wants to see; empty: nothing.
+        app: the application behind it.
+        hosts: names allowed in `Host`, in lower case, besides localhost and IP addresses.
+        api_key: required by paths below /v1/; empty for none.
     """
 
-    def __init__(self, app, hosts: set[str], api_key: str):
+    def __init__(self, app: ASGIApp, hosts: set[str], api_key: str):
         self.app, self.hosts, self.api_key = app, {"localhost", *hosts}, api_key
 
-    async def __call__(self, scope, receive, send):
-        """ASGI."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry point."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        async def send_with_headers(message):
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 have = {name.lower() for name, _ in message["headers"]}
                 more = [(k.encode(), v.encode()) for k, v in HEADERS.items()]
@@ -83,7 +86,7 @@ class Guard:
             return
         await self.app(scope, _limited(receive), send_with_headers)
 
-    def _check(self, scope, headers: Headers):
+    def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
         if not self._is_ours(host):
             raise ApiError(
@@ -109,7 +112,7 @@ class Guard:
                 raise _too_large()
 
     def _is_ours(self, host: str) -> bool:
-        """A number cannot be rebound, so that all of them are fine."""
+        """Whether `Host` is a known name or an IP address; DNS cannot rebind an address."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in self.hosts:
@@ -126,11 +129,11 @@ def _too_large() -> ApiError:
     )
 
 
-def _limited(receive):
-    """`receive` for bodies that do not say how long they are."""
+def _limited(receive: Receive) -> Receive:
+    """`receive` with a limit for bodies without Content-Length."""
     total = 0
 
-    async def counted():
+    async def counted() -> Message:
         nonlocal total
         message = await receive()
         total += len(message.get("body", b""))

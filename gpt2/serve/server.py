@@ -1,7 +1,8 @@
-"""`gpt2 serve`: OpenAI's API and a chat page over `Engine`."""
+"""`gpt2 serve`: HTTP routes of OpenAI's API and a chat page, on top of `Engine`."""
 
 import asyncio
 import contextlib
+import errno
 import socket
 import time
 import tomllib
@@ -26,17 +27,19 @@ from ..errors import UserError
 from ..report import console
 from ..tokenizer import gpt2_tokenizer
 from .engine import Busy, Engine, Failed, TextRequest, latency
-from .requests import ChatRequest, CompletionRequest, Sampled, check_model, make_job
-from .responses import MAX_TEXTS, Answer, ApiError, Served, event, from_validation
+from .errors import ApiError, from_validation
+from .requests import ChatRequest, CompletionRequest, SamplingRequest, check_model, make_request
+from .responses import Answer, event
 from .security import Guard, page_policy
+from .served_model import MAX_TEXTS, ServedModel
 
 PAGE = Path(__file__).with_name("chat.html")
-SECONDS_TO_END = 3  # for open answers, after Ctrl-C
-GONE = 499  # what nginx calls a client that has closed the connection
+SECONDS_TO_END = 3  # for open answers after Ctrl-C
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection
 
 
 def run(path: str, config: ServeConfig) -> int:
-    """Serves a model until Ctrl-C or SIGTERM, which raise; 1 when writing has failed."""
+    """Serves a model until Ctrl-C or SIGTERM, which raise; returns 1 if generation has failed."""
     listener = _listen(config.host, config.port)
     model = _load(path, config)
     served = describe(path, config, model)
@@ -55,9 +58,13 @@ def run(path: str, config: ServeConfig) -> int:
     if not key and host not in ("127.0.0.1", "::1"):
         console.warn("everybody who reaches this address can use it: consider --api_key")
     settings = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="on", server_header=False,
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
         timeout_graceful_shutdown=SECONDS_TO_END,
-    )  # fmt: skip
+    )
     server = _Server(settings, engine)
     engine.on_failure = server.stop
     with listener:
@@ -68,24 +75,24 @@ def run(path: str, config: ServeConfig) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Ends open answers first when it is asked to stop."""
+    """uvicorn's server; on shutdown it ends open answers first."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine):
         super().__init__(config)
         self.engine = engine
 
-    def stop(self):
-        """Asks it to end, as Ctrl-C does."""
+    def stop(self) -> None:
+        """Asks the server to end, like Ctrl-C."""
         self.should_exit = True
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None):
-        """As uvicorn's."""
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the engine, then calls uvicorn's method."""
         self.engine.close()
         await super().shutdown(sockets)
 
 
-def describe(path: str, config: ServeConfig, model: GPT2) -> Served:
-    """What requests need to know of a model."""
+def describe(path: str, config: ServeConfig, model: GPT2) -> ServedModel:
+    """The facts about a model that requests are checked against."""
     source, chat = Path(path), config.chat
     if getattr(model.config, "document_mask", False):
         kind = "impossible"
@@ -94,15 +101,19 @@ def describe(path: str, config: ServeConfig, model: GPT2) -> Served:
     else:
         kind = "untrained"
     name = source.resolve().parent.name if source.name == "out_ckpt.pt" else source.stem
-    return Served(
-        name=config.name or name or "gpt2", block_size=model.config.block_size, chat=kind,
-        vocab_size=model.config.vocab_size, max_new_tokens=config.max_new_tokens,
-        max_texts=min(MAX_TEXTS, config.slots + config.max_queue), created=int(time.time()),
-    )  # fmt: skip
+    return ServedModel(
+        name=config.name or name or "gpt2",
+        block_size=model.config.block_size,
+        vocab_size=model.config.vocab_size,
+        chat=kind,
+        max_texts=min(MAX_TEXTS, config.slots + config.max_queue),
+        max_new_tokens=config.max_new_tokens,
+        created=int(time.time()),
+    )
 
 
-def make_app(engine: Engine, served: Served) -> FastAPI:
-    """The routes; the engine runs as long as the application does."""
+def make_app(engine: Engine, served: ServedModel) -> FastAPI:
+    """The application with its routes; the engine starts and ends with it."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -110,21 +121,21 @@ def make_app(engine: Engine, served: Served) -> FastAPI:
         yield
         engine.close()
 
-    # no pages of FastAPI's own, which load scripts from elsewhere
+    # without FastAPI's own pages: they load scripts from other hosts
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     html = PAGE.read_text("utf-8")
     policy = {"content-security-policy": page_policy(html)}
 
     @app.get("/", response_class=HTMLResponse)
-    async def page():
+    async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=policy)
 
     @app.get("/health")
-    async def health():
+    async def health() -> JSONResponse:
         return JSONResponse(_health(engine, served), 503 if engine.failure else 200)
 
     @app.get("/v1/models")
-    async def models():
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [served.card()]}
 
     @app.get("/v1/models/{name:path}")
@@ -144,8 +155,8 @@ def make_app(engine: Engine, served: Served) -> FastAPI:
     return app
 
 
-def _handle_errors(app: FastAPI):
-    """Every error in OpenAI's form."""
+def _handle_errors(app: FastAPI) -> None:
+    """Makes the application answer every error in OpenAI's form."""
 
     def shaped(error: ApiError) -> JSONResponse:
         headers = {"retry-after": "1"} if error.status == 429 else {}
@@ -162,8 +173,10 @@ def _handle_errors(app: FastAPI):
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException):
-        text = {404: f"no such address: {request.url.path}",
-                405: f"{request.method} is not allowed here"}  # fmt: skip
+        text = {
+            404: f"no such address: {request.url.path}",
+            405: f"{request.method} is not allowed here",
+        }
         message = text.get(error.status_code, str(error.detail))
         return shaped(ApiError(message, status=error.status_code))
 
@@ -172,14 +185,18 @@ def _handle_errors(app: FastAPI):
         return shaped(ApiError(f"internal error ({type(error).__name__})", status=500))
 
 
-async def _answer(body: Sampled, request: Request, engine: Engine, served: Served) -> Response:
-    """Puts a request into the queue and answers it, at once or as it is written."""
-    # long texts take a moment to encode; the streams of others go on
-    job, prompts = await asyncio.to_thread(make_job, body, served)
-    chat, stream = isinstance(body, ChatRequest), bool(body.stream)
-    answer = Answer(job, served.name, chat=chat, stream=stream, with_usage=body.includes_usage())
+async def _answer(
+    body: SamplingRequest, connection: Request, engine: Engine, served: ServedModel
+) -> Response:
+    """Submits a request to the engine and answers it, whole or as a stream."""
+    # in a thread: encoding a long text would hold up the streams of other clients
+    request, prompts = await asyncio.to_thread(make_request, body, served)
+    chat, streamed = isinstance(body, ChatRequest), bool(body.stream)
+    answer = Answer(
+        request, served.name, chat=chat, stream=streamed, with_usage=body.includes_usage()
+    )
     try:
-        engine.submit(job)
+        engine.submit(request)
     except Busy as error:
         raise ApiError(str(error), status=429, code="rate_limit_exceeded") from None
     except Failed as error:
@@ -188,37 +205,42 @@ async def _answer(body: Sampled, request: Request, engine: Engine, served: Serve
     begin = (
         [gpt2_tokenizer().decode(p) for p in prompts for _ in range(body.n or 1)] if echo else None
     )
-    watch = asyncio.create_task(_end_when_gone(request, engine, job))
-    if stream:
-        events = _events(engine, job, answer, begin, watch)
+    watch = asyncio.create_task(_cancel_when_gone(connection, engine, request))
+    if streamed:
+        events = _events(engine, request, answer, begin, watch)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"x-accel-buffering": "no"}
         )
-    texts = begin or [""] * len(job.choices)
+    texts = begin or [""] * len(request.choices)
     try:
-        async with _logged(engine, job, watch):
-            async for piece in job.pieces():
+        async with _logged(engine, request, watch):
+            async for piece in request.pieces():
                 texts[piece.choice.index] += piece.text
     except Failed as error:
         raise ApiError(str(error), status=503) from None
-    if job.over != "done":
-        return Response(status_code=GONE)
+    if request.over != "done":
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     return JSONResponse(answer.whole(texts))
 
 
 async def _events(
-    engine: Engine, job: TextRequest, answer: Answer, begin: list[str] | None, watch: asyncio.Task
+    engine: Engine,
+    request: TextRequest,
+    answer: Answer,
+    begin: list[str] | None,
+    watch: asyncio.Task[None],
 ) -> AsyncIterator[bytes]:
-    """The server-sent events of an answer."""
+    """The server-sent events of an answer; `begin` is the echoed prompt of each choice."""
     try:
-        async with _logged(engine, job, watch):
-            for choice in job.choices:
+        async with _logged(engine, request, watch):
+            for choice in request.choices:
                 if answer.chat or begin:
                     text = None if answer.chat else begin[choice.index]
                     yield event(answer.chunk(choice.index, text))
-            async for piece in job.pieces():
+            async for piece in request.pieces():
                 index = piece.choice.index
-                if answer.chat and piece.text and piece.finish:  # OpenAI ends a chat with no text
+                # the last chunk of a chat has no text in OpenAI's API
+                if answer.chat and piece.text and piece.finish:
                     yield event(answer.chunk(index, piece.text))
                     yield event(answer.chunk(index, "", piece.finish))
                 else:
@@ -231,47 +253,50 @@ async def _events(
     yield event("[DONE]")
 
 
-async def _end_when_gone(request: Request, engine: Engine, job: TextRequest):
-    """Frees what a job has when its client closes the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def _cancel_when_gone(connection: Request, engine: Engine, request: TextRequest) -> None:
+    """Cancels a request when its client closes the connection."""
+    while (await connection.receive())["type"] != "http.disconnect":
         pass
-    _finish(engine, job, "cancelled")
+    _finish(engine, request, "cancelled")
 
 
 @contextlib.asynccontextmanager
-async def _logged(engine: Engine, job: TextRequest, watch: asyncio.Task) -> AsyncIterator[None]:
-    """Around the reading of a job: whatever happens, it is over afterwards, and in the log."""
+async def _logged(
+    engine: Engine, request: TextRequest, watch: asyncio.Task[None]
+) -> AsyncIterator[None]:
+    """Context of reading a request's pieces; on every exit it ends and logs the request."""
     how = "cancelled"
     try:
         yield
-        if not job.over:
+        if not request.over:
             how = "done"
     except Failed:
         how = "failed"
         raise
     finally:
         watch.cancel()
-        _finish(engine, job, how)
+        _finish(engine, request, how)
 
 
-def _finish(engine: Engine, job: TextRequest, how: str):
-    """Ends a job and writes its line of the log, once."""
-    if job.over:
+def _finish(engine: Engine, request: TextRequest, how: str) -> None:
+    """Ends a request and logs one line about it; a second call does nothing."""
+    if request.over:
         return
-    engine.finish(job, how)
-    took = latency(job)
-    ends = ",".join(sorted({c.finish for c in job.choices if c.finish})) or how
-    texts = f"{len(job.choices)} texts  " if len(job.choices) > 1 else ""
+    engine.finish(request, how)
+    took = latency(request)
+    ends = ",".join(sorted({c.finish for c in request.choices if c.finish})) or how
+    texts = f"{len(request.choices)} texts  " if len(request.choices) > 1 else ""
     console.log(
-        f"{time.strftime('%H:%M:%S')}  {how:9s}  {texts}{job.prompt_tokens} + {job.written} tokens"
-        f"  {ends}  queue {took['queue_seconds']:.2f} s"
+        f"{time.strftime('%H:%M:%S')}  {how:9s}  {texts}"
+        f"{request.prompt_tokens} + {request.written} tokens  {ends}"
+        f"  queue {took['queue_seconds']:.2f} s"
         f"  first token {took['first_token_seconds']:.2f} s"
         f"  {took['tokens_per_second']:.1f} tokens/s"
     )
 
 
-def _health(engine: Engine, served: Served) -> dict[str, Any]:
-    running, waiting = engine.load()
+def _health(engine: Engine, served: ServedModel) -> dict[str, Any]:
+    running, waiting = engine.count_texts()
     return {
         "status": "failed" if engine.failure else "ok",
         "model": served.name,
@@ -293,7 +318,7 @@ def _load(path: str, config: ServeConfig) -> GPT2:
 
 
 def _was_chat(source: Path) -> bool:
-    """Whether the run that wrote a checkpoint, by the config.toml beside it, learned to talk."""
+    """Whether the config.toml beside a checkpoint says that conversations were trained on."""
     try:
         settings = tomllib.loads(source.with_name("config.toml").read_text("utf-8"))
         return is_chat(str(settings["data_dir"]))
@@ -302,10 +327,10 @@ def _was_chat(source: Path) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens already, so that nobody loads a model in vain.
+    """A listening socket, opened before the model is loaded: a taken port fails early.
 
     Raises:
-        UserError: the port is taken, the address is none of this machine's.
+        UserError: the port is taken, or the address does not belong to this machine.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -317,6 +342,4 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _in_use(error: Exception) -> bool:
-    import errno
-
     return getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt2.config.model import GPT2Config, ModernConfig
-from gpt2.generate.continuous_batch import BatchDecoder, Row
+from gpt2.generate.continuous_batch import BatchDecoder, Generation
 from gpt2.generate.sampling import Sampling
 from gpt2.generate.stream import generate
 from gpt2.train.setup import network
@@ -57,14 +57,14 @@ def alone(model, wanted: list[dict]) -> list[list[int]]:
 def together(batch: BatchDecoder, wanted: list[dict]) -> list[list[int]]:
     """Every request joins in the step it names, or as soon as there is a slot."""
     rows = [
-        Row(tokens=list(r["tokens"]), limit=r["limit"], seed=r["seed"],
+        Generation(tokens=list(r["tokens"]), limit=r["limit"], seed=r["seed"],
             sampling=Sampling(**r["settings"]))
         for r in wanted
     ]  # fmt: skip
     waiting, step = list(zip(wanted, rows, strict=True)), 0
     while waiting or batch.busy:
         batch.leave()
-        while waiting and waiting[0][0]["at"] <= step and len(batch.rows) < batch.slots:
+        while waiting and waiting[0][0]["at"] <= step and len(batch.running) < batch.slots:
             batch.join(waiting.pop(0)[1])
         batch.step()
         step += 1
@@ -79,7 +79,7 @@ def test_rows_get_the_tokens_that_they_get_alone(kind):
     batch = BatchDecoder(model, 6)
     for _ in range(2):  # used again
         assert together(batch, wanted) == expected
-        assert not batch.rows
+        assert not batch.running
 
 
 @pytest.mark.gpu
@@ -102,15 +102,17 @@ def test_in_a_recorded_batch_of_bf16_no_row_changes_another():
 def test_a_row_that_is_ended_from_outside_leaves_and_the_others_go_on():
     model = sharp_model(CONFIGS["gpt2"])
     batch = BatchDecoder(model, 4)
-    rows = [Row(tokens=[i, i + 1], limit=20, sampling=Sampling(temperature=0)) for i in range(4)]
+    rows = [
+        Generation(tokens=[i, i + 1], limit=20, sampling=Sampling(temperature=0)) for i in range(4)
+    ]
     for row in rows:
         batch.join(row)
     for _ in range(5):
         batch.step()
     rows[1].ended = True
-    late = Row(tokens=[9], limit=20, sampling=Sampling(temperature=0))
+    late = Generation(tokens=[9], limit=20, sampling=Sampling(temperature=0))
     batch.leave()
-    assert len(batch.rows) == 3
+    assert len(batch.running) == 3
     batch.join(late)
     while batch.busy:
         batch.step()
@@ -121,15 +123,15 @@ def test_a_row_that_is_ended_from_outside_leaves_and_the_others_go_on():
 
 def test_memory_grows_with_the_rows():
     batch = BatchDecoder(sharp_model(CONFIGS["gpt2"]), 32)
-    assert batch.cache.keys.shape[1] == 1
+    assert batch.forward.cache.keys.shape[1] == 1
     for i in range(5):
-        batch.join(Row(tokens=[i], limit=3))
-    assert batch.cache.keys.shape[1] == 8
+        batch.join(Generation(tokens=[i], limit=3))
+    assert batch.forward.cache.keys.shape[1] == 8
 
 
 def test_without_a_seed_tokens_differ_every_time():
     model = sharp_model(CONFIGS["gpt2"])
-    rows = [Row(tokens=[1], limit=20) for _ in range(2)]
+    rows = [Generation(tokens=[1], limit=20) for _ in range(2)]
     batch = BatchDecoder(model, 2)
     for row in rows:
         batch.join(row)

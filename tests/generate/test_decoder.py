@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gpt2.config.model import GPT2Config
-from gpt2.generate import decoder as decoder_module
 from gpt2.generate.decoder import Decoder
 from gpt2.generate.few_token_pass import half_linear, packed_linear
 from gpt2.generate.sampling import Sampling
+from gpt2.generate.speculative import SpeculativeDecoding
 from gpt2.kernels.attention import cached_attention, causal_attention_reference
 from gpt2.model.gpt import GPT
 
@@ -48,7 +48,7 @@ def test_static_cache_equals_no_cache(model, prompts, sampling):
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_drafted_tokens_are_those_of_the_float32_model(model, sampling, monkeypatch):
-    monkeypatch.setattr(decoder_module._Draft, "pays", lambda self: True)
+    monkeypatch.setattr(SpeculativeDecoding, "pays", lambda self: True)
     for prompt in ([1, 2, 3], [5], list(range(70))):
         plain = written(model, [prompt], 100, sampling, use_cache=False)
         assert written(model, [prompt], 100, sampling, draft=True) == plain
@@ -57,19 +57,19 @@ def test_drafted_tokens_are_those_of_the_float32_model(model, sampling, monkeypa
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_bad_drafts_change_nothing(model, sampling, monkeypatch):
     """A draft of other weights is right only by chance."""
-    monkeypatch.setattr(decoder_module._Draft, "pays", lambda self: True)
+    monkeypatch.setattr(SpeculativeDecoding, "pays", lambda self: True)
     decoder = Decoder(model, 1, 200, sampling, draft=True)
     head = torch.randn(300, 32)
-    decoder.draft.halves[model.transformer.wte] = lambda x: x @ head.t()
+    decoder.speculative.halves[model.transformer.wte] = lambda x: x @ head.t()
     plain = written(model, [[1, 2, 3]], 60, sampling, use_cache=False)
     assert list(decoder.write([[1, 2, 3]], 60, seed=3)) == plain
-    assert decoder.draft.tokens < 2 * decoder.draft.rounds
+    assert decoder.speculative.tokens < 2 * decoder.speculative.rounds
 
 
 def test_drafting_ends_where_it_does_not_pay(model):
-    draft = Decoder(model, 1, 64, GREEDY, draft=True).draft
+    draft = Decoder(model, 1, 64, GREEDY, draft=True).speculative
     assert not draft.pays()  # before the plain pass is measured
-    draft.plain_seconds = 1.0
+    draft.single_step_seconds = 1.0
     assert draft.pays()
     for _ in range(3):
         draft.count(2, 1.0)
@@ -79,8 +79,8 @@ def test_drafting_ends_where_it_does_not_pay(model):
 
 
 @pytest.mark.parametrize("engines", [["none"], None])
-def test_products_of_the_draft(engines, monkeypatch):
-    """In both forms those of weights rounded to float16."""
+def test_linear_layers_of_the_draft(engines, monkeypatch):
+    """Both forms equal `F.linear` with weights rounded to float16."""
     if engines:
         monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
     torch.manual_seed(0)
@@ -93,10 +93,13 @@ def test_products_of_the_draft(engines, monkeypatch):
         torch.testing.assert_close(found, exact, atol=1e-2 if engines else 1e-5, rtol=1e-2)
 
 
-@pytest.mark.parametrize("available", [True, False])
-def test_products_of_the_check(available, monkeypatch):
-    """In both forms the plain ones, also of fewer and of more rows than it was packed for."""
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)
+@pytest.mark.parametrize("missing", ["nothing", "oneDNN", "operators"])
+def test_linear_layers_of_the_verification(missing, monkeypatch):
+    """All forms equal `F.linear`, also for fewer and more rows than the weight was packed for."""
+    if missing == "oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    elif missing == "operators":
+        monkeypatch.setattr(torch.ops, "mkldnn", object())
     torch.manual_seed(0)
     for layer in (torch.nn.Linear(100, 30), torch.nn.Embedding(301, 64)):
         for rows in (1, 12, 20):
@@ -137,7 +140,7 @@ def test_a_row_depends_on_its_own_prompt_and_seed(model):
 
 def test_closed_early_it_frees_the_cache(model):
     decoder = Decoder(model, 1, 100, GREEDY)
-    keys = weakref.ref(decoder.cache.keys)
+    keys = weakref.ref(decoder.forward.cache.keys)
     writer = decoder.write([[1]], 50)
     next(writer)
     del decoder

@@ -65,11 +65,11 @@ def test_the_pass_equals_the_network_on_a_gpu(dtype, error):
 
 def test_it_is_for_the_network_of_gpt2_alone():
     model = some_model()
-    assert few_token_pass.knows(model)
-    assert not few_token_pass.knows(network(ModernConfig(**SHAPE, qk_norm=True)))
+    assert few_token_pass.supports(model)
+    assert not few_token_pass.supports(network(ModernConfig(**SHAPE, qk_norm=True)))
     mlp = model.transformer.h[1].mlp
     mlp.c_fc = LoRALinear(mlp.c_fc, 2, 1.0)
-    assert not few_token_pass.knows(model)
+    assert not few_token_pass.supports(model)
 
 
 def compare_kernels(device: str):

@@ -7,8 +7,8 @@ import transformers
 from gpt2 import GPT2
 from gpt2.config.model import GPT2Config
 from gpt2.errors import UserError
-from gpt2.generate import decoder
-from gpt2.generate.sampling import filter_logits, pick
+from gpt2.generate.sampling import Sampling, choose, filter_logits
+from gpt2.generate.speculative import SpeculativeDecoding
 from gpt2.generate.stream import TextWriter, generate
 from gpt2.huggingface.model_format import to_hf
 from gpt2.model.gpt import GPT
@@ -98,7 +98,7 @@ def test_greedy_equals_hugging_face(model, trained, weights, settings, monkeypat
     settings = settings | {"temperature": 0}
     assert generate(model, PROMPTS, 200, **settings) == theirs
     monkeypatch.setattr("gpt2.generate.stream.DRAFT_MIN_PARAMETERS", 0)
-    monkeypatch.setattr(decoder._Draft, "pays", lambda self: True)
+    monkeypatch.setattr(SpeculativeDecoding, "pays", lambda self: True)
     assert [generate(model, [p], 200, **settings)[0] for p in PROMPTS] == theirs
 
 
@@ -147,7 +147,8 @@ def test_filters_against_plain_python():
 
 def test_sampling_follows_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(20_000, 3)
-    drawn = pick(logits, 1.0, 0, 1.0, torch.Generator().manual_seed(0))
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    drawn = choose(logits, uniform, Sampling())
     shares = drawn.bincount() / 20_000
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.015, rtol=0)
 

@@ -18,7 +18,7 @@ from gpt2 import cli
 from gpt2.api import GPT2
 from gpt2.config.model import GPT2Config, ModernConfig
 from gpt2.data.chat_template import encode_prompt
-from gpt2.generate.continuous_batch import Row
+from gpt2.generate.continuous_batch import Generation
 from gpt2.generate.stream import generate
 from gpt2.serve.engine import Choice, TextRequest
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
@@ -355,14 +355,14 @@ def test_turns_are_taken_by_request(model):
 
     engine = Engine(model, 1, 100)
     many, one = (
-        TextRequest([Choice(Row(tokens=[1], limit=1), i) for i in range(count)], 1)
+        TextRequest([Choice(Generation(tokens=[1], limit=1), i) for i in range(count)], 1)
         for count in (5, 1)
     )
     engine._queue.extend([many, one])
     order = []
     for _ in range(6):
-        (row,) = engine._next_rows()
-        order.append(engine._jobs[row][0] is one)
+        (generation,) = engine._next_generations()
+        order.append(engine._running[generation][0] is one)
     assert order == [False, True, False, False, False, False]
 
 
@@ -375,14 +375,14 @@ def test_a_failure_is_told_to_everyone_who_waits(model, monkeypatch):
         failed = asyncio.Event()
         engine.on_failure = failed.set
         engine.start(asyncio.get_running_loop())
-        job = TextRequest([Choice(Row(tokens=[1], limit=5), 0)], 1)
-        engine.submit(job)
+        request = TextRequest([Choice(Generation(tokens=[1], limit=5), 0)], 1)
+        engine.submit(request)
         with pytest.raises(Failed, match="ZeroDivisionError"):
-            async for _ in job.pieces():
+            async for _ in request.pieces():
                 pass
         await failed.wait()
         with pytest.raises(Failed):
-            engine.submit(job)
+            engine.submit(request)
 
     asyncio.run(asyncio.wait_for(ask(), 30))
 

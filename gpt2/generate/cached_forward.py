@@ -1,0 +1,178 @@
+"""`CachedForward`: prefill of prompts and one-token steps over a KV cache, also as a CUDA graph.
+
+Shapes: `B` rows, `C` channels, `V` vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config.model import ModernConfig
+from ..model.gpt import GPT
+from ..model.kv_cache import KVCache
+from . import few_token_pass
+
+
+class CachedForward:
+    """A model's forward pass for generation: `prefill` reads prompts, `next_logits` one token each.
+
+    Args:
+        model: in evaluation mode, on its device.
+        rows: rows of the KV cache.
+        capacity: positions of the KV cache.
+        per_row_lengths: keep a length for each row, as a tensor. Rows of different lengths and
+            CUDA graphs need it.
+        few_rows: use the few-kernel pass of `few_token_pass` if the rows are few enough; False if
+            rows may be added later.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        rows: int,
+        capacity: int,
+        *,
+        per_row_lengths: bool = False,
+        few_rows: bool = True,
+    ):
+        self.model = model
+        weight = model.transformer.wte.weight
+        self.device = weight.device
+        capacity = min(model.config.block_size, -(-capacity // 64) * 64)  # whole kernel blocks
+        self.cache: KVCache = model.new_cache(rows, _dtype(weight), capacity)
+        if per_row_lengths:
+            self.cache.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        autocast = torch.is_autocast_enabled(self.device.type)
+        self.few = (
+            few_rows
+            and per_row_lengths
+            and not autocast
+            and rows <= few_token_pass.FEW_ROWS
+            and few_token_pass.supports(model)
+        )
+        self.head: Tensor | None = None
+        plain = not isinstance(model.config, ModernConfig)
+        if self.device.type == "cuda" and plain and not self.few:
+            # padded once; `model.logits` would pad the matrix for every token
+            self.head = weight.new_zeros(model.config.padded_vocab_size, weight.shape[1])
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the cache has room for."""
+        return self.cache.keys.shape[3]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the cache."""
+        return self.cache.keys.shape[1]
+
+    def copy_head(self) -> None:
+        """Copies the output weights into the padded matrix; needed when the weights change."""
+        if self.head is not None:
+            self.head[: self.model.config.vocab_size] = self.model.transformer.wte.weight
+
+    def prefill(self, numbers: Sequence[int], windows: Sequence[Sequence[int]]) -> None:
+        """Fills the cache of some rows from their beginning.
+
+        Args:
+            numbers: rows of the cache.
+            windows: the token ids of each of them; may be empty.
+        """
+        lengths = [len(window) for window in windows]
+        cache, longest = self.cache, max(lengths)
+        cache.length = 0
+        if cache.lengths is not None:
+            cache.rows = torch.tensor(numbers, device=self.device)
+            cache.lengths[cache.rows] = torch.tensor(lengths, device=self.device)
+        try:
+            if longest:  # attention is causal: padding after a short row has no effect on it
+                padded = pad(windows, longest).to(self.device)
+                self.model.hidden(padded, cache)
+        finally:
+            cache.rows = None
+
+    def next_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Appends one token (B,) to every row; returns the logits (B, V) that follow.
+
+        `cache` is a part of the cache, None for all rows. Its `length` must be that of the longest
+        row.
+        """
+        cache = self.cache if cache is None else cache
+        with self.on_device():  # where Triton launches its kernels
+            if self.few:
+                return few_token_pass.next_logits(self.model, tokens[:, None], cache)
+            hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
+        if self.head is None:
+            return self.model.logits(hidden)
+        return F.linear(hidden, self.head)[:, : self.model.config.vocab_size]
+
+    def record(self, tokens: Tensor, then: Callable[[Tensor], None]) -> torch.cuda.CUDAGraph:
+        """Records `then(next_logits(tokens))` as a CUDA graph, to be replayed for every token.
+
+        Args:
+            tokens: (B,) the buffer that a replay reads the newest tokens from.
+            then: work on the logits that belongs to the graph.
+        """
+
+        def run(length: int) -> None:
+            # `length` matters only to attention without a kernel that reads `cache.lengths`
+            self.cache.length = length
+            then(self.next_logits(tokens))
+
+        with self.on_device():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # warm-up: libraries allocate their workspaces
+                for _ in range(2):
+                    run(0)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run(self.capacity - 1)
+        return graph
+
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Makes the model's GPU the current one."""
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return contextlib.nullcontext()
+
+
+class HostCopy:
+    """A copy of the newest tokens (B,) for the CPU.
+
+    Args:
+        tokens: on any device.
+        wait: False starts an asynchronous copy to pinned memory, for which `get` waits.
+    """
+
+    def __init__(self, tokens: Tensor, *, wait: bool):
+        self._event: torch.cuda.Event | None = None
+        if wait:
+            self._tokens = tokens.clone()
+            return
+        with torch.cuda.device(tokens.device):
+            self._tokens = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> list[int]:
+        """The tokens, once they have arrived."""
+        if self._event:
+            self._event.synchronize()
+        return self._tokens.tolist()
+
+
+def pad(rows: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Rows of token ids as one tensor (B, length) on the CPU, padded with zeros at the end."""
+    return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """The precision of keys and values."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config.command_line import parse
+from .config.command_line import parse, parse_with_positional
 from .config.commands import (
     ChatConfig,
     EvalConfig,
@@ -129,7 +129,9 @@ def shards(argv: list[str]) -> int:
 
 def shards_verify(argv: list[str]) -> int:
     """`gpt2 shards verify`: is every shard what it should be?"""
-    _, (folder,) = parse(_NoOptions, argv, "gpt2 shards verify", {"folder": "folder of shards"})
+    _, (folder,) = parse_with_positional(
+        _NoOptions, argv, "gpt2 shards verify", {"folder": "folder of shards"}
+    )
     from .commands.inspect_shards import verify
 
     return verify(Path(folder))
@@ -137,7 +139,9 @@ def shards_verify(argv: list[str]) -> int:
 
 def shards_info(argv: list[str]) -> int:
     """`gpt2 shards info`: what is in the shards of a folder?"""
-    _, (folder,) = parse(_NoOptions, argv, "gpt2 shards info", {"folder": "folder of shards"})
+    _, (folder,) = parse_with_positional(
+        _NoOptions, argv, "gpt2 shards info", {"folder": "folder of shards"}
+    )
     from .commands.inspect_shards import info
 
     return info(Path(folder))
@@ -146,7 +150,7 @@ def shards_info(argv: list[str]) -> int:
 def shards_show(argv: list[str]) -> int:
     """`gpt2 shards show`: the text of a document."""
     names = {"path": "folder of shards, or one shard"}
-    config, (path,) = parse(ShowConfig, argv, "gpt2 shards show", names)
+    config, (path,) = parse_with_positional(ShowConfig, argv, "gpt2 shards show", names)
     from .commands.inspect_shards import show
 
     return show(Path(path), config.doc)
@@ -155,7 +159,7 @@ def shards_show(argv: list[str]) -> int:
 def shards_merge(argv: list[str]) -> int:
     """`gpt2 shards merge`: joins the folders that several machines made."""
     names = {"out_dir": "what --out_dir= of `gpt2 prepare --worker=1/16` was"}
-    _, (folder,) = parse(_NoOptions, argv, "gpt2 shards merge", names)
+    _, (folder,) = parse_with_positional(_NoOptions, argv, "gpt2 shards merge", names)
     from .prepare.multi_machine import merge
 
     return merge(Path(folder))
@@ -164,7 +168,7 @@ def shards_merge(argv: list[str]) -> int:
 def sample(argv: list[str]) -> int:
     """`gpt2 sample`."""
     names = {"checkpoint": MODEL_SOURCES}
-    config, (path,) = parse(SampleConfig, argv, "gpt2 sample", names)
+    config, (path,) = parse_with_positional(SampleConfig, argv, "gpt2 sample", names)
     from .commands.terminal import sample as write
 
     return write(path, config)
@@ -172,7 +176,9 @@ def sample(argv: list[str]) -> int:
 
 def chat(argv: list[str]) -> int:
     """`gpt2 chat`."""
-    config, (path,) = parse(ChatConfig, argv, "gpt2 chat", {"checkpoint": MODEL_SOURCES})
+    config, (path,) = parse_with_positional(
+        ChatConfig, argv, "gpt2 chat", {"checkpoint": MODEL_SOURCES}
+    )
     from .commands.terminal import chat as talk
 
     return talk(path, config)
@@ -180,7 +186,9 @@ def chat(argv: list[str]) -> int:
 
 def serve(argv: list[str]) -> int:
     """`gpt2 serve`: a chat page, and OpenAI's API."""
-    config, (path,) = parse(ServeConfig, argv, "gpt2 serve", {"checkpoint": MODEL_SOURCES})
+    config, (path,) = parse_with_positional(
+        ServeConfig, argv, "gpt2 serve", {"checkpoint": MODEL_SOURCES}
+    )
     try:
         from .serve.server import run
     except ModuleNotFoundError as error:
@@ -193,7 +201,9 @@ def serve(argv: list[str]) -> int:
 def inspect(argv: list[str]) -> int:
     """`gpt2 inspect`."""
     names = {"checkpoint": MODEL_SOURCES, "text": "text to look at; - reads it from stdin"}
-    config, (path, text) = parse(InspectConfig, argv, "gpt2 inspect", names, optional=("text",))
+    config, (path, text) = parse_with_positional(
+        InspectConfig, argv, "gpt2 inspect", names, optional=("text",)
+    )
     from .commands.inspect_text import run
 
     return run(path, text, config)
@@ -201,7 +211,9 @@ def inspect(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """`gpt2 eval`."""
-    config, (path,) = parse(EvalConfig, argv, "gpt2 eval", {"checkpoint": MODEL_SOURCES})
+    config, (path,) = parse_with_positional(
+        EvalConfig, argv, "gpt2 eval", {"checkpoint": MODEL_SOURCES}
+    )
     from .commands.evaluate import run
 
     return run(path, config)
@@ -225,7 +237,9 @@ def lm_eval(argv: list[str]) -> int:
 
 def plot(argv: list[str]) -> int:
     """`gpt2 plot`."""
-    _, (folder,) = parse(_NoOptions, argv, "gpt2 plot", {"out_dir": "folder of a run"})
+    _, (folder,) = parse_with_positional(
+        _NoOptions, argv, "gpt2 plot", {"out_dir": "folder of a run"}
+    )
     from .report.plot import plot_run
 
     print(plot_run(Path(folder)))
@@ -235,7 +249,7 @@ def plot(argv: list[str]) -> int:
 def export(argv: list[str]) -> int:
     """`gpt2 export`: a model for other programs."""
     names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; new or empty"}
-    config, (source, folder) = parse(ExportConfig, argv, "gpt2 export", names)
+    config, (source, folder) = parse_with_positional(ExportConfig, argv, "gpt2 export", names)
     assert config.to == "hf", config.to  # the only one so far
     from .checkpoint.weights import load
     from .commands.export import check_target, export_hf
@@ -251,7 +265,7 @@ def push(argv: list[str]) -> int:
         "checkpoint": "a folder that `gpt2 export` wrote, or what it takes",
         "repository": "OWNER/NAME on the Hub",
     }
-    config, (source, repository) = parse(PushConfig, argv, "gpt2 push", names)
+    config, (source, repository) = parse_with_positional(PushConfig, argv, "gpt2 push", names)
     from .commands.export import push as upload
 
     print(upload(source, repository, config.private))

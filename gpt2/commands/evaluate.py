@@ -5,7 +5,6 @@ import json
 import math
 import signal
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..api import GPT2
 from ..checkpoint import weights
+from ..config.command_line import read_toml
 from ..config.commands import EvalConfig
 from ..config.train import EvalOptions, SystemOptions
 from ..data.conversations import check_eval_tokens, is_chat, open_conversations
@@ -136,7 +136,7 @@ def _open(data_dir: str, settings: Results, eval_tokens: int) -> list[Dataset]:
 def _settings_of_run(checkpoint: Path) -> Results:
     """The config.toml that a run writes beside its checkpoints; empty where there is none."""
     try:
-        return tomllib.loads(checkpoint.with_name("config.toml").read_text(encoding="utf-8"))
+        return read_toml(checkpoint.with_name("config.toml"))
     except (OSError, ValueError):
         return {}
 

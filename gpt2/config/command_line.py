@@ -1,99 +1,146 @@
 """Command lines and TOML files to dataclasses: `--name=value`, typed, with "did you mean".
 
-A thin layer over argparse. One field is one option; a field that is itself a dataclass is a group
-in `--help`. A TOML file is turned into options that stand before those of the command line, so
-both are checked alike and the command line wins.
+A thin layer over argparse. A field of a dataclass is an option. A field that is itself a dataclass
+is a group of options in `--help`. The settings of a TOML file become arguments that stand before
+those of the command line: both are checked by the same code, and the command line wins.
 """
 
 import argparse
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError
 
-OPTIONAL = {"nargs": "?", "default": ""}
+Config = TypeVar("Config")
+# Python keeps the bytes of a file name that are not UTF-8 as lone surrogates. A setting that names
+# such a file is written and read with these surrogates.
+SURROGATES = "surrogatepass"
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and an exception instead of an exit."""
+    """An ArgumentParser that raises UserError, one line, instead of leaving the process."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def parse(
-    cls: type,
-    argv: list[str],
-    prog: str,
-    positional: dict[str, str] | None = None,
-    optional: tuple[str, ...] = (),
-):
-    """Turns arguments into an instance of `cls`; with `positional`, into (instance, values).
+def parse(cls: type[Config], argv: list[str], prog: str) -> Config:
+    """Turns arguments into an instance of `cls`.
 
     Args:
         cls: a dataclass made of `option` fields and of groups (dataclasses of such fields).
         argv: arguments without the program's name.
         prog: name of the command, for the help text.
-        positional: name -> help of arguments without dashes.
-        optional: those of them that may be left out, and are "" then.
 
     Raises:
         UserError: unknown option, value of a wrong type, unreadable TOML file.
         SystemExit: after `--help`.
     """
-    parser = _build_parser(cls, prog, positional or {}, optional)
-    names = [name for action in parser._actions for name in action.option_strings]
-    arguments = _expand_config_files([_normalise(a) for a in argv], names)
+    config, _ = parse_with_positional(cls, argv, prog, {})
+    return config
+
+
+def parse_with_positional(
+    cls: type[Config],
+    argv: list[str],
+    prog: str,
+    positional: dict[str, str],
+    optional: tuple[str, ...] = (),
+) -> tuple[Config, list[str]]:
+    """Like `parse`, for a command that also takes arguments without dashes.
+
+    Args:
+        cls: as for `parse`.
+        argv: as for `parse`.
+        prog: as for `parse`.
+        positional: name -> help of each argument without dashes.
+        optional: names of the arguments that may be left out. Their value is "" then.
+
+    Returns:
+        (instance of cls, values of the positional arguments in their order).
+    """
+    settings = {name for _, f in _options(cls) for name in _flags(f)}
+    arguments = _expand_config_files([_normalise(a) for a in argv], settings)
     for argument in arguments:
-        _check_name(argument, names)
+        _check_name(argument, settings | {"-h", "--help", "--config"})
+    parser = _build_parser(cls, prog)
+    for name, text in positional.items():
+        if name in optional:
+            parser.add_argument(name, help=text, nargs="?", default="")
+        else:
+            parser.add_argument(name, help=text)
     given = vars(parser.parse_args(arguments))
-    config = _instantiate(cls, given)
-    return (config, [given[name] for name in positional]) if positional else config
+    return _instantiate(cls, given), [given[name] for name in positional]
 
 
-def to_toml(flat: dict[str, Any]) -> str:
-    """Settings as a TOML file that `--config=` reads back."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        if isinstance(value, str):
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            return f'"{escaped}"'
-        return repr(value)
-
-    return "".join(f"{name} = {text(value)}\n" for name, value in flat.items())
+def write_toml(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes settings as a TOML file from which `--config=` reads equal values."""
+    path.write_text(to_toml(settings), encoding="utf-8", errors=SURROGATES)
 
 
-def _build_parser(
-    cls: type, prog: str, positional: dict[str, str], optional: tuple[str, ...]
-) -> _Parser:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file; see `write_toml`.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a file that is not TOML in UTF-8.
+    """
+    return tomllib.loads(path.read_text(encoding="utf-8-sig", errors=SURROGATES))
+
+
+def to_toml(settings: Mapping[str, Any]) -> str:
+    """Settings as the text of a TOML file."""
+    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in settings.items())
+
+
+def _toml_value(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # TOML has JSON's escapes, and wants one for DEL as well
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def _options(cls: type) -> Iterator[tuple[str, dataclasses.Field]]:
+    """(title of its group, field) of every option; the title is "" outside of groups."""
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            title = f.type.__doc__.strip().rstrip(".")
+            yield from ((title, inner) for inner in dataclasses.fields(f.type))
+        else:
+            yield "", f
+
+
+def _flags(f: dataclasses.Field) -> list[str]:
+    """The names of an option on the command line."""
+    return [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]
+
+
+def _build_parser(cls: type, prog: str) -> _Parser:
     parser = _Parser(
         prog=prog,
         description=cls.__doc__,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
     )
-    for name, text in positional.items():
-        parser.add_argument(name, help=text, **OPTIONAL if name in optional else {})
     parser.add_argument("--config", metavar="FILE.toml", help="read options from a TOML file")
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.type):
-            group = parser.add_argument_group(f.type.__doc__.strip().rstrip("."))
-            for inner in dataclasses.fields(f.type):
-                _add_option(group, inner)
-        else:
-            _add_option(parser, f)
+    groups: dict[str, Any] = {"": parser}
+    for title, f in _options(cls):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_option(groups[title], f)
     return parser
 
 
-def _add_option(parser: Any, f: dataclasses.Field):
+def _add_option(parser: Any, f: dataclasses.Field) -> None:
     convert = {int: _int, float: _float, bool: _bool, str: str}[f.type]
     extra: dict[str, Any] = {"metavar": f.type.__name__.upper()}
     if choices := f.metadata["choices"]:
@@ -103,25 +150,31 @@ def _add_option(parser: Any, f: dataclasses.Field):
         extra |= {"nargs": "?", "const": "True"}
     default = f.default if f.default != "" else "empty"
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-    flags = [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]
-    parser.add_argument(*flags, type=convert, default=f.default, help=text, **extra)
+    parser.add_argument(*_flags(f), type=convert, default=f.default, help=text, **extra)
 
 
 def _int(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        value = float(text)  # 1e6 is a whole number too
+        value = _number(text, "whole number")  # 1e6 is a whole number too
         if not math.isfinite(value) or value != int(value):
             raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
         return int(value)
 
 
 def _float(text: str) -> float:
-    value = float(text)
+    value = _number(text, "number")
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
+
+
+def _number(text: str, kind: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
 
 
 def _bool(text: str) -> bool:
@@ -130,11 +183,8 @@ def _bool(text: str) -> bool:
     return text.lower() in TRUE
 
 
-_int.__name__, _float.__name__, _bool.__name__ = "whole number", "number", "True or False"
-
-
 def _choice(choices: tuple[str, ...], text: str) -> str:
-    """The choice that the text means: `true` is `True`."""
+    """The choice that equals the text but for upper and lower case: `true` is `True`."""
     return next((choice for choice in choices if choice.lower() == text.lower()), text)
 
 
@@ -146,29 +196,29 @@ def _normalise(argument: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def _expand_config_files(arguments: list[str], names: list[str]) -> list[str]:
-    """Replaces `--config=a.toml` by the options in the file, put before all others."""
+def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:
+    """Replaces `--config=a.toml` by the settings in the file, put before all other arguments."""
     from_files, rest = [], []
     queue = iter(arguments)
     for argument in queue:
         if argument == "--config":
-            from_files += _read_toml(next(queue, ""), names)
+            from_files += _arguments_of(next(queue, ""), settings)
         elif argument.startswith("--config="):
-            from_files += _read_toml(argument.partition("=")[2], names)
+            from_files += _arguments_of(argument.partition("=")[2], settings)
         else:
             rest.append(argument)
     return from_files + rest
 
 
-def _read_toml(path: str, names: list[str]) -> list[str]:
+def _arguments_of(path: str, settings: set[str]) -> list[str]:
+    """The settings of a TOML file as arguments."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        table = read_toml(Path(path))
     except OSError as error:
         raise UserError(f"--config={path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
     arguments = []
-    settings = [n for n in names if n not in ("-h", "--help", "--config")]
     for name, value in table.items():
         if not isinstance(value, bool | int | float | str):
             raise UserError(f"{path}: {name} must be a plain value (no tables, no lists)")
@@ -178,7 +228,8 @@ def _read_toml(path: str, names: list[str]) -> list[str]:
     return arguments
 
 
-def _check_name(argument: str, names: list[str], where: str = ""):
+def _check_name(argument: str, names: set[str], where: str = "") -> None:
+    """Raises UserError for an option that is none of `names`, with the closest of them."""
     name = argument.partition("=")[0]
     if not name.startswith("--") or name in names or name == "--":
         return
@@ -187,7 +238,7 @@ def _check_name(argument: str, names: list[str], where: str = ""):
     raise UserError(f"{where}unknown option {name}; {hint}")
 
 
-def _instantiate(cls: type, given: dict[str, Any]):
+def _instantiate(cls: type[Config], given: dict[str, Any]) -> Config:
     values = {}
     for f in dataclasses.fields(cls):
         values[f.name] = (

@@ -1,12 +1,12 @@
-"""Options of `gpt2 finetune`: those of training with other defaults, epochs and adapters."""
+"""Options of `gpt2 finetune`: the options of training with other defaults, epochs and LoRA."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import UserError
-from .options import at_least, option
+from .options import at_least, option, resolve
 from .train import DataOptions, EvalOptions, OptimOptions, OutputOptions, TrainConfig
 
-LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; c_proj is the name of two
+LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; two are called c_proj
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,14 +16,14 @@ class TuningOptions:
     epochs: float = option(3.0, "passes over the data; max_steps may end the run earlier")
     val_share: float = option(0.05, "share of the conversations held out for validation")
     lora_rank: int = option(
-        0, "train adapters of this rank (8, 16, …) instead of all weights; 0: no"
+        0, "train LoRA adapters of this rank (8, 16, …) instead of all weights; 0: no"
     )
-    lora_alpha: float = option(16.0, "adapters count alpha / rank times")
+    lora_alpha: float = option(16.0, "LoRA: adapters are scaled by lora_alpha / lora_rank")
     lora_targets: str = option(
-        ",".join(LORA_TARGETS), "matrices that get adapters; c_attn alone is peft's default"
+        ",".join(LORA_TARGETS), "LoRA: matrices that get adapters; c_attn alone is peft's default"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(0, lora_rank=self.lora_rank)
         self.targets()
         for name, low, high in (("epochs", 0, 1e6), ("val_share", 0, 1), ("lora_alpha", 0, 1e6)):
@@ -55,7 +55,7 @@ class TuningData(DataOptions):
         alias="data",
     )
     grad_accum_steps: int = option(
-        0, "micro-batches per optimizer step and rank; 0: one, or what total_batch_tokens takes"
+        0, "micro-batches per optimizer step and rank; 0: 1, or derived from total_batch_tokens"
     )
 
 
@@ -63,8 +63,8 @@ class TuningData(DataOptions):
 class TuningOptim(OptimOptions):
     """Optimizer and schedule."""
 
-    max_steps: int = option(1_000_000, "no more optimizer steps than this")
-    learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 3e-5, with adapters 3e-4")
+    max_steps: int = option(1_000_000, "upper limit of optimizer steps")
+    learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 3e-5, or 3e-4 with LoRA")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class TuningOutput(OutputOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
-    """Everything that `gpt2 finetune` can be told: as `gpt2 train`, with adapters and epochs."""
+    """All options of `gpt2 finetune`: those of `gpt2 train`, epochs and LoRA."""
 
     data: TuningData = field(default_factory=TuningData)
     optim: TuningOptim = field(default_factory=TuningOptim)
@@ -91,10 +91,10 @@ class FinetuneConfig(TrainConfig):
     output: TuningOutput = field(default_factory=TuningOutput)
     tuning: TuningOptions = field(default_factory=TuningOptions)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.optim.learning_rate:
             rate = 3e-4 if self.tuning.lora_rank else 3e-5
-            object.__setattr__(self.optim, "learning_rate", rate)
+            resolve(self, optim=replace(self.optim, learning_rate=rate))
         super().__post_init__()
         if self.tuning.lora_rank and self.optim.optimizer != "adamw":
             raise UserError(
@@ -106,4 +106,9 @@ class FinetuneConfig(TrainConfig):
                 "them or lora_rank out"
             )
         if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
-            object.__setattr__(self.data, "grad_accum_steps", 1)
+            resolve(self, data=replace(self.data, grad_accum_steps=1))
+
+
+def tuning_options(config: TrainConfig) -> TuningOptions | None:
+    """The options that only `gpt2 finetune` has; None for a run of `gpt2 train`."""
+    return config.tuning if isinstance(config, FinetuneConfig) else None

@@ -1,14 +1,18 @@
-"""The shape of the network: GPT-2's numbers, the table of sizes, and the switches beside them.
+"""The shape of the network: GPT-2's numbers, its named sizes, and the switches beside them.
 
-Pure data and checks on it; nothing here imports torch or touches a file.
+Plain data and checks: no torch, no files.
 """
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from ..errors import UserError
 from .switches import Switches, check_switches
 
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + end of text
+IGNORE = -1  # a target that has no loss, `ignore_index` of the cross-entropy
+# Switches that earlier versions had, with the value that turns them off.
+REMOVED_SWITCHES = {"bigram_rows": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class GPT2Config:
     n_embd: int = 768
     dropout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -42,17 +46,21 @@ class GPT2Config:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows the head computes: the next multiple of 128, which matrix units like (50,304)."""
+        """Rows of the head's matmul: the next multiple of 128, for tensor cores (50,304)."""
         return -(-self.vocab_size // 128) * 128
 
     @classmethod
-    def from_dict(cls, values: dict) -> "GPT2Config":
-        """The config that a checkpoint carries; unknown or missing keys are an error.
+    def from_dict(cls, values: dict[str, Any]) -> "GPT2Config":
+        """The config that a checkpoint carries, as `to_dict` gave it.
 
-        One that names switches is a `ModernConfig`, whose other switches are GPT-2's.
+        Returns:
+            A `ModernConfig` if any switch is named; switches that are not named are GPT-2's.
+
+        Raises:
+            UserError: a key that is unknown or missing, or a value that does not fit.
+            TypeError: `values` comes from a damaged file and is not a mapping.
         """
-        if {**values}.get("bigram_rows") == 0:  # a switch that did not pay, and is gone
-            values = {name: value for name, value in values.items() if name != "bigram_rows"}
+        values = {n: v for n, v in {**values}.items() if REMOVED_SWITCHES.get(n, ...) != v}
         known, switches = ({f.name for f in fields(c)} for c in (GPT2Config, Switches))
         if odd := (set(values) - switches) ^ known:
             odd = ", ".join(sorted(repr(name)[1:-1] for name in odd))  # no line breaks
@@ -62,30 +70,27 @@ class GPT2Config:
 
 @dataclass(frozen=True, kw_only=True)
 class ModernConfig(Switches, GPT2Config):
-    """Shape of the network in `modern.py`: GPT-2's, and the switches."""
+    """Shape of the network in `model/modern.py`: GPT-2's numbers and the switches."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         width = self.n_embd // self.n_head
         check_switches(self, self.n_layer, width, self.block_size, self.dropout)
 
 
 SIZES: dict[str, dict[str, int]] = {
-    # Radford et al. 2019, table 2; parameter counts are those of the released models.
+    # Radford et al. 2019, table 2; parameters counted in the released models.
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1,558M
-    # For laptops and tests: the same network, small enough for a CPU.
+    # Ours, for laptops and tests: GPT-2's network, small enough for a CPU.
     "gpt2-small": {"n_layer": 6, "n_head": 6, "n_embd": 384},  # 30M
     "gpt2-mini": {"n_layer": 4, "n_head": 4, "n_embd": 256},  # 16M
     "gpt2-tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128},  # 7M
 }
 
 
-def to_dict(config: GPT2Config) -> dict:
-    """Plain values, as a checkpoint stores them."""
+def to_dict(config: GPT2Config) -> dict[str, Any]:
+    """The config as plain values, which a checkpoint stores."""
     return asdict(config)
-
-
-IGNORE = -1  # a target that is not predicted

@@ -1,4 +1,4 @@
-"""What every table of options is made of: a field with its help text, and errors people correct."""
+"""Building blocks of all options: a dataclass field with a help text, and checks of values."""
 
 from dataclasses import field, fields, is_dataclass
 from typing import Any
@@ -7,15 +7,25 @@ from ..errors import UserError
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = (), alias: str = "") -> Any:
-    """A dataclass field with the text, the choices and a second name for the command line."""
+    """A dataclass field that is also an option of a command line.
+
+    Args:
+        default: value where nothing is given.
+        help: text for `--help`.
+        choices: the values that are allowed; empty: all of the field's type.
+        alias: a second name on the command line and in TOML files.
+    """
     return field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
 
 
-def at_least(low: int, **values: float):
-    """Raises UserError for a value below `low`, naming it."""
+def resolve(options: Any, **values: Any) -> None:
+    """Replaces defaults such as "auto" in the `__post_init__` of a frozen dataclass.
+
+    A frozen dataclass forbids assignments, and dataclasses themselves set its fields through
+    `object.__setattr__`. No one else holds the instance yet.
+    """
     for name, value in values.items():
-        if value < low:
-            raise UserError(f"{name}={value}: use {low} or more")
+        object.__setattr__(options, name, value)
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -27,7 +37,14 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
-def check_seed(seed: int):
-    """Raises UserError for a number that the random generators do not take."""
+def at_least(low: int, **values: float) -> None:
+    """Raises UserError for a value below `low`, naming it."""
+    for name, value in values.items():
+        if value < low:
+            raise UserError(f"{name}={value}: use {low} or more")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that the random generators do not take."""
     if not 0 <= seed < 2**63 - 2**32:  # room for a number per rank and sample
         raise UserError(f"seed={seed}: use a whole number from 0 to 9e18")

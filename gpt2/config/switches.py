@@ -1,7 +1,7 @@
-"""The switches of a modern recipe: pure data and checks. Their defaults are GPT-2.
+"""The switches of the network in `model/modern.py`. The defaults are GPT-2.
 
-`Switches` are those of the network (`modern.py` reads them), `Recipe` those of the optimizer and
-its schedules (`optim.py`, `muon.py`). A combination works, or is refused here by name.
+Plain data and checks: no torch, no files. `check_switches` refuses combinations that do not work,
+naming the switches. The switches of the optimizer and its schedule are in `config/train.py`.
 """
 
 from dataclasses import dataclass, fields
@@ -15,44 +15,49 @@ DEFAULT_ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.3.2
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """What may differ from GPT-2's network."""
+    """Where the network may differ from GPT-2."""
 
     positions: str = option(
         "learned",
-        "how a position is known: a learned vector each, or rotary",
+        "position encoding: learned embeddings, or rotary (RoPE)",
         ("learned", "rotary"),
     )
-    rope_base: float = option(DEFAULT_ROPE_BASE, "rotary positions: base of the wavelengths")
-    rope_fraction: float = option(1.0, "rotary positions: share of each head's pairs that turn")
+    rope_base: float = option(DEFAULT_ROPE_BASE, "RoPE: base of the wavelengths")
+    rope_fraction: float = option(1.0, "RoPE: share of each head's dimensions that are rotated")
     window_pattern: str = option(
         "",
-        "attention of the layers in turn, repeated: S sees the last `window` positions, L all, as "
-        "in SSSL; empty: all see all",
+        "attention windows of the layers, repeated: S = the last `window` positions, L = all, as "
+        "in SSSL; empty: L",
     )
-    window: int = option(0, "positions that an S layer sees, itself included")
+    window: int = option(0, "attention window of S layers, in positions, the query's own included")
     document_mask: bool = option(
-        False, "no position sees another document; an end-of-text token begins one"
+        False, "attention stays within a document; an end-of-text token begins one"
     )
     qk_norm: bool = option(False, "RMSNorm over each head's queries and keys")
     attention_scale: float = option(
-        0.0, "queries times keys are multiplied by it; 0: by 1 / √(n_embd / n_head)"
+        0.0, "factor of the attention scores; 0: 1 / √(n_embd / n_head)"
     )
-    norm: str = option("layernorm", "rmsnorm has neither gain nor bias", ("layernorm", "rmsnorm"))
-    norm_embedding: bool = option(False, "RMSNorm over the embedding of each token")
-    mlp: str = option("gelu", "what the MLP does between its layers", ("gelu", "relu2", "swiglu"))
+    norm: str = option(
+        "layernorm", "normalisation; rmsnorm has neither gain nor bias", ("layernorm", "rmsnorm")
+    )
+    norm_embedding: bool = option(False, "RMSNorm over the token embeddings")
+    mlp: str = option("gelu", "activation of the MLP", ("gelu", "relu2", "swiglu"))
     bias: bool = option(True, "biases in the linear layers and LayerNorms")
-    softcap: float = option(0.0, "limit of the logits by softcap × tanh(logits / softcap); 0: none")
-    untied_head: bool = option(False, "a head of its own instead of the token embedding")
+    softcap: float = option(0.0, "logit softcapping: softcap × tanh(logits / softcap); 0: none")
+    untied_head: bool = option(
+        False, "an output head with weights of its own, not the token embedding's"
+    )
     value_embeddings: int = option(
-        0, "tables of token vectors mixed into the values of so many first and so many last layers"
+        0,
+        "number of value-embedding tables; table i is for the i-th layer and the i-th from the end",
     )
     zero_init: bool = option(
-        False, "projections into the residual stream, and an untied head, begin at zero"
+        False, "initialise projections into the residual stream, and an untied head, with zeros"
     )
     skips: str = option(
         "none",
-        "unet: the last half of the layers also get the outputs of the first, in reverse order; "
-        "unet+input: and every layer the embedding",
+        "unet: the layers of the second half also get the outputs of the first half, in reverse "
+        "order; unet+input: and every layer gets the embedding",
         ("none", "unet", "unet+input"),
     )
 
@@ -61,23 +66,24 @@ SWITCH_NAMES = frozenset(f.name for f in fields(Switches))
 
 
 def defaults() -> dict[str, Any]:
-    """GPT-2's switches, by name."""
+    """The switches of GPT-2: name -> value."""
     return chosen(Switches())
 
 
 def chosen(values: Switches) -> dict[str, Any]:
-    """All switches of a config, by name."""
+    """All switches of a config: name -> value."""
     return {f.name: getattr(values, f.name) for f in fields(Switches)}
 
 
 def switched(values: Switches) -> dict[str, Any]:
-    """The switches that are not GPT-2's."""
-    return {f.name: getattr(values, f.name) for f in fields(Switches)
-            if getattr(values, f.name) != f.default}  # fmt: skip
+    """The switches of a config that differ from GPT-2: name -> value."""
+    return {name: value for name, value in chosen(values).items() if value != defaults()[name]}
 
 
-def check_switches(s: Switches, n_layer: int, head_width: int, block_size: int, dropout: float):
-    """Raises UserError for switches that do not fit together, or mean nothing."""
+def check_switches(
+    s: Switches, n_layer: int, head_width: int, block_size: int, dropout: float
+) -> None:
+    """Raises UserError for switches without effect, or that contradict one another."""
     for f in fields(Switches):
         value, choices = getattr(s, f.name), f.metadata["choices"]
         if not isinstance(value, (int, float) if f.type is float else f.type):
@@ -103,7 +109,7 @@ def check_switches(s: Switches, n_layer: int, head_width: int, block_size: int, 
         raise UserError(f"skips={s.skips} needs two layers or more")
 
 
-def _check_rotary(s: Switches, head_width: int):
+def _check_rotary(s: Switches, head_width: int) -> None:
     if s.rope_base != DEFAULT_ROPE_BASE and s.positions != "rotary":
         raise UserError("rope_base is for positions=rotary; give both")
     if s.rope_fraction != 1 and s.positions != "rotary":
@@ -113,8 +119,10 @@ def _check_rotary(s: Switches, head_width: int):
     if s.rope_base <= 1:
         raise UserError(f"rope_base={s.rope_base}: use a number above 1")
     if s.positions == "rotary" and head_width % 2:
-        raise UserError(f"positions=rotary turns pairs, and heads are {head_width} wide; use an "
-                        "even n_embd / n_head")  # fmt: skip
+        raise UserError(
+            f"positions=rotary turns pairs, and heads are {head_width} wide; use an even "
+            "n_embd / n_head"
+        )
     if s.positions == "rotary" and not round(head_width // 2 * s.rope_fraction):
         raise UserError(
             f"rope_fraction={s.rope_fraction}: no pair of heads {head_width} wide would turn; use "

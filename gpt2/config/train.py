@@ -1,50 +1,51 @@
-"""Settings: the network's shape, the table of sizes, and every option of training.
+"""Every option of training: network, data, optimizer, validation, output, machine.
 
-Pure data and checks on it; nothing here imports torch or touches a file. Command lines and TOML
-files become these dataclasses in `flags.py`. Units stand in names and help texts: `_tokens`,
-`_steps` (optimizer steps), `_seconds`.
+Plain data and checks: no torch, no files. `config/command_line.py` turns command lines and TOML
+files into these dataclasses. Names and help texts carry the units: `_tokens`, `_steps` (optimizer
+steps), `_seconds`.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import UserError
 from .model import SIZES, GPT2Config, ModernConfig
-from .options import at_least, check_seed, option
+from .options import at_least, check_seed, option, resolve
 from .switches import Switches, chosen, switched
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What may differ from GPT-2's optimizer and schedule."""
+    """Where the optimizer and its schedule may differ from GPT-2."""
 
     optimizer: str = option(
         "adamw",
-        "muon, or normuon (its rows of about equal length): for the matrices of the blocks; AdamW "
-        "for the rest",
+        "muon or normuon (Muon with rows of about equal norm) for the matrices of the blocks, and "
+        "AdamW for the rest",
         ("adamw", "muon", "normuon"),
     )
     muon_lr: float = option(0.02, "peak learning rate of Muon")
-    muon_momentum: float = option(0.95, "Muon: decay of the mean of gradients")
-    muon_momentum_warmup: int = option(0, "Muon: steps in which its momentum grows from 0.85")
-    muon_weight_decay: float = option(-1.0, "Muon: decay of its matrices; -1: weight_decay")
+    muon_momentum: float = option(0.95, "Muon: momentum")
+    muon_momentum_warmup: int = option(0, "Muon: steps in which the momentum grows from 0.85")
+    muon_weight_decay: float = option(-1.0, "Muon: weight decay; -1: as weight_decay")
     embedding_lr: float = option(0.0, "peak learning rate of embeddings; 0: learning_rate")
     head_lr: float = option(0.0, "peak learning rate of an untied head; 0: learning_rate")
     schedule: str = option("cosine", "wsd: warm-up, stable, then linear decay", ("cosine", "wsd"))
-    cooldown: float = option(0.4, "wsd: share of max_steps in which the rate decays")
+    cooldown: float = option(0.4, "wsd: share of max_steps in which the learning rate decays")
     batch_warmup: float = option(
         0.0, "share of max_steps in which a step grows from an eighth of its micro-batches to all"
     )
     window_warmup: float = option(
-        0.0, "share of max_steps in which the windows of window_pattern grow to their width"
+        0.0, "share of max_steps in which the attention windows of S layers grow to their width"
     )
 
 
-def check_recipe(r: Recipe, s: Switches | None):
-    """Raises UserError for options of training that mean nothing here, or do not fit together.
+def check_recipe(r: Recipe, s: Switches | None) -> None:
+    """Raises UserError for options of training without effect, or that contradict one another.
 
     Args:
-        r: the options.
-        s: the switches of the network; None: not known before `begin.resolve_init`.
+        r: the options of the optimizer and its schedule.
+        s: the switches of the network; None: not known yet, because `--init=` names the network.
     """
     at_least(0, muon_lr=r.muon_lr, embedding_lr=r.embedding_lr, head_lr=r.head_lr)
     for name in ("cooldown", "batch_warmup", "window_warmup"):
@@ -67,8 +68,8 @@ def check_recipe(r: Recipe, s: Switches | None):
         check_of_switches(r, s)
 
 
-def check_of_switches(r: Recipe, s: Switches):
-    """Raises UserError for options of training whose switch is off."""
+def check_of_switches(r: Recipe, s: Switches) -> None:
+    """Raises UserError for options of training that need a switch which is off."""
     if r.head_lr and not s.untied_head:
         raise UserError("head_lr is for --untied_head; a tied head has the embedding's rate")
     if r.window_warmup and not s.window_pattern:
@@ -86,30 +87,28 @@ class ModelOptions(Switches):
     init: str = option(
         "",
         "begin with these weights: a checkpoint (also of nanoGPT, build-nanogpt or llm.c), a "
-        "folder of Hugging Face's, gpt2, or OWNER/NAME of the Hub; empty: fresh ones",
+        "Hugging Face folder, gpt2, or OWNER/NAME on the Hub; empty: random weights",
     )
-    size: str = option(
-        "auto", "a row of the table of sizes; auto: gpt2, or that of init", ("auto", *SIZES)
-    )
-    n_layer: int = option(0, "number of blocks; 0: as the size says")
-    n_head: int = option(0, "attention heads per block; 0: as the size says")
-    n_embd: int = option(0, "width of the residual stream; 0: as the size says")
-    block_size: int = option(0, "context length, in tokens; 0: 1024, or that of init")
+    size: str = option("auto", "name of a size; auto: gpt2, or the size of init", ("auto", *SIZES))
+    n_layer: int = option(0, "number of blocks; 0: from size")
+    n_head: int = option(0, "attention heads per block; 0: from size")
+    n_embd: int = option(0, "width of the residual stream; 0: from size")
+    block_size: int = option(0, "context length, in tokens; 0: 1024, or the length of init")
     dropout: float = option(0.0, "probability of dropping an activation while training")
 
-    def __post_init__(self):
-        if not self.init:  # else `weights.resolve_options` does it, which knows them
-            object.__setattr__(self, "size", "gpt2" if self.size == "auto" else self.size)
-            object.__setattr__(self, "block_size", self.block_size or GPT2Config.block_size)
+    def __post_init__(self) -> None:
+        if not self.init:  # with init, `weights.resolve_options` reads the sizes from the weights
+            size = "gpt2" if self.size == "auto" else self.size
+            resolve(self, size=size, block_size=self.block_size or GPT2Config.block_size)
 
     def shape(self) -> GPT2Config:
-        """The size with what was given instead of it; GPT-2's (124M) where nothing is said."""
+        """Shape of the network: the named size, changed by the numbers that were given."""
         if switched(self):
             return ModernConfig(**self.given(), dropout=self.dropout, **chosen(self))
         return GPT2Config(**self.given(), dropout=self.dropout)
 
     def given(self) -> dict[str, int]:
-        """The sizes that were asked for, by a name of the table or by numbers."""
+        """The numbers of the named size, and over them those that were given one by one."""
         names = ("n_layer", "n_head", "n_embd", "block_size")
         numbers = {name: getattr(self, name) for name in names if getattr(self, name)}
         return SIZES.get(self.size, {}) | numbers
@@ -132,7 +131,7 @@ class DataOptions:
     total_batch_tokens: int = option(
         0, "tokens per optimizer step over all ranks; 0: 524,288, or what grad_accum_steps gives"
     )
-    shuffle: bool = option(True, "visit the windows of the training text in random order")
+    shuffle: bool = option(True, "visit the training sequences in random order")
     sequence_start: str = option(
         "anywhere",
         "where sequences of block_size tokens begin: anywhere (one after another), or document "
@@ -148,12 +147,14 @@ class OptimOptions(Recipe):
 
     max_steps: int = option(19_073, "optimizer steps; the default is 10B tokens of 0.5M each")
     learning_rate: float = option(6e-4, "peak learning rate of AdamW")
-    min_lr_ratio: float = option(0.1, "last learning rate, as a share of the peak")
+    min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak")
     warmup_steps: int = option(-1, "steps of linear warm-up; -1: 3.75 % of max_steps")
-    weight_decay: float = option(0.1, "decay of matrices and embeddings; never of 1-D parameters")
-    beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
-    beta2: float = option(0.95, "AdamW: decay of the mean of squared gradients")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
+    weight_decay: float = option(
+        0.1, "weight decay of matrices and embeddings, never of 1-D parameters"
+    )
+    beta1: float = option(0.9, "AdamW: decay of the first moment (mean of gradients)")
+    beta2: float = option(0.95, "AdamW: decay of the second moment (mean of squared gradients)")
+    grad_clip: float = option(1.0, "clip the norm of the gradient to this; 0: no clipping")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +162,18 @@ class EvalOptions:
     """Validation."""
 
     eval_every: int = option(250, "steps between evaluations; 0: only at the end")
-    eval_tokens: int = option(10_485_760, "tokens to evaluate on, the same for any batch or rank")
-    early_stop_evals: int = option(0, "stop after this many evaluations without gain; 0: never")
+    eval_tokens: int = option(
+        10_485_760, "tokens to evaluate on, whatever the batch size and the number of ranks"
+    )
+    early_stop_evals: int = option(
+        0, "stop after this many evaluations without improvement; 0: never"
+    )
     eval_hellaswag_every: int = option(
         0, "steps between evaluations on HellaSwag (also at the end); 0: never"
     )
-    hellaswag: str = option("hub", "its items: hub (downloaded), or a .jsonl or .parquet file")
+    hellaswag: str = option(
+        "hub", "HellaSwag's items: hub (downloaded), or a .jsonl or .parquet file"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +184,11 @@ class OutputOptions:
     save_every: int = option(250, "steps between checkpoints; 0: only at the end")
     keep_last: int = option(2, "checkpoints to keep for resuming")
     resume: str = option(
-        "auto", "auto: go on with the run in out_dir; never; or a state/step_ folder"
+        "auto", "auto: continue the run in out_dir; never; or a state/step_ folder"
     )
     log_every: int = option(1, "steps between lines on the console and in metrics.jsonl")
     log_to: str = option("", "also log to these, comma-separated: wandb, tensorboard, trackio")
-    run_name: str = option("", "name of the run in those services; empty: name of out_dir")
+    run_name: str = option("", "name of the run for log_to; empty: name of out_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,35 +196,33 @@ class SystemOptions:
     """Machine."""
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = option(
-        "auto", "precision of the matrix products", ("auto", "float32", "bfloat16", "float16")
-    )
+    dtype: str = option("auto", "precision of matmuls", ("auto", "float32", "bfloat16", "float16"))
     compile_model: str = option("auto", "torch.compile", ("auto", "True", "False"))
     fp8: str = option(
         "none",
-        "head: its products in fp8, on GPUs that have it (H100, RTX 4090, …)",
+        "head: matmuls of the head in fp8, on GPUs that have it (H100, RTX 4090, …)",
         ("none", "head"),
     )
     parallel: str = option(
         "ddp",
-        "with several ranks: ddp (each holds all weights) or fsdp (each holds a part of weights, "
-        "gradients and moments: for models that do not fit)",
+        "with several ranks: ddp (each rank holds everything) or fsdp (each rank holds a part of "
+        "weights, gradients and optimizer state: for models that do not fit)",
         ("ddp", "fsdp"),
     )
     activation_checkpointing: bool = option(
-        False, "keep only the input of each block and compute the rest again: less memory, slower"
+        False, "keep only the input of each block and recompute the rest: less memory, slower"
     )
     hang_timeout_seconds: int = option(
         300,
-        "several ranks: after so long without progress the run ends and names the rank that "
-        "hangs; 0: after half an hour, by PyTorch",
+        "several ranks: end the run after this time without progress, and name the rank that "
+        "hangs; 0: leave it to PyTorch, which ends it after half an hour",
     )
     seed: int = option(1337, "seed of the weights, the order of the data and dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that `gpt2 train` can be told."""
+    """All options of `gpt2 train`."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -225,10 +230,9 @@ class TrainConfig:
     eval: EvalOptions = field(default_factory=EvalOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     system: SystemOptions = field(default_factory=SystemOptions)
-    tuning = None  # no field: `gpt2 finetune` has options of its own here
 
-    def __post_init__(self):
-        if not self.model.init:  # whose sizes are known when it is read
+    def __post_init__(self) -> None:
+        if not self.model.init:  # with init, the sizes are known when the weights are read
             self.model.shape()
         o = self.optim
         at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
@@ -253,6 +257,15 @@ class TrainConfig:
             raise UserError("learning_rate=0: other rates follow its schedule; use one above 0")
 
 
+RENAMED = {"window_start": "sequence_start"}  # options of earlier versions; aliases today
+
+
+def current_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint or config.toml under today's names of the options."""
+    renamed = {new: settings[old] for old, new in RENAMED.items() if old in settings}
+    return renamed | {name: value for name, value in settings.items() if name not in RENAMED}
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How one optimizer step is cut into micro-batches."""
@@ -269,10 +282,10 @@ class BatchPlan:
 
     @property
     def sequences_per_step(self) -> int:
-        """Windows of block_size tokens in one optimizer step."""
+        """Sequences of block_size tokens in one optimizer step, over all ranks."""
         return self.batch_size * self.grad_accum_steps * self.world_size
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{self.tokens_per_step:,} tokens per step = batch_size {self.batch_size} × "
             f"block_size {self.block_size} × grad_accum_steps {self.grad_accum_steps} × "
@@ -313,7 +326,7 @@ def plan_batch(data: DataOptions, block_size: int, world_size: int) -> BatchPlan
 
 
 def warmup_steps(optim: OptimOptions) -> int:
-    """Steps of warm-up, with -1 resolved."""
+    """Steps of linear warm-up; the default -1 becomes a share of max_steps."""
     if optim.warmup_steps >= 0:
         return optim.warmup_steps
     return round(WARMUP_FRACTION * optim.max_steps)

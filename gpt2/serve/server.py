@@ -5,7 +5,6 @@ import contextlib
 import errno
 import socket
 import time
-import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from ..api import GPT2
 from ..checkpoint.weights import check_vocabulary
+from ..config.command_line import read_toml
 from ..config.commands import ServeConfig
 from ..data.conversations import is_chat
 from ..distributed import environment
@@ -320,7 +320,7 @@ def _load(path: str, config: ServeConfig) -> GPT2:
 def _was_chat(source: Path) -> bool:
     """Whether the config.toml beside a checkpoint says that conversations were trained on."""
     try:
-        settings = tomllib.loads(source.with_name("config.toml").read_text("utf-8"))
+        settings = read_toml(source.with_name("config.toml"))
         return is_chat(str(settings["data_dir"]))
     except (OSError, ValueError, KeyError):
         return False

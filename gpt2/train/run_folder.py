@@ -99,7 +99,7 @@ def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
     settings = flatten(config)
     if rt.is_main:
         own = {name: value for name, value in settings.items() if name != "resume"}
-        (out_dir(config) / "config.toml").write_text(command_line.to_toml(own), encoding="utf-8")
+        command_line.write_toml(out_dir(config) / "config.toml", own)
     return metrics.open_run(
         out_dir(config),
         config=settings,

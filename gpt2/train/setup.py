@@ -7,6 +7,7 @@ from dataclasses import replace
 from ..checkpoint import model_file, weights
 from ..checkpoint.training_state import Resumed
 from ..checkpoint.weights import Weights
+from ..config.finetune import tuning_options
 from ..config.model import GPT2Config, ModernConfig
 from ..config.train import TrainConfig, check_of_switches, plan_batch
 from ..data.conversations import check_eval_tokens, is_chat, open_conversations
@@ -101,7 +102,8 @@ def order_data(
 
 def _open_data(config: TrainConfig, block_size: int) -> tuple[list[Dataset], list[str]]:
     """Folders of shards or, for `gpt2 finetune`, files of conversations; and notes on them."""
-    if config.tuning is None or not is_chat(config.data.data_dir):
+    tuning = tuning_options(config)
+    if tuning is None or not is_chat(config.data.data_dir):
         return open_datasets(config.data.data_dir), []
     if config.data.sequence_start != "anywhere":
         raise UserError("--window_start=document is for text; conversations are always whole")
@@ -110,17 +112,18 @@ def _open_data(config: TrainConfig, block_size: int) -> tuple[list[Dataset], lis
             f"init={config.model.init} has document_mask: the end-of-text tokens between messages "
             "would hide them from one another; begin with another model"
         )
-    datasets, notes = open_conversations(config.data.data_dir, block_size, config.tuning.val_share)
+    datasets, notes = open_conversations(config.data.data_dir, block_size, tuning.val_share)
     check_eval_tokens(config.eval.eval_tokens, datasets, block_size)
     return datasets, list(notes)
 
 
 def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
     """The settings with the steps that `--epochs=` takes, if these are fewer than max_steps."""
-    if config.tuning is None:
+    tuning = tuning_options(config)
+    if tuning is None:
         return config
     rows = sum(order.per_epoch for order in state.loader.order.orders)
-    wanted = config.tuning.epochs * rows
+    wanted = tuning.epochs * rows
     steps = max(1, math.ceil(wanted / state.plan.sequences_per_step))
     if config.optim.batch_warmup:  # steps are smaller at first, by no more than half on the average
         steps = bisect.bisect_left(
@@ -201,7 +204,7 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> GPT
     model = network(config.model.shape())  # on the CPU: the same weights on every device
     if init:
         model_file.load_into(model, init.state, init.origin)
-    lora.adapt(model, config.tuning)
+    lora.adapt(model, tuning_options(config))
     rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing

@@ -1,16 +1,35 @@
 """The command line as people type it."""
 
 import contextlib
+import dataclasses
+import tempfile
+import tomllib
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpt2.config.command_line import parse, to_toml
-from gpt2.config.commands import PrepareConfig, SampleConfig
+from gpt2.config.command_line import parse, parse_with_positional, read_toml, to_toml, write_toml
+from gpt2.config.commands import (
+    ChatConfig,
+    EvalConfig,
+    ExportConfig,
+    InspectConfig,
+    PrepareConfig,
+    ProfileConfig,
+    PushConfig,
+    SampleConfig,
+    ServeConfig,
+    ShowConfig,
+)
+from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.options import flatten
-from gpt2.config.train import TrainConfig
+from gpt2.config.train import TrainConfig, current_names
 from gpt2.errors import UserError
+
+CONFIGS = [TrainConfig, FinetuneConfig, ProfileConfig, PrepareConfig, SampleConfig, ShowConfig]
+CONFIGS += [EvalConfig, ExportConfig, PushConfig, ChatConfig, ServeConfig, InspectConfig]
 
 
 def train(*argv: str) -> dict:
@@ -58,7 +77,8 @@ def test_value_as_a_word_of_its_own():
         ("--zzz=1", "see --help"),
         ("--dtype=bf16", "bfloat16"),
         ("--batch_size=8.5", "not a whole number"),
-        ("--batch_size=many", "many"),
+        ("--batch_size=many", "argument --batch_size: invalid whole number value: 'many'"),
+        ("--learning_rate=many", "argument --learning_rate: invalid number value: 'many'"),
         ("--learning_rate=nan", "not a finite number"),
         ("--shuffle=perhaps", "neither True nor False"),
         ("--batch_size=0", "batch_size=0: use 1 or more"),
@@ -114,23 +134,121 @@ def _last_batch_size(text: str) -> int | None:
     return int(float(value)) if name.replace("-", "_") == "__batch_size" else None
 
 
-def test_settings_written_as_toml_are_read_back(tmp_path):
-    settings = train('--out_dir=C:\\runs\\"a"', "--learning_rate=3e-4", "--shuffle=False")
-    file = tmp_path / "config.toml"
-    file.write_text(to_toml(settings), encoding="utf-8")
-    assert train(f"--config={file}") == settings
+def written_and_read(config):
+    """The config that `--config=` reads from the file which a run writes about its config."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.toml"
+        write_toml(file, flatten(config))
+        assert read_toml(file) == flatten(config)
+        return parse(type(config), [f"--config={file}"], "gpt2 x")
+
+
+HARD_TO_WRITE = (
+    'C:\\runs\\"a"',
+    "".join(map(chr, range(0xA0))),  # both rows of control characters, and DEL
+    "\r\n\n\t",
+    "\ufeff\u2028\u2029\u202e",
+    "漢字 🦄 'single' ''' \"\"\"",
+    "not UTF-8 \udcff \ud800",
+    "# = [x]",
+    "--config=other.toml",
+)
+
+
+@pytest.mark.parametrize("text", HARD_TO_WRITE)
+@pytest.mark.parametrize("name", ["run_name", "out_dir", "data_dir", "init"])
+def test_any_name_is_read_back_from_a_file_of_settings(name, text):
+    config = parse(TrainConfig, [f"--{name}={text}"], "gpt2 train")
+    assert flatten(config)[name] == text
+    assert written_and_read(config) == config
+
+
+@pytest.mark.parametrize("text", HARD_TO_WRITE)
+def test_a_setting_is_one_line_of_toml(text):
+    written = to_toml({"name": text})
+    assert tomllib.loads(written) == {"name": text}
+    assert written.count("\n") == 1
+
+
+def values_of(field: dataclasses.Field) -> st.SearchStrategy:
+    """Values of an option, in the range that most options allow."""
+    if choices := field.metadata["choices"]:
+        return st.sampled_from(choices)
+    any_text = st.text(st.characters(exclude_categories=[]), max_size=20)
+    return {
+        bool: st.booleans(),
+        int: st.integers(0, 2**63),
+        float: st.floats(0, 1e300) | st.floats(0, 1),
+        str: any_text | st.text(st.characters(max_codepoint=0x7F), max_size=20),
+    }[field.type]
+
+
+def options_of(cls: type) -> list[dataclasses.Field]:
+    nested = [f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]
+    own = [f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(f.type)]
+    return own + [field for group in nested for field in dataclasses.fields(group)]
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_any_settings_are_read_back_from_a_file(cls, data):
+    chosen = data.draw(st.lists(st.sampled_from(options_of(cls)), min_size=1, max_size=4))
+    argv = [f"--{field.name}={data.draw(values_of(field), field.name)}" for field in chosen]
+    try:
+        config = parse(cls, argv, "gpt2 x")
+    except UserError:  # options that do not fit together
+        assume(False)
+    assert written_and_read(config) == config
+
+
+def test_numbers_that_python_writes_with_an_exponent_or_many_digits_are_read_back():
+    argv = ["--learning_rate=1e16", "--weight_decay=1e-07", f"--max_steps={2**70}", "--shuffle=0"]
+    config = parse(TrainConfig, argv, "gpt2 train")
+    assert written_and_read(config) == config
+    assert flatten(config)["max_steps"] == 2**70
+
+
+def test_old_names_of_options_are_aliases(tmp_path):
+    file = tmp_path / "old.toml"
+    file.write_text('window_start = "document"\n')
+    for argument in (
+        "--window_start=document",
+        "--window-start=document",
+        "--sequence_start=document",
+        f"--config={file}",
+    ):
+        assert train(argument)["sequence_start"] == "document"
+    assert "window_start" not in train()
+
+
+def test_settings_of_a_run_of_an_earlier_version(tmp_path):
+    """`earlier_config.toml` was written by a run of commit 74df706."""
+    earlier = Path(__file__).parent / "earlier_config.toml"
+    got = train(f"--config={earlier}")
+    stored = tomllib.loads(earlier.read_text("utf-8"))
+    assert stored["window_start"] == "document"
+    assert got == train() | current_names(stored)
 
 
 def test_positional_argument():
     argv = ["out/out_ckpt.pt", "--top_k=5"]
-    config, values = parse(SampleConfig, argv, "gpt2 sample", {"checkpoint": "a file"})
+    names = {"checkpoint": "a file"}
+    config, values = parse_with_positional(SampleConfig, argv, "gpt2 sample", names)
     assert values == ["out/out_ckpt.pt"]
     assert config.top_k == 5
     with pytest.raises(UserError, match="checkpoint"):
-        parse(SampleConfig, [], "gpt2 sample", {"checkpoint": "a file"})
+        parse_with_positional(SampleConfig, [], "gpt2 sample", names)
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, PrepareConfig, SampleConfig])
+def test_positional_argument_that_may_be_left_out():
+    names = {"checkpoint": "a file", "text": "what to look at"}
+    for argv, expected in ((["a", "b"], ["a", "b"]), (["a"], ["a", ""])):
+        _, values = parse_with_positional(InspectConfig, argv, "gpt2 inspect", names, ("text",))
+        assert values == expected
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
 def test_help_explains_every_option(cls, capsys):
     with pytest.raises(SystemExit):
         parse(cls, ["--help"], "gpt2 x")

@@ -1,17 +1,16 @@
-"""Files and folders that are whole or not there, and one process at a time in a folder.
+"""Atomic writes, sha256, and the lock of a folder. No other module renames or syncs files.
 
-A result is written beside its name, synced to disk and renamed. The rename is the commit: a process
-killed at any moment leaves the old file or the new one, and perhaps something that ends in `.tmp`,
-which no reader takes for a result.
+A result is written under a temporary name, synced to disk and renamed. A process that is killed at
+any moment therefore leaves the old file or the new one. It may also leave something whose name ends
+in `.tmp`, which no reader takes for a result.
 
-The lock of a folder is one of the system, which ends with its process, however that ends: a `.lock`
-that lies about locks nothing. Over NFS (version 4, Linux) the lock holds for all machines, and the
-server takes it from a machine that is gone when its lease is over, after a minute or two. Where a
-file system has no locks, only another process of the same machine is noticed, by its number in the
-file.
+The lock of a folder is a lock of the operating system on the file `.lock` in it. The system
+releases it when the process ends, however it ends: a `.lock` file that a crash left locks nothing.
+Over NFS (version 4, Linux) the lock holds for all machines. When a machine vanishes, the server
+releases its locks after the lease time, a minute or two. On a file system without locks only
+another process of this machine is noticed, by the process number in the file.
 """
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -19,26 +18,64 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from .errors import UserError, first_line
+from .errors import UserError
+
+LOCK = ".lock"
+# filelock locks byte 0, which no other handle can then read on Windows.
+HOLDER_AT = 1 if os.name == "nt" else 0
 
 
-@contextlib.contextmanager
-def committed(
-    final: Path, problems: tuple[type[Exception], ...] = (), needed: int = 0
-) -> Iterator[Path]:
-    """An empty folder to write into, which takes the name `final` at the end of the block.
+# ---- atomic writes ------------------------------------------------------------------------------
 
-    Args:
-        final: replaced if it is there.
-        problems: errors, beside OSError, by which writers say that they could not write.
-        needed: bytes that will be written, as far as it is known; for the message.
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write a file to; renames it to `path` when the block ends.
+
+    If the block raises, the temporary file is deleted and `path` stays as it was.
 
     Raises:
-        UserError: no space or no permission; what was there before is still there.
+        OSError: the file could not be written, synced or renamed.
     """
-    temporary = final.with_name(final.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
+    """Writes a whole file: after a crash `path` is the old file, or absent, or complete.
+
+    Raises:
+        OSError: the file could not be written; `path` stays as it was.
+    """
+    with replacing_file(path) as temporary, open(temporary, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+
+
+@contextmanager
+def replacing_folder(final: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """Gives an empty folder to write into; renames it to `final` when the block ends.
+
+    An old `final` is deleted just before. If the block raises, the new folder is deleted and the
+    old one stays as it was.
+
+    Args:
+        final: the folder's name; its parents are made.
+        suffix: of the temporary name.
+
+    Raises:
+        OSError: the folder could not be written, synced or renamed.
+    """
+    temporary = final.with_name(final.name + suffix)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -49,20 +86,30 @@ def committed(
         discard(final)
         os.replace(temporary, final)
         sync(final.parent)
-    except (OSError, *problems) as error:
-        raise UserError(why_not_written(final, error, needed)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fingerprint(path: Path) -> list[int | str]:
-    """Size in bytes and sha256 of a file."""
-    with open(path, "rb") as file:
-        return [os.path.getsize(path), hashlib.file_digest(file, "sha256").hexdigest()]
+def move(source: Path, target: Path) -> None:
+    """Renames a file or folder on one file system; replaces a file of that name.
+
+    Raises:
+        OSError: the system refused.
+    """
+    os.replace(source, target)
 
 
-def sync(path: Path):
-    """Asks the disk to keep what was written; folders cannot be asked on Windows."""
+def discard(folder: Path) -> None:
+    """Deletes a folder. It is renamed first, so that a half-deleted folder never looks whole."""
+    if folder.exists():
+        doomed = folder.with_name(folder.name + ".old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or folder to disk (fsync). Windows cannot flush folders."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -72,53 +119,55 @@ def sync(path: Path):
         os.close(descriptor)
 
 
-def discard(folder: Path):
-    """Deletes a folder; renamed first, so that half of it never looks whole."""
-    if folder.exists():
-        doomed = folder.with_name(folder.name + ".old.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+# ---- sha256 -------------------------------------------------------------------------------------
 
 
-def why_not_written(path: Path, error: Exception, needed: int = 0) -> str:
-    """One line about a failed write, with the bytes needed and the space that is left."""
-    reason = first_line(error)
-    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
-    # torch says "unexpected pos" when a disk is full, and nothing of a disk
-    if "unexpected pos" in reason or "PytorchStreamWriter" in reason or "space" in reason:
-        reason = "the disk is full"
-    needs = f"needs {needed / 2**30:.2f} GiB, " if needed else ""
-    return f"checkpoint {path} not written: {reason} ({needs}{free / 2**30:.2f} GiB free)"
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-LOCK = ".lock"
+def fingerprint(path: Path) -> list[int | str]:
+    """[size in bytes, sha256] of a file."""
+    return [os.path.getsize(path), sha256_of(path)]
+
+
+# ---- the lock of a folder -----------------------------------------------------------------------
 
 
 @contextmanager
 def locked(
     folder: Path, busy: str = "another process ({holder}) is making shards in {folder}"
 ) -> Iterator[None]:
-    """Makes a folder and holds its lock; a file `.lock` with our number lies there meanwhile.
+    """Makes a folder and holds its lock; the file `.lock` names this process meanwhile.
 
     Args:
         folder: made if it is missing.
-        busy: what to say when another process holds it; {holder} becomes "pid 123 on HOST".
+        busy: the message when another process holds the lock; {holder} becomes "pid 123 on HOST".
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written to.
+        UserError: another process holds the lock, or the folder cannot be written to.
     """
+    import filelock  # here, since its import takes 0.1 s and most commands lock nothing
+
     path = folder / LOCK
+    # No soft lock: its marker file would outlive a killed process.
+    lock = filelock.FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(path, busy)
-        while not _is_still(file, path):  # its last holder has just deleted it
-            file.close()
-            file = _open_locked(path, busy)
-        file.truncate(0)
-        file.write(f"{os.getpid()} {socket.gethostname()}".encode())
-        file.flush()
+        while not _acquire(lock, path):
+            if holder := _holder(path):
+                raise UserError(
+                    f"{busy.format(holder=holder, folder=folder)}; wait for it to end, or use "
+                    "another --out_dir="
+                )
+        with open(path, "r+b") as file:
+            file.seek(HOLDER_AT)
+            file.write(f"{os.getpid()} {socket.gethostname()}".encode())
+            file.truncate()
     except OSError as error:
+        lock.release()
         raise UserError(
             f"--out_dir={folder}: cannot write there ({error.strerror}); use another folder"
         ) from None
@@ -126,60 +175,51 @@ def locked(
         yield
     finally:
         if os.name == "nt":  # an open file cannot be deleted there
-            file.close()
+            lock.release()
         with suppress(OSError):
             path.unlink()
-        file.close()
+        lock.release()
 
 
-def _open_locked(path: Path, busy: str) -> BinaryIO:
-    file = open(path, "a+b")  # noqa: SIM115 - stays open as long as the lock is held
-    free = _lock(file)
-    pid, host = _holder(file)
-    if free is None:  # no locks here
-        free = host != socket.gethostname() or not _lives(pid)
-    if not free:
-        file.close()
-        holder = f"pid {pid} on {host}" if pid else "which has just begun"
-        raise UserError(
-            f"{busy.format(holder=holder, folder=path.parent)}; wait for it to end, or use "
-            "another --out_dir="
-        )
-    return file
+def _acquire(lock: Any, path: Path) -> bool:
+    """Whether this process now holds the folder.
 
-
-def _lock(file: BinaryIO) -> bool | None:
-    """Locks a file without waiting; False if another process has, None where there are no locks."""
-    if os.name == "nt":
-        import msvcrt
-
-        try:
-            file.seek(1 << 20)  # locked bytes cannot be read there, so one far behind the text
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
+    Raises:
+        OSError: `path` cannot be made or written to.
+    """
+    import filelock
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire()
+    except filelock.Timeout:
         return False
-    except OSError:  # some network file systems
-        return None
+    except (OSError, NotImplementedError):  # flock fails on some network file systems
+        path.touch()  # fails here, and not above, if it is the folder that cannot be written to
+        pid, host = _read_holder(path)
+        return host != socket.gethostname() or not _lives(pid)
     return True
 
 
-def _holder(file: BinaryIO) -> tuple[int, str]:
-    """(process, host) that wrote its number last; 0 if there is none."""
-    file.seek(0)
-    pid, _, host = file.read(300).decode(errors="replace").partition(" ")
+def _holder(path: Path) -> str:
+    """Who holds the lock, for a message; "" if the holder has just deleted the file."""
+    try:
+        pid, host = _read_holder(path)
+    except FileNotFoundError:
+        return ""
+    return f"pid {pid} on {host}" if pid else "which has just begun"
+
+
+def _read_holder(path: Path) -> tuple[int, str]:
+    """(process number, host) that the file names; the number is 0 if there is none."""
+    with open(path, "rb") as file:
+        file.seek(HOLDER_AT)
+        pid, _, host = file.read(300).decode(errors="replace").partition(" ")
     return (int(pid), host) if pid.isdecimal() and pid.isascii() else (0, host)
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process of this machine is there and not this one."""
-    if pid in (0, os.getpid()) or os.name == "nt":  # there, locks always work
+    """Whether another process of this machine has this number."""
+    if pid in (0, os.getpid()) or os.name == "nt":  # on Windows, locks always work
         return False
     try:
         os.kill(pid, 0)
@@ -188,21 +228,3 @@ def _lives(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _is_still(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def write_atomically(path: Path, *chunks: bytes | memoryview):
-    """Writes a file that is either absent (or the old one) or whole, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -28,6 +28,7 @@ from gpt2.train import step as step_module
 
 from .conftest import ROOT, TINY, run_python
 from .models import reference
+from .states import save_state
 from .train.test_loop import config, metrics, same, weights
 
 SHAPE = GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=50)
@@ -105,7 +106,7 @@ def saved(tmp_path):
     model(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64)).backward()
     optimizer.step()
     for step in (1, 2):
-        training_state.save_state(
+        save_state(
             tmp_path, step, model, {"optimizer": optimizer.state_dict(), "rng": [1.5, "x"]}, 2
         )
     model_file.save_model(tmp_path / "out_ckpt.pt", model, 2, 3.0)

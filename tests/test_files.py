@@ -1,20 +1,28 @@
-"""One process at a time in a folder, with real processes."""
+"""Atomic writes, and one process at a time in a folder, with real processes."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
 
-from gpt2.errors import UserError
-from gpt2.files import locked
+from gpt2.errors import UserError, first_line
+from gpt2.files import (
+    fingerprint,
+    locked,
+    replacing_file,
+    replacing_folder,
+    sha256_of,
+    write_atomically,
+)
 
 from .conftest import ROOT
 
 HOLD = """
 import sys
 from pathlib import Path
-from gpt2.lock import locked
+from gpt2.files import locked
 
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
@@ -62,14 +70,15 @@ def test_unusable_folder_is_one_line(tmp_path):
         locked(tmp_path / "file" / "below").__enter__()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_where_there_are_no_locks_a_living_process_of_this_machine_is_noticed(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, number
 ):
     """And neither a dead one nor one of another machine, which may be dead."""
     fcntl = pytest.importorskip("fcntl")
 
     def none(*_):
-        raise OSError(95, "Operation not supported")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
     process = hold(tmp_path)
@@ -85,3 +94,73 @@ def test_where_there_are_no_locks_a_living_process_of_this_machine_is_noticed(
         (tmp_path / ".lock").write_text(text)
         with locked(tmp_path):
             pass
+
+
+def test_a_folder_is_held_once_in_one_process_too(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(UserError, match=rf"pid {os.getpid()} on \S+\) is making shards"):
+            locked(tmp_path).__enter__()
+        assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} ")  # still names us
+
+
+TURNS = """
+import os, sys, time
+from pathlib import Path
+from gpt2.errors import UserError
+from gpt2.files import locked
+
+folder, turns = Path(sys.argv[1]), 0
+until = time.monotonic() + 1.5
+while time.monotonic() < until:
+    try:
+        with locked(folder):
+            os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
+            os.unlink(folder / "inside")
+            turns += 1
+    except UserError as error:
+        assert "is making shards" in str(error), error
+print(turns)
+"""
+
+
+def test_processes_that_hurry_are_never_inside_together(tmp_path):
+    """The file is deleted after each turn: a lock of a deleted file must not count."""
+    command = [sys.executable, "-c", TURNS, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    four = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(4)]
+    turns = [int(process.communicate()[0]) for process in four]
+    assert [process.returncode for process in four] == [0] * 4
+    assert sum(turns) > 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, b"old ", b"text")
+    with pytest.raises(KeyboardInterrupt), replacing_file(path) as temporary:  # noqa: PT012
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_bytes() == b"old text"
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    final = tmp_path / "new" / "folder"
+    for text in ("one", "two"):
+        with replacing_folder(final) as temporary:
+            (temporary / text).write_text(text)
+    with pytest.raises(OSError, match="full"), replacing_folder(final) as temporary:  # noqa: PT012
+        (temporary / "three").write_text("half")
+        raise OSError("full")
+    assert [p.name for p in final.iterdir()] == ["two"]
+    assert [p.name for p in final.parent.iterdir()] == ["folder"]
+
+
+def test_sha256_and_the_first_line_of_an_error(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "abc").startswith("ba7816bf")
+    assert fingerprint(tmp_path / "abc") == [3, sha256_of(tmp_path / "abc")]
+    assert first_line(OSError("\n one\n two")) == "one"
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(ValueError(), "damaged") == "damaged"
+    assert len(first_line(ValueError("x" * 300))) == 200

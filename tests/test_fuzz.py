@@ -20,6 +20,7 @@ from gpt2.data.shards import open_shard, read_manifest
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 
+from .states import save_state
 from .test_architecture import CONFIGS
 
 fuzz = settings(
@@ -85,7 +86,7 @@ def test_manifests_of_shards(tmp_path, content, entry):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     model = GPT(GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=20))
-    return training_state.save_state(folder, 1, model, {"t": torch.ones(2)}, 1)
+    return save_state(folder, 1, model, {"t": torch.ones(2)}, 1)
 
 
 @fuzz

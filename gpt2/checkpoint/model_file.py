@@ -1,19 +1,15 @@
-"""`out_ckpt.pt`, a model to use: a dict of `model`, `config`, `step`, `val_loss` and `format`.
+"""`out_ckpt.pt`, a model for use: a dict of `model`, `config`, `step`, `val_loss` and `format`.
 
-`model` holds tensors under GPT-2's names. Checkpoints of nanoGPT, build-nanogpt and llm.c are read
-as well (`other_formats.py`). Nothing here unpickles code: `weights_only=True` everywhere.
+`model` is a state dict with GPT-2's parameter names. Checkpoints of nanoGPT, build-nanogpt and
+llm.c are read too (`other_formats.py`). No file can run code (`safe_load.py`). The state that a run
+resumes from is another thing (`training_state.py`).
 """
 
-import contextlib
-import os
-import pickle
 import re
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,80 +17,100 @@ from torch import Tensor, nn
 from ..config.model import GPT2Config, to_dict
 from ..config.switches import SWITCH_NAMES
 from ..distributed import fsdp
-from ..errors import UserError, first_line
-from ..files import committed, sync, why_not_written
+from ..errors import UserError
+from ..files import replacing_file, replacing_folder
 from ..model.lora import merged_state
 from . import other_formats
+from .safe_load import check_sums, torch_load
+from .write_errors import bytes_of, write_errors
 
 FORMAT = 1  # of out_ckpt.pt
-# What wrappers put before or into names: torch.compile, DistributedDataParallel, FSDP.
+# Parts of names that come from wrappers: torch.compile, DistributedDataParallel, FSDP.
 WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)\.")
 
 
-# ---- out_ckpt.pt: a model to use ----------------------------------------------------------------
+# ---- writing ------------------------------------------------------------------------------------
 
 
-def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None):
-    """Writes `out_ckpt.pt`, adapters merged, or leaves the old one untouched.
+def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None) -> None:
+    """Writes a checkpoint of a model, LoRA adapters merged into its weights.
 
     Raises:
-        UserError: no space or no permission.
+        UserError: no space or no permission; an older file is still there.
     """
     write_model(path, model.config, merged_state(model), step, val_loss)
 
 
 def write_model(
     path: Path, config: GPT2Config, tensors: dict[str, Tensor], step: int, val_loss: float | None
-):
-    """The same for tensors with which nothing else happens meanwhile."""
+) -> None:
+    """Writes a checkpoint of a state dict whose tensors nobody changes during the write.
+
+    Args:
+        path: the file; its folder is made if it is missing.
+        config: of the network.
+        tensors: the state dict, on any device.
+        step: optimizer steps done.
+        val_loss: nats per token, if it is known.
+
+    Raises:
+        UserError: no space or no permission; an older file is still there.
+    """
     content = {
         "format": FORMAT,
-        "model": _on_cpu(tensors),
+        "model": on_cpu(tensors),
         "config": to_dict(config),
         "step": step,
         "val_loss": val_loss,
     }
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with write_errors(path, bytes_of(tensors)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        raise UserError(why_not_written(path, error, size_of(tensors))) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with replacing_file(path) as temporary:
+            torch.save(content, temporary)
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], settings: bytes):
-    """Writes what `lora.to_peft` made of a model's adapters, as `peft` reads it.
+def write_adapter(folder: Path, tensors: dict[str, Tensor], settings: bytes) -> None:
+    """Writes LoRA adapters as `peft` reads them.
+
+    Args:
+        folder: replaced if it is there.
+        tensors: the adapters' state dict, from `lora.to_peft`.
+        settings: the content of adapter_config.json, from `lora.to_peft`.
 
     Raises:
-        UserError: no space or no permission.
+        UserError: no space or no permission; an older folder is still there.
     """
-    with committed(folder, (safetensors.SafetensorError,)) as temporary:
+    with write_errors(folder), replacing_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_bytes(settings)
 
 
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with contiguous tensors in host memory, as file formats want them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
 def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
-    """Reads what `save_model` wrote, or a checkpoint of nanoGPT, build-nanogpt or llm.c.
+    """Reads a checkpoint that `save_model` wrote, or one of nanoGPT, build-nanogpt or llm.c.
 
     Returns:
-        (config, state dict on the CPU, the rest of the file: `step`, `val_loss`; for a foreign
-        file also `origin`, and `notes` on what had to be changed).
+        (config, state dict on the CPU, everything else in the file). The last is a dict with `step`
+        and `val_loss`. For the other projects' files it also has `origin`, the project's name, and
+        `notes`, the changes that were made to the weights.
 
     Raises:
-        UserError: no file, a damaged or foreign file, one that would run code, weights that are
-            not numbers.
+        UserError: the file is missing, damaged, of an unknown kind, would run code, or holds NaN or
+            infinity.
     """
     path = Path(path)
     if other_formats.is_llmc(path):
         config, state, rest = other_formats.read_llmc(path)
         check_finite(state, path)
         return config, state, rest
-    rest = _torch_load(path)
+    rest = torch_load(path)
     if not isinstance(rest, dict) or not ({"model", "config"} <= set(rest) or "model_args" in rest):
         raise UserError(
             f"{path}: not a checkpoint of this project (needs ['config', 'model']), of nanoGPT, "
@@ -122,18 +138,26 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     return config, state, rest
 
 
-def check_finite(state: dict[str, Tensor], path: Path):
-    """Raises UserError for weights that are not numbers."""
+def check_finite(state: dict[str, Tensor], path: Path) -> None:
+    """Raises UserError if a tensor holds NaN or infinity."""
     odd = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if odd:
         raise UserError(f"{path}: NaN or infinity in {odd[0]} ({len(odd)} tensors in all)")
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path):
-    """Gives a model the tensors of a state dict, which must fit exactly.
+def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copies a state dict into a model. All names and shapes must match.
+
+    Under FSDP each tensor is sharded like the parameter that it becomes. Parameters on the meta
+    device are replaced by the given tensors.
+
+    Args:
+        model: the network, on any device.
+        state: tensors by name.
+        source: where they come from, for the message.
 
     Raises:
-        UserError: names and shapes that are missing, unexpected or different.
+        UserError: names or shapes that are missing, unexpected or different.
     """
     own = model.state_dict()
     state = {n: t for n, t in state.items() if n != "lm_head.weight"}  # tied: stored as wte
@@ -152,57 +176,5 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path):
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what torch.compile, DDP and FSDP put into them, in any mix."""
+    """Removes the parts of names that torch.compile, DDP and FSDP add, in any combination."""
     return {WRAPPER_PREFIX.sub("", name): tensor for name, tensor in state.items()}
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _torch_load(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_stand_ins(path)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused, it is damaged or holds more than tensors and plain values "
-            f"({first_line(error)})"
-        ) from None
-    except Exception as error:  # noqa: BLE001 - on damaged bytes the unpickler raises anything
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
-
-
-def _stand_ins(path: Path) -> list[tuple[type, str]]:
-    """Our empty class in place of any GPTConfig that a pickle names, such as build-nanogpt's."""
-    try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # noqa: BLE001 - on damaged bytes the unpickler raises anything
-        return []  # torch.load will say what is wrong
-    return [(other_formats.GPTConfig, name) for name in named if name.endswith(".GPTConfig")]
-
-
-def size_of(tree: Any) -> int:
-    """Bytes of the tensors in nested dicts and lists."""
-    if isinstance(tree, Tensor):
-        return tree.nbytes
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return sum(map(size_of, tree)) if isinstance(tree, list | tuple) else 0
-
-
-def check_sums(path: Path):
-    """Compares the check sums that are in a file of torch.save, which torch.load does not.
-
-    Raises:
-        UserError: a part that differs.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
-        damaged = first_line(error)
-    if damaged:
-        raise UserError(f"{path}: damaged ({damaged}); use another checkpoint")

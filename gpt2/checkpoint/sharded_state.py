@@ -1,9 +1,11 @@
-"""States of runs whose ranks hold parts (`--parallel=fsdp`): written by all, committed by one.
+"""Training states under FSDP (`--parallel=fsdp`): all ranks write, rank 0 makes them visible.
 
-Model and moments are one safetensors file per rank, written and read by Distributed Checkpoint
-(see `parallel.write_parts`), under the names `model.<parameter>` and `optimizer.<number>.<moment>`;
-the rest is as in other states. Any number of ranks reads them, and so does a run without FSDP: a
-tensor is put together from the parts that overlap what a rank holds.
+Each rank writes its parts of the weights and of the optimizer state as one safetensors file, by
+Distributed Checkpoint (`fsdp.write_parts`). The names are `model.<parameter>` and
+`optimizer.<number>.<buffer>`. Everything else is as in other states (`training_state.py`).
+
+Any number of ranks can read such a state, and so can a run without FSDP: each rank assembles its
+tensors from the parts that overlap them.
 """
 
 import contextlib
@@ -30,52 +32,52 @@ def write(
     *,
     keep_last: int,
     rt: Runtime,
-):
-    """Commits a state; all ranks together, on a file system that all of them see.
+) -> None:
+    """Writes a state. All ranks call this together; the folder is on a file system that all share.
 
     Args:
         out_dir: the run's folder.
         step: optimizer steps done.
         config: of the network.
         tensors: state dicts of `model` and `optimizer`.
-        rest: everything else, tensors and plain values only, as rank 0 knows it.
+        rest: everything else, tensors and plain values only; rank 0's is written.
         keep_last: how many states stay.
         rt: this process.
 
     Raises:
-        UserError: on all ranks, if one could not write; older states are still there.
+        UserError: on all ranks, if one of them could not write; older states are still there.
     """
-    parts, optimizer = _apart(tensors["model"], tensors["optimizer"])
-    commit = contextlib.ExitStack()  # closed on rank 0, where it holds the folder in the making
+    parts, optimizer = _split(tensors["model"], tensors["optimizer"])
+    unfinished = contextlib.ExitStack()  # on rank 0 it holds the temporary folder
 
-    def finish():
+    def finish() -> None:
         write_rest(folder, step, config, rest | {"optimizer": optimizer})
-        commit.close()
+        unfinished.close()  # renames the folder
 
     try:
-        folder = rt.on_main(lambda: commit.enter_context(new_state(out_dir, step, keep_last)))
+        folder = rt.on_main(lambda: unfinished.enter_context(new_state(out_dir, step, keep_last)))
         with rt.alone():
             fsdp.write_parts(folder, parts)
         rt.on_main(finish)
     except BaseException:
         with contextlib.suppress(UserError):
-            commit.__exit__(*sys.exc_info())
+            unfinished.__exit__(*sys.exc_info())
         raise
 
 
-def _apart(model: dict[str, Tensor], optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict]:
-    """(tensors in parts by name, the optimizer's state dict with None in their place)."""
+def _split(model: dict[str, Tensor], optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict]:
+    """(FSDP parts by name, the optimizer's state dict with None in their place)."""
     parts = {f"model.{name}": tensor for name, tensor in model.items()}
     state: dict[int, dict] = {}
     for number, values in optimizer["state"].items():
-        moments = {key: value for key, value in values.items() if fsdp.is_part(value)}
-        parts |= {f"optimizer.{number}.{key}": value for key, value in moments.items()}
-        state[number] = values | dict.fromkeys(moments)
+        buffers = {key: value for key, value in values.items() if fsdp.is_part(value)}
+        parts |= {f"optimizer.{number}.{key}": value for key, value in buffers.items()}
+        state[number] = values | dict.fromkeys(buffers)
     return parts, optimizer | {"state": state}
 
 
 def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer, resumed: Resumed) -> dict:
-    """Fills a model from parts; the optimizer's state dict, its moments cut as the model is.
+    """Fills a model from FSDP parts; returns the optimizer's state dict, sharded like the model.
 
     Raises:
         UserError: the parts do not fit the model.
@@ -85,19 +87,19 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer, resumed: Resu
     parameters = _parameters(optimizer, stored, resumed.path)
     state = {}
     for number, values in stored["state"].items():
-        moments = {
+        buffers = {
             key: torch.zeros_like(parameters[number], requires_grad=False)
             for key, value in values.items()
             if value is None
         }
-        parts |= {f"optimizer.{number}.{key}": tensor for key, tensor in moments.items()}
-        state[number] = values | moments
+        parts |= {f"optimizer.{number}.{key}": tensor for key, tensor in buffers.items()}
+        state[number] = values | buffers
     fsdp.read_parts(resumed.path, parts)
     return stored | {"state": state}
 
 
-def cut(optimizer: torch.optim.Optimizer, resumed: Resumed) -> dict:
-    """The optimizer's state dict of a state that is not in parts, cut as the optimizer's are."""
+def shard_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> dict:
+    """Shards a full optimizer state dict like the current parameters. Without FSDP it is whole."""
     stored = resumed.state["optimizer"]
     parameters = _parameters(optimizer, stored, resumed.path)
     state = {
@@ -113,7 +115,11 @@ def cut(optimizer: torch.optim.Optimizer, resumed: Resumed) -> dict:
 
 
 def _parameters(optimizer: torch.optim.Optimizer, stored: dict, path: Path) -> list[Tensor]:
-    """By the numbers that state dicts of optimizers know them by."""
+    """The optimizer's parameters; the index is their number in an optimizer's state dict.
+
+    Raises:
+        UserError: the stored state has more parameters.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if any(number >= len(parameters) for number in stored["state"]):
         raise UserError(f"{path} is of another optimizer, or of other weights that are trained")

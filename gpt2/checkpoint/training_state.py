@@ -1,12 +1,12 @@
-"""`state/step_00000250/`, a run to continue.
+"""`state/step_00000250/`, a training state: everything that a run needs to resume bit for bit.
 
-The folder holds the model as safetensors, the rest (optimizer, scaler, position in the data, random
-generators) as tensors and plain values, and `manifest.json` with the sha256 of both. Where ranks
-hold parts of the weights (FSDP), the model and the optimizer state are one safetensors file per
-rank instead (`sharded_state.py`).
+The folder holds three files: `model.safetensors`; `train_state.pt` with the optimizer state, the
+gradient scaler, the position in the data and the random generators; and `manifest.json` with the
+sha256 of both. Under FSDP the model and the optimizer state are one safetensors file per rank
+instead (`sharded_state.py`).
 
-A state is written beside its name and renamed when it is whole (`files.py`). No format notices a
-flipped bit by itself, so the hashes are compared before anything is loaded.
+A state is written under a temporary name and renamed when it is complete (`files.py`). None of
+these formats detects a flipped bit, so the hashes are compared before anything is loaded.
 """
 
 import contextlib
@@ -22,12 +22,14 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.model import GPT2Config, to_dict
 from ..errors import UserError, first_line
-from ..files import committed, discard, fingerprint
-from .model_file import _on_cpu, _torch_load, size_of
+from ..files import discard, fingerprint, replacing_folder
+from .model_file import on_cpu
+from .safe_load import torch_load
+from .write_errors import bytes_of, write_errors
 
 STATE_FORMAT = 2  # of a state's manifest; 1 had no sha256 of its own
 MODEL_FILE, STATE_FILE, MANIFEST = "model.safetensors", "train_state.pt", "manifest.json"
@@ -35,38 +37,16 @@ STEP_FOLDER = re.compile(r"step_(\d{8})")
 PART_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # as DCP names them
 
 
-# ---- state/step_*/: a run to continue -----------------------------------------------------------
-
-
 @dataclass
 class Resumed:
-    """What a state folder held."""
+    """The content of a state folder."""
 
     path: Path
     step: int
     config: GPT2Config
-    model: dict[str, Tensor]  # empty if it is in parts
+    model: dict[str, Tensor]  # empty if in_parts
     state: dict[str, Any]
-    in_parts: bool = False  # see `sharded`
-
-
-def save_state(
-    out_dir: Path, step: int, model: nn.Module, state: dict[str, Any], keep_last: int
-) -> Path:
-    """Commits `out_dir/state/step_<step>/`, then deletes all but the last `keep_last` states.
-
-    Args:
-        out_dir: the run's folder.
-        step: optimizer steps done.
-        model: its tensors go into a safetensors file.
-        state: everything else, tensors and plain values only.
-        keep_last: how many states stay.
-
-    Raises:
-        UserError: no space or no permission; older states are still there.
-    """
-    tensors = model.state_dict()
-    return write_state(out_dir, step, model.config, tensors, state, keep_last=keep_last)
+    in_parts: bool = False  # whether the tensors are FSDP parts, which `sharded_state` reads
 
 
 def write_state(
@@ -78,39 +58,56 @@ def write_state(
     *,
     keep_last: int,
 ) -> Path:
-    """The same for tensors with which nothing else happens meanwhile."""
-    with new_state(out_dir, step, keep_last, size_of(tensors) + size_of(state)) as temporary:
-        save_file(_on_cpu(tensors), temporary / MODEL_FILE)
+    """Writes `out_dir/state/step_<step>/`, then deletes all but the last `keep_last` states.
+
+    Nobody may change the tensors during the write.
+
+    Args:
+        out_dir: the run's folder.
+        step: optimizer steps done.
+        config: of the network.
+        tensors: the model's state dict.
+        state: everything else, tensors and plain values only.
+        keep_last: how many states stay.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        UserError: no space or no permission; older states are still there.
+    """
+    with new_state(out_dir, step, keep_last, bytes_of(tensors) + bytes_of(state)) as temporary:
+        save_file(on_cpu(tensors), temporary / MODEL_FILE)
         write_rest(temporary, step, config, state)
     return out_dir / "state" / f"step_{step:08d}"
 
 
 @contextlib.contextmanager
 def new_state(out_dir: Path, step: int, keep_last: int, needed: int = 0) -> Iterator[Path]:
-    """A folder for the files of a state; at the end it is committed, and older states deleted.
+    """Gives a folder for the files of a state; renames it when the block ends, deletes old states.
 
     Args:
         out_dir: the run's folder.
         step: optimizer steps done.
         keep_last: how many states stay.
-        needed: bytes that will be written, as far as they are known.
+        needed: bytes that will be written, as far as they are known; for the message.
 
     Raises:
         UserError: no space or no permission; older states are still there.
     """
     final = out_dir / "state" / f"step_{step:08d}"
-    with committed(final, (RuntimeError, safetensors.SafetensorError), needed) as temporary:
+    with write_errors(final, needed), replacing_folder(final) as temporary:
         yield temporary
-    with contextlib.suppress(OSError):  # what cannot be deleted now is deleted next time
+    with contextlib.suppress(OSError):  # the next save tries again to delete them
         for old in state_folders(out_dir)[:-keep_last]:
             discard(old)
 
 
-def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any]):
-    """Adds what is not in safetensors, and the manifest of all files."""
+def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any]) -> None:
+    """Writes `train_state.pt`, then the manifest of all files of the folder."""
     torch.save(state, folder / STATE_FILE)
     names = sorted(path.name for path in folder.iterdir())
-    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         files = dict(zip(names, pool.map(lambda n: fingerprint(folder / n), names), strict=True))
     manifest = {"format": STATE_FORMAT, "step": step, "config": to_dict(config), "files": files}
     manifest["sha256"] = _digest(manifest)
@@ -118,19 +115,19 @@ def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any
 
 
 def state_folders(out_dir: Path) -> list[Path]:
-    """Committed states, oldest first."""
+    """Complete states of a run, oldest first."""
     return sorted(p for p in (out_dir / "state").glob("step_*") if STEP_FOLDER.fullmatch(p.name))
 
 
 def load_state(path: Path, verify: bool = True) -> Resumed:
-    """Reads one state after comparing its files with the manifest; parts are left where they are.
+    """Reads one state, after comparing its files with the manifest. FSDP parts are not read.
 
     Args:
         path: the folder.
-        verify: whether the hashes of parts are compared: once is enough for all ranks.
+        verify: whether to compare the hashes of FSDP parts, which one rank does for all.
 
     Raises:
-        UserError: what is damaged or missing.
+        UserError: a file is damaged or missing.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -145,21 +142,21 @@ def load_state(path: Path, verify: bool = True) -> Resumed:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
-    return Resumed(path, step, config, model, _torch_load(path / STATE_FILE), bool(parts))
+    return Resumed(path, step, config, model, torch_load(path / STATE_FILE), bool(parts))
 
 
 def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
-    """The state to continue from.
+    """Finds and reads the state to resume from.
 
     Args:
         out_dir: the run's folder.
-        resume: "auto" for the newest whole state of out_dir, "never" for none, or a folder.
+        resume: "auto" for the newest undamaged state of out_dir, "never" for none, or a folder.
 
     Returns:
-        (state or None, one line for each damaged state that was passed over).
+        (state or None, one line for each damaged state that was skipped).
 
     Raises:
-        UserError: the named folder is damaged, or every state is: a run that was there is never
+        UserError: the named folder is damaged, or all states are. A run that was there is never
             silently started over.
     """
     if resume == "never":
@@ -180,32 +177,30 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
     return None, []
 
 
-# ---- helpers ------------------------------------------------------------------------------------
-
-
 def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(path: Path, files: dict[str, Any], names: list[str], verify: bool):
-    """Compares a folder with its manifest, whose names cannot point elsewhere.
+def check_files(path: Path, files: dict[str, Any], names: list[str], verify: bool) -> None:
+    """Compares the files of a folder with its manifest.
 
     Args:
         path: the folder.
-        files: name -> `fingerprint`, by the manifest.
-        names: those that there must be, fixed or of a fixed form.
-        verify: whether the files are read.
+        files: the manifest's fingerprint of each file by name.
+        names: of the files that must be there. They are ours and not the manifest's, so that a
+            manifest cannot name a file outside of the folder.
+        verify: whether to read the files and compare their hashes.
 
     Raises:
-        UserError: one is damaged, or there is one more.
-        KeyError: one is not in the manifest.
-        OSError: one is not there.
+        UserError: a file is damaged, or a safetensors file too many is there.
+        KeyError: a file is not in the manifest.
+        OSError: a file is missing.
     """
-    # Parts are found by looking into the folder, where nothing else must lie
+    # Distributed Checkpoint reads every safetensors file that it finds in the folder.
     odd = {p.name for p in path.glob("*.safetensors")} - set(names)
     if odd:
         raise UserError(f"{path}: {min(odd)} is not in its manifest")
-    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         prints = pool.map(lambda n: fingerprint(path / n) if verify else files[n], names)
         for name, found in zip(names, prints, strict=True):
             if found != files[name]:

@@ -6,7 +6,6 @@ the tokenizer and a model card. It is written beside its place and renamed when 
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..checkpoint.weights import HUB_ID, Weights, load, load_local
 from ..config.model import ModernConfig, to_dict
 from ..config.switches import switched
 from ..errors import UserError
-from ..files import sync
+from ..files import replacing_folder
 from ..huggingface import model_format
 from ..huggingface.hub import http_library
 from ..model.gpt import GPT
@@ -90,28 +89,21 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
     for note in weights.notes:
         console.log(f"{weights.origin}: {note}")
     folder = folder.absolute()
-    temporary = folder.with_name(f"{folder.name}.export.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tensors = model_format.to_hf(model.state_dict())
-        del tensors["lm_head.weight"]  # the readers tie it themselves
-        save_file({n: t.contiguous() for n, t in tensors.items()},
-                  temporary / model_format.WEIGHTS_FILE, metadata={"format": "pt"})  # fmt: skip
-        for name, content in _texts(weights, folder.name).items():
-            (temporary / name).write_bytes(content)
-        # safetensors gives its file to the owner alone; others must read it like the rest
-        os.chmod(temporary / model_format.WEIGHTS_FILE, (temporary / CARD_FILE).stat().st_mode)
-        for path in temporary.iterdir():
-            sync(path)
-        if folder.exists():
-            folder.rmdir()  # it is empty; Windows renames onto nothing that is there
-        os.replace(temporary, folder)
-        sync(folder.parent)
+        with replacing_folder(folder, ".export.tmp") as temporary:
+            tensors = model_format.to_hf(model.state_dict())
+            del tensors["lm_head.weight"]  # the readers tie it themselves
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            path = temporary / model_format.WEIGHTS_FILE
+            save_file(tensors, path, metadata={"format": "pt"})
+            for name, content in _texts(weights, folder.name).items():
+                (temporary / name).write_bytes(content)
+            # safetensors gives its file to the owner alone; others must read it like the rest
+            os.chmod(path, (temporary / CARD_FILE).stat().st_mode)
+            if folder.exists():
+                folder.rmdir()  # fails if somebody has put something there meanwhile
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder} not written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return sorted(path.name for path in folder.iterdir())
 
 

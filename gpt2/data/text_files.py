@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import DamagedFile, UserError
+from ..errors import DamagedFile, UserError, first_line
 
 
 class Repaired(str):
@@ -43,10 +43,10 @@ def read_rows(path: Path, start: int = 0) -> Iterator[Row]:
             yield row
             number += 1
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise DamagedFile(
-            f"{path}: damaged or unreadable after row {number} ({why}); put a whole copy in its "
-            "place and run the same command again: it goes on from the shards made before this file"
+            f"{path}: damaged or unreadable after row {number} ({first_line(error)}); put a whole "
+            "copy in its place and run the same command again: it goes on from the shards made "
+            "before this file"
         ) from None
 
 
@@ -65,7 +65,7 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise UserError(f"{path}: row {number} is not a JSON object")
             yield number, item
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        why = getattr(error, "strerror", "") or next(iter(str(error).splitlines()), "damaged")
+        why = getattr(error, "strerror", "") or first_line(error, "damaged")
         raise UserError(f"{path}: {why} (after row {number})") from None
     except ValueError as error:
         if isinstance(error, UserError):

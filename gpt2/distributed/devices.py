@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 
 def choose_device(requested: str, local_rank: int = 0) -> torch.device:
@@ -98,8 +98,7 @@ def _compile_problem(device: torch.device) -> str:
         trial = torch.compile(lambda x: x * 2 + 1)
         trial(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - whatever is broken, training must go on without
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"torch.compile does not work here ({first_line[:150]})"
+        return f"torch.compile does not work here ({first_line(error)[:150]})"
     return ""
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 # The parts of torch.distributed that are used here are imported where they are needed: all other
 # runs and commands would wait a second for them.
@@ -172,5 +172,4 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return first_line(error)

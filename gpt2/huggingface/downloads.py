@@ -5,8 +5,6 @@ goes on.
 """
 
 import errno
-import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -14,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import move, sha256_of
 from .hub import File, HubDataset, bytes_of_file
 
 POLL_SECONDS = 0.1  # how soon Ctrl-C is noticed; Windows cannot interrupt a longer wait
@@ -116,7 +115,7 @@ class Downloads:
             self.dataset.download(file, part)
             problem = _problem(part, file)
             if not problem:
-                os.replace(part, path)
+                move(part, path)
                 return path
             part.unlink()
             if not last:
@@ -135,8 +134,7 @@ def _problem(path: Path, file: File) -> str:
     if bytes_of_file(path) != file.size_bytes:
         return f"{bytes_of_file(path):,} bytes came instead of {file.size_bytes:,}"
     if file.sha256:
-        with open(path, "rb") as data:
-            found = hashlib.file_digest(data, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != file.sha256:
             return f"its sha256 is {found[:12]}… instead of {file.sha256[:12]}…"
     return ""

@@ -4,13 +4,13 @@ Files come through huggingface_hub's cache (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLIN
 count), all from one commit, and are compared with the sha256 under which the cache keeps them.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, first_line
+from ..files import sha256_of
 from . import model_format
 from .hub import http_library
 
@@ -64,10 +64,8 @@ def _fetch(repository: str, name: str, revision: str) -> Path:
 def _verify(path: Path):
     """Compares a file with its sha256, which is its name in the cache where links are possible."""
     kept = path.resolve()
-    if SHA256.fullmatch(kept.name):
-        with open(kept, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != kept.name:
-                raise UserError(f"{kept} is damaged (its sha256 differs); delete it and try again")
+    if SHA256.fullmatch(kept.name) and sha256_of(kept) != kept.name:
+        raise UserError(f"{kept} is damaged (its sha256 differs); delete it and try again")
 
 
 @contextmanager
@@ -96,13 +94,9 @@ def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
             )
             missing.in_cache = True
             raise missing from None
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"cannot get {name} of {page}: {reason}; try again") from None
     except errors.EntryNotFoundError:
         raise _Missing(f"{repository} has no {name}; see {page}") from None
     except (errors.HFValidationError, http_library().HTTPError, OSError) as error:
-        raise UserError(f"{repository}: {_first_line(error)}; see {page}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise UserError(f"{repository}: {first_line(error)}; see {page}") from None

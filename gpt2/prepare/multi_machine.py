@@ -6,8 +6,6 @@ moves the shards up and numbers them on: together they hold the text that one ma
 written, in the same order; only the cuts between shards differ.
 """
 
-import hashlib
-import os
 import re
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -15,6 +13,7 @@ from pathlib import Path
 
 from ..data.shards import MANIFEST, open_shard, read_manifest, shard_paths, write_manifest
 from ..errors import UserError
+from ..files import move, sha256_of
 from ..report.console import log
 from .sources import Source
 
@@ -148,7 +147,7 @@ def merge(out_dir: Path) -> int:
     for source, target, _ in moves:
         if source.exists():
             try:
-                os.replace(source, target)
+                move(source, target)
             except OSError as error:
                 raise UserError(f"{source}: cannot become {target} ({error.strerror})") from None
     first = next(iter(manifests.values()))
@@ -246,10 +245,5 @@ def _check(out_dir: Path, moves: list[tuple[Path, Path, dict]]):
     targets = {target: entry for source, target, entry in moves}
     both = {target for source, target, _ in moves if source.exists() and target.exists()}
     for path in shard_paths(out_dir):
-        if path not in targets or (path in both and not _has_sha256(path, targets[path]["sha256"])):
+        if path not in targets or (path in both and sha256_of(path) != targets[path]["sha256"]):
             raise UserError(f"{path} belongs to no worker; move it away and merge again")
-
-
-def _has_sha256(path: Path, sha256: str) -> bool:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256

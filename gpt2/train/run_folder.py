@@ -4,7 +4,6 @@ Nothing that a person may want is deleted here; it moves to `archive_1`, `archiv
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..config.options import flatten
 from ..config.train import TrainConfig
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..files import locked
+from ..files import locked, move
 from ..report import metrics
 
 RUN_FILES = (  # and folders, of a run, besides its states
@@ -50,7 +49,7 @@ def archive(out_dir: Path, after_step: int, going_back: bool = False) -> Path | 
             if path.is_file():
                 shutil.copy2(path, folder / path.name)
     for path in moved:
-        os.replace(path, folder / path.relative_to(out_dir))
+        move(path, folder / path.relative_to(out_dir))
     return folder
 
 

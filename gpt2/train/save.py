@@ -60,7 +60,7 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime):
         optimizer = sharded_state.read(state.model, state.optimizer, resumed)
     else:
         model_file.load_into(state.model, resumed.model, resumed.path)
-        optimizer = sharded_state.cut(state.optimizer, resumed)
+        optimizer = sharded_state.shard_optimizer(state.optimizer, resumed)
     options = [
         {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
     ]

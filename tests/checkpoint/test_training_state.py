@@ -19,6 +19,7 @@ from gpt2.model.gpt import GPT
 from gpt2.train import run_folder
 
 from ..conftest import ROOT
+from ..states import save_state
 
 SHAPE = GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=50)
 
@@ -153,7 +154,7 @@ def test_weights_that_are_not_numbers(model, tmp_path):
 
 
 def save(out, model, step, keep=2):
-    return training_state.save_state(out, step, model, {"number": step, "t": torch.ones(3)}, keep)
+    return save_state(out, step, model, {"number": step, "t": torch.ones(3)}, keep)
 
 
 def test_state_round_trip_and_retention(model, tmp_path):
@@ -245,9 +246,9 @@ def test_clean_removes_what_a_crash_left(model, tmp_path):
 KILLED = """
 import sys, torch
 from pathlib import Path
-from gpt2 import checkpoint, commit, rundir
-from gpt2.config import GPT2Config
-from gpt2.model import GPT
+from gpt2.config.model import GPT2Config
+from gpt2.model.gpt import GPT
+from tests.states import save_state
 model = GPT(GPT2Config(n_layer=2, n_head=2, n_embd=64, block_size=8, vocab_size=20000))
 step = 0
 while True:
@@ -255,7 +256,7 @@ while True:
     for p in model.parameters():
         p.data.fill_(step)
     state = {"number": step, "t": torch.full((100_000,), float(step))}
-    checkpoint.save_state(Path(sys.argv[1]), step, model, state, 2)
+    save_state(Path(sys.argv[1]), step, model, state, 2)
     print(step, flush=True)
 """
 

@@ -17,6 +17,7 @@ from gpt2.report import metrics as metrics_module
 from gpt2.train import loop
 
 from ..conftest import TINY
+from ..states import save_state
 from ..train.test_loop import metrics, same, weights
 
 
@@ -212,7 +213,7 @@ def test_a_checkpoint_that_does_not_know_its_shards(folders, tmp_path, capsys):
     shutil.rmtree(out / "state")
     model = GPT(found.config)
     model_file.load_into(model, found.model, out)
-    training_state.save_state(out, 2, model, found.state, keep_last=1)
+    save_state(out, 2, model, found.state, keep_last=1)
     assert run(folders[0], out, steps=4) == 0
     assert "does not say which shards it was trained on" in capsys.readouterr().out
     rows = (out / "metrics.jsonl").read_text().splitlines()

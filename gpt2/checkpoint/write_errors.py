@@ -1,0 +1,46 @@
+"""A failed write of a checkpoint as one line: the reason, the bytes needed, the space left."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from ..errors import UserError, first_line
+
+
+@contextmanager
+def write_errors(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turns errors of the disk, and those of torch and safetensors about it, into a UserError.
+
+    Args:
+        path: the file or folder that the block writes.
+        needed: bytes that it writes, as far as they are known.
+
+    Raises:
+        UserError: no space or no permission.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = first_line(error)
+        # torch reports a full disk as "unexpected pos"
+        if "unexpected pos" in reason or "PytorchStreamWriter" in reason or "space" in reason:
+            reason = "the disk is full"
+        free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+        needs = f"needs {needed / 2**30:.2f} GiB, " if needed else ""
+        raise UserError(
+            f"checkpoint {path} not written: {reason} ({needs}{free / 2**30:.2f} GiB free)"
+        ) from None
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of the tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return sum(map(bytes_of, tree)) if isinstance(tree, list | tuple) else 0

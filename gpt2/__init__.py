@@ -8,4 +8,19 @@ def __getattr__(name: str):
         from .api import GPT2
 
         return GPT2
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """The version of the installed package, or of the checkout that is run without installing."""
+    import tomllib
+    from importlib import metadata
+    from pathlib import Path
+
+    try:
+        return metadata.version("gpt2")
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).parent.parent / "pyproject.toml"
+        return tomllib.loads(project.read_text("utf-8"))["project"]["version"]

@@ -47,7 +47,7 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 demo      all four on this machine, in a few minutes
 
 `gpt2 COMMAND --help` explains every option. Options are written --name=value; --config=FILE.toml
-reads them from a file."""
+reads them from a file. `gpt2 --version` prints the version."""
 
 SHARDS_USAGE = """usage: gpt2 shards COMMAND …
 
@@ -72,6 +72,11 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
         print(USAGE)
+        return 0
+    if command == "--version":
+        import gpt2
+
+        print(f"gpt2 {gpt2.__version__}")
         return 0
     try:
         return _choose(command, COMMANDS)(rest)
@@ -283,11 +288,9 @@ def demo(argv: list[str]) -> int:
     from .distributed.devices import choose_device
 
     device = choose_device("auto").type
-    recipe = Path(__file__).parent.parent / "configs" / f"demo_{device}.toml"
-    if not recipe.exists():
-        recipe = recipe.with_name("demo_cpu.toml")
-    if not recipe.exists():
-        raise UserError(f"the recipe {recipe} is not here; run `gpt2 demo` from a clone")
+    recipes = Path(__file__).with_name("recipes")  # a wheel has them there
+    recipes = recipes if recipes.is_dir() else Path(__file__).parent.parent / "configs"
+    recipe = recipes / ("demo_cuda.toml" if device == "cuda" else "demo_cpu.toml")
     steps: list[tuple[Callable, list[str]]] = [
         (prepare, ["--source=stdlib"]),
         (train, [f"--config={recipe}", *argv, f"--out_dir={out_dir}"]),

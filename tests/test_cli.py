@@ -1,6 +1,7 @@
 """The commands as a person meets them: in a process of their own."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -186,3 +187,26 @@ def test_kill_9_and_the_same_command(data_dir, tmp_path):
     assert process.returncode == 0
     assert same(weights(out / "out_ckpt.pt"), weights(whole / "out_ckpt.pt"))
     assert metrics(out) == metrics(whole)
+
+
+def test_version_without_torch():
+    """That of the distribution which is installed; a program asks `gpt2.__version__`."""
+    code = (
+        "import sys, gpt2; from gpt2.cli import main; code = main(['--version'])\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        "print(gpt2.__version__); sys.exit(code)"
+    )
+    first, second = run_python("-c", code).stdout.splitlines()
+    assert first == f"gpt2 {second}"
+    assert re.fullmatch(r"gpt2 \d+\.\d+\.\d+", first)
+
+
+def test_version_of_a_checkout_that_is_not_installed(tmp_path):
+    """Without site-packages (-S), where the distribution would be found."""
+    shutil.copytree(ROOT / "gpt2", tmp_path / "gpt2", ignore=shutil.ignore_patterns("__pycache__"))
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    changed = re.sub(r'^version = ".*"', 'version = "7.8.9"', project, flags=re.MULTILINE)
+    (tmp_path / "pyproject.toml").write_text(changed, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = run_python("-S", "-m", "gpt2", "--version", cwd=tmp_path, env=environment)
+    assert done.stdout == "gpt2 7.8.9\n"

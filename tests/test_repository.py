@@ -1,0 +1,125 @@
+"""Files around the code agree with pyproject.toml and with one another."""
+
+import re
+import tomllib
+
+import pytest
+import yaml
+
+from .conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+SYSTEMS = {"ubuntu-latest": "Linux", "macos-latest": "MacOS", "windows-latest": "Windows"}
+FORM_ITEMS = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text("utf-8")
+
+
+def workflow() -> dict:
+    """`on` is True in YAML 1.1, which PyYAML reads."""
+    return yaml.safe_load(read(".github/workflows/tests.yml"))
+
+
+def jobs_of(matrix: dict) -> set[tuple[str, str, str]]:
+    """(system, Python, torch) of each job, with those that `include` adds."""
+    names = ("os", "python", "torch")
+    assert set(matrix) == {*names, "include"}
+    jobs = {(o, p, t) for o in matrix["os"] for p in matrix["python"] for t in matrix["torch"]}
+    return jobs | {tuple(job[name] for name in names) for job in matrix["include"]}
+
+
+def not_tested(matrix: dict, project: dict) -> list[str]:
+    """What pyproject.toml promises and the matrix leaves out, or the other way round."""
+    wrong = []
+    classifiers = "\n".join(project["classifiers"])
+    pythons = re.findall(r"Python :: (3\.\d+)$", classifiers, re.MULTILINE)
+    lowest = project["requires-python"].removeprefix(">=")
+    if pythons[0] != lowest:
+        wrong.append(f"classifiers begin at {pythons[0]}, requires-python at {lowest}")
+    (torch,) = (d for d in project["dependencies"] if d.startswith("torch"))
+    low, high = re.fullmatch(r"torch>=2\.(\d+),<2\.(\d+)", torch).groups()
+    oldest, newest = f"2.{low}", f"2.{int(high) - 1}"
+    wanted = {(os, python, newest) for os in SYSTEMS for python in pythons}
+    wanted |= {(os, lowest, oldest) for os in SYSTEMS}
+    jobs = jobs_of(matrix)
+    wrong += [f"no job for {job}" for job in sorted(wanted - jobs)]
+    wrong += [f"nothing promises {job}" for job in sorted(jobs - wanted)]
+    return wrong + [f"no classifier {name}" for name in SYSTEMS.values() if name not in classifiers]
+
+
+def test_workflow_tests_what_pyproject_promises():
+    assert not_tested(workflow()["jobs"]["tests"]["strategy"]["matrix"], PROJECT) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m, p: m["python"].remove("3.12"), "no job for"),
+        (lambda m, p: m["os"].remove("macos-latest"), "no job for"),
+        (lambda m, p: m["include"].clear(), "no job for"),
+        (lambda m, p: m["python"].append("3.10"), "nothing promises"),
+        (lambda m, p: p.update(dependencies=["torch>=2.11,<2.15"]), "no job for"),
+        (lambda m, p: p.update({"requires-python": ">=3.10"}), "requires-python at 3.10"),
+        (lambda m, p: p["classifiers"].remove("Operating System :: MacOS"), "no classifier"),
+    ],
+)
+def test_a_gap_between_workflow_and_pyproject_is_seen(change, said):
+    matrix = workflow()["jobs"]["tests"]["strategy"]["matrix"]
+    project = PROJECT | {"classifiers": list(PROJECT["classifiers"])}
+    change(matrix, project)
+    assert said in "\n".join(not_tested(matrix, project))
+
+
+def test_workflow_runs_what_make_runs():
+    found = workflow()
+    assert set(found) == {"name", True, "permissions", "concurrency", "jobs"}
+    assert set(found[True]) == {"push", "pull_request"}
+    steps = [step.get("run", "") for job in found["jobs"].values() for step in job["steps"]]
+    assert "make lint" in steps
+    (pytest_of_make,) = re.findall(r"\$\(BIN\)/python (-m pytest .*)", read("Makefile"))
+    assert f"python {pytest_of_make}" in steps
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_issue_forms_are_as_github_reads_them(name):
+    form = yaml.safe_load(read(f".github/ISSUE_TEMPLATE/{name}.yml"))
+    assert {"name", "description", "body"} <= set(form)
+    asked = [item for item in form["body"] if item["type"] != "markdown"]
+    assert {item["type"] for item in form["body"]} <= FORM_ITEMS
+    assert len({item["id"] for item in asked}) == len(asked) > 0
+    assert all(item["attributes"]["label"] for item in asked)
+    assert any(item.get("validations", {}).get("required") for item in asked)
+
+
+def test_version_is_one():
+    version = PROJECT["version"]
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == version
+    assert citation["license"] == PROJECT["license"]
+    released = re.findall(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", read("CHANGELOG.md"), re.M)
+    assert released[0] == (version, citation["date-released"])
+    assert read("CHANGELOG.md").index("## Unreleased") < read("CHANGELOG.md").index(f"## {version}")
+
+
+def test_hooks_format_as_make_lint():
+    """The hook's ruff is one that pyproject.toml allows."""
+    hooks = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    found = {hook["id"]: repo["rev"] for repo in hooks for hook in repo["hooks"]}
+    assert {"ruff-check", "ruff-format", "codespell", "end-of-file-fixer"} <= set(found)
+    (wanted,) = (d for d in PROJECT["optional-dependencies"]["dev"] if d.startswith("ruff>="))
+    numbers = [[int(n) for n in text.split(".")] for text in (found["ruff-check"][1:], wanted[6:])]
+    assert numbers[0] >= numbers[1]
+
+
+@pytest.mark.skipif(not (ROOT / "gpt2/train").is_dir(), reason="modules have not moved yet")
+def test_paths_in_contributing_exist():
+    text = read("CONTRIBUTING.md")
+    named = set(re.findall(r"`((?:gpt2|tests|docs|benchmarks|configs|dev)/[\w/.*]*)`", text))
+    assert len(named) > 20
+    for name in named:
+        assert list(ROOT.glob(name.rstrip("/"))), name
+    packages = {p.parent.name for p in (ROOT / "gpt2").glob("*/__init__.py")}
+    assert packages == set(re.findall(r"^\| `gpt2/(\w+)/` \|", text, re.MULTILINE))

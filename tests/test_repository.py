@@ -114,7 +114,6 @@ def test_hooks_format_as_make_lint():
     assert numbers[0] >= numbers[1]
 
 
-@pytest.mark.skipif(not (ROOT / "gpt2/train").is_dir(), reason="modules have not moved yet")
 def test_paths_in_contributing_exist():
     text = read("CONTRIBUTING.md")
     named = set(re.findall(r"`((?:gpt2|tests|docs|benchmarks|configs|dev)/[\w/.*]*)`", text))

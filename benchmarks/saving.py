@@ -28,6 +28,7 @@ from gpt2.distributed.devices import describe
 from gpt2.distributed.runtime import Runtime
 from gpt2.train import run_folder, save, setup
 from gpt2.train import step as step_module
+from gpt2.train.run_folder import MODEL_NAME
 from gpt2.train.state import TrainState
 
 from .throughput import _late, make_data, synchronize
@@ -95,8 +96,8 @@ def time_row(  # noqa: PLR0917
     synchronize(rt)
     started, stall = time.perf_counter(), 0.0
     if kind != "none":
-        save.save(made, config, rt, final=kind == "at once")
-        save.export(made, config, rt, final=kind == "at once")
+        save.save_checkpoint(made, config, rt, final=kind == "at once")
+        save.export_model(made, config, rt, MODEL_NAME, final=kind == "at once")
         stall = time.perf_counter() - started
     for _ in range(steps):
         step()

@@ -46,7 +46,7 @@ from gpt2.errors import UserError
 from gpt2.evaluate.loss import Evaluation, evaluate
 from gpt2.train import setup
 from gpt2.train import step as step_module
-from gpt2.train.save import save_model
+from gpt2.train.save import export_model
 from gpt2.train.schedules import attention_window_at, sequences_left
 from gpt2.train.setup import resolve_init
 from gpt2.train.state import TrainState
@@ -128,7 +128,7 @@ def sprint(options: argparse.Namespace) -> Iterator[dict]:
             }
             yield from timed(state, config, rt, options, row)
             if options.save:
-                save_model(state, config, "out_ckpt.pt", rt, final=True)
+                export_model(state, config, rt, "out_ckpt.pt", final=True)
         finally:
             state.loader.close()
 

@@ -424,7 +424,7 @@ def test_help_and_typos_are_answered_fast_and_without_torch(arguments):
 def test_training_gpt2_imports_no_code_of_switches():
     code = (
         "import sys, gpt2.train.loop\n"
-        "print(*(m for m in sys.modules if m.startswith('gpt2.model') or m.startswith('torch.nn.attention')))"
+        "print(*(m for m in sys.modules if m.startswith(('gpt2.model', 'torch.nn.attention'))))"
     )
     imported = run_python("-c", code).stdout.split()
     assert "gpt2.model.gpt" in imported

@@ -1,11 +1,10 @@
-"""FSDP2: weights, gradients and moments cut into one part per rank, put together where needed.
+"""FSDP2: each rank holds a part of the weights, the gradients and the optimizer state.
 
-Zhao et al. 2023, "PyTorch FSDP" (arXiv:2304.11277), whose idea is ZeRO's (Rajbhandari et al. 2020,
-stage 3). A block's weights are gathered from all ranks before it is computed, forward and backward,
-and let go of afterwards; its gradients are summed into the part of each rank. Parameters of such a
-model are DTensors: every rank holds some rows of each (`torch.chunk` of dimension 0). Beside
-`runtime` the only module that knows torch.distributed; all works on plain tensors as well, so that
-callers do not ask what they have.
+Zhao et al. 2023, "PyTorch FSDP" (arXiv:2304.11277), after ZeRO stage 3 (Rajbhandari et al. 2020). A
+block's weights are all-gathered before its forward and its backward, and freed afterwards; its
+gradients are reduce-scattered. Parameters of such a model are DTensors: every rank holds some rows
+of each (`torch.chunk` of dimension 0). All functions accept plain tensors and models as well, so
+that callers need not know whether FSDP is on.
 """
 
 import sys
@@ -18,20 +17,20 @@ from torch import Tensor, nn
 
 from ..errors import UserError, first_line
 
-# The parts of torch.distributed that are used here are imported where they are needed: all other
-# runs and commands would wait a second for them.
+# torch.distributed.fsdp, .tensor and .checkpoint are imported inside of functions: they take a
+# second, for which runs without FSDP would wait.
 
 
-def shard(model: nn.Module, device: torch.device, dtype: torch.dtype):
-    """Moves a `GPT` on the CPU to the devices of all ranks, cut in parts; in place.
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves a `GPT` from the CPU to the devices of all ranks, each its part, in place.
 
-    Blocks are units of their own; embeddings and the last norm are one, with the model itself. All
-    ranks get rank 0's weights, as DDP does it. A GPU never holds more than its part and one block.
+    Every block is an FSDP unit; embeddings and the last norm are another one. All ranks get rank
+    0's weights, as with DDP. A GPU never holds more than its part and one block.
 
     Args:
         model: equal in shape on all ranks, with plain names, which stay.
         device: of this rank.
-        dtype: of the products; weights are gathered in it, gradients summed in float32.
+        dtype: of the matmuls; weights are all-gathered in it, gradients reduced in float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -58,7 +57,7 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
 
 
 def method(model: nn.Module, name: str) -> Callable:
-    """A method that is called by itself, past `forward`: gathers weights as `forward` does."""
+    """A method of the model for which FSDP all-gathers the weights, as it does for `forward`."""
     if not is_sharded(model):
         return getattr(model, name)
     from torch.distributed.fsdp import register_fsdp_forward_method
@@ -71,28 +70,28 @@ def method(model: nn.Module, name: str) -> Callable:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """() the norm of all gradients, over the parts of all ranks, who must ask together."""
+    """() the norm of all gradients over the parts of all ranks; all ranks must call it."""
     return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
-def is_part(t) -> bool:
-    """Whether this is a tensor of which every rank holds a part, a DTensor."""
+def is_part(t: object) -> bool:
+    """Whether this is a DTensor, of which every rank holds a part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def local(t: Tensor) -> Tensor:
-    """This rank's part, which shares its memory; a plain tensor is whole."""
+    """This rank's part of a DTensor, sharing its memory; a plain tensor as it is."""
     return t.to_local() if is_part(t) else t
 
 
 def whole(t: Tensor) -> Tensor:
-    """The tensor with the parts of all ranks, who must ask together."""
+    """The whole tensor, all-gathered; all ranks must call it."""
     return t.full_tensor() if is_part(t) else t
 
 
 def as_part_of(part: Tensor, like: Tensor) -> Tensor:
-    """A part that was computed from `local(like)`, as a tensor cut like it."""
+    """A DTensor made of this rank's part, distributed as `like`; the inverse of `local`."""
     if not is_part(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -102,7 +101,7 @@ def as_part_of(part: Tensor, like: Tensor) -> Tensor:
 
 
 def cut(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor, which all ranks hold alike."""
+    """This rank's part of a whole tensor, which every rank holds."""
     if not is_part(like):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -112,16 +111,16 @@ def cut(full: Tensor, like: Tensor) -> Tensor:
 
 
 def like(full: Tensor, like: Tensor) -> Tensor:
-    """A full tensor, which all ranks hold alike, on the device of another and cut like it."""
+    """A whole tensor, which every rank holds, distributed as `like` and on its device."""
     if not is_part(like):
         return full
     return as_part_of(cut(full.to(like.device, like.dtype), like), like)
 
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """The state dict; of a model in parts, whole tensors on the CPU, one after the other.
+    """The state dict; with FSDP, whole tensors on the CPU, all-gathered one after the other.
 
-    All ranks must ask together; those that do not `keep` them get an empty one.
+    All ranks must call it; a rank with `keep` False gets an empty dict.
     """
     if not is_sharded(model):
         return model.state_dict()
@@ -133,11 +132,10 @@ def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     return state
 
 
-def write_parts(folder: Path, tensors: dict[str, Tensor]):
-    """Writes tensors by Distributed Checkpoint, every rank its parts, all ranks together.
+def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes DTensors by Distributed Checkpoint (DCP), one safetensors file per rank.
 
-    As safetensors, one file per rank. Its own format is not used: its metadata are a pickle, which
-    runs what it is told to when it is read.
+    DCP's own format is not used: its metadata is a pickle, and reading it can execute code.
 
     Raises:
         UserError: on all ranks, when one could not write.
@@ -151,8 +149,8 @@ def write_parts(folder: Path, tensors: dict[str, Tensor]):
         raise UserError(f"checkpoint {folder} not written: {_reason(error)}") from None
 
 
-def read_parts(folder: Path, tensors: dict[str, Tensor]):
-    """Fills tensors with what any number of ranks wrote; each rank reads what it holds.
+def read_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills DTensors from the files of any number of ranks; each rank reads its own part.
 
     The files must have been compared with their hashes; nothing in them is executed.
 

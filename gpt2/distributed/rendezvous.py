@@ -1,8 +1,8 @@
-"""How the ranks of one start find one another in a store that remembers earlier starts.
+"""A fresh key prefix in torchrun's store for each start of the ranks.
 
-torchrun keeps its store while it restarts ranks that have died, in torch 2.13 with the addresses of
-the dead in it: a rank that is quick reads them, connects to nobody, and the restart fails as well.
-So every start uses names of its own, which rank 0 makes up and all agree on.
+torchrun keeps its store when it restarts ranks. In torch 2.13 the store then still holds the
+addresses of the dead ranks: a quick rank reads them, connects to nobody, and the restart fails too.
+Each start therefore uses keys of its own, under a name that rank 0 makes up and all ranks agree on.
 """
 
 import json
@@ -15,10 +15,11 @@ PAUSE = 0.05  # seconds between two looks
 
 
 def meet(store: Store, rank: int, world_size: int) -> str:
-    """A name for this start, the same on all ranks and never used before; waits for all of them.
+    """A new name for this start, equal on all ranks; waits until every rank has it.
 
-    Every rank says a word of its own, which rank 0 repeats beside the name; so each knows that what
-    it reads is of now. It confirms the name, and rank 0 goes on repeating until all have.
+    Each rank posts a random word. Rank 0 publishes its name together with all words, so a rank can
+    tell a fresh answer from one of an earlier start. A rank confirms the name, and rank 0 publishes
+    again until all ranks have confirmed.
     """
     word = uuid.uuid4().hex
     if rank:

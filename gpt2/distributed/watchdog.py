@@ -1,9 +1,12 @@
-"""Finds the rank that hangs, where the others would wait for it in silence.
+"""Names the rank that hangs, for which the other ranks would wait in silence.
 
-Each rank publishes how far it is, every tenth of the limit. A rank that has made no progress for
-the whole limit looks at what the others have published, says which of them is behind or silent, and
-ends its process; the launcher then ends the others. A rank that works alone, such as the one that
-writes a checkpoint to a slow disk while the others wait, publishes that too and is waited for.
+Each rank publishes its progress every tenth of the limit. A rank without progress for the whole
+limit reads what the others have published, logs which of them is behind or silent, and ends its
+process; torchrun then ends the others. A rank that works alone, such as rank 0 writing a checkpoint
+to a slow disk, publishes that too and is waited for.
+
+NCCL's own monitor ends a process after its timeout without naming the rank that hangs, and gloo has
+none; torchft restarts replicas, which is another and larger mechanism.
 """
 
 import contextlib
@@ -20,15 +23,15 @@ PATIENCE = 1800.0  # seconds for what a rank does alone
 
 
 class Watchdog:
-    """Watches one rank, and remembers the others' last signs of life.
+    """Watches this rank, and remembers the last signs of life of the others.
 
     Args:
-        store: see `Store`.
+        store: shared by all ranks.
         rank: of this process.
         world_size: number of ranks.
         seconds: without progress, after which the process ends.
-        tell: is given the one line that says why.
-        leave: is given the exit code and does not return.
+        log: gets the one line that names the rank.
+        leave: gets the exit code and does not return.
     """
 
     def __init__(
@@ -53,13 +56,13 @@ class Watchdog:
         for work in (self._publish, self._watch):  # two: the store may hang as well
             threading.Thread(target=work, name="watchdog", daemon=True).start()
 
-    def beat(self):
-        """Progress: called at the same places by all ranks."""
+    def beat(self) -> None:
+        """Counts progress; all ranks call it at the same places of the program."""
         self._beats += 1
         self._moved = time.monotonic()
 
-    def reached(self, step: int):
-        """A step is done. From the first on the limit counts; before, the network is compiled."""
+    def reached(self, step: int) -> None:
+        """Counts a finished step. The limit applies after the first, which may compile."""
         self._step, self._armed = step, True
         self.beat()
 
@@ -73,11 +76,11 @@ class Watchdog:
             self._alone -= 1
             self._moved = time.monotonic()
 
-    def close(self):
+    def close(self) -> None:
         """Stops watching."""
         self._closed.set()
 
-    def _publish(self):
+    def _publish(self) -> None:
         number = 0
         while not self._closed.wait(self._period if number else 0):
             number += 1
@@ -92,7 +95,7 @@ class Watchdog:
                 continue
             self._published = time.monotonic()
 
-    def _watch(self):
+    def _watch(self) -> None:
         excused = 0.0  # when another rank was last seen to work alone
         while not self._closed.wait(self._period / 2):
             now = time.monotonic()

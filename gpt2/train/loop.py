@@ -25,7 +25,7 @@ from .messages import (
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
 from .run_folder import MODEL_NAME, open_log, out_dir, run_folder_lock
-from .save import export, save
+from .save import export_model, save_checkpoint
 from .setup import build, resolve_init, resolve_steps
 from .state import TrainState
 from .step import Launched, train_step
@@ -96,14 +96,14 @@ def between_steps(
     is_new = state.step > resumed_at  # else the checkpoint is there already
     with state.clock.pause():
         if save_due and is_new:
-            save(state, config, rt, final=ends)
+            save_checkpoint(state, config, rt, final=ends)
         evaluate_where_due(state, config, rt, log, last)
         if not ends and is_over(state, config):
             ends = save_due = True
             if is_new:
-                save(state, config, rt, final=True)
+                save_checkpoint(state, config, rt, final=True)
         if save_due:
-            export(state, config, rt, final=ends)
+            export_model(state, config, rt, MODEL_NAME, final=ends)
     return ends
 
 

@@ -1,4 +1,4 @@
-"""What a training run says: where it stands before the first step, and a line for each step."""
+"""Console lines and log entries of a training run: before the first step, and for each step."""
 
 import contextlib
 import json
@@ -16,12 +16,12 @@ from .schedules import sequences_left
 from .state import TrainState
 
 FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
-MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that say where, not what
+MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that do not change the run itself
 
 
 def log_evaluation(
     parts: dict[str, Evaluation], state: TrainState, rt: Runtime, log: metrics.RunLog
-):
+) -> None:
     """One line on the console, one object in metrics.jsonl, over all datasets together."""
     result = together(parts.values())
     several = parts if len(parts) > 1 else {}
@@ -42,8 +42,10 @@ def log_evaluation(
         console.log(line + each)
 
 
-def log_hellaswag(results: dict[str, float], state: TrainState, rt: Runtime, log: metrics.RunLog):
-    """The same for HellaSwag."""
+def log_hellaswag(
+    results: dict[str, float], state: TrainState, rt: Runtime, log: metrics.RunLog
+) -> None:
+    """One line on the console, one object in metrics.jsonl, for HellaSwag."""
     log.record(state.step, **results, tokens=state.tokens)
     if rt.is_main:
         console.log(
@@ -59,8 +61,8 @@ def log_training_step(  # noqa: PLR0917
     config: TrainConfig,
     rt: Runtime,
     log: metrics.RunLog,
-):
-    """The same for a training step, with the rate since the last line."""
+) -> None:
+    """One line, one object in metrics.jsonl, for a step; with the tokens/s since the last line."""
     rate, state.seconds = state.clock.lap()
     peak = throughput.peak_flops(rt.device_name, str(rt.dtype).removeprefix("torch."))
     achieved = rate * state.model.flops_per_token()
@@ -72,19 +74,18 @@ def log_training_step(  # noqa: PLR0917
     log.record(step, **values)
     if rt.is_main:
         steps = config.optim.max_steps
-        windows = sequences_left(step, config.optim, state.plan)
-        left = state.clock.seconds_left(windows * state.plan.block_size)
+        sequences = sequences_left(step, config.optim, state.plan)
+        left = state.clock.seconds_left(sequences * state.plan.block_size)
         line = {"step": step} | values
         console.log(console.console_line(line, max_steps=steps, seconds_left=left))
 
 
-def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str):
-    """Says whether the loss of fresh weights is what theory expects (`GPT.expected_first_loss`).
+def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str) -> None:
+    """Compares the first loss with `GPT.expected_first_loss`, and warns where they differ.
 
-    Of weights that were given (`init`), the theory knows nothing but that guessing would be worse.
-
-    Text that often repeats its last token, such as source code with its spaces, lies a little
-    below, because a fresh network slightly prefers the token that it has just read.
+    Given weights (`init`) must only do better than guessing. With fresh weights, text that often
+    repeats its last token, such as source code with its spaces, lies a little below the theory: a
+    fresh network slightly prefers the token that it has just read.
     """
     if not rt.is_main:
         return
@@ -106,29 +107,32 @@ def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str):
 
 
 def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, tokens: int) -> str:
-    """Writes which text a step read, of all ranks, into nonfinite.json; the first of it in words.
+    """Writes the places of all sequences that a step read into nonfinite.json.
 
     Args:
         state: of the run.
         config: its settings.
-        tokens_before: that the run had trained on before the step.
-        tokens: of the step.
+        tokens_before: tokens that the run had trained on before the step.
+        tokens: tokens of the step, over all ranks.
+
+    Returns:
+        The place of the first sequence in words, for the error.
     """
     length = state.plan.block_size
     found = state.loader.order.locate(tokens_before // length, tokens // length)
-    windows = [
+    sequences = [
         {"shard": str(shard.path), "first_token": int(start), "tokens": length + 1}
         for shard, start in found
     ]
     path, content = out_dir(config) / "nonfinite.json", {"tokens_before": tokens_before}
     with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-        write_atomically(path, json.dumps(content | {"windows": windows}, indent=1).encode())
-    first = f"{windows[0]['shard']} from token {windows[0]['first_token']:,}"
-    return f"{first} and {len(windows) - 1} more windows (all in {path})"
+        write_atomically(path, json.dumps(content | {"windows": sequences}, indent=1).encode())
+    first = f"{sequences[0]['shard']} from token {sequences[0]['first_token']:,}"
+    return f"{first} and {len(sequences) - 1} more windows (all in {path})"
 
 
-def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None):
-    """What is about to happen, and why so."""
+def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> None:
+    """Logs the network, the device, the batch and the data of the run, before its first step."""
     if not rt.is_main:
         return
     c = state.model.config
@@ -154,9 +158,9 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
 
 
 def describe_data(state: TrainState, options: OptimOptions) -> list[str]:
-    """A line for each dataset: its share, and how often the run will read it."""
+    """One line for each dataset: its share, its tokens, and how many epochs the run makes."""
     lines = []
-    windows = sequences_left(0, options, state.plan)
+    planned = sequences_left(0, options, state.plan)
     for dataset, order in zip(state.datasets, state.loader.order.orders, strict=True):
         share = f"{dataset.name}: {dataset.share:.1%} of the tokens; " if dataset.share < 1 else ""
         held = sum(shard.tokens for shard in dataset.train)
@@ -166,13 +170,13 @@ def describe_data(state: TrainState, options: OptimOptions) -> list[str]:
             longer = f" ({times:.2f} times those of the shards: windows begin with documents)"
         lines.append(
             f"{share}{order.tokens_per_epoch:,} training tokens per epoch{longer}; "
-            f"{options.max_steps} steps are {windows * dataset.share / order.per_epoch:.2f} epochs"
+            f"{options.max_steps} steps are {planned * dataset.share / order.per_epoch:.2f} epochs"
         )
     return lines
 
 
 def out_of_memory(plan: BatchPlan, checkpointing: bool = False) -> str:
-    """What to do when the GPU's memory is too small: the same step in smaller micro-batches."""
+    """The message for a GPU that is out of memory: smaller micro-batches, equal tokens per step."""
     now = plan.batch_size
     smaller = max((n for n in range(1, now) if now % n == 0), default=0)
     if not smaller:

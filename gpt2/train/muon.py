@@ -2,8 +2,12 @@
 
 The update of a matrix is its Nesterov momentum made nearly orthogonal: by five quintic polynomials,
 each the best for what the one before leaves (Polar Express, Amsel et al. 2025, arXiv:2505.16932),
-over all matrices of one shape at once. NorMuon (Li et al. 2025, arXiv:2510.05491) then gives the
-rows of an update, which are neurons, about equal length.
+over all matrices of one shape at once. NorMuon (Li et al. 2025, arXiv:2510.05491) then normalises
+the rows of the update, which belong to one neuron each.
+
+`torch.optim.Muon` orthogonalises one matrix after the other by one fixed quintic
+polynomial. Here matrices of one shape are one batched matmul, ranks share them, FSDP parts are
+gathered, and a step with NaN is skipped on the device.
 """
 
 import functools
@@ -35,12 +39,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x
 
 
-def look_ahead(  # noqa: PLR0917 - one kernel
+def nesterov(  # noqa: PLR0917 - one kernel
     mean: Tensor, grad: Tensor, momentum: Tensor, skip: Tensor, scale: Tensor, to: torch.dtype
 ) -> Tensor:
-    """The gradient / scale, looked ahead with its running mean, which is updated unless skip > 0.
+    """Nesterov momentum of gradient / scale; updates the running mean unless skip > 0.
 
-    `momentum`, `skip` and `scale` are () tensors, so that a schedule does not compile anew.
+    `momentum`, `skip` and `scale` are () tensors: a number would compile anew for each value.
     """
     grad = torch.where(skip > 0, 0.0, grad / scale)
     new = torch.where(skip > 0, mean, mean.lerp(grad, 1 - momentum))
@@ -49,23 +53,24 @@ def look_ahead(  # noqa: PLR0917 - one kernel
     return ahead.to(to)
 
 
-def even_rows(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
-    """Rows divided by the root of their running mean of squares, the norm of each matrix as before.
+def normalise_rows(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
+    """NorMuon: divides each row by the root of its running mean of squares.
 
-    Keeping the norm, and not the paper's 0.2 √(rows · columns), leaves `muon_lr` its meaning.
+    Each matrix keeps its norm. The paper scales to 0.2 √(rows · columns) instead, which would give
+    `muon_lr` another meaning than in Muon.
 
     Args:
         update: (matrices, rows, columns).
-        squares: (matrices, rows, 1) the running mean, which is updated unless skip > 0.
+        squares: (matrices, rows, 1) running mean of squares, updated unless skip > 0.
         skip: ().
     """
     exact = update.to(squares.dtype)
     new = squares.lerp(exact.square().mean(-1, keepdim=True), 1 - ROW_DECAY)
     new = torch.where(skip > 0, squares, new)
     squares.copy_(new)
-    even = exact / (new.sqrt() + 1e-8)
-    before, after = (m.norm(dim=(-2, -1), keepdim=True) for m in (exact, even))
-    return even * (before / (after + 1e-8))
+    normalised = exact / (new.sqrt() + 1e-8)
+    before, after = (m.norm(dim=(-2, -1), keepdim=True) for m in (exact, normalised))
+    return normalised * (before / (after + 1e-8))
 
 
 def apply(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor):
@@ -75,16 +80,16 @@ def apply(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor):
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    """On a GPU in one kernel, or in few; the products for each shape anew."""
+    """One kernel on a GPU, or few; the matmuls are compiled for each shape."""
     return torch.compile(function, dynamic=False if function is orthogonalise else None)
 
 
 class MuonAndAdamW(torch.optim.AdamW):
-    """One optimizer for both. Groups with `parts` are Muon's, the others AdamW's.
+    """Muon for the groups with `parts`, AdamW for the others.
 
     Args:
         groups: `parts`: how many matrices stand one above the other in each parameter (queries,
-            keys and values: 3); `momentum`; `even`: whether it is NorMuon.
+            keys and values: 3); `momentum`; `normuon`: whether rows are normalised.
         all_sum: sums a tensor over ranks in place; each rank orthogonalises its share.
         rank: of this process.
         world_size: ranks.
@@ -108,16 +113,16 @@ class MuonAndAdamW(torch.optim.AdamW):
         super().__init__(groups, **settings)
         self.all_sum, self.rank, self.world_size = all_sum, rank, world_size
         self.precision = precision
-        parts = look_ahead, orthogonalise, even_rows, apply
-        self.look_ahead, self.orthogonalise, self.even_rows, self.apply = (
+        parts = nesterov, orthogonalise, normalise_rows, apply
+        self.nesterov, self.orthogonalise, self.normalise_rows, self.apply = (
             _compiled(part) if compiled else part for part in parts
         )
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update, by gradients / `grad_scale`; none of a parameter where `found_inf` is 1.
+        """One update, with gradients divided by `grad_scale`; none where `found_inf` is 1.
 
-        The loop sets both.
+        `train/step.py` sets both attributes, as `GradScaler` does for fused optimizers.
         """
         assert closure is None
         groups = self.param_groups
@@ -147,12 +152,12 @@ class MuonAndAdamW(torch.optim.AdamW):
             updates = iter([u if m.shape[0] <= m.shape[1] else u.mT for u, m in pairs])
             for p, group in members:
                 update = torch.stack([next(updates) for _ in range(group["parts"])])
-                if group["even"]:
-                    update = self._even(p, update, number)
+                if group["normuon"]:
+                    update = self._normalise_rows(p, update, number)
                 self._apply(p, cut(update.flatten(0, 1), p), group, number)
 
     def _momentum(self, p: Tensor, group: dict, number: Callable) -> Tensor:
-        """The whole gradient, looked ahead with its running mean, which is updated."""
+        """Nesterov momentum of a parameter, whole on every rank; updates the running mean."""
         state = self.state[p]
         if not state:  # "step" is what AdamW's loading of states looks for
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -160,26 +165,26 @@ class MuonAndAdamW(torch.optim.AdamW):
         mean, grad = local(state["momentum"]), local(p.grad)
         momentum, skip = number(group["momentum"], p.device), self._skip(number, p)
         scale = self._from_loop("grad_scale", 1.0, number, p)
-        ahead = self.look_ahead(mean, grad, momentum, skip, scale, self.precision)
+        ahead = self.nesterov(mean, grad, momentum, skip, scale, self.precision)
         return whole(as_part_of(ahead, p))
 
-    def _even(self, p: Tensor, update: Tensor, number: Callable) -> Tensor:
-        """`even_rows`; every rank has the mean of squares of all rows, a number for each."""
+    def _normalise_rows(self, p: Tensor, update: Tensor, number: Callable) -> Tensor:
+        """`normalise_rows`; every rank holds the mean of squares of all rows."""
         state = self.state[p]
         if "squares" not in state:
             state["squares"] = update.new_zeros(*update.shape[:2], 1, dtype=p.dtype)
-        return self.even_rows(update, state["squares"], self._skip(number, p))
+        return self.normalise_rows(update, state["squares"], self._skip(number, p))
 
     def _skip(self, number: Callable, p: Tensor) -> Tensor:
         return self._from_loop("found_inf", 0.0, number, p)
 
     def _from_loop(self, name: str, otherwise: float, number: Callable, p: Tensor) -> Tensor:
-        """A () tensor that the loop may have set, by the name that fused optimizers look at."""
+        """A () tensor that `train/step.py` may have set, else a constant."""
         found = getattr(self, name, None)
         return number(otherwise, p.device) if found is None else found
 
     def _share(self, stack: Tensor) -> Tensor:
-        """Orthogonalises this rank's share of a stack; the sum over ranks has them all."""
+        """Orthogonalises this rank's share of a stack; an all-reduce gives every rank all."""
         if self.world_size == 1:
             return self.orthogonalise(stack)
         each = -(-len(stack) // self.world_size)

@@ -1,8 +1,8 @@
 """Parameter groups, AdamW or Muon with it, and gradient clipping."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,49 +17,50 @@ from .muon import MuonAndAdamW
 def build_optimizer(
     model: nn.Module, options: OptimOptions, rt: Runtime | None = None
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) in its fused form, alone or with Muon.
+    """AdamW (Loshchilov & Hutter 2019) in its fused form, alone or together with Muon.
 
-    Matrices and embeddings decay, biases and norms do not. A group whose learning rate is not
-    `learning_rate` says so by `lr_ratio`, their quotient; all say which parameters they hold.
+    Matrices and embeddings decay; biases and norms do not. A group with a peak rate of its own
+    carries `lr_ratio`, that rate divided by `learning_rate`. Every group carries the names of its
+    parameters, by which a checkpoint is compared.
 
     Args:
-        model: its parameters.
+        model: its trainable parameters.
         options: rates and decay.
-        rt: with Muon, the ranks that share its work.
+        rt: with Muon, the ranks that share its work; None: this process alone.
     """
     o = options
-    left = {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    def take(wanted: Callable[[str, nn.Parameter], bool], **settings) -> dict:
-        """A group of those that are wanted and in no group yet."""
-        names = [n for n, p in left.items() if wanted(n, p)]
-        return {"params": [left.pop(n) for n in names], "names": names} | settings
-
-    decays = {"weight_decay": o.weight_decay}
-    apart = []
+    settings: dict[str, dict[str, Any]] = {  # in the order in which checkpoints number parameters
+        "decay": {"weight_decay": o.weight_decay},
+        "no_decay": {"weight_decay": 0.0},
+    }
     if o.embedding_lr:
-        apart.append(take(_is_table, **decays, lr_ratio=o.embedding_lr / o.learning_rate))
+        ratio = o.embedding_lr / o.learning_rate
+        settings["embedding"] = {"weight_decay": o.weight_decay, "lr_ratio": ratio}
     if o.head_lr:
         ratio = o.head_lr / o.learning_rate
-        apart.append(take(lambda n, _: n == "head.weight", **decays, lr_ratio=ratio))
+        settings["head"] = {"weight_decay": o.weight_decay, "lr_ratio": ratio}
     if o.optimizer != "adamw":
         muon = {
             "weight_decay": o.weight_decay if o.muon_weight_decay < 0 else o.muon_weight_decay,
             "lr_ratio": o.muon_lr / o.learning_rate,
             "momentum": o.muon_momentum,
-            "even": o.optimizer == "normuon",
+            "normuon": o.optimizer == "normuon",
         }
-        apart.append(take(lambda n, p: _in_block(n, p) and "c_attn" not in n, parts=1, **muon))
-        apart.append(take(_in_block, parts=3, **muon))  # queries, keys and values
-    groups = [take(lambda _, p: p.ndim >= 2, **decays), take(lambda *_: True, weight_decay=0.0)]
-    groups = [g for g in groups + apart if g["params"] or o.optimizer == "adamw"]
+        settings["muon"] = {"parts": 1} | muon
+        settings["muon_qkv"] = {"parts": 3} | muon  # queries, keys and values: three matrices
+    groups = {kind: {"params": [], "names": []} | of_kind for kind, of_kind in settings.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = groups[_kind(name, parameter, set(settings))]
+            group["params"].append(parameter)
+            group["names"].append(name)
     common = {"lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": 1e-8, "fused": True}
     if o.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **common)
+        return torch.optim.AdamW(list(groups.values()), **common)
     on_gpu = rt is not None and rt.device.type == "cuda"
     in_bf16 = on_gpu and choose_dtype("auto", rt.device)[0] is torch.bfloat16
     return MuonAndAdamW(
-        groups,
+        [group for group in groups.values() if group["params"]],
         all_sum=rt.all_sum if rt else lambda tensor: tensor,
         rank=rt.rank if rt else 0,
         world_size=rt.world_size if rt else 1,
@@ -69,22 +70,28 @@ def build_optimizer(
     )
 
 
-def _is_table(name: str, _: nn.Parameter) -> bool:
-    tables = "wte", "wpe", "value_tables"
-    return name.startswith(tuple(f"transformer.{table}" for table in tables))
+def _kind(name: str, parameter: nn.Parameter, kinds: set[str]) -> str:
+    """Which of the groups that there are takes a parameter; the first that fits."""
+    tables = tuple(f"transformer.{table}" for table in ("wte", "wpe", "value_tables"))
+    if "embedding" in kinds and name.startswith(tables):
+        return "embedding"
+    if "head" in kinds and name == "head.weight":
+        return "head"
+    if "muon" in kinds and ".h." in name and parameter.ndim == 2:
+        return "muon_qkv" if "c_attn" in name else "muon"
+    return "decay" if parameter.ndim >= 2 else "no_decay"
 
 
-def _in_block(name: str, p: nn.Parameter) -> bool:
-    return ".h." in name and p.ndim == 2
-
-
-def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path):
-    """Raises UserError when a stored state would go to other parameters than it is of.
+def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -> None:
+    """Compares the optimizer state of a checkpoint with the parameters that it would go to.
 
     Args:
-        optimizer: the one that is to go on.
-        stored: the state dict of the one before.
-        origin: where it is from.
+        optimizer: of this run.
+        stored: the checkpoint's optimizer state dict.
+        origin: the checkpoint, for the message.
+
+    Raises:
+        UserError: other groups, or a tensor of another shape, which torch itself does not notice.
     """
     ours, theirs = optimizer.param_groups, stored["param_groups"]
     pairs = itertools.zip_longest(ours, theirs, fillvalue={"params": (), "names": ()})
@@ -97,7 +104,7 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path):
                 "--out_dir"
             )
     members = [pair for own in ours for pair in zip(own["names"], own["params"], strict=True)]
-    for number, (name, parameter) in enumerate(members):  # torch itself does not compare shapes
+    for number, (name, parameter) in enumerate(members):
         for kind, tensor in stored["state"].get(number, {}).items():
             if kind == "squares":
                 continue
@@ -108,17 +115,20 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path):
                 )
 
 
-def clip_gradients(optimizer: torch.optim.AdamW, norm: torch.Tensor, limit: float, inside: bool):
-    """Scales gradients, whose norm is given, so that it is `limit` at most.
+def clip_gradients(
+    optimizer: torch.optim.AdamW, norm: torch.Tensor, limit: float, in_optimizer: bool
+) -> None:
+    """Scales all gradients so that their norm is at most `limit` (Pascanu et al. 2013).
 
     Args:
-        optimizer: of all that have a gradient.
-        norm: () on their device.
+        optimizer: of the parameters.
+        norm: () the norm of all gradients, on their device.
         limit: above 0.
-        inside: let the optimizer divide while it reads them, and spare a pass over the memory. That
-            is meant for `GradScaler`, which uses it itself; not all devices heed it.
+        in_optimizer: the fused optimizer divides while it reads the gradients, which saves a pass
+            over the memory. Its attribute `grad_scale` was made for `GradScaler`; fused kernels on
+            CUDA read it, other devices may not.
     """
-    if inside:
+    if in_optimizer:
         optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

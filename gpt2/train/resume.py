@@ -1,6 +1,7 @@
-"""How a run continues: from which checkpoint, and what an earlier run left behind."""
+"""How a run continues: which checkpoint it resumes from, and where newer ones go."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint import training_state
@@ -18,8 +19,8 @@ from .state import TrainState
 
 
 def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
-    """The state to continue from, or None for a new run; changes nothing but our leftovers."""
-    kept: list[Resumed] = []  # what rank 0 has read need not be read twice
+    """The checkpoint to resume from, or None for a new run; deletes only half-written files."""
+    kept: list[Resumed] = []  # rank 0 has read it already
 
     def look() -> str | None:
         out = out_dir(config)
@@ -39,10 +40,10 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     return kept[0] if kept else training_state.load_state(Path(path), verify=False)
 
 
-def archive_previous_run(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
-    """Moves aside what an earlier run left beyond the state to continue from."""
+def archive_previous_run(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> None:
+    """Archives the checkpoints that are newer than the one to resume from."""
 
-    def move():
+    def move() -> None:
         out = out_dir(config)
         own = resumed and resumed.path.resolve().parent == (out / "state").resolve()
         back = config.output.resume not in ("auto", "never")
@@ -55,15 +56,15 @@ def archive_previous_run(config: TrainConfig, rt: Runtime, resumed: Resumed | No
 
 
 @contextlib.contextmanager
-def _as_user_error():
+def _as_user_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror or error}") from None
 
 
-def check_same_run(found: Resumed, options: ModelOptions):
-    """Raises UserError when the checkpoint is of another network, or began with other weights."""
+def check_same_run(found: Resumed, options: ModelOptions) -> None:
+    """Raises UserError for a checkpoint of another network, or of a run with another `--init`."""
     began_with = found.state.get("settings", {}).get("init", "")
     if options.init and options.init != began_with:
         raise UserError(
@@ -89,8 +90,8 @@ def restore_logged_evaluation(
     rt: Runtime,
     log: metrics.RunLog,
     resumed: Resumed | None,
-):
-    """Takes from the log an evaluation that the interrupted run made after its last save."""
+) -> None:
+    """Takes over an evaluation of this step from the log, made after the checkpoint was saved."""
     known = rt.broadcast(log.recorded(state.step))
     if known.get("hellaswag_items") == len(state.hellaswag):
         state.hellaswag_at = state.step

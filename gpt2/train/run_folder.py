@@ -17,19 +17,26 @@ from ..errors import UserError
 from ..files import locked, move
 from ..report import metrics
 
+MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
+BUSY = "run folder {folder} is in use by {holder}"
 RUN_FILES = (  # and folders, of a run, besides its states
     *("metrics.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png"),
     *("tensorboard", "wandb", "wandb_id.txt"),
 )
 
 
+def out_dir(config: TrainConfig) -> Path:
+    """The run's folder."""
+    return Path(config.output.out_dir)
+
+
 def archive(out_dir: Path, after_step: int, going_back: bool = False) -> Path | None:
-    """Moves a run's states after a step, and its files if that is none, out of the way.
+    """Moves the checkpoints after a step to a folder `archive_N`.
 
     Args:
         out_dir: the run's folder.
-        after_step: later states are moved; -1: everything of the run.
-        going_back: also copy the files that a run from an earlier state will write anew.
+        after_step: later checkpoints are moved; -1: every checkpoint, and the run's files.
+        going_back: also copy the files that a run from an earlier checkpoint will overwrite.
 
     Returns:
         The folder, or None when there was nothing to move.
@@ -54,15 +61,15 @@ def archive(out_dir: Path, after_step: int, going_back: bool = False) -> Path | 
 
 
 def clean(out_dir: Path) -> list[str]:
-    """Removes what a crash left half written; returns the names."""
+    """Deletes files that a crash left half written; returns their names."""
     leftovers = [*out_dir.glob("state/step_*.tmp"), *out_dir.glob("*_ckpt.pt.tmp")]
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return [path.name for path in leftovers]
 
 
-def check_writable(out_dir: Path):
-    """Fails before the first step instead of at the first save.
+def check_writable(out_dir: Path) -> None:
+    """Writes a probe, so that a run fails before its first step instead of at its first save.
 
     Raises:
         UserError: the folder cannot be made or written to.
@@ -77,15 +84,12 @@ def check_writable(out_dir: Path):
         raise UserError(f"cannot write to out_dir={out_dir}: {reason}; use another") from None
 
 
-BUSY = "run folder {folder} is in use by {holder}"
-
-
 @contextlib.contextmanager
 def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
-    """Keeps other runs out of the run's folder; raises UserError when one is in there."""
+    """Holds the lock of the run's folder; raises UserError when another run holds it."""
     with contextlib.ExitStack() as stack:
 
-        def reserve():
+        def reserve() -> None:
             check_writable(out_dir(config))
             stack.enter_context(locked(out_dir(config), BUSY))
 
@@ -93,8 +97,10 @@ def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
         yield
 
 
-def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
-    """metrics.jsonl and the services; also writes the settings as a file that --config= reads."""
+def open_log(
+    config: TrainConfig, rt: Runtime, resumed: Resumed | None
+) -> contextlib.AbstractContextManager[metrics.RunLog]:
+    """Opens metrics.jsonl and the services; writes the settings to config.toml for `--config=`."""
     settings = flatten(config)
     if rt.is_main:
         own = {name: value for name, value in settings.items() if name != "resume"}
@@ -107,11 +113,3 @@ def open_log(config: TrainConfig, rt: Runtime, resumed: Resumed | None):
         resume_step=resumed.step if resumed else None,
         is_main=rt.is_main,
     )
-
-
-MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
-
-
-def out_dir(config: TrainConfig) -> Path:
-    """The run's folder."""
-    return Path(config.output.out_dir)

@@ -1,10 +1,11 @@
-"""The state of a training run on its way to disk and back.
+"""Writing checkpoints and models during a run, and restoring a checkpoint.
 
-What a checkpoint must hold for the run to go on bit for bit: weights, optimizer, scaler, position
-in the data, and the random generators of every rank.
+A checkpoint holds all that a run needs to resume bit for bit: weights, optimizer state, loss scale,
+position in the data, and the random generators of every rank.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from ..checkpoint import model_file, sharded_state
 from ..checkpoint.model_file import write_adapter, write_model
@@ -19,17 +20,24 @@ from ..errors import UserError
 from ..model import lora
 from ..report import console
 from .optimizer import check_groups
-from .run_folder import BEST_NAME, MODEL_NAME, out_dir
+from .run_folder import out_dir
 from .state import TrainState
 
-COUNTERS = (  # fields of TrainState that a checkpoint holds as they are
+# Keys of the tensors to save. `Saver` names its buffers by them and copies each once a step: a
+# checkpoint and the model for use share one copy of the weights.
+WEIGHTS, MERGED = "model", "merged"
+COUNTERS = (  # fields of TrainState that a checkpoint holds unchanged
     *("seconds", "skipped", "val_loss", "best_val_loss"),
     *("evals_without_gain", "evaluated_at"),
 )
 
 
-def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
-    """Commits a checkpoint to continue from; a failure only ends the run when it is the last."""
+def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: bool) -> None:
+    """Writes a checkpoint to resume from; only the failure of the final one ends the run.
+
+    Raises:
+        UserError: the final checkpoint could not be written.
+    """
     content = {
         "position": state.loader.position,
         "scaler": state.scaler.state_dict(),
@@ -38,22 +46,32 @@ def save(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
         "data": remember(state.datasets, state.loader.order, state.loader.position),
         "settings": flatten(config),
     }
-    tensors = {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
-    step, shape, keep = state.step, state.model.config, config.output.keep_last
+    tensors = {WEIGHTS: state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    folder, step, shape = out_dir(config), state.step, state.model.config
+    keep = config.output.keep_last
     if rt.sharded:
-        given = out_dir(config), step, shape, tensors, content
-        _now(lambda: sharded_state.write(*given, keep_last=keep, rt=rt), rt, final)
+        try:
+            sharded_state.write(folder, step, shape, tensors, content, keep_last=keep, rt=rt)
+        except UserError as error:
+            if final:
+                raise
+            if rt.is_main:
+                console.warn(f"{error}; training goes on, and what was saved before is kept")
         return
 
-    def commit(t: dict):
+    def write_checkpoint(t: dict[str, Any]) -> None:
         rest = content | {"optimizer": t["optimizer"]}
-        write_state(out_dir(config), step, shape, t["model"], rest, keep_last=keep)
+        write_state(folder, step, shape, t[WEIGHTS], rest, keep_last=keep)
 
-    write(state, rt, tensors, commit, final)
+    write(state, rt, tensors, write_checkpoint, final)
 
 
-def restore(state: TrainState, resumed: Resumed, rt: Runtime):
-    """Puts back what `save` stored; the loader already stands at its position."""
+def restore(state: TrainState, resumed: Resumed, rt: Runtime) -> None:
+    """Restores a checkpoint; the loader was made with its position.
+
+    Raises:
+        UserError: weights or optimizer state that do not fit.
+    """
     content = resumed.state
     check_groups(state.optimizer, content["optimizer"], resumed.path)
     if resumed.in_parts:
@@ -66,7 +84,7 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime):
     ]
     state.optimizer.load_state_dict(optimizer)
     for group, asked in zip(state.optimizer.param_groups, options, strict=True):
-        group.update(asked)  # only the moments come from the checkpoint: options may change
+        group.update(asked)  # only the optimizer state is the checkpoint's: options may change
     if content["scaler"] and state.scaler.is_enabled():  # empty unless that run was fp16
         state.scaler.load_state_dict(content["scaler"])
     if rt.rank < len(content["rng"]):  # a new rank keeps the generators it was seeded with
@@ -76,62 +94,57 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime):
         setattr(state, name, content[name])
 
 
-def export(state: TrainState, config: TrainConfig, rt: Runtime, final: bool):
-    """Writes the model for use, `out_ckpt.pt`."""
-    save_model(state, config, MODEL_NAME, rt, final)
+def export_model(
+    state: TrainState, config: TrainConfig, rt: Runtime, name: str, final: bool
+) -> None:
+    """Writes the model for use, with its step and validation loss; adapters merged and beside it.
 
+    Args:
+        state: of the run.
+        config: its settings.
+        rt: this process; all ranks call together.
+        name: `MODEL_NAME`, or `BEST_NAME` after the lowest validation loss so far.
+        final: whether the run is over.
 
-def export_best(state: TrainState, config: TrainConfig, rt: Runtime):
-    """Writes the model with the lowest validation loss so far, `best_ckpt.pt`."""
-    save_model(state, config, BEST_NAME, rt, final=False)
-
-
-def save_model(state: TrainState, config: TrainConfig, name: str, rt: Runtime, final: bool):
-    """Writes the model with its step and validation loss; beside it an adapter, if it has one."""
+    Raises:
+        UserError: the final model could not be written.
+    """
     path, shape = out_dir(config) / name, state.model.config
     step, val_loss = state.step, state.val_loss
-    weights = "merged" if lora.is_adapted(state.model) else "model"  # "model" is in `save` as well
+    adapted = lora.is_adapted(state.model)
+    weights = MERGED if adapted else WEIGHTS
     whole = fsdp.whole_state(state.model, keep=rt.is_main)
     tensors = {weights: lora.merged_state(state.model, whole)}
-    if weights == "merged":
+    if adapted:
         tensors["adapter"], settings = lora.to_peft(state.model, config.model.init, whole)
 
-    def write_both(t: dict):
+    def write_files(t: dict[str, Any]) -> None:
         write_model(path, shape, t[weights], step, val_loss)
-        if weights == "merged":
+        if adapted:
             folder = path.with_name(path.stem.replace("ckpt", "adapter"))
             write_adapter(folder, t["adapter"], settings)
 
-    write(state, rt, tensors, write_both, final)
+    write(state, rt, tensors, write_files, final)
 
 
-def write(state: TrainState, rt: Runtime, tensors: dict, function: Callable, final: bool):
-    """Calls `function` with the tensors on rank 0: the last time now, else from copies, later.
+def write(
+    state: TrainState, rt: Runtime, tensors: dict[str, Any], function: Callable, final: bool
+) -> None:
+    """Calls function(tensors) on rank 0: the final time at once, else in a thread, with copies.
 
-    A full disk is no reason to lose the run, unless it was the last chance.
+    A full disk ends the run only when it is the final time.
 
     Raises:
-        UserError: it was the last time, and it failed.
+        UserError: it was the final time, and it failed.
     """
 
-    def now():
+    def write_now() -> None:
         state.saver.wait()
         function(tensors)
 
     if final:
-        rt.on_main(now)
+        rt.on_main(write_now)
     elif rt.is_main:
-        with rt.alone():  # as long as the one before is being written
+        with rt.alone():  # `copy` waits until the save before is written
             copies = state.saver.copy(state.step, tensors)
         state.saver.write_later(lambda: function(copies))
-
-
-def _now(function: Callable[[], None], rt: Runtime, final: bool):
-    """The same for a function that all ranks call, and that writes at once."""
-    try:
-        function()
-    except UserError as error:
-        if final:
-            raise
-        if rt.is_main:
-            console.warn(f"{error}; training goes on, and what was saved before is kept")

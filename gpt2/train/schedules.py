@@ -14,11 +14,12 @@ MOMENTUM_BEGINS = 0.85  # of Muon, where it grows (modded-nanogpt)
 
 
 def learning_rate_at(step: int, options: OptimOptions) -> float:
-    """Learning rate of the step-th update (from 0): linear warm-up, then as `schedule` says.
+    """Learning rate of update `step` (from 0): linear warm-up, then by `options.schedule`.
 
-    cosine: half a cosine falls from the peak to `min_lr_ratio` of it at `max_steps` (Brown et al.
-    2020, appendix B; Loshchilov & Hutter 2017). wsd: stable, then a line to the same over the last
-    `cooldown` of the steps (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024).
+    cosine: half a cosine from the peak down to `min_lr_ratio` times the peak at `max_steps` (Brown
+    et al. 2020, appendix B; Loshchilov & Hutter 2017).
+    wsd (warm-up, stable, decay): constant, then linear down to `min_lr_ratio` times the peak over
+    the last `cooldown` of the steps (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024).
     """
     peak, warmup = options.learning_rate, warmup_steps(options)
     if step < warmup:
@@ -33,7 +34,7 @@ def learning_rate_at(step: int, options: OptimOptions) -> float:
 
 
 def momentum_at(step: int, options: OptimOptions) -> float:
-    """Muon's momentum: from `MOMENTUM_BEGINS` along a line over `muon_momentum_warmup` steps."""
+    """Muon's momentum: linear from `MOMENTUM_BEGINS` over `muon_momentum_warmup` steps."""
     full, warmup = options.muon_momentum, options.muon_momentum_warmup
     if step >= warmup:
         return full
@@ -41,31 +42,31 @@ def momentum_at(step: int, options: OptimOptions) -> float:
 
 
 def micro_batches_at(step: int, options: OptimOptions, plan: BatchPlan) -> int:
-    """Micro-batches of the step-th update: from an eighth to all, by eighths, rounded up."""
+    """Micro-batches per rank of update `step`: batch warm-up grows them by eighths of the plan."""
     return math.ceil(plan.grad_accum_steps * _eighths(step, options.batch_warmup, options) / 8)
 
 
 def attention_window_at(step: int, options: OptimOptions, full: int) -> int:
-    """Positions that a layer may see at the step-th update: from an eighth of `full` to all."""
+    """Attention window at update `step`, in tokens: grows by eighths of `full`."""
     return math.ceil(full * _eighths(step, options.window_warmup, options) / 8)
 
 
 def _eighths(step: int, share: float, options: OptimOptions) -> int:
-    """1 … 7 over this share of the run, then 8."""
+    """1, 2, … 7 while the first `share` of the run lasts, then 8."""
     warmup = share * options.max_steps
     return 8 if step >= warmup else 1 + int(7 * step / warmup)
 
 
 def sequences_left(step: int, options: OptimOptions, plan: BatchPlan) -> int:
-    """Windows that all ranks together train on from the step-th update (from 0) to the last."""
+    """Sequences that all ranks together train on from update `step` (from 0) to the last."""
     grown = max(step, min(options.max_steps, math.ceil(options.batch_warmup * options.max_steps)))
     micro = sum(micro_batches_at(i, options, plan) for i in range(step, grown))
     micro += (options.max_steps - grown) * plan.grad_accum_steps
     return micro * plan.batch_size * plan.world_size
 
 
-def check_plan(step: int, options: OptimOptions, plan: BatchPlan):
-    """Raises UserError for a warm-up, from this step on, of a batch that cannot be smaller."""
+def check_plan(step: int, options: OptimOptions, plan: BatchPlan) -> None:
+    """Raises UserError when batch warm-up is active but a step has a single micro-batch."""
     growing = step < options.batch_warmup * options.max_steps
     if growing and plan.grad_accum_steps == 1:
         raise UserError(
@@ -75,7 +76,10 @@ def check_plan(step: int, options: OptimOptions, plan: BatchPlan):
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, options: OptimOptions) -> float:
-    """Gives every group the rate of the step-th update, times its `lr_ratio`; returns the rate."""
+    """Sets learning rate and momentum of update `step` in every group; returns the base rate.
+
+    A group's rate is the base rate times its `lr_ratio`, or the base rate.
+    """
     rate, momentum = learning_rate_at(step, options), momentum_at(step, options)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)

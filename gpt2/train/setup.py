@@ -42,9 +42,9 @@ DEEP = 24  # a deeper network is compiled block by block
 def resolve_init(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None
 ) -> tuple[TrainConfig, Weights | None]:
-    """The settings with the sizes of the weights that `--init` names, and these weights.
+    """The settings with the sizes of the weights that `--init` names, and the weights.
 
-    A run that goes on does not read them again. They are loaded on rank 0 only: DDP gives its
+    A resumed run does not read the weights again. Rank 0 alone loads them: DDP and FSDP send its
     weights to the other ranks.
 
     Raises:
@@ -57,8 +57,8 @@ def resolve_init(
 
     def look() -> GPT2Config:
         found = weights.load(options.init)
-        settled = weights.resolve_options(options, found.config)
-        found = weights.for_training(found, settled.block_size)
+        resolved = weights.resolve_options(options, found.config)
+        found = weights.for_training(found, resolved.block_size)
         console.log(f"beginning with {found.origin}")
         for note in found.notes:
             console.log(note)
@@ -66,9 +66,9 @@ def resolve_init(
         return found.config
 
     shape = resumed.config if resumed else rt.on_main(look)
-    settled = weights.resolve_options(options, shape)
-    check_of_switches(config.optim, settled)
-    return replace(config, model=settled), next(iter(loaded), None)
+    resolved = weights.resolve_options(options, shape)
+    check_of_switches(config.optim, resolved)
+    return replace(config, model=resolved), next(iter(loaded), None)
 
 
 def order_data(
@@ -118,18 +118,19 @@ def _open_data(config: TrainConfig, block_size: int) -> tuple[list[Dataset], lis
 
 
 def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
-    """The settings with the steps that `--epochs=` takes, if these are fewer than max_steps."""
+    """The settings with `max_steps` lowered to the steps that `--epochs=` takes."""
     tuning = tuning_options(config)
     if tuning is None:
         return config
     rows = sum(order.per_epoch for order in state.loader.order.orders)
     wanted = tuning.epochs * rows
     steps = max(1, math.ceil(wanted / state.plan.sequences_per_step))
-    if config.optim.batch_warmup:  # steps are smaller at first, by no more than half on the average
-        steps = bisect.bisect_left(
-            range(2 * steps), wanted, lo=steps,
-            key=lambda n: sequences_left(0, replace(config.optim, max_steps=n), state.plan),
-        )  # fmt: skip
+    if config.optim.batch_warmup:  # steps are smaller at first, by no more than half on average
+
+        def sequences(max_steps: int) -> int:
+            return sequences_left(0, replace(config.optim, max_steps=max_steps), state.plan)
+
+        steps = bisect.bisect_left(range(2 * steps), wanted, lo=steps, key=sequences)
     max_steps = min(config.optim.max_steps, steps)
     return replace(config, optim=replace(config.optim, max_steps=max_steps))
 

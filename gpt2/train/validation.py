@@ -8,7 +8,8 @@ from ..evaluate.loss import evaluate, together
 from ..evaluate.tasks import HELLASWAG
 from ..report import metrics
 from .messages import log_evaluation, log_hellaswag
-from .save import export_best
+from .run_folder import BEST_NAME
+from .save import export_model
 from .state import TrainState
 
 
@@ -32,7 +33,7 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
             return
         parts[dataset.name] = result
     if state.note_evaluation(together(parts.values()).loss):
-        export_best(state, config, rt)
+        export_model(state, config, rt, BEST_NAME, final=False)
     log_evaluation(parts, state, rt, log)
 
 

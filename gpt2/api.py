@@ -1,11 +1,16 @@
-"""`GPT2`: the network together with files, tokenizer and sampling, for a person at a prompt.
+"""The class `GPT2`: a network with files, tokenizer and sampling.
 
-model = GPT2().from_checkpoint("out/out_ckpt.pt")
+model = GPT2.from_checkpoint("out/out_ckpt.pt")
 print(model.generate("Hello world,"))
+
+`SwitchedGPT2` offers the methods of `GPT2` for the modern network. It is made on first use, because
+plain GPT-2 must not import the modern network.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,57 +21,48 @@ from .distributed.devices import choose_device
 from .errors import UserError
 from .generate import stream as generation
 from .generate.stream import TextWriter, check_stops
-from .model.gpt import GPT
-from .model.modern import Modern
+from .model.gpt import GPT, LanguageModel
 from .report import console
 from .tokenizer import gpt2_tokenizer
 
 Prompt = str | Sequence[int] | Tensor
 
 
-class GPT2(GPT):
-    """GPT-2 with fresh weights: `GPT2()` (124M), `GPT2("gpt2-xl")`, `GPT2(n_layer=6, …)`.
+class TextModel(LanguageModel):
+    """What `GPT2` and `SwitchedGPT2` add to their network: loading, saving, generation."""
 
-    Args:
-        shape: a name of the table of sizes, or a whole `GPT2Config`.
-        **given: fields of `GPT2Config` to use instead of the size's.
-
-    Raises:
-        UserError: unknown size, numbers that do not fit together.
-    """
-
-    def __init__(self, shape: str | GPT2Config = "gpt2", **given):
+    def __init__(self, shape: str | GPT2Config = "gpt2", **given: Any) -> None:
         if isinstance(shape, str):
             if shape not in SIZES:
                 raise UserError(f"unknown size {shape!r}; use one of {', '.join(SIZES)}")
             shape = GPT2Config(**(SIZES[shape] | given))
         elif given:
             raise UserError("give a GPT2Config or single fields, not both")
-        if isinstance(shape, ModernConfig) != isinstance(self, Modern):
-            other = "GPT2" if isinstance(self, Modern) else "SwitchedGPT2"
-            raise UserError(f"{type(self).__name__}: for this config use {other}")
+        fitting = model_class(shape)
+        if not isinstance(self, fitting):
+            raise UserError(f"{type(self).__name__}: for this config use {fitting.__name__}")
         super().__init__(shape)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "auto") -> "GPT2":
-        """The model in a file or folder, on a GPU if there is one, ready to write.
+    def from_checkpoint(cls, path: str | Path, device: str = "auto") -> "TextModel":
+        """Loads a model from a file or folder, in evaluation mode; onto a GPU if there is one.
 
-        Takes an `out_ckpt.pt`, a checkpoint of nanoGPT, build-nanogpt or llm.c, and a folder in
-        Hugging Face's layout. Works on the class and on an instance alike; gives a new model.
+        Reads an `out_ckpt.pt`, a checkpoint of nanoGPT, build-nanogpt or llm.c, or a folder in
+        Hugging Face's layout. Called on an instance, it still returns a new model.
 
         Raises:
-            UserError: no file, or one that is damaged, foreign or would run code.
+            UserError: the file is missing, damaged, of an unknown format, or would run code.
         """
         return cls.from_weights(weights.load_local(path), device)
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, revision: str = "", device: str = "auto"
-    ) -> "GPT2":
-        """A model of the Hugging Face Hub: "gpt2", "gpt2-xl", "OWNER/NAME"; or as above.
+    ) -> "TextModel":
+        """Loads a model from the Hugging Face Hub, or from a path like `from_checkpoint`.
 
         Args:
-            name: `@REVISION` may stand behind it.
+            name: "gpt2", "gpt2-xl", "OWNER/NAME", with `@REVISION` appended or not; or a path.
             revision: commit, tag or branch; empty: the newest.
             device: "auto", "cpu", "cuda", "mps".
 
@@ -76,22 +72,22 @@ class GPT2(GPT):
         return cls.from_weights(weights.load(name, revision), device)
 
     @classmethod
-    def from_weights(cls, found: weights.Weights, device: str = "auto") -> "GPT2":
-        """A model of weights that are read already; says what had to be changed in them.
+    def from_weights(cls, found: weights.Weights, device: str = "auto") -> "TextModel":
+        """A model with weights that were read before; prints the notes that came with them.
 
         Raises:
-            UserError: tensors that do not fit.
+            UserError: tensors that do not fit the network.
         """
         for note in found.notes:
             console.warn(f"{found.origin}: {note}")
+        fitting = model_class(found.config)
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
-            kind = SwitchedGPT2 if isinstance(found.config, ModernConfig) else cls
-            model = kind(found.config)
+            model = (cls if issubclass(cls, fitting) else fitting)(found.config)
         model_file.load_into(model, found.state, found.origin)
         return model.to(choose_device(device)).eval()
 
-    def save(self, path: str | Path):
-        """Writes a file that `from_checkpoint` reads."""
+    def save(self, path: str | Path) -> None:
+        """Writes a checkpoint that `from_checkpoint` reads."""
         model_file.save_model(Path(path), self, step=0, val_loss=None)
 
     def generate(
@@ -108,25 +104,26 @@ class GPT2(GPT):
         stop: str | Sequence[str] = (),
         stop_at_end_of_text: bool = True,
         use_cache: bool = True,
-    ):
-        """Continues a prompt, or several at once.
+    ) -> Any:
+        """Continues one prompt, or several in one batch.
 
         Args:
-            prompt: text -> text; token ids (a list, or a tensor (T,) or (B, T)) -> lists of ids;
-                a list of prompts -> a list of results. Results hold the prompt and what follows.
-            max_new_tokens: tokens to write after each prompt.
-            temperature: 0 always takes the likeliest token; 1 samples as the model says.
-            top_k: choose among this many likeliest tokens; 0: all.
-            top_p: choose among the fewest likeliest tokens that reach this probability.
-            min_p: choose among the tokens at least this times as likely as the likeliest.
+            prompt: text gives text; token ids (a list, or a tensor (T,) or (B, T)) give lists of
+                ids; a list of prompts gives a list of results. A result starts with its prompt.
+            max_new_tokens: tokens to generate after each prompt.
+            temperature: 0 always takes the likeliest token; 1 samples from the model's
+                distribution.
+            top_k: sample from this many likeliest tokens; 0: all.
+            top_p: sample from the fewest likeliest tokens that reach this probability.
+            min_p: sample from tokens at least this times as likely as the likeliest.
             repetition_penalty: above 1, tokens that have occurred become less likely.
-            seed: the same seed gives the same text; prompt number i of a list uses seed + i.
-            stop: a string, or several, before which a text ends; for prompts that are text.
-            stop_at_end_of_text: end a text where the model ends it.
-            use_cache: False computes every token from the beginning, much slower.
+            seed: makes the result reproducible; prompt i of a list uses seed + i.
+            stop: a string, or several, before which a text ends; needs prompts that are text.
+            stop_at_end_of_text: whether the end-of-text token ends a result.
+            use_cache: False recomputes all positions for every token, which is much slower.
 
         Raises:
-            UserError: an empty list, ids outside the vocabulary, settings that mean nothing.
+            UserError: an empty list, ids outside the vocabulary, settings out of range.
         """
         prompts, many, text = self._read_prompts(prompt)
         tokenizer, stops = gpt2_tokenizer(), check_stops(stop)
@@ -168,19 +165,19 @@ class GPT2(GPT):
         max_new_tokens: int = 50,
         *,
         stop: str | Sequence[str] = (),
-        **settings,
+        **settings: Any,
     ) -> Iterator[str]:
-        """Pieces of the text that follows a prompt, as they are written; never half a character.
+        """Yields the text that follows a prompt piece by piece; never half a character.
 
         Args:
             prompt: the text to continue.
-            max_new_tokens: tokens to write.
-            stop: a string, or several, before which the text ends; what may be the beginning of
-                one is held back until it is known.
-            **settings: those of `generate.stream`.
+            max_new_tokens: tokens to generate.
+            stop: a string, or several, before which the text ends; text that may be the start of a
+                stop string is held back until the next tokens decide.
+            **settings: see `generate.stream.stream`.
 
         Raises:
-            UserError: settings that mean nothing.
+            UserError: settings out of range.
         """
         prompts, _, _ = self._read_prompts(prompt)
         writer = TextWriter(check_stops(stop))
@@ -193,8 +190,8 @@ class GPT2(GPT):
         if rest := writer.finish():
             yield rest
 
-    def _read_prompts(self, prompt) -> tuple[list[list[int]], bool, bool]:
-        """(prompts as ids, whether there were several, whether they were text)."""
+    def _read_prompts(self, prompt: Any) -> tuple[list[list[int]], bool, bool]:
+        """(prompts as ids, True for a list of prompts, True for text)."""
         if isinstance(prompt, Tensor):
             prompt = prompt.tolist()
         many = isinstance(prompt, list | tuple) and bool(prompt)
@@ -213,8 +210,38 @@ class GPT2(GPT):
         return rows, many, text
 
 
-class SwitchedGPT2(GPT2, Modern):
-    """The same around the network with switches; `from_checkpoint` gives it where it is needed."""
+class GPT2(TextModel, GPT):
+    """GPT-2 with fresh weights: `GPT2()` (124M), `GPT2("gpt2-xl")`, `GPT2(n_layer=6, …)`.
+
+    Args:
+        shape: a name of the table of sizes, or a whole `GPT2Config`.
+        **given: fields of `GPT2Config` to use instead of the size's.
+
+    Raises:
+        UserError: unknown size, numbers that do not fit together.
+    """
+
+
+def model_class(config: GPT2Config) -> type[TextModel]:
+    """`GPT2`, or `SwitchedGPT2` for a `ModernConfig`."""
+    return _switched_gpt2() if isinstance(config, ModernConfig) else GPT2
+
+
+@functools.cache
+def _switched_gpt2() -> type[TextModel]:
+    from .model.modern import Modern
+
+    class SwitchedGPT2(TextModel, Modern):
+        """The modern network with the methods of `GPT2`; loading returns it for a `ModernConfig`."""
+
+    SwitchedGPT2.__qualname__ = "SwitchedGPT2"  # pickle finds it by `__getattr__`
+    return SwitchedGPT2
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SwitchedGPT2":
+        return _switched_gpt2()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _without_start(row: list[int]) -> list[int]:

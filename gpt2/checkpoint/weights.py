@@ -89,7 +89,7 @@ def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:
         UserError: options that contradict it.
     """
     sizes = {name: getattr(found, name) for name in ("n_layer", "n_head", "n_embd")}
-    switches = defaults() | (chosen(found) if isinstance(found, ModernConfig) else {})
+    switches = found.switches()
     have, asked = sizes | switches, options.given() | switched(options)
     wrong = [f"{n}={have[n]}, not {asked[n]}" for n in have if asked.get(n, have[n]) != have[n]]
     if wrong:

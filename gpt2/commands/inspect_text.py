@@ -155,7 +155,7 @@ def _maps(layers: int, heads: int, tokens: int, page_wanted: bool) -> tuple[bool
 def _facts(found: weights.Weights, seen: Look, checkpoint: str) -> dict[str, Any]:
     """What the head of the page says."""
     c, e = found.config, evaluation(seen)
-    switches = switched(c) if isinstance(c, ModernConfig) else {}
+    switches = c.changed_switches()
     shape = {name: to_dict(c)[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
     return {
         "model": found.origin,

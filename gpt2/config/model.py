@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import UserError
-from .switches import Switches, check_switches
+from .switches import Switches, check_switches, chosen, defaults, switched
 
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + end of text
 IGNORE = -1  # a target that has no loss, `ignore_index` of the cross-entropy
@@ -48,6 +48,14 @@ class GPT2Config:
     def padded_vocab_size(self) -> int:
         """Rows of the head's matmul: the next multiple of 128, for tensor cores (50,304)."""
         return -(-self.vocab_size // 128) * 128
+
+    def switches(self) -> dict[str, Any]:
+        """All switches of the network by name; GPT-2 has them at their defaults."""
+        return chosen(self) if isinstance(self, Switches) else defaults()
+
+    def changed_switches(self) -> dict[str, Any]:
+        """The switches that differ from GPT-2's, by name."""
+        return switched(self) if isinstance(self, Switches) else {}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPT2Config":

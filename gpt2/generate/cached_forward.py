@@ -54,8 +54,7 @@ class CachedForward:
             and few_token_pass.supports(model)
         )
         self.head: Tensor | None = None
-        plain = not isinstance(model.config, ModernConfig)
-        if self.device.type == "cuda" and plain and not self.few:
+        if self.device.type == "cuda" and model.head_is_embedding and not self.few:
             # padded once; `model.logits` would pad the matrix for every token
             self.head = weight.new_zeros(model.config.padded_vocab_size, weight.shape[1])
 

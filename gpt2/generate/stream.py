@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config.model import GPT2_VOCAB_SIZE, ModernConfig
+from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError
 from ..model.gpt import GPT
 from ..tokenizer import gpt2_tokenizer
@@ -42,7 +42,7 @@ def decoder_for(
         and weight.dtype == torch.float32
         and len(prompts) == 1
         and max_new_tokens > DRAFT_TOKENS
-        and not isinstance(model.config, ModernConfig)  # the draft implements GPT-2's layers only
+        and model.draft_supported
         and model.num_parameters() >= DRAFT_MIN_PARAMETERS
     )
     return Decoder(

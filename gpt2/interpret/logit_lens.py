@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..model.attention_masks import visible
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 
 
 class Recorder:
-    """Attention by its formula (Vaswani et al. 2017, eq. 1), for one text; its weights are kept.
+    """Attention by its formula (Vaswani et al. 2017, eq. 1), for one text; keeps the weights.
 
-    Used as `model(idx, cache=Recorder())`.
+    Follows `model.attention_cache.MaskedAttentionCache`: `model(idx, cache=Recorder())`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.weights: list[Tensor] = []  # of each layer, (H, T, T): queries, keys; rows sum to 1
         self.first: list[Tensor] = []  # of each layer, (T,): the earliest position a query may see
 
@@ -31,23 +30,36 @@ class Recorder:
         """Position of the first token."""
         return 0
 
-    def advance(self, count: int):
-        """Nothing follows."""
+    def advance(self, count: int) -> None:
+        """Does nothing: no positions follow."""
 
-    def enter(self, begins: Tensor, positions: Tensor) -> Tensor:
-        """(1, T) bool, where documents begin -> (1, T) their numbers, as `masks.documents_of`."""
+    def add_documents(self, begins: Tensor, positions: Tensor) -> Tensor:
+        """(1, T) bool, True for the first token of a document -> (1, T) numbers of documents."""
         return begins.cumsum(1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention; all (1, H, T, D)."""
-        return self.attend_to(layer, q, k, v, None, torch.arange(q.shape[2], device=q.device), None)
+        T = q.shape[2]
+        return self._attend(layer, q, k, v, torch.ones(1, 1, T, T, device=q.device).tril() > 0)
 
-    def attend_to(  # noqa: PLR0917 - what attention has
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: Tensor | None,
-        positions: Tensor, documents: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """As `attend`, over what window and documents show; see `masks.visible`."""
+    def attend_masked(  # noqa: PLR0917 - what attention has
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: Tensor | None,
+        positions: Tensor,
+        documents: Tensor | None,
+    ) -> Tensor:
+        """Attention over the keys that window and documents leave visible."""
+        from ..model.attention_masks import visible  # imports FlexAttention, which GPT-2 is without
+
         seen = visible(positions, positions, window, documents, documents)
+        return self._attend(layer, q, k, v, seen)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """Attention over `seen`, (1, 1, T, T) bool; keeps the weights."""
         scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         assert len(self.weights) == layer, layer
@@ -78,7 +90,7 @@ class Look:
 
 
 @torch.no_grad()
-def record(model: GPT, ids: list[int], attention: bool = True):
+def record(model: LanguageModel, ids: list[int], attention: bool = True):
     """One pass over a text.
 
     Args:
@@ -106,7 +118,7 @@ def record(model: GPT, ids: list[int], attention: bool = True):
 
 
 @torch.no_grad()
-def look(model: GPT, ids: list[int], top: int = 10, lens_top: int = 5, attention: bool = True):
+def look(model: LanguageModel, ids: list[int], top: int = 10, lens_top: int = 5, attention: bool = True):
     """Looks at a text; gives a `Look`.
 
     Args:

@@ -11,7 +11,7 @@ from .precision import HAS_TRITON
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / √D) v where no query sees a later key (Vaswani et al. 2017, eq. 1).
+    """softmax(q kᵀ / √D) v, in which no query sees a later key (Vaswani et al. 2017, eq. 1).
 
     Args:
         q: (B, H, T, D), the last T of S positions.
@@ -31,19 +31,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 def cached_attention(  # noqa: PLR0917 - what attention has
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, end: int
 ) -> Tensor:
-    """Attention of new positions over a cache whose rows are filled to different lengths.
+    """Attention of new positions over a KV cache whose rows differ in length.
 
-    Writes the new keys and values into the cache. Needs nothing from the device, so that a CUDA
-    graph can hold it.
+    Stores the new keys and values in the cache. Reads nothing back from the device, so a CUDA graph
+    can capture it.
 
     Args:
-        q: (B, H, T, D), as k and v the T new positions of every row.
+        q: (B, H, T, D), queries of the T new positions of every row; so k and v.
         k: (B, H, T, D).
         v: (B, H, T, D).
         keys: (B, H, S_max, D), changed in place.
         values: (B, H, S_max, D), changed in place.
         lengths: (B,) int64, positions of each row before the new ones.
-        end: S, no row has more positions with the new ones; the kernel finds it out itself.
+        end: S, the longest row with its new positions; the Triton kernel does not use it.
     """
     T = q.shape[2]
     if q.is_cuda and T == 1 and HAS_TRITON and q.dtype != torch.float64:
@@ -59,7 +59,7 @@ def cached_attention(  # noqa: PLR0917 - what attention has
 
 
 def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by the formula, for tests."""
+    """`causal_attention` by the formula, for tests."""
     new, total = q.shape[-2], k.shape[-2]
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
     visible = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)

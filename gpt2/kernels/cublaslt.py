@@ -1,11 +1,13 @@
-"""Matrix products by cuBLASLt, which PyTorch brings along and of which it offers a part.
+"""Matmuls by cuBLASLt, called by ctypes from the library that PyTorch installs.
 
-Two things are won: GELU and its derivative inside of a product ("epilogues"), and the fastest of
-the algorithms that the library proposes, measured here instead of guessed there. The C interface is
-that of cublasLt.h (NVIDIA, "cuBLAS library", chapter "Using the cuBLASLt API"), called by ctypes.
+Two things are won over `torch.mm`: epilogues, which apply GELU or its derivative inside the matmul,
+and the fastest of the algorithms that the library proposes, which is measured for each shape. The
+C interface is cublasLt.h (NVIDIA, "cuBLAS library", chapter "Using the cuBLASLt API").
+nvmath-python has the same epilogues, but these thin calls add no dependency and can be captured in
+a CUDA graph: once an algorithm is chosen, a call allocates nothing and waits for nothing.
 
-The library counts columns first: a row-major (M, N) tensor is to it a column-major N × M matrix.
-So out = a b is asked for as outᵀ = bᵀ aᵀ, without anything being moved.
+The library is column-major: a row-major (M, N) tensor is a column-major N × M matrix to it. So
+out = a b is computed as outᵀ = bᵀ aᵀ, and no tensor is transposed in memory.
 """
 
 import ctypes
@@ -16,12 +18,28 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.bfloat16: 14, torch.float32: 0}  # cudaDataType
-COMPUTE_F32 = 68  # products of bf16 are summed up in float32
+COMPUTE_F32 = 68  # cublasComputeType_t: bf16 products are accumulated in float32
 TRANS_A, TRANS_B, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD = 3, 4, 7, 8, 11, 12  # attributes
 DEFAULT, BIAS, GELU_AUX, GELU_AUX_BIAS, DGELU = 1, 4, 160, 164, 192  # epilogues
 WORKSPACE_BYTES = 32 << 20
-CANDIDATES, FINALISTS = 64, 8  # algorithms to try once for each shape; of these, to try again
-REPEATS = 8  # of finalists
+CANDIDATES, FINALISTS = 64, 8  # algorithms timed once per shape; the fastest, timed again
+REPEATS = 8  # timed runs of each finalist
+MAX_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t: MAX_WORKSPACE_BYTES
+
+# With these ctypes converts every argument, and refuses one of a wrong type or number.
+# Each line is a prototype of cublasLt.h; all functions return cublasStatus_t, an int.
+_POINTER = c_void_p
+ARGUMENT_TYPES = {
+    "cublasLtCreate": (_POINTER,),
+    "cublasLtMatmulDescCreate": (_POINTER, c_int, c_int),
+    "cublasLtMatmulDescSetAttribute": (_POINTER, c_int, _POINTER, c_size_t),
+    "cublasLtMatrixLayoutCreate": (_POINTER, c_int, c_uint64, c_uint64, c_int64),
+    "cublasLtMatmulPreferenceCreate": (_POINTER,),
+    "cublasLtMatmulPreferenceSetAttribute": (_POINTER, c_int, _POINTER, c_size_t),
+    "cublasLtMatmulPreferenceDestroy": (_POINTER,),
+    "cublasLtMatmulAlgoGetHeuristic": (*[_POINTER] * 7, c_int, _POINTER, _POINTER),
+    "cublasLtMatmul": (*[_POINTER] * 14, c_size_t, _POINTER),
+}
 
 
 class _Candidate(ctypes.Structure):
@@ -32,23 +50,31 @@ class _Candidate(ctypes.Structure):
         ("workspace_bytes", c_size_t),
         ("state", c_int),
         ("waves", c_float),
-        ("run_folder_lock", c_int * 4),
+        ("reserved", c_int * 4),
     )
 
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL, c_void_p] | None:
-    """The loaded library and a handle for it, or None where it is not to be had."""
+    """The loaded library and its handle, or None if it is not installed or does not start."""
     try:
         lt = ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}")
     except OSError:
         return None
+    for name, types in ARGUMENT_TYPES.items():
+        getattr(lt, name).argtypes = types
     handle = c_void_p()
     return (lt, handle) if lt.cublasLtCreate(byref(handle)) == 0 else None
 
 
 @functools.cache
 def _workspace(device: torch.device) -> Tensor:
+    """Scratch memory of the algorithms, one tensor per device for the life of the process.
+
+    All streams share it, although two matmuls at once would overwrite each other's scratch. That is
+    safe because training runs its matmuls on one stream at a time: warm-up and capture of a CUDA
+    graph use streams of their own, and synchronize with the main stream before and after.
+    """
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
@@ -63,21 +89,24 @@ def matmul(
     bias: Tensor | None = None,
     aux: Tensor | None = None,
     add: Tensor | None = None,
-):
-    """out = epilogue(a b + add), with a and b transposed first if so asked.
+) -> None:
+    """out = epilogue(a b + add), on the current stream.
+
+    All tensors have contiguous rows. The first call with a shape times the algorithms and waits for
+    the device.
 
     Args:
-        a: (M, K), or (K, M) to be transposed; bf16 with contiguous rows, as all that follow.
-        b: (K, N), or (N, K) to be transposed.
+        a: (M, K), or (K, M) with `transpose_a`; bf16.
+        b: (K, N), or (N, K) with `transpose_b`; bf16.
         out: (M, N), bf16 or float32.
         transpose_a: whether a is given transposed.
         transpose_b: whether b is given transposed.
-        epilogue: `BIAS` adds it; `GELU_AUX` stores the product in aux and takes its GELU (the tanh
-            form), `GELU_AUX_BIAS` adds the bias before; `DGELU` multiplies by the derivative of
-            GELU at aux.
+        epilogue: `BIAS` adds the bias. `GELU_AUX` stores a b in aux and applies GELU (the tanh
+            form); `GELU_AUX_BIAS` adds the bias first. `DGELU` multiplies by the derivative of GELU
+            at aux.
         bias: (N,) bf16.
         aux: (M, N) bf16.
-        add: (M, N) like out.
+        add: (M, N), dtype and strides of out.
     """
     key = (
         *((t.shape, t.stride(0)) for t in (a, b, out)),
@@ -92,11 +121,13 @@ def matmul(
     plan.run(plan.best, a, b, out, bias, aux, add)
 
 
+# Plans, and the C descriptors that they own, are kept for the life of the process: a captured CUDA
+# graph replays their kernels, and a run has a few dozen shapes at most.
 _plans: dict[tuple, "_Plan"] = {}
 
 
 class _Plan:
-    """A product of one shape: what the library is told, and the algorithm that was fastest."""
+    """A matmul of one shape: its C descriptors, and the algorithm that was fastest."""
 
     def __init__(self, a, b, out, transpose_a, transpose_b, epilogue):  # noqa: PLR0917
         self.lt, self.handle = library()
@@ -105,7 +136,7 @@ class _Plan:
         self._set(TRANS_A, c_int32(transpose_b))
         self._set(TRANS_B, c_int32(transpose_a))
         self._set(EPILOGUE, c_uint32(epilogue))
-        anywhere = c_void_p(out.data_ptr())  # proposals ask for pointers, and do not look there
+        anywhere = c_void_p(out.data_ptr())  # the heuristic wants a pointer, and does not read it
         if epilogue in (BIAS, GELU_AUX_BIAS):
             self._set(BIAS_POINTER, anywhere)
         if epilogue in (GELU_AUX, GELU_AUX_BIAS, DGELU):
@@ -135,7 +166,7 @@ class _Plan:
         self._check(self.lt.cublasLtMatmulPreferenceCreate(byref(preference)))
         self._check(
             self.lt.cublasLtMatmulPreferenceSetAttribute(
-                preference, c_int(1), byref(room), c_size_t(ctypes.sizeof(room))
+                preference, c_int(MAX_WORKSPACE), byref(room), c_size_t(ctypes.sizeof(room))
             )
         )
         found, count = (_Candidate * CANDIDATES)(), c_int()
@@ -150,7 +181,7 @@ class _Plan:
         return list(found)[: count.value]
 
     def choose(self, *tensors):
-        """Tries every candidate, and the best again: the one with the fastest run is kept."""
+        """Times every candidate once and the finalists again; keeps the one with the fastest run."""
 
         def ranked(repeats: int) -> list[_Candidate]:
             return sorted(self.candidates, key=lambda c: self._milliseconds(c, repeats, *tensors))
@@ -159,7 +190,7 @@ class _Plan:
         self.best = ranked(REPEATS)[0]
 
     def _milliseconds(self, candidate, repeats: int, *tensors) -> float:
-        """Of the fastest of some runs."""
+        """The time of the fastest run."""
         runs = []
         for _ in range(repeats + 1):  # the first one warms up
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -171,7 +202,7 @@ class _Plan:
         return min(start.elapsed_time(end) for start, end in runs[1:])
 
     def run(self, candidate, a, b, out, bias, aux, add):  # noqa: PLR0917 - called with `tensors`
-        """Puts the product into the current stream."""
+        """Launches the matmul on the current stream."""
         if bias is not None:
             self._set(BIAS_POINTER, c_void_p(bias.data_ptr()))
         if aux is not None:

@@ -1,4 +1,6 @@
-"""The language-model head and its cross-entropy, beside the plain form that it must equal.
+"""The language-model head and its cross-entropy, computed in chunks of rows.
+
+`head_loss_reference` is the plain form that `head_loss` must equal.
 
 Shapes: `N` rows (batch × time), `C` channels, `V` vocabulary, `P` vocabulary padded to a multiple
 of 128.
@@ -14,13 +16,15 @@ from ..config.model import IGNORE
 from .custom_op import custom_op
 from .precision import HAS_TRITON
 
+# Which gradients `head_loss` computes along with the loss.
+NO_GRADIENT, OF_INPUT, OF_INPUT_AND_WEIGHT = 0, 1, 2
+
 
 def head_logits(x: Tensor, weight: Tensor, padded_rows: int) -> Tensor:
-    """Logits of the tied head, (..., C) and (V, C) -> (..., V).
+    """Logits of the head, (..., C) and (V, C) -> (..., V).
 
-    On a GPU the product is computed with P = `padded_rows` rows, a multiple of 128 for the sake of
-    matrix units; the padding is cut off again, so that no padded id is ever seen outside. On a CPU
-    it would only copy the weight.
+    On a GPU the matmul has P = `padded_rows` rows: tensor cores want a multiple of 128. The logits
+    of padded ids are cut off. On a CPU padding would copy the weight and win nothing.
     """
     rows = weight.shape[0]
     if x.device.type == "cpu":
@@ -38,18 +42,18 @@ def head_loss(  # noqa: PLR0917
     fp8: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of the tied head in nats, computed in float32 over the V real ids.
+    """Cross-entropy of the head in nats, in float32 over the V real ids.
 
-    Goes through the rows in chunks: the N × V logits, by far the largest tensor of a step, are
-    never stored whole.
+    The rows are computed in chunks, because the N × V logits would be by far the largest tensor of
+    a training step. Reduction "none" is for evaluation and stores them whole.
 
     Args:
         x: (N, C), output of the last LayerNorm.
         weight: (V, C), the token embedding.
         targets: (N,) int64; `IGNORE` where nothing is predicted.
         padded_rows: P, see `head_logits`.
-        reduction: "sum", "mean" over the targets that count, or "none" for (N,).
-        fp8: three products in fp8 (Micikevicius et al. 2022) where gradients are wanted, on a GPU.
+        reduction: "sum", "mean" over the predicted targets, or "none" for (N,).
+        fp8: three matmuls in fp8 (Micikevicius et al. 2022); on a GPU, if the weight is trained.
         softcap: see `soft_cap`.
     """
     if reduction == "none":
@@ -57,8 +61,12 @@ def head_loss(  # noqa: PLR0917
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    gradients = torch.is_grad_enabled() * (2 if weight.requires_grad else int(x.requires_grad))
-    fp8 = fp8 and gradients == 2 and x.is_cuda
+    gradients = NO_GRADIENT
+    if torch.is_grad_enabled() and weight.requires_grad:
+        gradients = OF_INPUT_AND_WEIGHT
+    elif torch.is_grad_enabled() and x.requires_grad:
+        gradients = OF_INPUT
+    fp8 = fp8 and gradients == OF_INPUT_AND_WEIGHT and x.is_cuda
     loss = _HeadLoss.apply(x, weight, targets, padded_rows, gradients, fp8, softcap)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
@@ -78,16 +86,16 @@ def head_loss_reference(  # noqa: PLR0917
     reduction: str,
     softcap: float = 0.0,
 ) -> Tensor:
-    """The same, all rows at once."""
+    """`head_loss` by PyTorch's cross-entropy over the logits of all rows at once."""
     logits = soft_cap(head_logits(x, weight, padded_rows), softcap)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies whose gradients are computed along with it.
+    """Sum of cross-entropies; forward computes the gradients too, while it has the logits.
 
-    They are those of a gradient of 1; backward multiplies by what comes in.
+    Backward multiplies them by the incoming gradient.
     """
 
     @staticmethod
@@ -124,9 +132,18 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     fp8: bool,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient of x, gradient of weight); `gradients` 1: only of x, 0: none, both empty.
+    """(loss, gradient of x, gradient of weight); gradients that are not wanted are empty.
 
-    One operation to the compiler, which would otherwise store all logits.
+    One opaque operator: the compiler would otherwise store all logits.
+
+    Args:
+        x: see `head_loss`; so are the others but `gradients`.
+        weight: (V, C).
+        targets: (N,).
+        padded_rows: P.
+        gradients: `NO_GRADIENT`, `OF_INPUT` or `OF_INPUT_AND_WEIGHT`.
+        fp8: three matmuls in fp8; needs `OF_INPUT_AND_WEIGHT`.
+        softcap: 0: none.
     """
     (n, width), rows, dtype = x.shape, weight.shape[0], x.dtype
     exact = torch.promote_types(dtype, torch.float32)
@@ -134,46 +151,48 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     if fp8:
         total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows, softcap)
         return total, grad_x, grad_head[:rows].to(weight.dtype)
-    grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
-    grad_head = torch.zeros_like(head, dtype=exact) if gradients == 2 else x.new_empty(0)
+    needs_grad, trains_weight = gradients != NO_GRADIENT, gradients == OF_INPUT_AND_WEIGHT
+    grad_x = torch.empty_like(x) if needs_grad else x.new_empty(0)
+    grad_head = torch.zeros_like(head, dtype=exact) if trains_weight else x.new_empty(0)
     total = torch.zeros((), dtype=exact, device=x.device)
-    # On a CPU a chunk's logits are as large as the gradient that it adds to; a GPU needs larger
-    # products to be busy, and never holds more than a quarter of a large batch's logits.
+    # On a CPU a chunk's logits are as large as the weight gradient that it adds to. A GPU needs
+    # larger matmuls to be busy; it holds at most a quarter of a large batch's logits.
     chunk = _rows_at_once(n) if x.is_cuda else width
     for start in range(0, n, chunk):
         part, target = x[start : start + chunk], targets[start : start + chunk]
         logits = part @ head.t()
-        loss, grad = _loss_and_gradient_of_logits(logits, target, rows, gradients > 0, softcap)
+        loss, grad = _loss_and_gradient_of_logits(logits, target, rows, needs_grad, softcap)
         total += loss
-        if gradients:
+        if needs_grad:
             grad_x[start : start + chunk] = grad @ head
-        if gradients == 2:
-            _add_product(grad_head, grad.t(), part)
+        if trains_weight:
+            _add_matmul(grad_head, grad.t(), part)
     return total, grad_x, grad_head[:rows].to(weight.dtype)
 
 
 def _rows_at_once(n: int) -> int:
-    """A quarter of a large batch, a multiple of 128."""
+    """Rows of a chunk on a GPU: a quarter of a large batch, a multiple of 128."""
     return max(2048, math.ceil(n / 512) * 128)
 
 
 def _head_in_fp8(
     x: Tensor, head: Tensor, targets: Tensor, vocab: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with products of e4m3 by e4m3 and, for the gradients, e5m2 by e4m3.
+    """(loss, gradient of x, gradient of the head) in fp8: e4m3 logits, e5m2 gradients.
 
-    Sums of gradients are long, so that their products do without the fast, short accumulator. What
-    the rows of the head have in common adds the same to all logits of a token, which softmax does
-    not see, and which would be rounded differently for each: it is subtracted before. Gradients sum
-    up to zero over the vocabulary, so that those of x do not see it either.
+    Matmuls of gradients sum many terms, so they do not use the fast accumulator, which is short.
+
+    Without a cap, the mean row of the head is subtracted first. It shifts all logits of a token
+    equally, so softmax ignores it, but rounded to fp8 it would shift each logit differently. The
+    gradient of x ignores it too, because gradients of logits sum to zero over the vocabulary.
     """
     from .triton_training import GRADIENT_SCALE, cross_entropy_fp8, quantize
 
     n = x.shape[0]
-    fill = -n % 64  # no tile of the kernels is taller
+    fill = -n % 64  # the kernels' tiles have at most 64 rows
     x, targets = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE)
     x8, x8_t, x_scale = quantize(x)
-    if not softcap:  # which does see it
+    if not softcap:  # tanh does not ignore a shift
         head = (head - head[:vocab].mean(0, dtype=torch.float32)).to(head.dtype)
     head8, head8_t, head_scale = quantize(head)
     grad_scale = torch.full((), 2.0**-GRADIENT_SCALE, device=x.device)
@@ -196,7 +215,7 @@ def _head_in_fp8(
 
 
 @torch.library.register_fake("gpt2::head_loss_and_gradients")
-def _(  # noqa: PLR0917
+def _head_loss_and_gradients_fake(  # noqa: PLR0917
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -204,19 +223,20 @@ def _(  # noqa: PLR0917
     gradients: int,
     fp8: bool,
     softcap: float,
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.promote_types(x.dtype, torch.float32)
-    grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
-    grad_weight = torch.empty_like(weight) if gradients == 2 else weight.new_empty(0)
+    grad_x = torch.empty_like(x) if gradients != NO_GRADIENT else x.new_empty(0)
+    trains_weight = gradients == OF_INPUT_AND_WEIGHT
+    grad_weight = torch.empty_like(weight) if trains_weight else weight.new_empty(0)
     return x.new_empty((), dtype=exact), grad_x, grad_weight
 
 
 def _loss_and_gradient_of_logits(
     logits: Tensor, target: Tensor, vocab: int, needs_grad: bool, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of (n, P) logits, and its gradient, softmax - one-hot.
+    """Sum of the cross-entropies of (n, P) logits, and its gradient: softmax - one-hot.
 
-    With a cap the softmax is that of y = cap · tanh(x / cap), and dy/dx = 1 - (y / cap)².
+    With a cap, softmax takes y = cap · tanh(x / cap), and dy/dx = 1 - (y / cap)².
     """
     if logits.is_cuda and logits.dtype != torch.float64 and HAS_TRITON:
         from .triton_training import cross_entropy_
@@ -237,8 +257,8 @@ def _loss_and_gradient_of_logits(
     return loss, logits
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor):
-    """total += a @ b, in the precision of total."""
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, accumulated in the dtype of total."""
     if a.dtype == total.dtype or not total.is_cuda:
         total += a @ b
     else:

@@ -1,6 +1,7 @@
-"""LayerNorm (Ba et al. 2016), in training of wide rows in bf16 by a kernel that reads them once.
+"""LayerNorm (Ba et al. 2016), with a Triton kernel to train wide rows in bf16.
 
-The compiler reads a row of up to 1,024 numbers once, and a wider one twice, in twice the time.
+The kernel reads each row once. torch.compile does so for rows of up to 1,024 numbers; it reads a
+wider row twice, in twice the time.
 """
 
 import torch
@@ -13,10 +14,10 @@ NARROW = 1024
 
 
 class LayerNorm(nn.LayerNorm):
-    """As PyTorch's, (..., C) -> (..., C); the kernel's result is in bf16, of the same numbers."""
+    """PyTorch's LayerNorm, (..., C) -> (..., C); the kernel's result is rounded to bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The rows with mean 0 and deviation 1, times a gain, plus a bias."""
+        """Each row with mean 0 and deviation 1, times a gain, plus a bias."""
         if not (self.training and _wide_in_bf16(x)):
             return super().forward(x)
         return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
@@ -36,7 +37,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        """PyTorch's own, which the compiler takes apart and joins with what is around it."""
+        """PyTorch's own, which the compiler decomposes and fuses with its neighbours."""
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         dx, dw, db = torch.ops.aten.native_layer_norm_backward(
@@ -59,6 +60,6 @@ def _layer_norm(
 
 
 @torch.library.register_fake("gpt2::layer_norm")
-def _(x, weight, bias, eps):
+def _layer_norm_fake(x, weight, bias, eps):
     of_rows = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     return x.new_empty(x.shape), of_rows, torch.empty_like(of_rows)

@@ -1,8 +1,8 @@
-"""The linear layers of a block, in training on a GPU by cuBLASLt, elsewhere by plain PyTorch.
+"""The linear layers of a block: fused cuBLASLt matmuls in training on a GPU, else plain PyTorch.
 
-Taking part of the work around a product into it saves passes over the memory: the residual is
-added and GELU applied by the product that makes its input, and GELU's derivative by the one that
-makes its gradient. Weight gradients come out in float32, as they are needed.
+Fusing elementwise work into a matmul saves passes over memory. The matmul that computes a value
+also adds the residual or applies GELU, and the matmul that computes GELU's gradient multiplies by
+its derivative. Weight gradients are written in float32, the precision of the optimizer.
 
 Shapes: `C` channels, `K` in, `N` out; "..." is (B, T).
 """
@@ -18,11 +18,14 @@ from .custom_op import custom_op
 from .precision import matmuls_in_bf16
 
 BF16 = torch.bfloat16
-FEWEST_ROWS = 1024  # below, finding the fastest algorithm would not pay
+FEWEST_ROWS = 1024  # with fewer, timing the algorithms of a shape takes longer than it saves
 
 
 def qkv(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of (..., C) by one product with (3C, C), each (..., C)."""
+    """Queries, keys and values of x (..., C), each (..., C); one matmul with (3C, C).
+
+    The fused path gives a bias of the keys no gradient, which is right without RoPE only.
+    """
     if not _by_cublaslt(x, layer):
         return layer(x).split(x.shape[-1], dim=-1)
     parts = _QKV.apply(x.flatten(0, -2), layer.weight, layer.bias)
@@ -56,22 +59,73 @@ def add_mlp(
 
 
 def _by_cublaslt(x: Tensor, layer: nn.Linear, residual: Tensor | None = None) -> bool:
-    """Whether this is training in bf16 on a GPU, of all weights (see `lora`), and large enough."""
-    stream_too = residual is None or residual.dtype is BF16
-    large = x.shape[:-1].numel() >= FEWEST_ROWS and x.shape[-1] % 64 == 0
-    trains = torch.is_grad_enabled() and layer.weight.requires_grad
-    return x.is_cuda and matmuls_in_bf16("cuda") and stream_too and large and trains
+    """Whether the fused matmuls take this layer and input; see `_obstacle`."""
+    return not _obstacle(
+        on_gpu=x.is_cuda,
+        in_bf16=matmuls_in_bf16("cuda") and (residual is None or residual.dtype is BF16),
+        trains=torch.is_grad_enabled() and layer.weight.requires_grad,
+        rows=x.shape[:-1].numel(),
+        width=x.shape[-1],
+    )
+
+
+def _obstacle(on_gpu: bool, in_bf16: bool, trains: bool, rows: int, width: int) -> str:
+    """Why the fused matmuls cannot take a layer; empty if they can."""
+    if not on_gpu:
+        return "no CUDA device"
+    if not in_bf16:
+        return "matmuls or the residual stream are not in bf16"
+    if not trains:
+        return "frozen weights or no gradients"
+    if rows < FEWEST_ROWS:
+        return "fewer than 1,024 tokens in a micro-batch"
+    if width % 64:
+        return "a width that is no multiple of 64"
+    return ""
+
+
+def describe_path(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, rows: int, dropout: float = 0.0
+) -> str:
+    """Which path the linear layers of the blocks take in training, in one sentence.
+
+    Each layer decides by `_by_cublaslt`; this says what they will decide. One exception is left
+    out: with RoPE and biases, the modern network computes queries, keys and values by PyTorch.
+
+    Args:
+        model: with `transformer.h`.
+        device: of the run.
+        dtype: of matmuls under autocast.
+        rows: tokens of a micro-batch on one device, B · T.
+        dropout: after the projections into the residual stream.
+    """
+    layers = [m for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]
+    widths = {layer.in_features for layer in layers}
+    obstacle = _obstacle(
+        on_gpu=device.type == "cuda",
+        in_bf16=dtype is BF16,
+        trains=all(layer.weight.requires_grad for layer in layers),
+        rows=rows,
+        width=next((width for width in sorted(widths) if width % 64), 64),
+    )
+    if not obstacle and not cublaslt.library():
+        obstacle = "no libcublasLt"
+    if obstacle:
+        return f"linear layers: plain PyTorch ({obstacle})"
+    if dropout:
+        return "linear layers: cuBLASLt, but plain PyTorch where dropout follows"
+    return "linear layers: cuBLASLt, with bias, GELU and the residual addition fused"
 
 
 class _QKV(torch.autograd.Function):
-    """Gradients of q, k and v stay apart: joining them costs more than three smaller products."""
+    """Gradients of q, k and v stay separate: to concatenate costs more than three small matmuls."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None):
         x, weight = x.to(BF16), weight.to(BF16)
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        y = _product(x, weight, transpose_b=True, bias=_cast(bias))
+        y = _matmul(x, weight, transpose_b=True, bias=_cast(bias))
         return y.split(x.shape[1], dim=1)
 
     @staticmethod
@@ -79,27 +133,29 @@ class _QKV(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = None
         for dy, part in zip(grads, weight.split(x.shape[1]), strict=True):
-            dx = _product(dy, part, add=dx)
+            dx = _matmul(dy, part, add=dx)
         dw = _weight_gradient(list(grads), x)
         if not ctx.biased:
             return dx, dw, None
-        # A bias of the keys adds the same to all scores of a query, which softmax does not see.
+        # A bias of the keys shifts all scores of a query equally, which softmax ignores.
         dbq, dbv = (dy.sum(0, dtype=torch.float32) for dy in (grads[0], grads[2]))
         return dx, dw, torch.cat([dbq, torch.zeros_like(dbq), dbv])
 
 
 class _AddLinear(torch.autograd.Function):
+    """residual + linear(x), or linear(x) without a residual."""
+
     @staticmethod
     def forward(ctx, residual: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None):
         x, weight = x.to(BF16), weight.to(BF16)
         ctx.save_for_backward(x, weight)
         ctx.adds, ctx.biased = residual is not None, bias is not None
-        return _product(x, weight, transpose_b=True, bias=_cast(bias), add=residual)
+        return _matmul(x, weight, transpose_b=True, bias=_cast(bias), add=residual)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
-        dx, dw = _product(dy, weight), _weight_gradient([dy], x)
+        dx, dw = _matmul(dy, weight), _weight_gradient([dy], x)
         db = dy.sum(0, dtype=torch.float32) if ctx.biased else None
         return dy if ctx.adds else None, dx, dw, db
 
@@ -109,6 +165,8 @@ def _cast(bias: Tensor | None) -> Tensor | None:
 
 
 class _AddMLP(torch.autograd.Function):
+    """residual + proj(gelu(fc(x)))."""
+
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd calls it by position
         ctx,
@@ -120,26 +178,26 @@ class _AddMLP(torch.autograd.Function):
         b2: Tensor | None,
     ):
         x, w1, w2 = x.to(BF16), w1.to(BF16), w2.to(BF16)
-        before, after = _product_gelu(x, w1, _cast(b1))
+        before, after = _matmul_gelu(x, w1, _cast(b1))
         ctx.save_for_backward(x, w1, w2, before, after)
         ctx.biased = b1 is not None
-        return _product(after, w2, transpose_b=True, bias=_cast(b2), add=residual)
+        return _matmul(after, w2, transpose_b=True, bias=_cast(b2), add=residual)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, w1, w2, before, after = ctx.saved_tensors
-        dh = _product_dgelu(dy, w2, before)
+        dh = _matmul_dgelu(dy, w2, before)
         dw1, dw2 = _weight_gradient([dh], x), _weight_gradient([dy], after)
         db1, db2 = (d.sum(0, dtype=torch.float32) if ctx.biased else None for d in (dh, dy))
-        return dy, _product(dh, w1), dw1, db1, dw2, db2
+        return dy, _matmul(dh, w1), dw1, db1, dw2, db2
 
 
-# To the compiler each of these is one opaque operation. Without the library, as on a CPU, they do
-# the same by plain PyTorch.
+# Each function below is one opaque operator to the compiler. Without libcublasLt, as on a CPU, it
+# computes its result by plain PyTorch.
 
 
-@custom_op
-def _product(
+@custom_op(name="product")
+def _matmul(
     a: Tensor,
     b: Tensor,
     transpose_b: bool = False,
@@ -159,13 +217,13 @@ def _product(
 
 
 @torch.library.register_fake("gpt2::product")
-def _(a, b, transpose_b=False, bias=None, add=None):
+def _matmul_fake(a, b, transpose_b=False, bias=None, add=None):
     return a.new_empty(a.shape[0], b.shape[0 if transpose_b else 1])
 
 
 @custom_op
 def _weight_gradient(dys: list[Tensor], x: Tensor) -> Tensor:
-    """dyᵀ x in float32 of each dy, one above the other, (rows, N) and (rows, K) -> (Σ N, K)."""
+    """dyᵀ x of each dy, stacked, in float32; (rows, N) each and (rows, K) -> (Σ N, K)."""
     out = x.new_empty(sum(dy.shape[1] for dy in dys), x.shape[1], dtype=torch.float32)
     for dy, part in zip(dys, out.split([dy.shape[1] for dy in dys]), strict=True):
         if dy.is_cuda and cublaslt.library():
@@ -176,12 +234,12 @@ def _weight_gradient(dys: list[Tensor], x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("gpt2::weight_gradient")
-def _(dys, x):
+def _weight_gradient_fake(dys, x):
     return x.new_empty(sum(dy.shape[1] for dy in dys), x.shape[1], dtype=torch.float32)
 
 
-@custom_op
-def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+@custom_op(name="product_gelu")
+def _matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(h, gelu(h)) with h = x Wᵀ + b."""
     before = x.new_empty(x.shape[0], weight.shape[0])
     if x.is_cuda and cublaslt.library():
@@ -198,14 +256,14 @@ def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 @torch.library.register_fake("gpt2::product_gelu")
-def _(x, weight, bias):
+def _matmul_gelu_fake(x, weight, bias):
     before = x.new_empty(x.shape[0], weight.shape[0])
     return before, torch.empty_like(before)
 
 
-@custom_op
-def _product_dgelu(dy: Tensor, weight: Tensor, before: Tensor) -> Tensor:
-    """The gradient of `before` in y = gelu(before) Wᵀ."""
+@custom_op(name="product_dgelu")
+def _matmul_dgelu(dy: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+    """The gradient with respect to `before` of y = gelu(before) Wᵀ."""
     if dy.is_cuda and cublaslt.library():
         out = torch.empty_like(before)
         cublaslt.matmul(dy, weight, out, epilogue=cublaslt.DGELU, aux=before)
@@ -214,15 +272,15 @@ def _product_dgelu(dy: Tensor, weight: Tensor, before: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("gpt2::product_dgelu")
-def _(dy, weight, before):
+def _matmul_dgelu_fake(dy, weight, before):
     return torch.empty_like(before)
 
 
 def gelu(x: Tensor) -> Tensor:
     """The tanh form of GELU (Hendrycks & Gimpel 2016), elementwise.
 
-    Compiled, it is written by the identity ½ (1 + tanh u) = σ(2u): compilers turn tanh into some
-    thirty instructions, and the sigmoid into a few.
+    Under torch.compile it uses the identity ½ (1 + tanh u) = σ(2u): a compiled tanh takes some
+    thirty instructions, a compiled sigmoid a few.
     """
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")

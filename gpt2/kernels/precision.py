@@ -1,4 +1,4 @@
-"""Which precision an operation computes in, and whether Triton is there."""
+"""The precision of matmuls and of the residual stream, and whether Triton is installed."""
 
 import importlib.util
 
@@ -9,13 +9,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # on Linux it comes
 
 
 def to_residual_stream(x: Tensor) -> Tensor:
-    """The residual stream is bf16 where products are: half the traffic, and what llm.c does.
+    """x in the dtype of the residual stream: bf16 if matmuls are in bf16, as in llm.c.
 
-    In fp16 it stays float32, whose range it may need.
+    That halves the memory traffic. With fp16 the stream stays float32, whose range it may need.
     """
     return x.bfloat16() if matmuls_in_bf16(x.device.type) else x
 
 
 def matmuls_in_bf16(kind: str) -> bool:
-    """Whether autocast computes them so, on a device of this kind."""
+    """Whether autocast computes matmuls in bf16 on a device type, as "cuda"."""
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16

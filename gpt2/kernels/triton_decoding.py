@@ -1,8 +1,9 @@
-"""Triton kernels for one new token of each sequence. Imported on CUDA devices only.
+"""Triton kernels of generation: one new token of each sequence.
 
-Such a pass is bound by reading weights and cached keys and values, and with few sequences by the
-number of kernels. Each is tested against its plain form in `kernels` or `few_token_pass`: by
-`pytest -m gpu`, and in Triton's interpreter where Triton is installed without a GPU.
+Such a pass is bound by reading the weights and the KV cache, and with few sequences by the number
+of kernels. Imported on CUDA devices only. `pytest -m gpu` tests each kernel against its plain form
+in `attention` or `generate.few_token_pass`; so does Triton's interpreter, if Triton is installed
+without a GPU.
 """
 
 import torch
@@ -10,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-FEW_PROGRAMS = 256  # of one for each row and head: too few to fill a GPU
-SHARE = 64  # positions that a program then reads
+FEW_PROGRAMS = 256  # one program per row and head, if that many at most, does not fill a GPU
+SHARE = 64  # positions of the cache that each program reads in that case
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _small_linear(  # noqa: PLR0917 - Triton launches by position
     for start in tl.static_range(0, width, block):
         k = start + tl.arange(0, block)
         inside = k < width
-        # asked for first, because it takes longest
+        # loaded first, because it takes longest
         w = tl.load(
             weight + n[:, None] * width + k[None, :],
             mask=exists[:, None] & inside[None, :], other=0.0,
@@ -43,14 +44,14 @@ def _small_linear(  # noqa: PLR0917 - Triton launches by position
         y += tl.sum(w.to(tl.float32) * v[None, :], 1)
     if biased:
         y += tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
-    if gelu:  # ½ (1 + tanh u) = σ(2u), see `ops.gelu`
+    if gelu:  # ½ (1 + tanh u) = σ(2u), see `linear.gelu`
         y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     if added:
         y += tl.load(residual + at, mask=exists, other=0.0).to(tl.float32)
     tl.store(out + at, y, mask=exists)
 
 
-def small_linear_(  # noqa: PLR0917 - what there is around a product
+def small_linear_(  # noqa: PLR0917 - what is fused with a matmul
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -64,8 +65,8 @@ def small_linear_(  # noqa: PLR0917 - what there is around a product
         x: (B, K) contiguous.
         weight: (N, K) contiguous, fewer than 2^31 numbers.
         bias: (N,).
-        norm: of width K.
-        gelu: apply it.
+        norm: LayerNorm of width K, or None.
+        gelu: whether to apply GELU.
         residual: (B, N) contiguous.
     """
     (rows, width), outputs = x.shape, len(weight)
@@ -149,10 +150,10 @@ def _join_shares(  # noqa: PLR0917 - Triton launches by position
 def cached_attention_(  # noqa: PLR0917 - what attention has
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
 ) -> Tensor:
-    """`ops.cached_attention` of one new position: reads no more of the cache than is filled.
+    """`attention.cached_attention` of one new position; reads only the filled part of the cache.
 
     Args:
-        q: (B, H, 1, D) with the heads of a row side by side in memory; so k and v.
+        q: (B, H, 1, D) with the heads of a row contiguous in memory; so k and v.
         k: (B, H, 1, D).
         v: (B, H, 1, D).
         keys: (B, H, S_max, D), contiguous, changed in place.
@@ -165,7 +166,7 @@ def cached_attention_(  # noqa: PLR0917 - what attention has
     assert all(t.is_contiguous() for t in (keys, values))
     out = torch.empty(B, 1, heads, width, device=q.device, dtype=q.dtype)
     capacity, lanes = keys.shape[2], triton.next_power_of_2(width)
-    few = B * heads <= FEW_PROGRAMS  # the cache in shares, since one program a head is too slow
+    few = B * heads <= FEW_PROGRAMS  # then several programs share the cache of a head
     share = SHARE if few else capacity
     shares = triton.cdiv(capacity, share)
     parts = q.new_empty(B * heads * shares * (lanes + 2) if shares > 1 else 0, dtype=torch.float32)

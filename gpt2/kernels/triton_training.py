@@ -1,6 +1,7 @@
-"""Triton kernels. Imported on CUDA devices only, where PyTorch brings Triton along.
+"""Triton kernels of training: cross-entropy, fp8 quantization and LayerNorm.
 
-Each is tested against its plain form in `ops` (`pytest -m gpu`).
+Imported on CUDA devices only, where PyTorch installs Triton. `pytest -m gpu` tests each kernel
+against its plain form in `head_loss` and `layer_norm`.
 """
 
 import math
@@ -94,7 +95,7 @@ def cross_entropy_(
     Args:
         logits: (N, P) contiguous, of which the first `vocab` columns count.
         targets: (N,) int64, negative where nothing is predicted.
-        softcap: see `ops.soft_cap`.
+        softcap: see `head_loss.soft_cap`.
     """
     return _launch_cross_entropy(logits, targets, vocab, needs_grad, softcap)[0]
 
@@ -127,16 +128,16 @@ def _fast(logits: Tensor) -> bool:
 def cross_entropy_fp8(
     logits: Tensor, targets: Tensor, vocab: int, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the cross-entropies; its gradient times 2^`GRADIENT_SCALE` in e5m2, twice.
+    """Sum of the cross-entropies, and its gradient times 2^`GRADIENT_SCALE` in e5m2.
 
-    Tensor cores take fp8 only with the summed dimension contiguous, and of the two products that
-    follow one sums over columns and one over rows: the second needs it transposed.
+    The gradient comes plain and transposed: tensor cores take fp8 only with the summed dimension
+    contiguous. One of the two matmuls that follow sums over columns, the other over rows.
 
     Args:
         logits: (N, P) contiguous, N a multiple of 64 and P of 128.
         targets: (N,) int64, negative where nothing is predicted.
         vocab: the columns that count.
-        softcap: see `ops.soft_cap`.
+        softcap: see `head_loss.soft_cap`.
 
     Returns:
         (), (N, P), (P, N).
@@ -179,7 +180,7 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x / scale in e4m3, the same transposed, scale), such that the largest number becomes 448.
+    """(x / scale in e4m3, its transpose, scale); the scale makes the largest number 448.
 
     Args:
         x: (N, C) contiguous.
@@ -230,10 +231,10 @@ def _layer_norm(  # noqa: PLR0917 - Triton launches by position
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """LayerNorm of contiguous (..., C); mean and 1 / deviation, (..., 1) in float32."""
+    """LayerNorm of contiguous (..., C), and mean and 1 / deviation, (..., 1) in float32."""
     y, width = torch.empty_like(x), x.shape[-1]
     mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    rstd = torch.empty_like(mean)  # as a part of one tensor it might begin at an odd address
+    rstd = torch.empty_like(mean)  # a view of a shared tensor might start at an unaligned address
     grid, block = (x.numel() // width,), triton.next_power_of_2(width)
     _layer_norm[grid](x, weight, bias, y, mean, rstd, width, eps, block, num_warps=WARPS)
     return y, mean, rstd

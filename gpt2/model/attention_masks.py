@@ -1,12 +1,13 @@
-"""Which positions a query sees: windows and documents, as a dense mask or in blocks.
+"""Attention masks of attention windows and documents, dense or for FlexAttention.
 
-On a GPU, compiled, FlexAttention (Dong et al. 2024, arXiv:2412.05496) skips the blocks that nothing
-is seen of. Everywhere else the same mask goes into PyTorch's attention as a table.
+Compiled on a GPU, FlexAttention (Dong et al. 2024, arXiv:2412.05496) skips blocks of 128 by 128
+positions that the mask hides entirely. Elsewhere PyTorch's attention takes the mask as a dense
+tensor.
 
-Shapes: `B` batch, `H` heads, `T` time, `D` head width, `N` blocks of a row.
+Shapes: `B` batch, `H` heads, `T` queries, `S` keys, `D` head width, `N` = T / 128 blocks.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +17,31 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from ..kernels.attention import causal_attention
 from .kv_cache import KVCache
 
-BLOCK = 128  # positions, FlexAttention's default
-NARROWEST = 16  # heads that FlexAttention takes on a GPU
-Mask = Tensor | BlockMask | None  # None: all earlier positions
+BLOCK = 128  # positions; FlexAttention's default
+MIN_HEAD_WIDTH = 16  # FlexAttention takes no narrower heads on a GPU
+Mask = Tensor | BlockMask | None  # None: plain causal attention
 
 
-def documents_of(begins: Tensor) -> Tensor:
-    """(B, T) bool, where documents begin -> (B, T) their numbers."""
+def document_ids(begins: Tensor) -> Tensor:
+    """(B, T) bool, True for the first token of a document -> (B, T) number of the document."""
     return begins.cumsum(1)
 
 
-def mask_for(T: int, window: Tensor | None, documents: Tensor | None, blocks: bool) -> Mask:
-    """The mask of T positions.
+def mask_for(T: int, window: Tensor | None, documents: Tensor | None, flex: bool) -> Mask:
+    """The causal mask of T positions with an attention window and documents.
 
     Args:
         T: positions.
         window: () int64, positions that a query sees, itself included; None: all.
         documents: (B, T) numbers that never fall along a row; None: all is one document.
-        blocks: for FlexAttention, whose window and documents may change without compiling anew.
+        flex: whether to build FlexAttention's mask, which does not recompile for another window
+            or other documents. It needs T to be a multiple of 128; else the mask is dense.
     """
     if window is None and documents is None:
         return None
     device = (window if documents is None else documents).device
-    if blocks and T % BLOCK == 0:
-        return _in_blocks(T, window, documents, device)
+    if flex and T % BLOCK == 0:
+        return _block_mask(T, window, documents, device)
     at = torch.arange(T, device=device)
     return visible(at, at, window, documents, documents)
 
@@ -48,91 +50,92 @@ def visible(
     queries: Tensor,
     keys: Tensor,
     window: Tensor | None,
-    of_queries: Tensor | None = None,
-    of_keys: Tensor | None = None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
 ) -> Tensor:
-    """Which keys a query sees, (B or 1, 1, T, S) bool.
+    """The dense mask: which keys a query sees, (B or 1, 1, T, S) bool.
 
     Args:
         queries: (T,) or (B, T) positions.
         keys: (S,) positions.
         window: see `mask_for`.
-        of_queries: (B, T) their documents, or None.
-        of_keys: (B, S) their documents, or None.
+        query_documents: (B, T), or None.
+        key_documents: (B, S), or None.
     """
     distance = queries[..., :, None] - keys
     seen = distance >= 0
     if window is not None:
         seen = seen & (distance < window)
     seen = seen if seen.ndim == 3 else seen[None]
-    if of_queries is not None:
-        seen = seen & (of_queries[:, :, None] == of_keys[:, None])
+    if query_documents is not None:
+        seen = seen & (query_documents[:, :, None] == key_documents[:, None])
     return seen[:, None]
 
 
-def _in_blocks(
+def _block_mask(
     T: int, window: Tensor | None, documents: Tensor | None, device: torch.device
 ) -> BlockMask:
     number = torch.arange(T // BLOCK, device=device)
-    away = (number[:, None] - number)[None]  # (1, N, N), in blocks
-    some, whole = away >= 0, away > 0
+    distance = (number[:, None] - number)[None]  # (1, N, N), in blocks
+    some, whole = distance >= 0, distance > 0
     if window is not None:
-        some = some & (away * BLOCK - (BLOCK - 1) < window)  # the nearest pair of positions
-        whole = whole & (away * BLOCK + (BLOCK - 1) < window)  # the farthest
+        some = some & (distance * BLOCK - (BLOCK - 1) < window)  # the nearest pair of positions
+        whole = whole & (distance * BLOCK + (BLOCK - 1) < window)  # the farthest pair
     if documents is not None:
         first, last = documents[:, ::BLOCK], documents[:, BLOCK - 1 :: BLOCK]  # (B, N)
         some = some & (last[:, None, :] >= first[:, :, None])
         whole = whole & (first[:, None, :] == last[:, :, None])
 
-    def seen(b, h, q, k):  # what FlexAttention calls it with
-        answer = q >= k
+    def mask_mod(b, h, q, k):  # FlexAttention's signature: batch, head, query and key position
+        seen = q >= k
         if window is not None:
-            answer = answer & (q - k < window)
+            seen = seen & (q - k < window)
         if documents is not None:
-            answer = answer & (documents[b, q] == documents[b, k])
-        return answer
+            seen = seen & (documents[b, q] == documents[b, k])
+        return seen
 
     lists = block_lists(some & ~whole, whole)
-    return BlockMask((T, T), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen)
+    return BlockMask((T, T), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
 
 
 @torch.library.custom_op("gpt2::block_lists", mutates_args=())
 def block_lists(some: Tensor, whole: Tensor) -> list[Tensor]:
-    """The lists that FlexAttention goes through, in the order in which `BlockMask` takes them.
+    """The eight tensors of a `BlockMask`, in the order of its constructor.
 
-    Of blocks seen in part and of whole ones, for queries and then, for gradients, for keys: how
-    many (B, 1, N), and their numbers (B, 1, N, N), those that count in front; int32.
+    Partly and wholly visible blocks, listed per row for the forward pass and per column for
+    gradients. Each list is a count (B, 1, N) and block numbers (B, 1, N, N), int32; the first
+    `count` numbers are valid.
 
-    The compiler does not look inside of an operator. Where it makes the lists itself, their
-    dimension of heads, of size 1, has a stride of its own choice, by which FlexAttention's kernels
-    (PyTorch 2.11) step from row to row of the batch: all rows then used the first one's blocks.
+    An operator, because Inductor may give the size-1 dimension of heads any stride. FlexAttention's
+    kernels (PyTorch 2.11) use that stride to step over the batch, so all rows of the batch used the
+    blocks of the first row. An operator's outputs keep their strides.
 
     Args:
-        some: (B, N, N) bool, blocks of queries by blocks of keys, seen in part.
-        whole: the same, all of whose positions are seen.
+        some: (B, N, N) bool, partly visible blocks; rows are queries, columns keys.
+        whole: (B, N, N) bool, wholly visible blocks.
     """
     masks = some, whole, some.mT, whole.mT
     return [part for mask in masks for part in _ordered(mask)]
 
 
 @block_lists.register_fake
-def _(some: Tensor, whole: Tensor) -> list[Tensor]:
+def _block_lists_fake(some: Tensor, whole: Tensor) -> list[Tensor]:
     B, N, _ = some.shape
     shapes = [(B, 1, N), (B, 1, N, N)] * 4
     return [some.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, N) bool -> how many blocks each row has, and their numbers first in its list."""
+    """(B, N, N) bool -> the count of True per row, and column numbers, those of True first."""
     numbers = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
     counts = blocks.sum(-1, dtype=torch.int32)
     return counts[:, None].contiguous(), numbers.to(torch.int32)[:, None].contiguous()
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / √D) v over what the mask shows; all (B, H, T, D).
+    """softmax(q kᵀ / √D) v over the visible keys; all (B, H, T, D).
 
-    Dropout of attention weights is for all but blocks.
+    FlexAttention has no dropout of attention weights.
     """
     if mask is None:
         return causal_attention(q, k, v, dropout)
@@ -142,18 +145,21 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
-class Cache(KVCache):
-    """A cache for layers with windows, and of several documents."""
+class MaskedKVCache(KVCache):
+    """A KV cache that follows `attention_cache.MaskedAttentionCache`.
+
+    `documents` is (B, S_max) int64, the document of each position seen.
+    """
 
     PER_ROW: ClassVar = KVCache.PER_ROW | {"documents": 0}
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         shape = self.keys.shape[1], self.keys.shape[3]
         self.documents = torch.zeros(shape, dtype=torch.int64, device=self.keys.device)
 
-    def enter(self, begins: Tensor, positions: Tensor) -> Tensor:
-        """Takes down where documents begin, (B, T) bool; (B, T) the documents' numbers."""
+    def add_documents(self, begins: Tensor, positions: Tensor) -> Tensor:
+        """Stores and returns the document of each new token; (B, T) bool -> (B, T) int64."""
         rows, at = self._rows(), positions.expand(begins.shape)
         before = self.documents[rows, (at[:, :1] - 1).clamp(min=0)] * (at[:, :1] > 0)
         numbers = before + begins.cumsum(1)
@@ -161,15 +167,21 @@ class Cache(KVCache):
         return numbers
 
     def _rows(self) -> Tensor:
-        """(B, 1), of those that are being read."""
+        """(B, 1), the rows of the cache that the batch consists of."""
         every = torch.arange(len(self.documents), device=self.documents.device)
         return (every if self.rows is None else self.rows)[:, None]
 
-    def attend_to(  # noqa: PLR0917 - what attention has
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: Tensor | None,
-        positions: Tensor, documents: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """As `attend`, over what window and documents show."""
+    def attend_masked(  # noqa: PLR0917 - what attention has
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: Tensor | None,
+        positions: Tensor,
+        documents: Tensor | None,
+    ) -> Tensor:
+        """Stores the new keys and values; attention over the visible positions."""
         T, keys, values = q.shape[2], self.keys[layer], self.values[layer]
         if self.rows is not None:
             keys[self.rows, :, :T], values[self.rows, :, :T] = k, v

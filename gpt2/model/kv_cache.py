@@ -1,4 +1,4 @@
-"""Keys and values of the positions already seen, so that each is computed once.
+"""Key-value cache: generation computes the keys and values of each position once.
 
 Shapes: `B` batch, `T` new positions, `S` positions so far, `H` heads, `D` head width.
 """
@@ -14,15 +14,22 @@ from ..kernels.attention import cached_attention, causal_attention
 
 
 class KVCache:
-    """Keys and values of the positions already seen, so that each is computed once.
+    """Keys and values of the positions already seen; follows `attention_cache.AttentionCache`.
 
-    Holds (n_layer, B, H, S_max, D) for keys and for values, and how many positions are filled: as
-    the number `length` where all rows are equally long, and also as the tensor `lengths` (B,)
-    where they are not, or where a CUDA graph, which cannot hold numbers that change, reads it.
-    `length` is then that of the longest row.
+    `keys` and `values` are (n_layer, B, H, S_max, D). The number of filled positions is the int
+    `length`. If rows differ in length, or a CUDA graph reads the lengths, the tensor `lengths` (B,)
+    holds them on the device and `length` is the longest: a graph cannot hold an int that changes.
+
+    Args:
+        config: shape of the network.
+        batch_size: B.
+        like: any tensor on the device of the network.
+        dtype: of keys and values.
+        capacity: S_max; None: block_size.
     """
 
-    PER_ROW: ClassVar = {"keys": 1, "values": 1, "lengths": 0}  # tensor -> its dimension of rows
+    # Tensors with a dimension of rows, and that dimension; `first` and `take` go through them.
+    PER_ROW: ClassVar = {"keys": 1, "values": 1, "lengths": 0}
 
     def __init__(
         self,
@@ -31,24 +38,25 @@ class KVCache:
         like: Tensor,
         dtype: torch.dtype,
         capacity: int | None = None,
-    ):
+    ) -> None:
         heads, width = config.n_head, config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, heads, capacity or config.block_size, width)
-        # zeros, because what is masked is still multiplied, by 0
+        # Zeros, not `empty`: attention multiplies masked values by 0, and 0 · NaN is NaN.
         self.keys = torch.zeros(shape, device=like.device, dtype=dtype)
         self.values = torch.zeros(shape, device=like.device, dtype=dtype)
         self.length = 0
         self.lengths: Tensor | None = None
-        self.rows: Tensor | None = None  # while not None: these are read from their beginning
+        # Set while prompts are read: the batch consists of these rows, from their position 0.
+        self.rows: Tensor | None = None
 
     def start(self) -> int | Tensor:
-        """Position of the first new token: a number, or (B, 1) where rows differ."""
+        """Position of the first new token: an int, or (B, 1) if rows differ in length."""
         if self.rows is not None:
             return 0
         return self.length if self.lengths is None else self.lengths[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Appends keys and values to a layer; attention of q over all of them; all (B, H, T, D)."""
+        """Stores the new keys and values; attention over all S positions; all (B, H, T, D)."""
         T = k.shape[2]
         keys, values = self.keys[layer], self.values[layer]
         if self.rows is not None:
@@ -60,23 +68,23 @@ class KVCache:
         keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
         return causal_attention(q, keys[:, :, :end], values[:, :, :end])
 
-    def advance(self, count: int):
-        """Counts new positions, after the last layer has them."""
+    def advance(self, count: int) -> None:
+        """Adds `count` positions to the lengths, after the last layer has stored them."""
         if self.rows is not None:
-            return
+            return  # the reader of the prompts has set the lengths, which differ between rows
         self.length += count
         if self.lengths is not None:
             self.lengths += count
 
     def first(self, rows: int) -> "KVCache":
-        """The first rows alone, in the same memory; needs `lengths`."""
+        """The first `rows` rows as a view of the same memory; needs `lengths`."""
         part = copy.copy(self)
         for name, dim in self.PER_ROW.items():
             setattr(part, name, getattr(self, name).narrow(dim, 0, rows))
         return part
 
-    def take(self, row: int, other: "KVCache", source: int):
-        """Makes a row a copy of a row of another cache, or of this one; needs `lengths`."""
+    def take(self, row: int, other: "KVCache", source: int) -> None:
+        """Copies row `source` of `other`, which may be this cache, to `row`; needs `lengths`."""
         for name, dim in self.PER_ROW.items():
             kept = getattr(other, name).select(dim, source)
             getattr(self, name).select(dim, row).copy_(kept)

@@ -1,8 +1,8 @@
-"""LoRA: frozen weights, and beside each matrix a product of two small ones that is trained.
+"""LoRA: adapters of low rank are trained beside frozen matrices.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq. 3:
-W x + (α / r) B A x, with A random and B zero, so that training begins with the given network. The
-names and shapes of A and B are those of the package `peft`.
+W x + (α / r) B A x. A is random and B zero, so training starts from the given network. A and B have
+the names and shapes of the package `peft`.
 
 Shapes: `r` rank, `K` in, `N` out; "..." is (B, T).
 """
@@ -14,19 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config.finetune import TuningOptions
+
 PEFT_PREFIX = "base_model.model."
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with frozen weight and bias, and an adapter that is trained.
+    """A frozen linear layer with a trained adapter.
 
     Args:
-        layer: takes over its weight (N, K) and bias.
+        layer: its weight (N, K) and bias are used, not copied.
         rank: r.
-        alpha: α; what the adapter adds is multiplied by α / r.
+        alpha: α; the adapter's output is multiplied by α / r.
     """
 
-    def __init__(self, layer: nn.Linear, rank: int, alpha: float):
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__(layer.in_features, layer.out_features, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.scale = alpha / rank
@@ -40,16 +42,16 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """(N, K): the one matrix that does the same."""
+        """(N, K): W + (α / r) B A, the matrix of a plain layer with the outputs of this one."""
         return self.weight + self.scale * (self.lora_B @ self.lora_A)
 
 
-def adapt(model: nn.Module, tuning):
-    """Freezes a model and gives its blocks adapters, as `lora_rank` and its options say.
+def adapt(model: nn.Module, tuning: TuningOptions | None) -> None:
+    """Freezes a model and replaces matrices of its blocks by `LoRALinear`; in place.
 
     Args:
-        model: a `GPT` on the CPU.
-        tuning: `tool_config.TuningOptions`, or None.
+        model: a `LanguageModel` on the CPU.
+        tuning: names the rank, α and the matrices; without a rank, or None, nothing changes.
     """
     if tuning is None or not tuning.lora_rank:
         return
@@ -66,11 +68,12 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def merged_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict, in which adapters are added to their matrices and so no longer there.
+    """The state dict of the network without adapters: each is added to its matrix.
 
     Args:
         model: with or without adapters.
-        state: its state dict, if that is already at hand; an empty one stays empty.
+        state: its state dict, if the caller has it; an empty one stays empty, as on ranks that do
+            not gather FSDP parts.
     """
     state = dict(model.state_dict() if state is None else state)
     for name, module in model.named_modules():
@@ -83,12 +86,12 @@ def merged_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> di
 def to_peft(
     model: nn.Module, base: str, state: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], bytes]:
-    """(tensors, adapter_config.json) under which `peft` knows the adapters of a model.
+    """The adapters in the format of `peft`: (tensors by name, bytes of adapter_config.json).
 
     Args:
         model: with adapters.
-        base: where its frozen weights are from.
-        state: as for `merged_state`.
+        base: path or name of the frozen weights.
+        state: see `merged_state`.
     """
     state = model.state_dict() if state is None else state
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}

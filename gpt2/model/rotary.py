@@ -1,6 +1,6 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864): queries and keys turn with their position.
+"""RoPE, rotary position embeddings (Su et al. 2021, arXiv:2104.09864).
 
-Shapes: `B` batch, `H` heads, `T` time, `D` head width.
+Shapes: `B` batch, `H` heads, `T` positions, `D` head width.
 """
 
 import torch
@@ -9,44 +9,44 @@ from torch import Tensor
 from ..kernels.custom_op import custom_op
 
 
-@custom_op
-def turns(positions: Tensor, pairs: int, turning: int, base: float) -> Tensor:
-    """Cosines and sines of the angles by which pairs turn (eq. 15): position · base^(-i/turning).
+@custom_op(name="turns")
+def rope_cos_sin(positions: Tensor, pairs: int, rotated: int, base: float) -> Tensor:
+    """Cosines and sines of the RoPE angles, position · base^(-i/rotated) for pair i (eq. 15).
 
-    One operation to the compiler, which would otherwise compute them anew for every head and layer.
+    One opaque operator: the compiler would otherwise recompute them for every head and layer.
 
     Args:
         positions: (T,) or (B, T).
         pairs: D / 2.
-        turning: of these, the first ones that turn; the others stay as they are.
+        rotated: number of pairs that RoPE rotates, the first ones; the others keep angle 0.
         base: of the wavelengths.
 
     Returns:
         (2, T, D/2) or (2, B, 1, T, D/2), float32.
     """
     rates = torch.zeros(pairs, device=positions.device)
-    number = torch.arange(turning, device=positions.device, dtype=torch.float32)
-    rates[:turning] = base ** (-number / max(1, turning))
+    number = torch.arange(rotated, device=positions.device, dtype=torch.float32)
+    rates[:rotated] = base ** (-number / max(1, rotated))
     angles = positions[..., None] * rates
     if angles.ndim == 3:
-        angles = angles[:, None]  # every head
+        angles = angles[:, None]  # broadcast over heads
     return torch.stack([angles.cos(), angles.sin()])
 
 
 @torch.library.register_fake("gpt2::turns")
-def _(positions: Tensor, pairs: int, turning: int, base: float) -> Tensor:
+def _rope_cos_sin_fake(positions: Tensor, pairs: int, rotated: int, base: float) -> Tensor:
     shape = (2, *positions.shape, pairs)
     shape = shape if positions.ndim == 1 else (*shape[:2], 1, *shape[2:])
     return positions.new_empty(shape, dtype=torch.float32)
 
 
-def rotate(x: Tensor, turned: Tensor) -> Tensor:
-    """Turns pairs (eq. 34): member i of the first half of D with member i of the second.
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotates pairs of channels (eq. 34): pair i is channel i of each half of D.
 
     Args:
-        x: (B, H, T, D).
-        turned: see `turns`.
+        x: (B, H, T, D), queries or keys.
+        cos_sin: see `rope_cos_sin`.
     """
-    cos, sin = turned
+    cos, sin = cos_sin
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)

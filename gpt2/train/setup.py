@@ -220,7 +220,7 @@ def compile_network(model: GPT, sharded: bool) -> None:
     drop when it is given the whole network. 48 blocks at once take it over a minute; equal blocks
     share one compilation, blocks with switches differ.
     """
-    deep = len(model.transformer.h) > DEEP and not isinstance(model.config, ModernConfig)
+    deep = len(model.transformer.h) > DEEP and not model.blocks_differ
     apart = sharded or model.checkpoint_activations or deep
     model.compiled_apart = apart
     for part in model.transformer.h if apart else [model]:

@@ -232,7 +232,7 @@ def _switched_gpt2() -> type[TextModel]:
     from .model.modern import Modern
 
     class SwitchedGPT2(TextModel, Modern):
-        """The modern network with the methods of `GPT2`; loading returns it for a `ModernConfig`."""
+        """The modern network with the methods of `GPT2`; loading a `ModernConfig` gives it."""
 
     SwitchedGPT2.__qualname__ = "SwitchedGPT2"  # pickle finds it by `__getattr__`
     return SwitchedGPT2

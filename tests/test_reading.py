@@ -43,8 +43,8 @@ def update() -> None:
             first, last = lines_of(module, name)
             return f"[`{name}`](../gpt2/{module}.py#L{first}-L{last})"
 
-        line = LINK.sub(lambda m, link=link: link(m[1], m[2]), line)
-        lines.append(re.sub(r"@([\w.]+)@", lambda m, link=link: link(m[1]), line))
+        known = LINK.sub(lambda m, link=link: link(m[1], m[2]), line)
+        lines.append(re.sub(r"@([\w.]+)@", lambda m, link=link: link(m[1]), known))
     PAGE.write_text("".join(lines), "utf-8")
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config.model import GPT2_VOCAB_SIZE, GPT2Config, ModernConfig
-from ..config.switches import chosen, defaults, switched
+from ..config.model import GPT2_VOCAB_SIZE, GPT2Config
+from ..config.switches import switched
 from ..config.train import ModelOptions
 from ..errors import UserError
 from ..huggingface import model_format

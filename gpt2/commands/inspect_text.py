@@ -9,8 +9,7 @@ from typing import Any
 from ..api import GPT2
 from ..checkpoint import weights
 from ..config.commands import InspectConfig
-from ..config.model import ModernConfig, to_dict
-from ..config.switches import switched
+from ..config.model import to_dict
 from ..errors import UserError
 from ..evaluate.loss import Evaluation
 from ..files import write_atomically

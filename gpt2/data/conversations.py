@@ -1,7 +1,7 @@
 """Files of conversations as training data: read, cut to the context, packed into rows.
 
 A row holds as many whole conversations as fit; `packed` keeps them from seeing one another. To the
-order of windows, the loader and the checkpoints, the rows of a file are one more shard.
+order of sequences, the loader and the checkpoints, the rows of a file are one more shard.
 
 Shapes: `T` block_size.
 """
@@ -40,7 +40,7 @@ class Counts:
 
 
 class Conversations(SequenceReader):
-    """Rows of conversations, as a shard of one window a row.
+    """Rows of conversations, as a shard of one sequence a row.
 
     Args:
         path: a name for messages and checkpoints.
@@ -57,7 +57,7 @@ class Conversations(SequenceReader):
         self.rows = pack([n - 1 for n in lengths], block_size)
         self.tokens = len(self.rows) * block_size + 1
 
-    def window(self, start: int, count: int) -> tuple[np.ndarray, ...]:
+    def sequence(self, start: int, count: int) -> tuple[np.ndarray, ...]:
         """(inputs, targets, begins) of the row that begins at token `start`, each (count,) int64.
 
         Targets are `IGNORE` but for the assistant's; begins: see `packed.Packed`.

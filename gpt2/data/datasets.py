@@ -24,7 +24,7 @@ class Dataset:
     """A folder of shards with headers that have been checked."""
 
     folder: Path
-    share: float  # of the windows of the run; the shares of all datasets sum to 1
+    share: float  # of the sequences of the run; the shares of all datasets sum to 1
     train: list[Shard]
     val: list[Shard]
     identity: Identity = field(default_factory=list)
@@ -41,7 +41,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class MixStart:
-    """Where a mix begins: windows that the run, and each dataset, had consumed by then."""
+    """Where a mix begins: sequences that the run, and each dataset, had consumed by then."""
 
     began: int = 0
     before: Sequence[int] = ()
@@ -108,7 +108,7 @@ def parse_mix(text: str) -> list[tuple[str, float]]:
 def build_mixture(
     datasets: list[Dataset], data: DataOptions, block_size: int, seed: int, start: MixStart
 ) -> Mixture:
-    """The order of the windows of all datasets."""
+    """The order of the sequences of all datasets."""
     orders = [
         SequenceOrder(d.train, block_size, seed, data.shuffle, data.sequence_start)
         for d in datasets
@@ -164,7 +164,7 @@ def continue_mix(
     Args:
         datasets: what `--data_dir=` names now, with identities.
         stored: what `remember` gave.
-        position: windows that the run has consumed.
+        position: sequences that the run has consumed.
         path: of the checkpoint, for messages.
 
     Returns:

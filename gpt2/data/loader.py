@@ -1,8 +1,7 @@
 """Batches from shards: one global order that ranks slice, prefetched, with an exact position.
 
-The order (`order.py`) is a pure function, so that the number of windows consumed by all ranks
-together is the whole state. No rank can fall behind another, and a run may go on with another
-number of ranks.
+The order (`sequence_order.py`) is a pure function: the number of sequences that all ranks together
+have consumed is the whole state. A run may therefore resume with another number of ranks.
 
 Shapes: `B` sequences per micro-batch, `T` block_size.
 """
@@ -27,7 +26,7 @@ Batch = tuple[Tensor, ...]
 class TrainLoader:
     """Micro-batches of one rank, read ahead by a thread.
 
-    `position` counts the windows that all ranks have consumed in finished calls of `next_step`;
+    `position` counts the sequences that all ranks have consumed in finished calls of `next_step`;
     a loader made with that position continues exactly there.
     """
 
@@ -60,7 +59,7 @@ class TrainLoader:
         self.position += count * self.plan.batch_size * self.plan.world_size
         return batches
 
-    def close(self):
+    def close(self) -> None:
         """Ends the thread."""
         self._closed.set()
         while self._thread.is_alive():
@@ -74,7 +73,7 @@ class TrainLoader:
             raise item
         return tuple(t.to(self.device, non_blocking=True) for t in item)
 
-    def _read_ahead(self):
+    def _read_ahead(self) -> None:
         plan, position = self.plan, self.position
         try:
             while True:
@@ -98,13 +97,13 @@ class TrainLoader:
 
     def _read(self, first: int) -> Batch:
         B, T = self.plan.batch_size, self.plan.block_size
-        windows = [shard.window(start, T) for shard, start in self.order.locate(first, B)]
-        batch = [torch.from_numpy(np.stack(rows)) for rows in zip(*windows, strict=True)]
+        sequences = [shard.sequence(start, T) for shard, start in self.order.locate(first, B)]
+        batch = [torch.from_numpy(np.stack(rows)) for rows in zip(*sequences, strict=True)]
         return tuple(t.pin_memory() if self.device.type == "cuda" else t for t in batch)
 
 
 def available_eval_tokens(shards: list[SequenceReader], asked: int) -> int:
-    """Tokens that validation predicts: as many as asked for, or all there are."""
+    """Tokens that validation predicts: as many as are asked for, or all there are."""
     return min(asked, sum(max(0, shard.tokens - 1) for shard in shards))
 
 
@@ -118,26 +117,31 @@ def eval_batches(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """This rank's share of the validation windows, in the order of the files.
+    """This rank's share of the validation sequences, in the order of the files.
 
-    Together the ranks predict exactly `available_eval_tokens` tokens, each once and with the same
-    context, whatever the batch size and the number of ranks. The last window may be short; it and
-    the last batch are filled up with targets that do not count, so that all shapes are equal and
-    all ranks have equally many batches.
+    All ranks together predict exactly `available_eval_tokens` tokens, each once and in one context,
+    whatever the batch size and the number of ranks. The last sequence may be short. It and the last
+    batch are filled up with targets that do not count: all shapes are equal, and all ranks have
+    equally many batches.
+
+    Yields:
+        As `TrainLoader.next_step`: inputs and targets (B, T), and where documents begin.
     """
-    windows = list(_eval_windows(shards, block_size, eval_tokens))
-    mine = windows[rank::world_size]
-    for first in range(0, len(windows[::world_size]), batch_size):
-        parts = len(windows[0][0].window(0, 0))  # a rank's last batch may hold no window
+    sequences = list(_eval_sequences(shards, block_size, eval_tokens))
+    mine = sequences[rank::world_size]
+    for first in range(0, len(sequences[::world_size]), batch_size):
+        parts = len(sequences[0][0].sequence(0, 0))  # a rank's last batch may hold no sequence
         batch = [np.full((batch_size, block_size), fill) for fill in (0, IGNORE, 0)[:parts]]
         for i, (shard, start, count) in enumerate(mine[first : first + batch_size]):
-            for rows, row in zip(batch, shard.window(start, count), strict=True):
+            for rows, row in zip(batch, shard.sequence(start, count), strict=True):
                 rows[i, :count] = row
         yield tuple(torch.from_numpy(rows).to(device) for rows in batch)
 
 
-def _eval_windows(shards: list[SequenceReader], block_size: int, eval_tokens: int):
-    """(shard, start, predicted tokens) of each validation window."""
+def _eval_sequences(
+    shards: list[SequenceReader], block_size: int, eval_tokens: int
+) -> Iterator[tuple[SequenceReader, int, int]]:
+    """(shard, first token, predicted tokens) of each validation sequence."""
     left = available_eval_tokens(shards, eval_tokens)
     for shard in shards:
         for start in range(0, shard.tokens - 1, block_size):

@@ -22,14 +22,14 @@ from ..files import write_atomically
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
-CHUNK_TOKENS = 2**22  # read at once where a whole shard is gone through: 8 MB
+CHUNK_TOKENS = 2**22  # read at once where a whole shard is read: 8 MB
 MANIFEST = "manifest.json"
 SAMPLE_TOKENS = 2**12  # of a fingerprint, at each of three places
 SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
 
 
 class SequenceReader:
-    """What training and validation read windows from; has `tokens` and `read`."""
+    """What training and validation read sequences from; a subclass has `tokens` and `read`."""
 
     tokens: int
 
@@ -37,7 +37,7 @@ class SequenceReader:
         """uint16 tokens [start, start + count)."""
         raise NotImplementedError
 
-    def window(self, start: int, count: int) -> tuple[np.ndarray, ...]:
+    def sequence(self, start: int, count: int) -> tuple[np.ndarray, ...]:
         """(inputs, targets) of `count` tokens, (count,) int64, the first input at `start`."""
         tokens = self.read(start, count + 1).astype(np.int64)
         return tokens[:-1], tokens[1:]
@@ -68,7 +68,7 @@ class Shard(SequenceReader):
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
         tokens = np.empty(count, dtype="<u2")
-        with open(self.path, "rb", buffering=0) as file:  # few system calls, as windows are small
+        with open(self.path, "rb", buffering=0) as file:  # few system calls: a sequence is small
             file.seek(HEADER_BYTES + TOKEN_BYTES * start)
             received = file.readinto(tokens)
         if received != tokens.nbytes:
@@ -86,7 +86,7 @@ class Shard(SequenceReader):
         with open(self.path, "rb") as file:
             return file.read(HEADER_BYTES)
 
-    def check_ids(self, tokens: np.ndarray, start: int):
+    def check_ids(self, tokens: np.ndarray, start: int) -> None:
         """Raises UserError for a token outside GPT-2's vocabulary, with its place in the file."""
         if len(tokens) and tokens.max() >= GPT2_VOCAB_SIZE:
             at = int(np.argmax(tokens >= GPT2_VOCAB_SIZE))
@@ -162,7 +162,7 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
     return [open_shard(path) for path in paths]
 
 
-def check_joined(folder: Path):
+def check_joined(folder: Path) -> None:
     """Raises UserError for a folder whose shards are still in the folders of several workers."""
     if any(folder.glob("worker-*-of-*")):
         raise UserError(f"{folder} holds folders of workers; join them: gpt2 shards merge {folder}")
@@ -185,7 +185,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, manifest: dict):
+def write_manifest(folder: Path, manifest: dict) -> None:
     """Replaces `manifest.json` in one step."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / MANIFEST, text.encode())

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config.model import ModernConfig
 from ..model.gpt import GPT
 from ..model.kv_cache import KVCache
 from . import few_token_pass

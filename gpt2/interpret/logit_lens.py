@@ -118,7 +118,9 @@ def record(model: LanguageModel, ids: list[int], attention: bool = True):
 
 
 @torch.no_grad()
-def look(model: LanguageModel, ids: list[int], top: int = 10, lens_top: int = 5, attention: bool = True):
+def look(
+    model: LanguageModel, ids: list[int], top: int = 10, lens_top: int = 5, attention: bool = True
+):
     """Looks at a text; gives a `Look`.
 
     Args:

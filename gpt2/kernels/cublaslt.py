@@ -181,7 +181,7 @@ class _Plan:
         return list(found)[: count.value]
 
     def choose(self, *tensors):
-        """Times every candidate once and the finalists again; keeps the one with the fastest run."""
+        """Times every candidate once and the finalists again; keeps the fastest."""
 
         def ranked(repeats: int) -> list[_Candidate]:
             return sorted(self.candidates, key=lambda c: self._milliseconds(c, repeats, *tensors))

@@ -10,21 +10,10 @@ from ..checkpoint.weights import Weights
 from ..config.finetune import tuning_options
 from ..config.model import GPT2Config, ModernConfig
 from ..config.train import TrainConfig, check_of_switches, plan_batch
-from ..data.conversations import check_eval_tokens, is_chat, open_conversations
-from ..data.datasets import (
-    Dataset,
-    MixStart,
-    build_mixture,
-    continue_mix,
-    identify,
-    open_datasets,
-)
 from ..data.loader import TrainLoader
-from ..data.sequence_order import Mixture
 from ..distributed import devices
 from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
-from ..errors import UserError
 from ..evaluate.tasks import HELLASWAG, load
 from ..model import lora
 from ..model.gpt import GPT
@@ -32,6 +21,7 @@ from ..report import console, throughput
 from ..report.trackers import check_names
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
+from .run_data import order_data
 from .save import restore
 from .schedules import check_plan, sequences_left
 from .state import TrainState
@@ -69,52 +59,6 @@ def resolve_init(
     resolved = weights.resolve_options(options, shape)
     check_of_switches(config.optim, resolved)
     return replace(config, model=resolved), next(iter(loaded), None)
-
-
-def order_data(
-    config: TrainConfig, rt: Runtime, resumed: Resumed | None
-) -> tuple[list[Dataset], Mixture, list[str]]:
-    """The datasets, the order of their sequences, and notes for the reader of the log.
-
-    The order begins anew, or goes on where a checkpoint stopped.
-
-    Raises:
-        UserError: damaged datasets, or datasets that changed since the checkpoint was saved.
-    """
-    shape, seed = config.model.shape(), config.system.seed
-    datasets, notes = _open_data(config, shape.block_size)
-    identities = rt.on_main(lambda: [identify(dataset) for dataset in datasets])
-    datasets = [replace(d, identity=i) for d, i in zip(datasets, identities, strict=True)]
-    start = MixStart()
-    if resumed and "data" in resumed.state:
-        position, stored = resumed.state["position"], resumed.state["data"]
-        datasets, start, more = continue_mix(datasets, stored, position, resumed.path)
-        notes += more
-    elif resumed:
-        notes.append(
-            f"{resumed.path} does not say which shards it was trained on: it is of an older "
-            "version, whose order was another; what was read in this epoch may come again"
-        )
-    if config.data.sequence_start == "document" and rt.is_main:
-        console.log("looking for the beginnings of documents in the training shards")
-    return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start), notes
-
-
-def _open_data(config: TrainConfig, block_size: int) -> tuple[list[Dataset], list[str]]:
-    """Folders of shards or, for `gpt2 finetune`, files of conversations; and notes on them."""
-    tuning = tuning_options(config)
-    if tuning is None or not is_chat(config.data.data_dir):
-        return open_datasets(config.data.data_dir), []
-    if config.data.sequence_start != "anywhere":
-        raise UserError("--window_start=document is for text; conversations are always whole")
-    if config.model.document_mask:
-        raise UserError(
-            f"init={config.model.init} has document_mask: the end-of-text tokens between messages "
-            "would hide them from one another; begin with another model"
-        )
-    datasets, notes = open_conversations(config.data.data_dir, block_size, tuning.val_share)
-    check_eval_tokens(config.eval.eval_tokens, datasets, block_size)
-    return datasets, list(notes)
 
 
 def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:

@@ -25,7 +25,7 @@ IDX = torch.arange(64).reshape(2, 32) * 15
 SCRIPT = """
 import json, sys
 from gpt2 import GPT2
-from gpt2.config import UserError
+from gpt2.errors import UserError
 
 told = []
 for number, name in enumerate(sys.argv[1:]):

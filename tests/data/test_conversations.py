@@ -132,7 +132,7 @@ def test_no_row_is_without_targets_and_all_are_accounted_for(tmp_path_factory, c
     for shard in (*dataset.train, *dataset.val):
         kept += sum(map(len, shard.rows))
         for row in range(len(shard.rows)):
-            x, y, begins = shard.window(row * 16, 16)
+            x, y, begins = shard.sequence(row * 16, 16)
             assert (y != IGNORE).any()
             assert (begins <= np.arange(16)).all()
             assert ((y == IGNORE) | (y < 50257)).all()

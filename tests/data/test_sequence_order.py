@@ -113,7 +113,7 @@ def test_small_shards_are_shuffled_together(tmp_path, monkeypatch):
 def test_shards_of_the_usual_size_take_turns_alone():
     shards = [SimpleNamespace(number=n, tokens=100_000_000) for n in range(3)]
     order = SequenceOrder(shards, 1024, seed=1, shuffle=True)
-    assert order.windows == [97_656] * 3
+    assert order.counts == [97_656] * 3
     found = [shard.number for shard, _ in epoch_of(order)]
     turns = [set(found[i : i + 97_656]) for i in range(0, 3 * 97_656, 97_656)]
     assert sorted(turns, key=min) == [{0}, {1}, {2}]

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 
+from gpt2 import files
 from gpt2.data import shards
 from gpt2.data.shards import find_shards, open_shard, read_manifest, write_manifest, write_shard
 from gpt2.errors import UserError
@@ -134,7 +135,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", no_space)
+    monkeypatch.setattr(files.os, "fsync", no_space)
     with pytest.raises(OSError, match="No space left"):
         write_shard(path, np.zeros(5, np.uint16))
     assert path.read_bytes() == GOOD
@@ -147,7 +148,7 @@ def test_killed_write_leaves_no_half_file(tmp_path, monkeypatch):
     def killed(source, target):
         raise Killed
 
-    monkeypatch.setattr(shards.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(Killed):
         write_shard(tmp_path / "x_train_000001.bin", np.zeros(5, np.uint16))
     assert list(tmp_path.glob("*.bin")) == []

@@ -166,8 +166,8 @@ def test_damaged_and_missing_files(tmp_path, name):
 
 HUB = """
 import sys
-from gpt2.tasks import DOWNLOADS, HELLASWAG, load
-from gpt2.config import UserError
+from gpt2.errors import UserError
+from gpt2.evaluate.tasks import DOWNLOADS, HELLASWAG, load
 kept = DOWNLOADS / HELLASWAG.repository / HELLASWAG.file
 try:
     for _ in range(int(sys.argv[1])):

@@ -17,13 +17,13 @@ FILES = {f"data/{name}.bin": bytes([i]) * 500_000 for i, name in enumerate("abc"
 SCRIPT = """
 import json, sys, threading, time
 from pathlib import Path
-from gpt2 import hub
-from gpt2.config import UserError
-from gpt2.downloads import Downloads
+from gpt2.errors import UserError
+from gpt2.huggingface import hub
+from gpt2.huggingface.downloads import Downloads
 
 hub.FIRST_WAIT_SECONDS = 0.02
 said, result, error = [], None, ""
-dataset = hub.Dataset("owner/name", "main", said.append)
+dataset = hub.HubDataset("owner/name", "main", said.append)
 folder = Path(sys.argv[1]) / "downloads"
 files = sorted(dataset.find("data"), key=lambda file: file.name)
 downloads = Downloads(dataset, folder, {keep}, said.append)

@@ -19,12 +19,12 @@ BODY = bytes(range(256)) * 4000  # 1 MB
 SCRIPT = """
 import json, sys, time
 from pathlib import Path
-from gpt2 import hub
-from gpt2.config import UserError
+from gpt2.errors import UserError
+from gpt2.huggingface import hub
 
 hub.FIRST_WAIT_SECONDS, hub.TRIES = 0.02, 4
 said, result, error, began = [], None, "", time.monotonic()
-dataset = hub.Dataset("owner/name", "main", said.append)
+dataset = hub.HubDataset("owner/name", "main", said.append)
 folder = Path(sys.argv[1])
 try:
 {code}

@@ -11,7 +11,7 @@ from gpt2.kernels import cublaslt
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every call by name, with plain numbers for its arguments; pointers that are asked for are 7."""
+    """Every call by name, with plain numbers for its arguments; returned pointers are 7."""
     seen = []
 
     def function(name):
@@ -38,7 +38,7 @@ def calls(monkeypatch):
 
 def test_every_call_fits_its_prototype_and_has_the_operands_in_column_major_order(calls):
     a, b = torch.zeros(128, 64).bfloat16(), torch.zeros(64, 192).bfloat16()
-    out, add, bias = torch.zeros(2, 128, 192).bfloat16().unbind() + (torch.zeros(192).bfloat16(),)
+    out, add, bias = (*torch.zeros(2, 128, 192).bfloat16().unbind(), torch.zeros(192).bfloat16())
     cublaslt.matmul(a, b, out, epilogue=cublaslt.BIAS, bias=bias, add=add)
     name, given = calls[-1]
     assert name == "cublasLtMatmul"

@@ -312,7 +312,7 @@ KILL = """
 import os, sys
 from itertools import pairwise
 from pathlib import Path
-from gpt2 import merge, shards
+from gpt2.prepare.multi_machine import merge
 
 left = int(sys.argv[2])
 
@@ -326,7 +326,7 @@ def killing(call):
     return wrapped
 
 os.replace = killing(os.replace)  # the only call that changes what the folder holds
-merge.merge(Path(sys.argv[1]))
+merge(Path(sys.argv[1]))
 """
 
 

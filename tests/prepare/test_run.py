@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gpt2 import files
 from gpt2.config.commands import PrepareConfig
-from gpt2.data import shards
 from gpt2.data.shards import find_shards, read_manifest
 from gpt2.errors import UserError
 from gpt2.prepare import run as run_module
@@ -29,19 +29,20 @@ from gpt2.tokenizer import gpt2_tokenizer
 
 from ..fake_hub import Trouble, fake_hub, parquet_bytes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
-from gpt2 import hub, prepare, workers
-from gpt2.config import UserError
-from gpt2.tool_config import PrepareConfig
+from gpt2.config.commands import PrepareConfig
+from gpt2.errors import UserError
+from gpt2.huggingface import hub
+from gpt2.prepare import run, tokenize_rows
 
-hub.FIRST_WAIT_SECONDS, hub.TRIES, workers.BATCH_ROWS = 0.01, 3, 50
+hub.FIRST_WAIT_SECONDS, hub.TRIES, tokenize_rows.BATCH_ROWS = 0.01, 3, 50
 if __name__ == "__main__":
     options = dict(word.split("=", 1) for word in sys.argv[1:])
     options = {k: int(v) if v.isdigit() else v for k, v in options.items()}
     try:
-        code = prepare.run(PrepareConfig(**options))
+        code = run.run(PrepareConfig(**options))
     except UserError as error:
         sys.exit(f"error: {error}")
     assert "torch" not in sys.modules
@@ -339,7 +340,7 @@ def test_end_at_any_rename(tmp_path, corpus, undisturbed, monkeypatch, at):
         shutil.move(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.os, "replace", rename)
+        patch.setattr(files.os, "replace", rename)
         with pytest.raises(Killed):
             run(corpus, tmp_path / "out", shard_tokens=1500)
     assert list((tmp_path / "out").glob("*.tmp"))
@@ -484,7 +485,7 @@ def test_full_disk_keeps_finished_shards(tmp_path, corpus, undisturbed, monkeypa
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.os, "fsync", fsync)
+        patch.setattr(files.os, "fsync", fsync)
         with pytest.raises(UserError, match=r"disk full while writing .*finished shards are kept"):
             run(corpus, tmp_path / "out", shard_tokens=1500)
     assert not list((tmp_path / "out").glob("*.tmp"))

@@ -243,8 +243,8 @@ COMMIT = "c" * 40
 LIST = """
 import json, sys
 from pathlib import Path
-from gpt2.config import UserError
-from gpt2.sources import find_source
+from gpt2.errors import UserError
+from gpt2.prepare.sources import find_source
 
 def names(spec):
     try:

@@ -241,7 +241,7 @@ def run_apart(folder, sink, **env):
     """Logs two steps, resumes at 1 and logs step 2 again, in a process with its own variables."""
     code = f"""
 from pathlib import Path
-from gpt2.report import open_run
+from gpt2.report.metrics import open_run
 for resume, steps in ((None, (1, 2)), (1, (2,))):
     with open_run(Path({str(folder)!r}), config={{"lr": 0.5}}, sinks={sink!r}, run_name="demo",
                   resume_step=resume, is_main=True) as log:
@@ -253,7 +253,7 @@ for resume, steps in ((None, (1, 2)), (1, (2,))):
     process = subprocess.run(
         [sys.executable, "-c", code],
         env=clean | home | {"PYTHONIOENCODING": "utf-8"} | env,
-        cwd=Path(metrics.__file__).parents[1],
+        cwd=Path(metrics.__file__).parents[2],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -1,0 +1,66 @@
+"""The data of a run: its datasets, and the order in which their sequences come."""
+
+from dataclasses import replace
+
+from ..checkpoint.training_state import Resumed
+from ..config.finetune import tuning_options
+from ..config.train import TrainConfig
+from ..data.conversations import check_eval_tokens, is_chat, open_conversations
+from ..data.datasets import (
+    Dataset,
+    MixStart,
+    build_mixture,
+    continue_mix,
+    identify,
+    open_datasets,
+)
+from ..data.sequence_order import Mixture
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..report import console
+
+
+def order_data(
+    config: TrainConfig, rt: Runtime, resumed: Resumed | None
+) -> tuple[list[Dataset], Mixture, list[str]]:
+    """The datasets, the order of their sequences, and notes for the reader of the log.
+
+    The order begins anew, or goes on where a checkpoint stopped.
+
+    Raises:
+        UserError: damaged datasets, or datasets that changed since the checkpoint was saved.
+    """
+    shape, seed = config.model.shape(), config.system.seed
+    datasets, notes = _open_data(config, shape.block_size)
+    identities = rt.on_main(lambda: [identify(dataset) for dataset in datasets])
+    datasets = [replace(d, identity=i) for d, i in zip(datasets, identities, strict=True)]
+    start = MixStart()
+    if resumed and "data" in resumed.state:
+        position, stored = resumed.state["position"], resumed.state["data"]
+        datasets, start, more = continue_mix(datasets, stored, position, resumed.path)
+        notes += more
+    elif resumed:
+        notes.append(
+            f"{resumed.path} does not say which shards it was trained on: it is of an older "
+            "version, whose order was another; what was read in this epoch may come again"
+        )
+    if config.data.sequence_start == "document" and rt.is_main:
+        console.log("looking for the beginnings of documents in the training shards")
+    return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start), notes
+
+
+def _open_data(config: TrainConfig, block_size: int) -> tuple[list[Dataset], list[str]]:
+    """Folders of shards or, for `gpt2 finetune`, files of conversations; and notes on them."""
+    tuning = tuning_options(config)
+    if tuning is None or not is_chat(config.data.data_dir):
+        return open_datasets(config.data.data_dir), []
+    if config.data.sequence_start != "anywhere":
+        raise UserError("--window_start=document is for text; conversations are always whole")
+    if config.model.document_mask:
+        raise UserError(
+            f"init={config.model.init} has document_mask: the end-of-text tokens between messages "
+            "would hide them from one another; begin with another model"
+        )
+    datasets, notes = open_conversations(config.data.data_dir, block_size, tuning.val_share)
+    check_eval_tokens(config.eval.eval_tokens, datasets, block_size)
+    return datasets, list(notes)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gpt2.distributed.runtime import Runtime
-from gpt2.model.attention_masks import documents_of, mask_for, masked_attention
+from gpt2.model.attention_masks import document_ids, mask_for, masked_attention
 
 from .throughput import synchronize
 
@@ -40,7 +40,7 @@ def attention_of(
     width = torch.tensor(options.window, device=rt.device) if window else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, begins: Tensor) -> Tensor:
-        mask = mask_for(q.shape[2], width, documents_of(begins) if documents else None, blocks)
+        mask = mask_for(q.shape[2], width, document_ids(begins) if documents else None, blocks)
         for _ in range(options.n_layer):
             q = masked_attention(q, k, v, mask)
         return q

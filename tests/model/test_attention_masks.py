@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from gpt2.model.attention_masks import BLOCK, block_lists, documents_of, mask_for, masked_attention
+from gpt2.model.attention_masks import BLOCK, block_lists, document_ids, mask_for, masked_attention
 
 from ..conftest import error
 
@@ -16,13 +16,13 @@ def test_blocks_equal_the_dense_mask(window, several):
     T = 4 * BLOCK
     idx = (torch.rand(3, T) < 0.01).long()
     idx[0], idx[1, 128], idx[1, 255] = 0, 1, 1
-    documents = documents_of(idx == 1) if several else None
+    documents = document_ids(idx == 1) if several else None
     wide = None if window is None else torch.tensor(window)
     if window is None and not several:
-        assert mask_for(T, wide, documents, blocks=True) is None
+        assert mask_for(T, wide, documents, flex=True) is None
         return
-    dense = mask_for(T, wide, documents, blocks=False)
-    blocks = mask_for(T, wide, documents, blocks=True)
+    dense = mask_for(T, wide, documents, flex=False)
+    blocks = mask_for(T, wide, documents, flex=True)
     rows = len(dense)
     assert torch.equal(create_mask(blocks.mask_mod, rows, 1, T, T, "cpu"), dense)
     squares = dense.view(rows, 1, 4, BLOCK, 4, BLOCK).transpose(3, 4).flatten(4)
@@ -64,7 +64,7 @@ def test_compiled_blocks_equal_the_dense_mask_on_a_gpu(window, several):
     wide = None if window is None else torch.tensor(window, device="cuda")
 
     def attend(q, k, v, begins, blocks):
-        mask = mask_for(T, wide, documents_of(begins) if several else None, blocks)
+        mask = mask_for(T, wide, document_ids(begins) if several else None, blocks)
         return masked_attention(q, k, v, mask)
 
     compiled = torch.compile(attend)

@@ -22,7 +22,7 @@ from gpt2.errors import UserError
 from gpt2.model import modern
 from gpt2.model.attention_masks import mask_for
 from gpt2.model.gpt import GPT
-from gpt2.model.rotary import rotate, turns
+from gpt2.model.rotary import apply_rope, rope_cos_sin
 from gpt2.train import loop
 from gpt2.train.setup import network
 
@@ -115,14 +115,14 @@ def by_hand(model, idx):
         heads = []
         for h in range(c.n_head):
             part = slice(h * D, (h + 1) * D)
-            turned = []
+            angles = []
             for y in (norm(q[:, part]), norm(k[:, part])):
                 z = torch.complex(y[:, : D // 2], y[:, D // 2 :])
                 rates = 10_000.0 ** (-2 * torch.arange(D // 2) / D)
                 angle = torch.arange(T)[:, None] * rates
                 z = z * torch.polar(torch.ones_like(angle), angle)
-                turned.append(torch.cat([z.real, z.imag], -1))
-            scores = turned[0] @ turned[1].T / D**0.5
+                angles.append(torch.cat([z.real, z.imag], -1))
+            scores = angles[0] @ angles[1].T / D**0.5
             for a in range(T):
                 for b in range(T):
                     far = "SL"[layer % 2] == "S" and a - b >= c.window
@@ -149,8 +149,10 @@ def test_the_recipe_equals_a_plain_reference():
 def test_rotary_scores_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 8)
     at = torch.tensor([0, 3, 50])
-    turned = [[turns(at[i : i + 1] + more, 4, 4, 100.0) for more in (7, 0)] for i in range(3)]
-    scores = [(rotate(q, far) * rotate(k, near)).sum() for far, near in turned]
+    angles = [
+        [rope_cos_sin(at[i : i + 1] + more, 4, 4, 100.0) for more in (7, 0)] for i in range(3)
+    ]
+    scores = [(apply_rope(q, far) * apply_rope(k, near)).sum() for far, near in angles]
     torch.testing.assert_close(scores[0], scores[1])
     torch.testing.assert_close(scores[0], scores[2])
 
@@ -234,15 +236,18 @@ def test_rotary_equals_llama(base):
     q, k = torch.randn(2, 2, 4, 50, 16)
     at = torch.arange(50)
     theirs = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, at[None]))
-    turned = turns(at, 8, 8, base)
-    for ours, wanted in zip((rotate(q, turned), rotate(k, turned)), theirs, strict=True):
+    angles = rope_cos_sin(at, 8, 8, base)
+    for ours, wanted in zip((apply_rope(q, angles), apply_rope(k, angles)), theirs, strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_rope_fraction_turns_the_first_pairs_alone():
     x, at = torch.randn(1, 1, 9, 16), torch.arange(9)
-    part, whole = rotate(x, turns(at, 8, 4, 100.0)), torch.cat([x[..., :4], x[..., 8:12]], -1)
-    whole = rotate(whole, turns(at, 4, 4, 100.0))
+    part, whole = (
+        apply_rope(x, rope_cos_sin(at, 8, 4, 100.0)),
+        torch.cat([x[..., :4], x[..., 8:12]], -1),
+    )
+    whole = apply_rope(whole, rope_cos_sin(at, 4, 4, 100.0))
     torch.testing.assert_close(torch.cat([part[..., :4], part[..., 8:12]], -1), whole)
     assert torch.equal(part[..., 4:8], x[..., 4:8])
     assert torch.equal(part[..., 12:], x[..., 12:])
@@ -283,7 +288,7 @@ def test_compiled_masks_need_no_second_graph_for_other_windows_and_documents(apa
         for idx, width in zip(batches, widths, strict=True):
             model.limit_attention_window(width)
             wanted.append(model(idx, idx))
-        monkeypatch.setattr(modern, "mask_for", lambda *given: mask_for(*given[:3], blocks=True))
+        monkeypatch.setattr(modern, "mask_for", lambda *given: mask_for(*given[:3], flex=True))
         counter = CompileCounterWithBackend("aot_eager")
         for part in model.transformer.h if apart else [model]:
             part.compile(backend=counter, fullgraph=True)

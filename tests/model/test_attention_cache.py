@@ -1,4 +1,4 @@
-"""KV cache, packed documents and the lens's recorder follow one protocol, and mean one attention."""
+"""KV cache, packed documents and the lens's recorder follow one protocol and mean one thing."""
 
 import pytest
 import torch

@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.shards import (
-    MANIFEST,
     REDO,
+    SHARD_MANIFEST,
     SHARD_NAME,
     Shard,
     check_joined,
@@ -59,7 +59,8 @@ def verify(folder: Path) -> int:
         return 1
     what = f"{folder}: {len(paths)} shards, {tokens:,} tokens"
     if not manifest:
-        log(f"{what}: headers and token ids are right; without a {MANIFEST} no more can be checked")
+        unknown = f"without a {SHARD_MANIFEST} no more can be checked"
+        log(f"{what}: headers and token ids are right; {unknown}")
         return 0
     rest = "" if manifest.get("complete") else "; unfinished, `gpt2 prepare` goes on"
     log(
@@ -230,13 +231,13 @@ def _folder_problems(folder: Path, paths: list[Path], manifest: dict) -> Iterato
     for name in sorted(entries.keys() - names):
         yield f"{folder / name}: missing; {redo(entries[name], missing=True)}"
     for name in sorted(names - entries.keys()):
-        yield f"{folder / name}: not in {MANIFEST}, but training would read it; move it away"
+        yield f"{folder / name}: not in {SHARD_MANIFEST}, but training would read it; move it away"
     for key in ("tokens", "documents"):
         total = sum(entry[key] for entry in manifest["shards"])
         if manifest.get(key) != total:
             yield (
-                f"{folder / MANIFEST}: says {manifest.get(key)} {key} in all, its shards sum to "
-                f"{total}; prepare into a new --out_dir="
+                f"{folder / SHARD_MANIFEST}: says {manifest.get(key)} {key} in all, its shards sum "
+                f"to {total}; prepare into a new --out_dir="
             )
 
 
@@ -250,10 +251,11 @@ def _shard_problems(shard: Shard, entry: dict, progress: Callable) -> Iterator[s
     if not entry:
         return
     if digest.hexdigest() != entry["sha256"]:
-        yield f"{shard.path}: its sha256 is not that of {MANIFEST}; {redo(entry)}"
+        yield f"{shard.path}: its sha256 is not that of {SHARD_MANIFEST}; {redo(entry)}"
     for key, held in (("tokens", shard.tokens), ("documents", documents)):
         if held != entry[key]:
-            yield f"{shard.path}: {held:,} {key}, {MANIFEST} says {entry[key]:,}; {redo(entry)}"
+            said = f"{SHARD_MANIFEST} says {entry[key]:,}"
+            yield f"{shard.path}: {held:,} {key}, {said}; {redo(entry)}"
 
 
 def _split(path: Path) -> str:
@@ -286,7 +288,7 @@ def _row(name: str, split: str, tokens: int, lengths: Counter[int]) -> list[str]
 
 def _origin(manifest: dict | None) -> Iterator[str]:
     if not manifest:
-        yield f"no {MANIFEST}: where these shards come from is not known"
+        yield f"no {SHARD_MANIFEST}: where these shards come from is not known"
         return
     tokenizer = manifest.get("tokenizer", {})
     yield f"source: {manifest.get('source')}, {len(manifest.get('files', {})):,} files"

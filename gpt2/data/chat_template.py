@@ -1,11 +1,12 @@
-"""Conversations as tokens: a template on GPT-2's own vocabulary.
+"""Conversations as tokens: a chat template that needs no token beyond GPT-2's vocabulary.
 
-A message is the token `<|endoftext|>`, the role, a line break and the text; one more
-`<|endoftext|>` ends the conversation. Only that token separates messages, and no text can contain
-it (`tokenizer`), so nobody can write a message in another's name. That turns end with GPT-2's one
-special token is also how DialoGPT was trained (Zhang et al. 2020, arXiv:1911.00536). Roles and
-texts are encoded apart, so that what a model is asked at inference is, token for token, what it
-was trained on.
+A message is the token `<|endoftext|>`, the role, a line break and the text. One more
+`<|endoftext|>` ends the conversation. DialoGPT also ends its messages with this token, the only
+special one of GPT-2 (Zhang et al. 2020, arXiv:1911.00536).
+
+A text cannot contain the special token, because the tokenizer encodes a literal `<|endoftext|>` as
+text. Nobody can therefore forge a message of another role. Role and text are encoded separately: a
+prompt at inference has, token for token, the form of the training data.
 """
 
 from collections.abc import Sequence
@@ -15,20 +16,25 @@ from ..errors import UserError
 from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 ROLES = ("system", "user", "assistant")
-OTHER_NAMES = {"developer": "system"}  # OpenAI's newer name
+OTHER_NAMES = {"developer": "system"}  # OpenAI's newer name of the role
 
 Message = dict[str, str]  # role, content
 
 
 def encode_conversation(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """(token ids, whether each of them is learned): the assistant's texts and what ends them.
+    """The tokens of a conversation, and which of them are learned.
+
+    The assistant's texts are learned, each with the end-of-text token behind it.
 
     Args:
-        messages: what `check_messages` gave.
+        messages: as returned by `check_messages`.
+
+    Returns:
+        (token ids, whether each of them is learned).
     """
     ids: list[int] = []
     learned: list[bool] = []
-    own = False  # whether the message before is the assistant's, and with it the token that ends it
+    own = False  # whether the message before is the assistant's: its end-of-text token comes next
     for message in messages:
         head, text = _head(message["role"]), gpt2_tokenizer().encode(message["content"])
         ids += head + text
@@ -39,25 +45,25 @@ def encode_conversation(messages: Sequence[Message]) -> tuple[list[int], list[bo
 
 
 def encode_prompt(messages: Sequence[Message]) -> list[int]:
-    """The tokens after which the assistant's next answer stands."""
+    """The tokens of a conversation up to where the assistant's next text begins."""
     ids, _ = encode_conversation(messages)
     return ids[:-1] + _head("assistant")
 
 
 def fit(messages: Sequence[Message], room: int) -> list[Message]:
-    """The messages without as many of the oldest as it takes for their prompt to be short enough.
+    """Drops the oldest messages until the prompt fits.
 
-    System messages stay, and so does the last message.
+    System messages and the last message stay.
 
     Args:
         messages: at least one.
-        room: tokens.
+        room: most tokens of the prompt.
 
     Raises:
-        UserError: what stays is too long.
+        UserError: the messages that must stay are too long.
     """
     kept, answer = list(messages), len(_head("assistant"))
-    lengths = [len(encode_prompt([message])) - answer for message in kept]  # texts are apart
+    lengths = [len(encode_prompt([message])) - answer for message in kept]  # each for itself
     while (length := sum(lengths) + answer) > room:
         oldest = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), None)
         if oldest is None:
@@ -70,14 +76,15 @@ def fit(messages: Sequence[Message], room: int) -> list[Message]:
 
 
 def _head(role: str) -> list[int]:
+    """The tokens of a message before its text."""
     return [END_OF_TEXT, *gpt2_tokenizer().encode(f"{role}\n")]
 
 
 def messages_of(item: dict[str, Any]) -> list[Message]:
-    """The conversation of a row: `messages` as OpenAI has them, or Alpaca's `instruction`.
+    """The conversation of a row: OpenAI's `messages`, or Alpaca's `instruction` and `output`.
 
     Raises:
-        UserError: neither, a missing key, a role that is unknown, a text that is none.
+        UserError: neither of the two, a missing key, an unknown role, a text that is no string.
     """
     if "messages" in item:
         return check_messages(item["messages"])
@@ -91,12 +98,13 @@ def messages_of(item: dict[str, Any]) -> list[Message]:
 
 
 def check_messages(value: Any) -> list[Message]:
-    """Role and text of each message.
+    """Role and text of each message of a list in OpenAI's format.
 
-    A text may come in parts, `[{"type": "text", "text": …}]`. Other keys (`name`) are left out.
+    A text may come in parts, `[{"type": "text", "text": …}]`. Other keys, such as `name`, are
+    dropped.
 
     Raises:
-        UserError: what is missing or unknown, with the number of the message from 1.
+        UserError: a key is missing or a role unknown; names the message by its number from 1.
     """
     if not isinstance(value, list) or not value:
         raise UserError("`messages` must be a list of at least one message")

@@ -1,7 +1,8 @@
-"""Files of conversations as training data: read, cut to the context, packed into rows.
+"""Files of conversations as training data: encoded, truncated to the context, packed.
 
-A row holds as many whole conversations as fit; `packed` keeps them from seeing one another. To the
-order of sequences, the loader and the checkpoints, the rows of a file are one more shard.
+Packing puts as many whole conversations into a sequence of block_size tokens as fit. Attention
+stays within a conversation (`model/packed_documents.py`). The packed sequences of a file offer the
+interface of a shard, so that the order, the loader and the checkpoints need no code for them.
 
 Shapes: `T` block_size.
 """
@@ -31,21 +32,24 @@ TEXT_FILE = re.compile(r"\.txt(\.(gz|xz|zst))?$", re.IGNORECASE)
 
 
 @dataclass
-class Counts:
-    """What became of the conversations of a file."""
+class ConversationCounts:
+    """How many conversations of a file were used, truncated and left out."""
 
     read: int = 0
-    truncated: int = 0  # longer than the context; their end is cut off
-    left_out: int = 0  # nothing of the assistant's in them, or in what the context holds
+    truncated: int = 0  # longer than the context: the end is cut off
+    left_out: int = 0  # no text of the assistant, or none within the context
 
 
 class Conversations(SequenceReader):
-    """Rows of conversations, as a shard of one sequence a row.
+    """Packed conversations, with the interface of a shard.
 
     Args:
         path: a name for messages and checkpoints.
         encoded: (ids, learned) of each conversation, at most block_size + 1 tokens each.
         block_size: T.
+
+    Attributes:
+        packed: numbers of the conversations in each sequence.
     """
 
     def __init__(self, path: Path, encoded: list[tuple[list[int], list[bool]]], block_size: int):
@@ -54,19 +58,20 @@ class Conversations(SequenceReader):
         self._ends = np.cumsum([0, *lengths])
         self._ids = np.fromiter(chain.from_iterable(i for i, _ in encoded), np.uint16)
         self._learned = np.fromiter(chain.from_iterable(m for _, m in encoded), bool)
-        self.rows = pack([n - 1 for n in lengths], block_size)
-        self.tokens = len(self.rows) * block_size + 1
+        self.packed = pack([n - 1 for n in lengths], block_size)
+        self.tokens = len(self.packed) * block_size + 1
 
     def sequence(self, start: int, count: int) -> tuple[np.ndarray, ...]:
-        """(inputs, targets, begins) of the row that begins at token `start`, each (count,) int64.
+        """(inputs, targets, begins) of the sequence at token `start`, each (count,) int64.
 
-        Targets are `IGNORE` but for the assistant's; begins: see `packed.Packed`.
+        Targets are `IGNORE` except for the assistant's tokens. `begins` holds the position at which
+        the conversation of each token begins.
         """
-        row, offset = divmod(start, self.block_size)
+        sequence, offset = divmod(start, self.block_size)
         assert not offset, start
         x, begins = np.zeros(self.block_size, np.int64), np.arange(self.block_size)
         y, at = np.full_like(x, IGNORE), 0
-        for number in self.rows[row]:
+        for number in self.packed[sequence]:
             first, end = self._ends[number : number + 2]
             upto = at + end - first - 1
             x[at:upto] = self._ids[first : end - 1]
@@ -77,38 +82,41 @@ class Conversations(SequenceReader):
         return x[:count], y[:count], begins[:count]
 
     def fingerprint(self) -> str:
-        """sha256 of all that is in the rows."""
-        digest = hashlib.sha256(repr((self.block_size, self.rows)).encode())
+        """sha256 over all packed sequences."""
+        digest = hashlib.sha256(repr((self.block_size, self.packed)).encode())
         for part in (self._ids, self._learned, self._ends):
             digest.update(part.tobytes())
         return digest.hexdigest()
 
     def shares(self) -> tuple[float, float]:
-        """(how full the rows are, which share of the tokens is learned)."""
+        """(share of positions that hold tokens, share of these tokens that are learned)."""
         used = self._ends[-1] - (len(self._ends) - 1)
         return used / (self.tokens - 1), self._learned.sum() / used
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Numbers of the items that share a row: the longest first, each where it fits best.
+    """Bin packing by best fit decreasing: the longest first, each into the fullest bin it fits.
 
-    Best fit decreasing (Johnson 1973) needs at most 11/9 of the fewest rows.
+    Needs at most 11/9 of the fewest possible bins (Johnson 1973).
 
     Args:
-        lengths: from 1 to room.
-        room: of a row.
+        lengths: of the items, each from 1 to room.
+        room: capacity of a bin.
+
+    Returns:
+        For each bin, the numbers of its items.
     """
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, row), ascending
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, bin), ascending
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect_left(free, (lengths[item], -1))
         if at == len(free):
-            free.append((room, len(rows)))
-            rows.append([])
-        left, row = free.pop(at)
-        rows[row].append(item)
-        insort(free, (left - lengths[item], row))
-    return rows
+            free.append((room, len(bins)))
+            bins.append([])
+        left, chosen = free.pop(at)
+        bins[chosen].append(item)
+        insort(free, (left - lengths[item], chosen))
+    return bins
 
 
 def is_chat(text: str) -> bool:
@@ -129,8 +137,18 @@ def is_chat(text: str) -> bool:
     return all(chats)
 
 
-def open_conversations(text: str, block_size: int, val_share: float) -> tuple[list[Dataset], list]:
-    """(datasets, a line on each) of `--data=`: one file, or several as `a.jsonl:0.8,b.jsonl:0.2`.
+def open_conversations(
+    text: str, block_size: int, val_share: float
+) -> tuple[list[Dataset], list[str]]:
+    """The files of conversations of `--data=`, one or several as `a.jsonl:0.8,b.jsonl:0.2`.
+
+    Args:
+        text: value of the option.
+        block_size: tokens of a sequence.
+        val_share: share of the conversations of each file that is held out for validation.
+
+    Returns:
+        (a dataset for each file, a line to print about each).
 
     Raises:
         UserError: a row that is no conversation, a file with too few of them.
@@ -148,7 +166,7 @@ def open_conversations(text: str, block_size: int, val_share: float) -> tuple[li
 
 
 def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[Dataset, str]:
-    counts = Counts()
+    counts = ConversationCounts()
     encoded = list(_encode(path, block_size, counts))
     held = max(1, round(val_share * len(encoded)))
     if len(encoded) <= held:
@@ -157,7 +175,7 @@ def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[
             f"{path} gives {len(encoded):,} conversations{left}; training and validation need at "
             "least one each: use a larger file, or a smaller --val_share"
         )
-    # the same ones, whatever the seed of the run: Philox is numpy's promise
+    # Held out independently of the run's seed. numpy guarantees Philox's integers across versions.
     order = np.argsort(np.random.Philox(key=[0, 0]).random_raw(len(encoded)), kind="stable")
     train, val = (
         Conversations(path / split, [encoded[i] for i in sorted(numbers)], block_size)
@@ -165,7 +183,7 @@ def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[
     )
     full, learned = train.shares()
     line = (
-        f"{path.name}: {len(encoded) - held:,} conversations in {len(train.rows):,} rows of "
+        f"{path.name}: {len(encoded) - held:,} conversations in {len(train.packed):,} rows of "
         f"{block_size:,} tokens ({full:.0%} full, {learned:.0%} of the tokens learned), {held:,} "
         f"for validation; {counts.truncated:,} truncated, {counts.left_out:,} left out because "
         "nothing in them is the assistant's"
@@ -173,8 +191,8 @@ def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[
     return Dataset(folder=path, share=share, train=[train], val=[val]), line
 
 
-def _encode(path: Path, block_size: int, counts: Counts) -> Iterator[tuple[list, list]]:
-    """(ids, learned) of the conversations that teach something, at most block_size + 1 tokens."""
+def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator[tuple[list, list]]:
+    """(ids, learned) of each conversation with a token to learn, at most block_size + 1 tokens."""
     for number, item in _items(path):
         try:
             ids, learned = encode_conversation(messages_of(item))
@@ -183,7 +201,7 @@ def _encode(path: Path, block_size: int, counts: Counts) -> Iterator[tuple[list,
         counts.read += 1
         short, mask = ids[: block_size + 1], learned[: block_size + 1]
         counts.truncated += len(short) < len(ids) and any(mask)
-        # an empty answer is only the token that ends it
+        # An empty answer consists only of the token that ends it, and teaches nothing.
         teaches = any(a and b for a, b in pairwise(mask)) or (any(mask) and len(short) < len(ids))
         counts.left_out += not teaches
         if teaches:
@@ -191,6 +209,7 @@ def _encode(path: Path, block_size: int, counts: Counts) -> Iterator[tuple[list,
 
 
 def _items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, fields) of each row of a file."""
     if path.suffix.lower() == ".json" and path.is_file():  # Alpaca's own file is one list
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -203,6 +222,6 @@ def _items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return read_items(path)
 
 
-def check_eval_tokens(eval_tokens: int, datasets: list[Dataset], block_size: int):
-    """Raises UserError for an evaluation that would not reach a whole row of each file."""
+def check_eval_tokens(eval_tokens: int, datasets: list[Dataset], block_size: int) -> None:
+    """Raises UserError if an evaluation would not reach one whole sequence of each file."""
     at_least(int(block_size / min(d.share for d in datasets)), eval_tokens=eval_tokens)

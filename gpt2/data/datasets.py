@@ -1,5 +1,7 @@
-"""The datasets of a run: a folder of shards each, their weights, and whether they are still the
-same when the run goes on.
+"""The datasets of a run: folders of shards, their shares, and how a resumed run finds them again.
+
+A checkpoint stores the identity of every shard. A resumed run compares it with the folders of
+today, so that it continues on the data on which it began.
 """
 
 import math
@@ -21,7 +23,7 @@ Identity = list[list]  # [name, tokens, sha256 of samples] of each shard of a da
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of shards with headers that have been checked."""
+    """A folder of shards whose headers have been checked."""
 
     folder: Path
     share: float  # of the sequences of the run; the shares of all datasets sum to 1
@@ -31,30 +33,32 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """Name of the folder, which tells a dataset from others."""
+        """Name of the folder, by which a dataset is known."""
         return os.path.basename(os.path.abspath(self.folder))
 
     def name_of(self, shard: Shard) -> str:
-        """Where a shard is, as seen from the folder."""
+        """Path of a shard, relative to the folder."""
         return Path(os.path.relpath(shard.path, self.folder)).as_posix()
 
 
 @dataclass(frozen=True)
 class MixStart:
-    """Where a mix begins: sequences that the run, and each dataset, had consumed by then."""
+    """Where a mixture begins."""
 
-    began: int = 0
-    before: Sequence[int] = ()
+    began: int = 0  # sequences that the run had consumed
+    before: Sequence[int] = ()  # sequences of each dataset among those
 
 
 def open_datasets(text: str, with_training: bool = True) -> list[Dataset]:
     """The datasets of `--data_dir=`: one folder, or several as `folder:weight,folder:weight`.
 
-    Without `with_training`, shards for validation are enough.
+    Args:
+        text: value of the option.
+        with_training: False: the folders need no training shards.
 
     Raises:
-        UserError: a weight that is missing or not above 0, one folder name twice, or what
-            `shards.find_shards` finds wrong.
+        UserError: a weight that is missing or not above 0, two folders of one name, a folder
+            without shards, a damaged header.
     """
     parts = parse_mix(text)
     total = math.fsum(weight for _, weight in parts)
@@ -79,9 +83,10 @@ def open_datasets(text: str, with_training: bool = True) -> list[Dataset]:
 
 
 def parse_mix(text: str) -> list[tuple[str, float]]:
-    """[(folder, weight)]; a folder that has exactly this name is taken as it is.
+    """The (folder, weight) pairs of `folder:weight,folder:weight`.
 
-    Only a number after the last colon is a weight, so that `C:\\data` is a folder.
+    If the whole text names a folder, it is that folder. Only a number after the last colon is a
+    weight: `C:\\data` is a folder.
     """
     if os.path.isdir(text):
         return [(text, 1.0)]
@@ -117,17 +122,17 @@ def build_mixture(
 
 
 def split_eval_tokens(datasets: list[Dataset], eval_tokens: int) -> list[int]:
-    """Tokens of each dataset that validation predicts: its share (or all there are), at least 1."""
+    """Tokens of each dataset that validation predicts: its share, or all of a small dataset."""
     ends = [0, *(round(eval_tokens * upto) for upto in accumulate(d.share for d in datasets))]
     asked = [max(1, end - begin) for begin, end in pairwise(ends)]
     return [available_eval_tokens(d.val, n) for d, n in zip(datasets, asked, strict=True)]
 
 
-# ---- the same shards again? ---------------------------------------------------------------------
+# ---- resuming: are these the shards of the checkpoint? -------------------------------------------
 
 
 def identify(dataset: Dataset) -> Identity:
-    """What tells a dataset's shards from others, without reading them in full.
+    """Name, size and fingerprint of each shard, without reading the shards in full.
 
     Raises:
         UserError: a damaged shard.
@@ -137,7 +142,7 @@ def identify(dataset: Dataset) -> Identity:
 
 
 def remember(datasets: list[Dataset], mixture: Mixture, position: int) -> dict[str, Any]:
-    """Plain values for a checkpoint, enough for `continue_mix`."""
+    """The state of the datasets as plain values, which a checkpoint stores for `continue_mix`."""
     consumed = mixture.consumed(position)
     described = [
         {
@@ -155,23 +160,24 @@ def remember(datasets: list[Dataset], mixture: Mixture, position: int) -> dict[s
 def continue_mix(
     datasets: list[Dataset], stored: dict[str, Any], position: int, path: Path
 ) -> tuple[list[Dataset], MixStart, list[str]]:
-    """How the datasets go on where a checkpoint left them.
+    """Continues the datasets where a checkpoint left them.
 
-    A dataset is known by the name of its folder or, in a folder of another name, by its shards.
-    Shards that were added since then are left out, because they would change the order of all.
-    Where the mix itself is another one, it begins here, and each dataset goes on where it was.
+    A dataset is recognised by the name of its folder or, if the folder was renamed, by its shards.
+    Shards that were added since the checkpoint are left out, because they would change the order of
+    all sequences. If the datasets or their shares have changed, a new mixture begins here, and each
+    dataset continues at its own position.
 
     Args:
-        datasets: what `--data_dir=` names now, with identities.
-        stored: what `remember` gave.
+        datasets: the datasets of `--data_dir=` today, with identities.
+        stored: the values of `remember` in the checkpoint.
         position: sequences that the run has consumed.
         path: of the checkpoint, for messages.
 
     Returns:
-        (the datasets without added shards, where their mix begins, lines to say).
+        (the datasets without added shards, where their mixture begins, notes to print).
 
     Raises:
-        UserError: a shard that has changed or is missing.
+        UserError: a shard of the checkpoint has changed or is missing.
     """
     known, notes = stored["datasets"], []
     now: list[Dataset] = []
@@ -197,7 +203,7 @@ def continue_mix(
 
 
 def _only_known(dataset: Dataset, shards: Identity, path: Path) -> Dataset:
-    """A dataset with none but the shards that it had."""
+    """A dataset with only the shards that the checkpoint lists."""
     now = {shard[0]: shard for shard in dataset.identity}
     for shard in shards:
         name = shard[0]

@@ -1,7 +1,8 @@
-"""Batches from shards: one global order that ranks slice, prefetched, with an exact position.
+"""Batches of sequences: prefetched for training, in the order of the files for validation.
 
-The order (`sequence_order.py`) is a pure function: the number of sequences that all ranks together
-have consumed is the whole state. A run may therefore resume with another number of ranks.
+All ranks follow one global order, a pure function of the position (`data/sequence_order.py`), and
+each rank takes its slice. The number of sequences consumed by all ranks together is therefore the
+whole state of a loader. A run may continue on another number of ranks.
 
 Shapes: `B` sequences per micro-batch, `T` block_size.
 """
@@ -19,15 +20,24 @@ from ..config.train import BatchPlan
 from .sequence_order import Mixture
 from .shards import SequenceReader
 
-# (inputs, targets), each (B, T) int64; of conversations also their beginnings, see `packed.Packed`
+# (inputs, targets), each (B, T) int64. Batches of conversations have a third tensor: the position
+# at which the conversation of each token begins (`model/packed_documents.py`).
 Batch = tuple[Tensor, ...]
 
 
 class TrainLoader:
-    """Micro-batches of one rank, read ahead by a thread.
+    """The micro-batches of one rank, prefetched by a thread.
 
-    `position` counts the sequences that all ranks have consumed in finished calls of `next_step`;
-    a loader made with that position continues exactly there.
+    `position` is the number of sequences that all ranks together have consumed, up to the last
+    finished call of `next_step`. A new loader with this position continues exactly there.
+
+    Args:
+        order: which sequence of which shard comes when.
+        plan: how a step is cut into micro-batches.
+        rank: of this process.
+        position: sequences that the run has consumed.
+        device: for the batches.
+        prefetch: micro-batches that wait in the queue.
     """
 
     def __init__(
@@ -49,10 +59,13 @@ class TrainLoader:
         self._thread.start()
 
     def next_step(self, micro_batches: int = 0) -> list[Batch]:
-        """The micro-batches of the next optimizer step, on the device; 0: as many as planned.
+        """The micro-batches of the next optimizer step, on the device.
+
+        Args:
+            micro_batches: their number; 0: `plan.grad_accum_steps`.
 
         Raises:
-            UserError: a damaged shard (see `shards.Shard.read`).
+            UserError: a damaged shard; see `Shard.read`.
         """
         count = micro_batches or self.plan.grad_accum_steps
         batches = [self._next() for _ in range(count)]
@@ -60,7 +73,7 @@ class TrainLoader:
         return batches
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._closed.set()
         while self._thread.is_alive():
             while not self._queue.empty():
@@ -74,19 +87,22 @@ class TrainLoader:
         return tuple(t.to(self.device, non_blocking=True) for t in item)
 
     def _read_ahead(self) -> None:
+        """The thread: reads micro-batch after micro-batch until `close`."""
         plan, position = self.plan, self.position
         try:
             while True:
-                # Micro-batch m of rank r: r and m only decide who computes which part of a step.
+                # A step is one run of sequences, whatever the number of ranks: each micro-batch
+                # of each rank is a slice of it.
                 for micro in range(plan.grad_accum_steps):
                     first = (micro * plan.world_size + self.rank) * plan.batch_size
                     if not self._put(self._read(position + first)):
                         return
                 position += plan.sequences_per_step
-        except Exception as error:  # noqa: BLE001 - raised again where the batch is asked for
+        except Exception as error:  # noqa: BLE001 - `_next` raises it in the main thread
             self._put(error)
 
     def _put(self, item: Batch | Exception) -> bool:
+        """Puts an item into the queue; False once the loader is closed."""
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -98,12 +114,12 @@ class TrainLoader:
     def _read(self, first: int) -> Batch:
         B, T = self.plan.batch_size, self.plan.block_size
         sequences = [shard.sequence(start, T) for shard, start in self.order.locate(first, B)]
-        batch = [torch.from_numpy(np.stack(rows)) for rows in zip(*sequences, strict=True)]
+        batch = [torch.from_numpy(np.stack(part)) for part in zip(*sequences, strict=True)]
         return tuple(t.pin_memory() if self.device.type == "cuda" else t for t in batch)
 
 
 def available_eval_tokens(shards: list[SequenceReader], asked: int) -> int:
-    """Tokens that validation predicts: as many as are asked for, or all there are."""
+    """Tokens that validation predicts: as many as asked for, or all of the shards."""
     return min(asked, sum(max(0, shard.tokens - 1) for shard in shards))
 
 
@@ -117,20 +133,17 @@ def eval_batches(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """This rank's share of the validation sequences, in the order of the files.
+    """This rank's batches of validation sequences, in the order of the files.
 
-    All ranks together predict exactly `available_eval_tokens` tokens, each once and in one context,
-    whatever the batch size and the number of ranks. The last sequence may be short. It and the last
-    batch are filled up with targets that do not count: all shapes are equal, and all ranks have
-    equally many batches.
-
-    Yields:
-        As `TrainLoader.next_step`: inputs and targets (B, T), and where documents begin.
+    Together the ranks predict exactly `available_eval_tokens` tokens, each once. The context of a
+    token depends neither on the batch size nor on the number of ranks. All batches have one shape,
+    and all ranks have equally many: a short last sequence and a short last batch are padded with
+    the target `IGNORE`.
     """
     sequences = list(_eval_sequences(shards, block_size, eval_tokens))
     mine = sequences[rank::world_size]
     for first in range(0, len(sequences[::world_size]), batch_size):
-        parts = len(sequences[0][0].sequence(0, 0))  # a rank's last batch may hold no sequence
+        parts = len(sequences[0][0].sequence(0, 0))  # this rank's last batch may be only padding
         batch = [np.full((batch_size, block_size), fill) for fill in (0, IGNORE, 0)[:parts]]
         for i, (shard, start, count) in enumerate(mine[first : first + batch_size]):
             for rows, row in zip(batch, shard.sequence(start, count), strict=True):
@@ -141,7 +154,7 @@ def eval_batches(
 def _eval_sequences(
     shards: list[SequenceReader], block_size: int, eval_tokens: int
 ) -> Iterator[tuple[SequenceReader, int, int]]:
-    """(shard, first token, predicted tokens) of each validation sequence."""
+    """(shard, index of the first token, tokens to predict) of each validation sequence."""
     left = available_eval_tokens(shards, eval_tokens)
     for shard in shards:
         for start in range(0, shard.tokens - 1, block_size):

@@ -1,14 +1,25 @@
-"""Which sequence comes when: a pure function of (seed, position), for one dataset and for a mix.
+"""Which sequence of which shard comes when: a pure function of (seed, position).
 
-A sequence is block_size + 1 tokens of a shard: the first block_size are the input, the last
-block_size the targets. An epoch of a dataset visits every sequence once: shards in a random order,
-and within each shard its sequences in a random order. A shard is so read from the disk once, and
-then comes from memory. From the second epoch on sequences begin elsewhere, so that text is not cut
-where it was cut before.
+A sequence is block_size tokens with block_size targets: block_size + 1 neighbouring tokens of a
+shard, of which the first block_size are the inputs and the last block_size the targets.
 
-Small shards are shuffled in groups of up to 128M tokens. Otherwise a whole step might come from one
-small shard, and be a single book. Nothing here has a state: the number of sequences consumed is all
-that a checkpoint needs.
+An epoch visits every sequence of a dataset once. Its order balances two needs:
+
+- Randomness: the sequences of one optimizer step should come from many documents.
+- Locality: a shuffle over the whole dataset would read each sequence from another place on the
+  disk, and its permutation would need memory in proportion to the dataset.
+
+So the order of the shards is shuffled, and then the sequences within a shard. One shard of 100M
+tokens (200 MB) stays in the operating system's file cache while it is read in random order, and its
+permutation of 97,656 sequences is small. A small shard may hold a single book, which would then
+fill whole steps. Small shards that follow one another in the epoch are therefore put into groups of
+up to 128M tokens, and each group is shuffled as one.
+
+From the second epoch on, the sequences of a shard begin a few tokens later, by a random shift, so
+that documents are cut at other places.
+
+There is no state: the number of sequences that a run has consumed determines what comes next. A
+resumed run, or one on another number of ranks, continues from that number.
 """
 
 import bisect
@@ -24,16 +35,17 @@ from ..errors import UserError
 from ..tokenizer import END_OF_TEXT
 from .shards import Shard
 
-GROUP_TOKENS, GROUP_SHARDS = 128_000_000, 128  # at most, but one shard of any size; 256 MB
+# Limits of a group. A shard of more tokens is a group by itself; 128M tokens are 256 MB.
+GROUP_TOKENS, GROUP_SHARDS = 128_000_000, 128
 
 
 class EpochOrder(NamedTuple):
-    """The order of an epoch; counts of sequences end with the total."""
+    """The shards of one epoch in their order, cut into groups."""
 
-    shards: list[int]  # in the order in which they come
-    shard_starts: list[int]  # sequences before each shard
-    first_shards: list[int]  # the first shard of each group
-    group_starts: list[int]  # sequences before each group
+    shards: list[int]  # number of each shard, in the order of the epoch
+    shard_starts: list[int]  # sequences of the epoch before each shard; last: all of them
+    group_shards: list[int]  # number of the first shard of each group
+    group_starts: list[int]  # sequences of the epoch before each group; last: all of them
 
 
 class SequenceOrder:
@@ -41,15 +53,16 @@ class SequenceOrder:
 
     Args:
         shards: the training shards of one dataset.
-        block_size: tokens that a sequence predicts.
+        block_size: tokens of a sequence.
         seed: of the random order.
         shuffle: False visits shards and sequences in the order of the files.
-        sequence_start: "anywhere": a sequence every block_size tokens, each token predicted once
-            but for fewer than block_size at the ends of each shard; "document": see
-            `document_sequences`.
+        sequence_start: "anywhere": a sequence every block_size tokens. An epoch predicts each token
+            once, except for fewer than block_size at the ends of each shard.
+            "document": sequences begin with documents; see `document_sequences`.
 
     Raises:
-        UserError: not a single sequence; a token outside the vocabulary ("document" reads it all).
+        UserError: too few tokens for one sequence; a token outside the vocabulary (found here only
+            with "document", which reads all shards).
     """
 
     def __init__(
@@ -62,15 +75,15 @@ class SequenceOrder:
     ):
         self.shards, self.block_size = shards, block_size
         self.seed, self.shuffle, self.sequence_start = seed, shuffle, sequence_start
-        # One group may end and the next begin within a batch, so two permutations are kept.
-        self._shards_of = functools.lru_cache(maxsize=2)(self._order_of_shards)
-        self._sequences_of = functools.lru_cache(maxsize=2)(self._order_of_sequences)
-        self._shift_of = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(self._shift)
-        self._documents_of = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(
+        # Two entries, because a batch may contain the end of one group and the start of the next.
+        self._epoch_order = functools.lru_cache(maxsize=2)(self._order_epoch)
+        self._group_permutation = functools.lru_cache(maxsize=2)(self._permute_group)
+        self._shift = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(self._draw_shift)
+        self._document_starts = functools.lru_cache(maxsize=2 * GROUP_SHARDS)(
             lambda shard: document_sequences(shards[shard], block_size)  # 0.5 MB of 100M tokens
         )
         with ThreadPoolExecutor() as pool:
-            self.counts = list(pool.map(self._count, range(len(shards))))
+            self.counts = list(pool.map(self._count, range(len(shards))))  # sequences per shard
         self.per_epoch = sum(self.counts)
         if not self.per_epoch:
             held = sum(shard.tokens for shard in shards)
@@ -81,96 +94,109 @@ class SequenceOrder:
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Tokens that the sequences of an epoch predict; tokens of two sequences count twice."""
+        """Tokens predicted in an epoch; a token that two sequences share counts twice."""
         return self.per_epoch * self.block_size
 
     def locate(self, n: int) -> tuple[Shard, int]:
-        """(shard, first token) of the n-th sequence."""
-        epoch, place = divmod(n, self.per_epoch)
-        of_epoch = self._shards_of(epoch)
-        group = bisect.bisect_right(of_epoch.group_starts, place) - 1
-        start = of_epoch.group_starts[group]
-        place = start + int(self._sequences_of(epoch, group)[place - start])
-        turn = bisect.bisect_right(of_epoch.shard_starts, place) - 1
-        shard, number = of_epoch.shards[turn], place - of_epoch.shard_starts[turn]
+        """(shard, index of the first token) of the n-th sequence."""
+        epoch, index = divmod(n, self.per_epoch)
+        order = self._epoch_order(epoch)
+        group = bisect.bisect_right(order.group_starts, index) - 1
+        start = order.group_starts[group]
+        index = start + int(self._group_permutation(epoch, group)[index - start])
+        turn = bisect.bisect_right(order.shard_starts, index) - 1
+        shard, sequence = order.shards[turn], index - order.shard_starts[turn]
         if self.sequence_start == "document":
-            return self.shards[shard], int(self._documents_of(shard)[number])
-        return self.shards[shard], self._shift_of(epoch, shard) + number * self.block_size
+            return self.shards[shard], int(self._document_starts(shard)[sequence])
+        return self.shards[shard], self._shift(epoch, shard) + sequence * self.block_size
 
-    def _shift(self, epoch: int, shard: int) -> int:
-        """Tokens of a shard to leave out before its first sequence; 0 in the first epoch."""
+    def _count(self, shard: int) -> int:
+        """Sequences of a shard."""
+        if self.sequence_start == "document":
+            return len(self._document_starts(shard))
+        return max(0, (self.shards[shard].tokens - 1) // self.block_size)
+
+    def _order_epoch(self, epoch: int) -> EpochOrder:
+        """Shuffles the shards, and puts neighbours into groups up to the two limits."""
+        shards = self._permutation(len(self.counts), epoch, 0).tolist()
+        shard_starts = [0, *accumulate(self.counts[shard] for shard in shards)]
+        group_shards, group_starts, tokens, members = [], [], 0, 0
+        for shard, start in zip(shards, shard_starts, strict=False):
+            tokens, members = tokens + self.shards[shard].tokens, members + 1
+            if not group_shards or tokens > GROUP_TOKENS or members > GROUP_SHARDS:
+                group_shards.append(shard)
+                group_starts.append(start)
+                tokens, members = self.shards[shard].tokens, 1
+        return EpochOrder(shards, shard_starts, group_shards, [*group_starts, shard_starts[-1]])
+
+    def _permute_group(self, epoch: int, group: int) -> np.ndarray:
+        """Order of the sequences of a group."""
+        order = self._epoch_order(epoch)
+        count = order.group_starts[group + 1] - order.group_starts[group]
+        return self._permutation(count, epoch, order.group_shards[group] + 1)
+
+    def _draw_shift(self, epoch: int, shard: int) -> int:
+        """Tokens before the first sequence of a shard: at most those that fill no whole sequence.
+
+        The first epoch has none.
+        """
         if epoch == 0 or not self.shuffle:
             return 0
         left_over = (self.shards[shard].tokens - 1) % self.block_size
         return int(self._random(1, epoch, len(self.shards) + 1 + shard)[0] % (left_over + 1))
 
-    def _count(self, shard: int) -> int:
-        if self.sequence_start == "document":
-            return len(self._documents_of(shard))
-        return max(0, (self.shards[shard].tokens - 1) // self.block_size)
-
-    def _order_of_shards(self, epoch: int) -> "EpochOrder":
-        """The shards of an epoch, and the groups whose sequences are shuffled together."""
-        order = self._permutation(len(self.counts), epoch, 0).tolist()
-        begins = [0, *accumulate(self.counts[shard] for shard in order)]
-        firsts, starts, tokens, members = [], [], 0, 0
-        for shard, begin in zip(order, begins, strict=False):
-            tokens, members = tokens + self.shards[shard].tokens, members + 1
-            if not firsts or tokens > GROUP_TOKENS or members > GROUP_SHARDS:
-                firsts.append(shard)
-                starts.append(begin)
-                tokens, members = self.shards[shard].tokens, 1
-        return EpochOrder(order, begins, firsts, [*starts, begins[-1]])
-
-    def _order_of_sequences(self, epoch: int, group: int) -> np.ndarray:
-        of_epoch = self._shards_of(epoch)
-        start, end = of_epoch.group_starts[group : group + 2]
-        return self._permutation(end - start, epoch, of_epoch.first_shards[group] + 1)
-
     def _permutation(self, count: int, epoch: int, stream: int) -> np.ndarray:
-        """0 … count - 1 in an order that is the same on every machine.
+        """A permutation of 0 … count - 1 that is equal on every machine and numpy version.
 
-        Sorted by the output of Philox, a counter-based generator (Salmon et al. 2011) whose
-        integers numpy promises to keep; it does not promise that of `Generator.permutation`.
+        Sorts the output of Philox, a counter-based generator (Salmon et al. 2011). numpy guarantees
+        Philox's integers across versions, but not the result of `Generator.permutation`.
         """
         if not self.shuffle:
             return np.arange(count)
         return np.argsort(self._random(count, epoch, stream), kind="stable")
 
     def _random(self, count: int, epoch: int, stream: int) -> np.ndarray:
-        """Integers of Philox. Stream 0 orders shards, the next sequences, the last are shifts."""
+        """uint64 (count,) of Philox. Each permutation and each shift has a stream of its own.
+
+        Stream 0 orders the shards. The next len(shards) streams permute groups, one for each
+        possible first shard. Another len(shards) streams shift the shards.
+        """
         return np.random.Philox(key=[self.seed, (epoch << 32) + stream]).random_raw(count)
 
 
 def document_sequences(shard: Shard, block_size: int) -> np.ndarray:
-    """First tokens of a shard's sequences that begin with documents, uint32 and ascending.
+    """Where the sequences of a shard begin if they begin with documents.
 
-    The first sequence begins at the first token. The next one begins at the last document (its
-    end-of-text token) that begins among the tokens that the sequence before predicts: the document
-    that was cut off is read again from its beginning. A document longer than a sequence goes on in
-    sequences that begin where the one before ended. Every token of the shard is so predicted, but
-    for fewer than block_size at its end, and a document of at most block_size tokens is whole in a
-    sequence.
+    The first sequence begins at the first token of the shard. The next sequence begins with the
+    last document that starts among the targets of the sequence before: this document was cut off,
+    and is read again from its end-of-text token. A document longer than a sequence continues in
+    further sequences, without overlap.
+
+    Every token of the shard is thus predicted, except for fewer than block_size at its end. A
+    document of at most block_size tokens is whole in some sequence.
+
+    Returns:
+        uint32, ascending: index of each sequence's first token.
 
     Raises:
         UserError: a damaged shard.
     """
-    begins = _documents(shard)
-    lengths = np.diff(begins, append=shard.tokens)
-    further = (lengths - 1) // block_size  # sequences that a document needs beyond its first
-    last = begins + (further + 1) * block_size  # last token that its sequences predict
-    following = (np.searchsorted(begins, last, side="right") - 1).tolist()
-    chosen = [0]  # documents at which a sequence begins
+    documents = _document_starts(shard)
+    lengths = np.diff(documents, append=shard.tokens)
+    further = (lengths - 1) // block_size  # sequences of each document beyond its first one
+    last = documents + (further + 1) * block_size  # last target of a document's last sequence
+    following = (np.searchsorted(documents, last, side="right") - 1).tolist()
+    chosen = [0]  # documents with which a sequence begins
     while following[chosen[-1]] > chosen[-1]:
         chosen.append(following[chosen[-1]])
     counts = further[chosen] + 1
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(begins[chosen], counts) + number * block_size
+    starts = np.repeat(documents[chosen], counts) + number * block_size
     return starts[starts + block_size < shard.tokens].astype(np.uint32)
 
 
-def _documents(shard: Shard) -> np.ndarray:
-    """Places of the end-of-text tokens, and 0: a shard may begin within a document."""
+def _document_starts(shard: Shard) -> np.ndarray:
+    """Index of every end-of-text token, and 0 because a shard may begin within a document."""
     found, first = [np.zeros(1, dtype=np.int64)], 0
     for chunk in shard.chunks():
         found.append(first + np.flatnonzero(chunk == END_OF_TEXT))
@@ -178,18 +204,27 @@ def _documents(shard: Shard) -> np.ndarray:
     return np.unique(np.concatenate(found))
 
 
+class DueSequences(NamedTuple):
+    """Consecutive sequences of a mixture, from a little before the first one asked for."""
+
+    dataset: np.ndarray  # int64: dataset of each sequence
+    number: np.ndarray  # int64: number of each sequence within its dataset
+    passed: list[int]  # sequences of each dataset that come before all of these
+    skip: int  # how many of these come before the first one asked for
+
+
 class Mixture:
     """Which sequence of which dataset is the g-th of the run.
 
-    The n-th sequence of a dataset with share s is due at (n + 1/2) / s, and sequences come in the
-    order in which they are due. Each dataset so always has its share of the sequences, to within a
-    few, and the g-th is found without going through those before it. Datasets have epochs of their
-    own.
+    The n-th sequence of a dataset with share s is due at (n + 1/2) / s. All sequences come in the
+    order in which they are due. Every dataset therefore has its share of any part of the run, to
+    within a few sequences, and the g-th sequence is found without counting through those before.
+    Each dataset has epochs of its own.
 
     Args:
         orders: one for each dataset.
-        shares: of the sequences; they sum to 1.
-        began: sequences that the run had consumed when this mix began.
+        shares: share of each dataset in the sequences; they sum to 1.
+        began: sequences that the run had consumed when this mixture began.
         before: sequences of each dataset among those.
     """
 
@@ -206,25 +241,21 @@ class Mixture:
         self.before = list(before or [0] * len(orders))
 
     def locate(self, g: int, count: int) -> list[tuple[Shard, int]]:
-        """(shard, first token) of the sequences g … g + count - 1."""
-        dataset, number, _, skip = self._due(g - self.began, count)
-        turns = zip(dataset[skip:].tolist(), number[skip:].tolist(), strict=True)
+        """(shard, index of the first token) of the sequences g … g + count - 1."""
+        due = self._due(g - self.began, count)
+        datasets, numbers = due.dataset[due.skip :].tolist(), due.number[due.skip :].tolist()
+        turns = zip(datasets, numbers, strict=True)
         return [self.orders[d].locate(self.before[d] + n) for d, n in turns][:count]
 
     def consumed(self, g: int) -> list[int]:
-        """How many sequences of each dataset are among the first g of the run."""
-        dataset, _, passed, skip = self._due(g - self.began, 0)
-        recent = np.bincount(dataset[:skip], minlength=len(self.orders))
-        return [b + p + int(r) for b, p, r in zip(self.before, passed, recent, strict=True)]
+        """Sequences of each dataset among the first g of the run."""
+        due = self._due(g - self.began, 0)
+        recent = np.bincount(due.dataset[: due.skip], minlength=len(self.orders))
+        return [b + p + int(r) for b, p, r in zip(self.before, due.passed, recent, strict=True)]
 
-    def _due(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, list[int], int]:
-        """Sequences that are due around `first` … `first + count`, in their order.
-
-        Returns:
-            (dataset of each, number of each within its dataset, sequences of each dataset that come
-            before all of these, how many of these come before `first`).
-        """
-        # At most len(shares) / 2 sequences more or fewer than t are due by t.
+    def _due(self, first: int, count: int) -> DueSequences:
+        """The sequences that are due from a little before `first` to a little after its `count`."""
+        # By time t, a dataset is ahead or behind by at most len(shares) / 2 sequences.
         slack = 2 * len(self.shares)
         passed = [max(0, int((first - slack) * share)) for share in self.shares]
         ends = [int((first + count + slack) * share) + 1 for share in self.shares]
@@ -233,4 +264,4 @@ class Mixture:
         dataset = np.repeat(np.arange(len(spans)), [high - low for low, high in spans])
         due = (number + 0.5) / np.array(self.shares)[dataset]
         turn = np.lexsort((dataset, due))
-        return dataset[turn], number[turn], passed, first - sum(passed)
+        return DueSequences(dataset[turn], number[turn], passed, first - sum(passed))

@@ -1,9 +1,9 @@
-"""The binary shard format and its manifest. numpy only.
+"""Shards: files of tokens, in the format of llm.c, and the manifest beside them. numpy only.
 
-A shard is llm.c's file, which modded-nanogpt reads too: 256 little-endian int32 (magic 20240520,
-version 1, number of tokens, zeros), then that many uint16 tokens. A folder holds
+A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then that
+many uint16 tokens; modded-nanogpt reads it too. A folder of a dataset holds
 `<prefix>_val_000000.bin`, `<prefix>_train_000001.bin`, … and `manifest.json` with the sha256 of
-each. Files appear under their names only when they are whole.
+each shard. A file is written under a temporary name and renamed when it is whole.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,28 +23,28 @@ from ..files import write_atomically
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
-CHUNK_TOKENS = 2**22  # read at once where a whole shard is read: 8 MB
-MANIFEST = "manifest.json"
-SAMPLE_TOKENS = 2**12  # of a fingerprint, at each of three places
+CHUNK_TOKENS = 2**22  # read at once by `Shard.chunks`: 8 MB
+SHARD_MANIFEST = "manifest.json"
+SAMPLE_TOKENS = 2**12  # hashed by `SequenceReader.fingerprint`, at each of three places
 SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
 
 
 class SequenceReader:
-    """What training and validation read sequences from; a subclass has `tokens` and `read`."""
+    """A source of sequences for training and validation: a shard, or packed conversations."""
 
-    tokens: int
+    tokens: int  # how many there are
 
     def read(self, start: int, count: int) -> np.ndarray:
         """uint16 tokens [start, start + count)."""
         raise NotImplementedError
 
     def sequence(self, start: int, count: int) -> tuple[np.ndarray, ...]:
-        """(inputs, targets) of `count` tokens, (count,) int64, the first input at `start`."""
+        """(inputs, targets), each (count,) int64. The first input is the token at `start`."""
         tokens = self.read(start, count + 1).astype(np.int64)
         return tokens[:-1], tokens[1:]
 
     def fingerprint(self) -> str:
-        """sha256 over the first, the middle and the last tokens; all of them in a small shard."""
+        """sha256 over samples from the beginning, the middle and the end of the tokens."""
         count = min(SAMPLE_TOKENS, self.tokens)
         digest = hashlib.sha256()
         for first in (0, (self.tokens - count) // 2, self.tokens - count):
@@ -53,7 +54,7 @@ class SequenceReader:
 
 @dataclass(frozen=True)
 class Shard(SequenceReader):
-    """A file whose header has been checked."""
+    """A shard whose header has been checked; see `open_shard`."""
 
     path: Path
     tokens: int
@@ -61,14 +62,15 @@ class Shard(SequenceReader):
     def read(self, start: int, count: int) -> np.ndarray:
         """uint16 tokens [start, start + count).
 
-        Reads instead of mapping: a file cut short under a map kills the process without a word.
+        Reads instead of mapping into memory: if another program cuts a mapped file short, SIGBUS
+        kills this process without a message.
 
         Raises:
-            UserError: when the file is shorter than its header said, or an id is no GPT-2 token.
+            UserError: the file has become shorter than its header says, or a token is not GPT-2's.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
         tokens = np.empty(count, dtype="<u2")
-        with open(self.path, "rb", buffering=0) as file:  # few system calls: a sequence is small
+        with open(self.path, "rb", buffering=0) as file:  # a buffer would read more than asked
             file.seek(HEADER_BYTES + TOKEN_BYTES * start)
             received = file.readinto(tokens)
         if received != tokens.nbytes:
@@ -77,7 +79,7 @@ class Shard(SequenceReader):
         return tokens
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All tokens in order, uint16, `CHUNK_TOKENS` at a time; raises as `read` does."""
+        """All tokens in order, uint16, `CHUNK_TOKENS` at a time; raises UserError like `read`."""
         for start in range(0, self.tokens, CHUNK_TOKENS):
             yield self.read(start, min(CHUNK_TOKENS, self.tokens - start))
 
@@ -87,7 +89,7 @@ class Shard(SequenceReader):
             return file.read(HEADER_BYTES)
 
     def check_ids(self, tokens: np.ndarray, start: int) -> None:
-        """Raises UserError for a token outside GPT-2's vocabulary, with its place in the file."""
+        """Raises UserError for a token outside GPT-2's vocabulary, with its offset in the shard."""
         if len(tokens) and tokens.max() >= GPT2_VOCAB_SIZE:
             at = int(np.argmax(tokens >= GPT2_VOCAB_SIZE))
             raise UserError(
@@ -99,22 +101,27 @@ class Shard(SequenceReader):
 REDO = "delete it and run `gpt2 prepare` again"
 
 
-def redo(entry: dict, missing: bool = False) -> str:
-    """What to do about a damaged or missing shard, given its entry in the manifest."""
+def redo(entry: dict[str, Any], missing: bool = False) -> str:
+    """Advice on a damaged or missing shard, for error messages.
+
+    Args:
+        entry: the shard's entry in the manifest.
+        missing: whether the file is not there at all.
+    """
     if "worker" not in entry:
         return REDO.removeprefix("delete it and ") if missing else REDO
     it = "" if missing else "it and "
     return (
-        f"delete {it}{MANIFEST}, then run `gpt2 prepare --worker={entry['worker']}` and "
+        f"delete {it}{SHARD_MANIFEST}, then run `gpt2 prepare --worker={entry['worker']}` and "
         "`gpt2 shards merge` again"
     )
 
 
 def open_shard(path: Path) -> Shard:
-    """Checks a shard's header against the file.
+    """The shard in a file, after its header has been checked against the file's size.
 
     Raises:
-        UserError: not a shard, another version, or a token count that the file does not have.
+        UserError: not a shard, another version, or a token count that does not match the size.
     """
     try:
         size = path.stat().st_size
@@ -142,7 +149,7 @@ def open_shard(path: Path) -> Shard:
 
 
 def find_shards(folder: str | Path, split: str) -> list[Shard]:
-    """The checked shards of a split ("train" or "val"), in the order of their names.
+    """Opens the shards of a split, "train" or "val", in the order of their names.
 
     Raises:
         UserError: no such folder, no shard of that split, or a damaged header in any of them.
@@ -163,41 +170,41 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
 
 
 def check_joined(folder: Path) -> None:
-    """Raises UserError for a folder whose shards are still in the folders of several workers."""
+    """Raises UserError if the shards are still in the folders of workers, not yet merged."""
     if any(folder.glob("worker-*-of-*")):
         raise UserError(f"{folder} holds folders of workers; join them: gpt2 shards merge {folder}")
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Files of a folder with the name of a shard, in the order of their names."""
+    """The files of a folder that are named like shards, in the order of their names."""
     return sorted(path for path in folder.glob("*.bin") if SHARD_NAME.fullmatch(path.name))
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
-    """Writes a shard under its name only when it is whole; returns its sha256."""
+    """Writes a shard of uint16 tokens atomically; returns the sha256 of the file."""
     assert tokens.dtype == np.uint16
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    body = np.ascontiguousarray(tokens, dtype="<u2").data  # no copy: 200 MB of a usual shard
+    body = np.ascontiguousarray(tokens, dtype="<u2").data  # no copy: 200 MB in a usual shard
     write_atomically(path, header.data, body)
     digest = hashlib.sha256(header)
     digest.update(body)
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, manifest: dict) -> None:
-    """Replaces `manifest.json` in one step."""
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Replaces `manifest.json` atomically."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(folder / MANIFEST, text.encode())
+    write_atomically(folder / SHARD_MANIFEST, text.encode())
 
 
-def read_manifest(folder: Path) -> dict | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, or None where there is none.
 
     Raises:
-        UserError: when the file is damaged, or names files that are no shards of this folder.
+        UserError: the file is damaged, or lists a file that cannot be a shard of this folder.
     """
-    path = folder / MANIFEST
+    path = folder / SHARD_MANIFEST
     if not path.exists():
         return None
     try:
@@ -214,7 +221,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def _is_entry(entry: object) -> bool:
-    """Whether a manifest's entry describes a shard in the manifest's own folder."""
+    """Whether an entry of a manifest describes a shard in the manifest's own folder."""
     if not isinstance(entry, dict):
         return False
     name = str(entry.get("name"))

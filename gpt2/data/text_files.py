@@ -1,7 +1,7 @@
-"""Files of text to rows: .txt, .jsonl and .parquet, compressed or not, with flat memory.
+"""Documents from .txt, .jsonl and .parquet files, compressed or not, in constant memory.
 
-A row is a document, or None where it holds no text (null, empty, not JSON): a row's number never
-depends on what was skipped.
+Every row of a file is yielded: None stands for a row without text (null, empty, not JSON). The
+number of a row is thus its place in the file.
 """
 
 import gzip
@@ -18,17 +18,18 @@ from ..errors import DamagedFile, UserError, first_line
 
 
 class Repaired(str):
-    """A text in which U+FFFD stands for something that UTF-8 cannot hold."""
+    """A text in which U+FFFD replaces bytes that were not UTF-8, or a lone surrogate."""
 
 
-Row = tuple[str | None, int]  # a document or None, and how many bytes of the file were read so far
+TextRow = tuple[str | None, int]  # (document or None, bytes of the file that were read so far)
 
 
-def read_rows(path: Path, start: int = 0) -> Iterator[Row]:
-    """Rows of one file from number `start` on, with flat memory (but for a .txt: one document).
+def read_rows(path: Path, start: int = 0) -> Iterator[TextRow]:
+    """The rows of one file from number `start` on. A .txt file is a single document.
 
     Raises:
-        UserError: damaged, unreadable or without texts; names the file and the row.
+        DamagedFile: the file cannot be read to its end; names the row.
+        UserError: no row of the file has a text.
     """
     import pyarrow as pa
 
@@ -54,7 +55,7 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, fields) of the rows of a .jsonl (also .gz, .xz, .zst) or .parquet file.
 
     Raises:
-        UserError: no such file, damaged, or a row that is no table of fields; names the row.
+        UserError: no such file, damaged, or a row that is not an object; names the row.
     """
     import pyarrow as pa
 
@@ -87,7 +88,7 @@ def _items(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Gives (the file itself, its uncompressed bytes)."""
+    """Yields (the file, its uncompressed bytes)."""
     import pyarrow as pa
 
     wrap = {
@@ -99,13 +100,13 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         yield file, data
 
 
-def _txt_rows(path: Path, start: int) -> Iterator[Row]:
+def _txt_rows(path: Path, start: int) -> Iterator[TextRow]:
     if start == 0:
         with _open(path) as (file, data):
             yield _decode(data.read()) or None, file.tell()
 
 
-def _jsonl_rows(path: Path, start: int) -> Iterator[Row]:
+def _jsonl_rows(path: Path, start: int) -> Iterator[TextRow]:
     number, texts = 0, start
     with _open(path) as (file, lines):
         for line in lines:
@@ -119,7 +120,7 @@ def _jsonl_rows(path: Path, start: int) -> Iterator[Row]:
 
 
 def _text_of_json(line: bytes | str) -> tuple[bool, str | None]:
-    """Whether a line is an object with a `text`, and that text where it is one."""
+    """(whether a line is an object with a `text`, that text or None)."""
     try:
         line = _decode(line)
         value = json.loads(line)
@@ -132,7 +133,7 @@ def _text_of_json(line: bytes | str) -> tuple[bool, str | None]:
         return True, None
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell but UTF-8 cannot
         text = Repaired(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     if isinstance(line, Repaired) and "\ufffd" in text:
         text = Repaired(text)
@@ -146,12 +147,12 @@ def _decode(data: bytes, encoding: str = "utf-8-sig") -> str:
         return Repaired(data.decode(encoding, "replace"))
 
 
-def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
+def _parquet_rows(path: Path, start: int) -> Iterator[TextRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     size_bytes, number = path.stat().st_size, 0
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where it has any
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # if it has any
         if "text" not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise UserError(f"{path}: no column `text`; its columns are {names}")
@@ -162,7 +163,7 @@ def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
             if number + len(batch) <= start:
                 number += len(batch)
                 continue
-            # as bytes: text that is no UTF-8 is then repaired instead of stopping the run
+            # As bytes, because Arrow raises for a string that is not UTF-8; ours is repaired.
             for value in batch.column(0).cast(pa.large_binary()).to_pylist():
                 number += 1
                 if number > start:

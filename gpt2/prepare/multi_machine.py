@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from ..data.shards import MANIFEST, open_shard, read_manifest, shard_paths, write_manifest
+from ..data.shards import SHARD_MANIFEST, open_shard, read_manifest, shard_paths, write_manifest
 from ..errors import UserError
 from ..files import move, sha256_of
 from ..report.console import log
@@ -239,7 +239,7 @@ def _check(out_dir: Path, moves: list[tuple[Path, Path, dict]]):
             )
         if open_shard(source if source.exists() else target).tokens != entry["tokens"]:
             raise UserError(
-                f"{source} is not the shard of its {MANIFEST}; delete it and run "
+                f"{source} is not the shard of its {SHARD_MANIFEST}; delete it and run "
                 f"`gpt2 prepare --worker={entry['worker']}` again"
             )
     targets = {target: entry for source, target, entry in moves}

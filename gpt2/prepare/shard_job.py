@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..config.commands import PrepareConfig
 from ..data.shards import (
-    MANIFEST,
+    SHARD_MANIFEST,
     open_shard,
     read_manifest,
     redo,
@@ -66,7 +66,7 @@ class ShardJob:
             self.manifest |= {f"{kind}_rows": n for kind, n in zip(ODD, odd, strict=True)}
         for total in ("documents", "tokens"):
             self.manifest[total] = sum(shard[total] for shard in self.shards)
-        with _writing(self.out_dir / MANIFEST):
+        with _writing(self.out_dir / SHARD_MANIFEST):
             write_manifest(self.out_dir, self.manifest)
 
     def note_damage(self, name: str):

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..data.text_files import Row, read_rows
+from ..data.text_files import TextRow, read_rows
 from ..errors import DamagedFile, UserError
 from ..huggingface.downloads import Downloads
 from ..huggingface.hub import File, HubDataset
@@ -70,7 +70,7 @@ class Source:
         files = {"files": {p.name: p.size_bytes for p in self.parts}}
         return {"revision": self.revision} | files | ({"files_sha256": hashes} if hashes else {})
 
-    def rows(self, index: int, start: int = 0) -> Iterator[Row]:
+    def rows(self, index: int, start: int = 0) -> Iterator[TextRow]:
         """Rows of a part from number `start` on; a downloaded file is deleted after its last one.
 
         Raises:

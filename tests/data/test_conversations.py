@@ -76,12 +76,12 @@ def losses(out_dir) -> list[float]:
 
 @given(st.lists(st.integers(1, 20)), st.integers(20, 40))
 def test_packing_holds_each_once_and_wastes_little(lengths, room):
-    rows = pack(lengths, room)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    sums = [sum(lengths[i] for i in row) for row in rows]
+    bins = pack(lengths, room)
+    assert sorted(i for items in bins for i in items) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in items) for items in bins]
     assert all(0 < s <= room for s in sums)
-    assert len(rows) <= 11 / 9 * -(-sum(lengths) // room) * 2 + 1
-    assert sum(2 * s <= room for s in sums) <= 1  # two such rows would have been one
+    assert len(bins) <= 11 / 9 * -(-sum(lengths) // room) * 2 + 1
+    assert sum(2 * s <= room for s in sums) <= 1  # two such bins would have been one
 
 
 def test_the_loss_is_that_of_transformers_with_labels_of_minus_100(chats):
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_transformers_with_labels_of_minus_100(chats):
         loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss
         nats, count = nats + loss.item() * sum(learned), count + sum(learned)
     shard = Conversations(chats, encoded, T)
-    assert len(shard.rows) < len(encoded)
+    assert len(shard.packed) < len(encoded)
     batches = list(eval_batches([shard], block_size=T, batch_size=3, eval_tokens=10**6))
     with torch.no_grad():
         summed = sum(
@@ -130,8 +130,8 @@ def test_no_row_is_without_targets_and_all_are_accounted_for(tmp_path_factory, c
         return
     kept = 0
     for shard in (*dataset.train, *dataset.val):
-        kept += sum(map(len, shard.rows))
-        for row in range(len(shard.rows)):
+        kept += sum(map(len, shard.packed))
+        for row in range(len(shard.packed)):
             x, y, begins = shard.sequence(row * 16, 16)
             assert (y != IGNORE).any()
             assert (begins <= np.arange(16)).all()
@@ -147,7 +147,7 @@ def test_what_is_too_long_is_counted_and_cut(tmp_path):
     path = write(tmp_path / "x.jsonl", [talk(1), talk(2), long, buried, silent])
     (dataset,), (line,) = open_conversations(str(path), T, 0.01)
     assert "1 truncated, 2 left out" in line
-    assert sum(len(row) for shard in (*dataset.train, *dataset.val) for row in shard.rows) == 3
+    assert sum(len(row) for shard in (*dataset.train, *dataset.val) for row in shard.packed) == 3
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,9 @@ def test_training_on_a_mix(folders, tmp_path, capsys):
     run(f"{real}:0.75,{numbers}:0.25", tmp_path / "out")
     out = capsys.readouterr().out
     assert "real: 75.0% of the tokens; " in out
-    windows = len(range(0, 19_400 - 32, 32))
-    epochs = 6 * 8 * 0.25 / windows
-    assert f"numbers: 25.0% of the tokens; {windows * 32:,} training tokens per epoch" in out
+    sequences = len(range(0, 19_400 - 32, 32))
+    epochs = 6 * 8 * 0.25 / sequences
+    assert f"numbers: 25.0% of the tokens; {sequences * 32:,} training tokens per epoch" in out
     assert f"6 steps are {epochs:.2f} epochs" in out
     row = metrics_module.read_metrics(tmp_path / "out/metrics.jsonl")[-1]
     both = 0.75 * row["val_loss_real"] + 0.25 * row["val_loss_numbers"]

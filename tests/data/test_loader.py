@@ -36,7 +36,7 @@ def load(shards, plan, seed=0, shuffle=True, **arguments) -> TrainLoader:
 
 
 def collect(shards, plan, steps, position=0, shuffle=True, seed=1):
-    """First tokens of all windows that all ranks see, step by step."""
+    """First tokens of all sequences that all ranks see, step by step."""
     seen = [[] for _ in range(steps)]
     for rank in range(plan.world_size):
         loader = load(shards, plan, seed=seed, shuffle=shuffle, rank=rank, position=position)
@@ -50,7 +50,7 @@ def collect(shards, plan, steps, position=0, shuffle=True, seed=1):
     return seen
 
 
-def windows_of(shards, block_size):
+def starts_of(shards, block_size):
     starts, first = [], 0
     for shard in shards:
         starts += [first + i * block_size for i in range((shard.tokens - 1) // block_size)]
@@ -60,17 +60,17 @@ def windows_of(shards, block_size):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize(("batch", "accum"), [(1, 1), (2, 3), (3, 1)])
-def test_each_window_once_per_epoch(shards, shuffle, batch, accum):
-    all_windows = windows_of(shards, 10)
+def test_each_sequence_once_per_epoch(shards, shuffle, batch, accum):
+    all_starts = starts_of(shards, 10)
     plan = BatchPlan(batch, 10, accum, 1)
-    steps = 2 * len(all_windows) // plan.sequences_per_step + 1
+    steps = 2 * len(all_starts) // plan.sequences_per_step + 1
     seen = [w for step in collect(shards, plan, steps, shuffle=shuffle) for w in step]
-    one, two = seen[: len(all_windows)], seen[len(all_windows) : 2 * len(all_windows)]
-    assert sorted(one) == all_windows
-    # the second time they begin up to a window later, see `test_later_epochs_are_cut_elsewhere`
-    two = [max(start for start in all_windows if start <= later) for later in two]
-    assert sorted(two) == all_windows
-    assert (one == all_windows) is not shuffle
+    one, two = seen[: len(all_starts)], seen[len(all_starts) : 2 * len(all_starts)]
+    assert sorted(one) == all_starts
+    # the second time they begin up to a sequence later, see `test_later_epochs_are_cut_elsewhere`
+    two = [max(start for start in all_starts if start <= later) for later in two]
+    assert sorted(two) == all_starts
+    assert (one == all_starts) is not shuffle
     assert (one == two) is not shuffle
 
 
@@ -102,7 +102,7 @@ def first_token(shard, start) -> int:
 
 
 def test_ranks_and_micro_batches_cut_the_same_steps(shards):
-    """Any split of 12 sequences a step sees the same windows in the same steps."""
+    """Any split of 12 sequences a step sees the same sequences in the same steps."""
     splits = [(12, 1, 1), (3, 4, 1), (3, 2, 2), (2, 2, 3), (1, 3, 4)]
     steps = [
         [sorted(step) for step in collect(shards, BatchPlan(b, 16, a, w), 15)] for b, a, w in splits

@@ -1,4 +1,4 @@
-"""Every window once per epoch, windows at documents, mixes in exact proportion."""
+"""Every sequence once per epoch, sequences at documents, mixtures in exact proportion."""
 
 import itertools
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ def epoch_of(order, number=0):
     together=st.integers(0, 700),
     at_most=st.integers(1, 4),
 )
-def test_each_window_once_per_epoch(
+def test_each_sequence_once_per_epoch(
     tmp_path_factory, sizes, epoch, block, seed, shuffle, together, at_most
 ):
     shards = write(tmp_path_factory.mktemp("s"), *sizes, 101)
@@ -61,7 +61,7 @@ def test_each_window_once_per_epoch(
 
 
 def test_later_epochs_are_cut_elsewhere(tmp_path):
-    """By up to what fills no whole window, differently for each shard and epoch."""
+    """By up to what fills no whole sequence, differently for each shard and epoch."""
     shards = write(tmp_path, 1000, 1000, 961)
     order = SequenceOrder(shards, 64, 1, shuffle=True)
 
@@ -70,7 +70,7 @@ def test_later_epochs_are_cut_elsewhere(tmp_path):
 
     found = np.array([shifts(epoch) for epoch in range(40)])
     assert not found[0].any()
-    assert not found[:, 2].any()  # 15 windows and nothing left over
+    assert not found[:, 2].any()  # 15 sequences and nothing left over
     assert found.max() == 39  # of 999 tokens that are predicted
     assert len(set(found[1:, 0])) > 20
     assert (found[:, 0] != found[:, 1]).sum() > 30
@@ -89,17 +89,17 @@ def test_order_is_pinned(tmp_path, monkeypatch):
     """The same on every machine and with every numpy; a change breaks runs that are under way."""
     shards = write(tmp_path, 50, 40)
 
-    def windows() -> str:
+    def sequences() -> str:
         order = SequenceOrder(shards, 8, seed=1337, shuffle=True)
         return " ".join(f"{shard.path.name[-5]}:{start // 8}" for shard, start in epoch_of(order))
 
-    assert windows() == "2:2 1:3 2:1 2:3 1:0 1:1 2:0 1:5 1:2 1:4"
+    assert sequences() == "2:2 1:3 2:1 2:3 1:0 1:1 2:0 1:5 1:2 1:4"
     monkeypatch.setattr("gpt2.data.sequence_order.GROUP_TOKENS", 89)
-    assert windows() == "1:3 1:0 1:1 1:5 1:2 1:4 2:2 2:1 2:0 2:3"
+    assert sequences() == "1:3 1:0 1:1 1:5 1:2 1:4 2:2 2:1 2:0 2:3"
 
 
 def test_small_shards_are_shuffled_together(tmp_path, monkeypatch):
-    """Any tenth of an epoch has windows of all shards of its group; groups follow each other."""
+    """Any tenth of an epoch has sequences of all shards of its group; groups follow each other."""
     shards = write(tmp_path, *[101] * 20)
     whole = [shard for shard, _ in epoch_of(SequenceOrder(shards, 1, 7, shuffle=True))]
     assert all(len(set(whole[i : i + 200])) == 20 for i in range(0, 2000, 200))
@@ -130,7 +130,7 @@ def test_too_little_text(tmp_path):
     block=st.integers(1, 25),
     cut=st.integers(0, 5),
 )
-def test_windows_at_documents(tmp_path_factory, lengths, block, cut):
+def test_sequences_at_documents(tmp_path_factory, lengths, block, cut):
     cut = min(cut, sum(lengths) - 1)  # a shard may begin within a document
     shard = shard_of(tmp_path_factory.mktemp("d"), lengths, cut)
     starts = document_sequences(shard, block).tolist()
@@ -139,13 +139,13 @@ def test_windows_at_documents(tmp_path_factory, lengths, block, cut):
     assert starts == sorted(set(starts))
     for before, start in zip([-block, *starts], starts, strict=False):
         in_between = [b for b in begins if before < b <= before + block]
-        # at a document or, while a long one lasts, where the window before ended
+        # at a document or, while a long one lasts, where the sequence before ended
         assert start == (max(in_between) if in_between else before + block)
     predicted = {t for start in starts for t in range(start + 1, start + block + 1)}
     covered = max(predicted, default=0)
     assert predicted == set(range(1, covered + 1))
     assert shard.tokens - 1 - covered < block
-    # a document that fits is whole in some window
+    # a document that fits is whole in some sequence
     for begin, end in itertools.pairwise([*sorted(begins), shard.tokens]):
         if end - begin <= block and end <= covered:
             assert any(start <= begin and end - 1 <= start + block for start in starts)
@@ -169,7 +169,7 @@ def test_an_epoch_of_documents(tmp_path):
 
 
 class Counting:
-    """In place of a WindowOrder: the n-th window of dataset d is (d, n)."""
+    """In place of a SequenceOrder: the n-th sequence of dataset d is (d, n)."""
 
     def __init__(self, dataset):
         self.dataset = dataset

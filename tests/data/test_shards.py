@@ -164,9 +164,17 @@ def test_manifest_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "../x_train_000001.bin"}, {"name": "x"}, {"split": "val"}, {"tokens": "3"},
-               {"name": "C:\\x_train_000001.bin"}, {"sha256": None}, {"documents": None}],
-)  # fmt: skip
+    "change",
+    [
+        {"name": "../x_train_000001.bin"},
+        {"name": "C:\\x_train_000001.bin"},
+        {"name": "x"},
+        {"split": "val"},
+        {"tokens": "3"},
+        {"sha256": None},
+        {"documents": None},
+    ],
+)
 @pytest.mark.fault(13, "../ and C:\\\\ in a manifest of shards")
 def test_manifest_whose_entries_are_no_shards_of_its_folder(tmp_path, change):
     entry = {"name": "x_train_000001.bin", "split": "train", "tokens": 3, "documents": 1}

@@ -257,9 +257,9 @@ def export(argv: list[str]) -> int:
     config, (source, folder) = parse_with_positional(ExportConfig, argv, "gpt2 export", names)
     assert config.to == "hf", config.to  # the only one so far
     from .checkpoint.weights import load
-    from .commands.export import check_target, export_hf
+    from .commands.export import check_export_folder, export_hf
 
-    check_target(Path(folder))
+    check_export_folder(Path(folder))
     print(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}")
     return 0
 

@@ -1,4 +1,4 @@
-"""`gpt2 eval`: a checkpoint on validation shards, a text, HellaSwag and LAMBADA."""
+"""`gpt2 eval`: evaluates a checkpoint on validation shards, a text, HellaSwag and LAMBADA."""
 
 import itertools
 import json
@@ -25,16 +25,16 @@ from ..data.text_files import read_rows
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..evaluate.loss import Evaluation, evaluate, together
+from ..evaluate.loss import Evaluation, combine, evaluate
 from ..evaluate.scoring import BATCH_TOKENS
-from ..evaluate.tasks import HELLASWAG, LAMBADA, load
+from ..evaluate.tasks import HELLASWAG, LAMBADA, Task, load_items
 from ..files import write_atomically
 from ..report import console
 from ..tokenizer import gpt2_tokenizer
 
 Results = dict[str, Any]
-Job = Callable[[GPT2, Runtime], Results | None]  # None: a signal asked to stop
-LABELS = {  # of the table: name of a result -> (what it is, its form, what it was counted over)
+Measurement = Callable[[GPT2, Runtime], Results | None]  # None: a signal asked to stop
+LABELS = {  # result -> (its label in the table, number format, result with its sample count)
     "val_loss": ("validation loss (nats per token)", ".4f", "val_tokens"),
     "val_perplexity": ("validation perplexity", ",.2f", "val_tokens"),
     "val_bpb": ("validation bits per byte", ".4f", "val_tokens"),
@@ -49,7 +49,7 @@ LABELS = {  # of the table: name of a result -> (what it is, its form, what it w
 
 
 class TokensInMemory(SequenceReader):
-    """Tokens to evaluate on, as a shard."""
+    """Tokens in memory with the interface of a shard."""
 
     def __init__(self, ids: np.ndarray):
         self._ids, self.tokens = ids, len(ids)
@@ -60,38 +60,38 @@ class TokensInMemory(SequenceReader):
 
 
 def run(checkpoint: str, config: EvalConfig) -> int:
-    """Evaluates, under torchrun on all ranks; prints a table and writes `--json=`.
+    """Evaluates on all ranks of torchrun; prints a table and writes `--json=`.
 
     Returns:
         Exit code: 0, or 128 + signal when a signal asked to stop.
 
     Raises:
-        UserError: nothing to evaluate on, or input that cannot be used; found before the work.
+        UserError: nothing to evaluate on, or unusable input; raised before the model is loaded.
     """
     started = time.perf_counter()
     if config.json and not Path(config.json).resolve().parent.is_dir():
         raise UserError(f"--json={config.json}: no such folder; make it, or name another file")
     with runtime.start(SystemOptions(device=config.device, dtype=config.dtype)) as rt:
-        jobs = list(_jobs(Path(checkpoint), config, rt))
+        measurements = list(_measurements(Path(checkpoint), config, rt))
         found = weights.load(checkpoint)
         weights.check_vocabulary(found.config, checkpoint)
         model = GPT2.from_weights(found, str(rt.device))
         results = _describe(checkpoint, found.step, model, rt)
-        for job in jobs:
-            part = job(model, rt)
+        for measure in measurements:
+            part = measure(model, rt)
             if part is None:
                 return 128 + (rt.stop_signal or signal.SIGTERM)
             results |= part
         results["seconds"] = round(time.perf_counter() - started, 1)
         if rt.is_main:
-            console.log(table(results))
+            console.log(format_table(results))
             if config.json:
                 _write_json(Path(config.json), results)
     return 0
 
 
-def _jobs(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Job]:
-    """What there is to do, with all input read and checked."""
+def _measurements(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Measurement]:
+    """The measurements that the options ask for; their input is read and checked here."""
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
     data_dir, eval_tokens = config.data_dir, config.eval_tokens
     settings = _settings_of_run(checkpoint)
@@ -115,12 +115,12 @@ def _jobs(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Job]:
     for task, spec in ((HELLASWAG, config.hellaswag), (LAMBADA, config.lambada)):
         if spec:
             # broadcast: the other ranks may be on machines without the file
-            items = rt.on_main(partial(load, task, spec, console.log))
+            items = rt.on_main(partial(load_items, task, spec, console.log))
             yield partial(_ask, task, spec, items)
 
 
 def _open(data_dir: str, settings: Results, eval_tokens: int) -> list[Dataset]:
-    """Folders of shards; or files of conversations, of which the run's held out ones count."""
+    """Folders of shards, or the conversations that the checkpoint's run held out."""
     if not is_chat(data_dir):
         return open_datasets(data_dir, with_training=False)
     if "val_share" not in settings:
@@ -134,7 +134,7 @@ def _open(data_dir: str, settings: Results, eval_tokens: int) -> list[Dataset]:
 
 
 def _settings_of_run(checkpoint: Path) -> Results:
-    """The config.toml that a run writes beside its checkpoints; empty where there is none."""
+    """The config.toml beside a checkpoint; {} if there is none."""
     try:
         return read_toml(checkpoint.with_name("config.toml"))
     except (OSError, ValueError):
@@ -142,7 +142,7 @@ def _settings_of_run(checkpoint: Path) -> Results:
 
 
 def _encode(path: Path, limit: int) -> np.ndarray:
-    """The first `limit` + 1 ids of a file's documents as `gpt2 prepare` would join them, uint16."""
+    """The first `limit` + 1 token ids (uint16) of a file, joined like `gpt2 prepare` does."""
     if not path.is_file():
         raise UserError(f"--text={path}: no such file")
     texts = (text for text, _ in read_rows(path) if text)
@@ -158,7 +158,7 @@ def _encode(path: Path, limit: int) -> np.ndarray:
 def _loss(
     kind: str, source: str, parts: list[tuple[str, list, int]], model: GPT2, rt: Runtime
 ) -> Results | None:
-    """Loss over the (name, shards, tokens) of one or several datasets, as in training."""
+    """Loss over datasets (name, shards, tokens), computed like the validation loss of training."""
     block_size = model.config.block_size
     found: dict[str, Evaluation] = {}
     for name, shards, tokens in parts:
@@ -175,7 +175,7 @@ def _loss(
         if result is None:
             return None
         found[name] = result
-    whole = together(found.values())
+    whole = combine(found.values())
     several = found if len(found) > 1 else {}
     return {
         f"{kind}_loss": whole.loss,
@@ -187,7 +187,7 @@ def _loss(
     }
 
 
-def _ask(task, spec: str, items: list, model: GPT2, rt: Runtime) -> Results | None:
+def _ask(task: Task, spec: str, items: list[Any], model: GPT2, rt: Runtime) -> Results | None:
     results = task.ask(model, items, rt)
     return results and results | {f"{task.name}_source": spec}
 
@@ -204,8 +204,8 @@ def _describe(checkpoint: str, step: int | None, model: GPT2, rt: Runtime) -> Re
     }
 
 
-def table(results: Results) -> str:
-    """What was found, a line each."""
+def format_table(results: Results) -> str:
+    """The results as text: a line about the checkpoint, then one for each metric."""
     step = "" if results["step"] is None else f"step {results['step']:,}, "
     head = (
         f"{results['checkpoint']}: {step}{results['parameters']:,} parameters; "
@@ -219,7 +219,7 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _write_json(path: Path, results: Results):
+def _write_json(path: Path, results: Results) -> None:
     plain = {  # JSON has no infinity
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in results.items()

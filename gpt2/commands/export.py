@@ -66,7 +66,7 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))"""
 USE_IDS = "# its vocabulary is not GPT-2's: it takes and gives token ids, without a tokenizer"
 
 
-def check_target(folder: Path):
+def check_export_folder(folder: Path) -> None:
     """Raises UserError, before the work, unless a folder is new or empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name a new folder, or delete it first")
@@ -84,7 +84,7 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
     Raises:
         UserError: the folder is not empty, no room, no permission.
     """
-    check_target(folder)
+    check_export_folder(folder)
     model = _network(weights)
     for note in weights.notes:
         console.log(f"{weights.origin}: {note}")

@@ -1,4 +1,4 @@
-"""`gpt2 inspect`: what a model makes of a text, token by token, as a table and as a page."""
+"""`gpt2 inspect`: a model's predictions for each token of a text, as a table and an HTML page."""
 
 import math
 import shutil
@@ -20,18 +20,18 @@ from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
 
 
 def run(checkpoint: str, text: str, config: InspectConfig) -> int:
-    """Prints the table and writes the page.
+    """Prints the table and writes the HTML page.
 
     Args:
         checkpoint: what `weights.load` takes.
-        text: what to look at; "-" reads it from stdin.
-        config: see there.
+        text: the text; "-" reads it from stdin.
 
     Raises:
-        UserError: no text or too much, no such model, a file in the way; found before the work.
+        UserError: no text, too much text, no such model, or another file at `--out`; raised before
+            the forward pass.
     """
     if config.out:
-        html_page.check_target(Path(config.out))
+        html_page.check_page_path(Path(config.out))
     text = _read(text, config.file)
     ids = encode(text, config.special)
     if not ids:
@@ -47,7 +47,7 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
     model = GPT2.from_weights(found, config.device)
     wanted, note = _maps(shape.n_layer, shape.n_head, len(ids), bool(config.out))
     seen = look(model, ids, config.top, attention=wanted)
-    console.log(table(seen))
+    console.log(format_table(seen))
     if config.out:
         facts = _facts(found, seen, checkpoint) | {"note": note}
         content = html_page.build(seen, facts).encode()
@@ -57,9 +57,10 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
 
 
 def encode(text: str, special: bool) -> list[int]:
-    """Ids of a text; with `special`, a literal <|endoftext|> is the token that separates documents.
+    """Token ids of a text.
 
-    Elsewhere it stays text, as everywhere in this package.
+    With `special`, a literal <|endoftext|> becomes the end-of-text token; otherwise it is encoded
+    as text.
     """
     if not special:
         return gpt2_tokenizer().encode(text)
@@ -70,14 +71,14 @@ def encode(text: str, special: bool) -> list[int]:
 
 
 def evaluation(seen: Look) -> Evaluation:
-    """Loss of all tokens but the first, which nothing predicts."""
+    """Loss over all tokens but the first, which has no context to be predicted from."""
     lengths = gpt2_tokenizer().bytes_per_token()
     known = [int(lengths[i]) if i < len(lengths) else 0 for i in seen.ids[1:]]
     return Evaluation(seen.nats.double().sum().item(), len(known), sum(known))
 
 
 def summary(seen: Look) -> str:
-    """The text as a whole, in one line."""
+    """One line about the whole text: loss, perplexity, bits per byte."""
     if len(seen.ids) == 1:
         return "one token, so nothing was predicted; the last line says what may follow"
     e = evaluation(seen)
@@ -88,8 +89,8 @@ def summary(seen: Look) -> str:
     )
 
 
-def table(seen: Look) -> str:
-    """One line for each token: probability, bits, rank, and what was likeliest in its place."""
+def format_table(seen: Look) -> str:
+    """One line per token: probability, bits, rank, and the likeliest tokens at its position."""
     width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
     lines = [f"{'':>4}  {'token':<18} {'p':>8} {'bits':>6} {'rank':>6}  likeliest"]
     for at in range(len(seen.ids) + 1):
@@ -107,7 +108,7 @@ def table(seen: Look) -> str:
 
 
 def _likeliest(seen: Look, at: int, room: int) -> str:
-    """As many alternatives as there is room for, and one at least."""
+    """The likeliest tokens after position `at`: as many as fit into `room`, at least one."""
     text = ""
     for token, p in zip(seen.top_ids[at].tolist(), seen.top_probs[at].tolist(), strict=True):
         more = f"{'  ' if text else ''}{_quoted(token)} {p:.1%}"
@@ -118,7 +119,7 @@ def _likeliest(seen: Look, at: int, room: int) -> str:
 
 
 def _quoted(token: int) -> str:
-    """A token as Python writes it, so that spaces, line ends and control characters are seen."""
+    """A token as a Python literal: spaces, line ends and control characters are visible."""
     name = html_page.token_name(token)
     quoted = repr(name) if isinstance(name, str) else str(bytes(name))
     return quoted if len(quoted) <= 18 else f"{quoted[:17]}…"
@@ -138,7 +139,7 @@ def _read(text: str, file: str) -> str:
 
 
 def _maps(layers: int, heads: int, tokens: int, page_wanted: bool) -> tuple[bool, str]:
-    """Whether attention is kept, and for people why not."""
+    """Whether the page gets attention maps, and if they are too large, a note that says so."""
     size = html_page.map_bytes(layers, heads, tokens)
     if not page_wanted or size <= html_page.MOST_MAP_BYTES:
         return page_wanted, ""
@@ -152,7 +153,7 @@ def _maps(layers: int, heads: int, tokens: int, page_wanted: bool) -> tuple[bool
 
 
 def _facts(found: weights.Weights, seen: Look, checkpoint: str) -> dict[str, Any]:
-    """What the head of the page says."""
+    """Facts for the head of the page: model, shape, and loss of the text."""
     c, e = found.config, evaluation(seen)
     switches = c.changed_switches()
     shape = {name: to_dict(c)[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}

@@ -1,4 +1,4 @@
-"""Our model in lm-evaluation-harness: the class that it asks, and its command line with it.
+"""`gpt2 lm_eval`: lm-evaluation-harness with the class that adapts our models to it.
 
 The class is registered under the name "gpt2" when this module is imported; `gpt2 lm_eval` imports
 it and then runs the harness's own command. This is the only module that imports lm_eval.
@@ -108,8 +108,8 @@ class Harness(TemplateLM):
         return self._tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_) -> list:
-        rows = [(context, continuation) for _, context, continuation in requests]
-        scores = score(self._model, rows, self._rt, "log-likelihoods", self._batch_tokens) or []
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        scores = score(self._model, pairs, self._rt, "log-likelihoods", self._batch_tokens) or []
         answers = [(-s.nats, s.greedy) for s in scores]
         for (key, _, _), answer in zip(requests, answers, strict=True):
             if key is not None:
@@ -119,7 +119,7 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows that do not overlap but for one token."""
+        """Log-likelihood of whole texts, in windows that overlap by one token."""
         windows, counts = [], []
         for (text,) in (request.args for request in requests):
             pairs = get_rolling_token_windows(
@@ -153,9 +153,14 @@ class Harness(TemplateLM):
         ids: list[int] = []
         with self._rt.autocast():
             for (token,) in stream(
-                self._model, [prompt], count, temperature=temperature, top_k=top_k, top_p=top_p,
+                self._model,
+                [prompt],
+                count,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
                 stop_token=END_OF_TEXT,
-            ):  # fmt: skip
+            ):
                 ids += [] if token is None else [token]
                 text = self._tokenizer.decode(ids)
                 if any(stop and stop in text for stop in until):

@@ -1,17 +1,18 @@
-"""Where the time of a training step goes: `gpt2 profile`.
+"""`gpt2 profile`: where the time of a training step goes.
 
-Runs a few steps of the very loop that trains, under torch.profiler, and adds up what each kernel
-(on a CPU: each operation) took, beside what the arithmetic alone must take. Nothing is saved but a
-trace that chrome://tracing and ui.perfetto.dev open.
+Runs a few training steps under torch.profiler. Sums the time of the kernels (on a CPU: operators)
+by group, and compares it with the time of the arithmetic at the speed of the best library kernels.
+Writes only a trace, for chrome://tracing and ui.perfetto.dev.
 """
 
 import contextlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ from ..train.setup import resolve_init
 from ..train.state import TrainState
 
 WARMUP_STEPS, STEPS = 5, 3
-HEAD = "gpt2::head_loss_and_gradients"  # the operation whose kernels all belong to the head
-GROUPS = {  # group -> what occurs in the names of its kernels or operations, first match counts
+HEAD = "gpt2::head_loss_and_gradients"  # all kernels that this operator launches belong to the head
+GROUPS = {  # group -> parts of the names of its kernels or operators; the first match counts
     "attention": ("sdpa", "attention", "flash", "fmha", "compute_dot_do_o", "convert_dq"),
     "head": ("cross_entropy", "log_softmax", "nll_loss", "gradient_fp8", "quantize", HEAD),
     "optimizer": ("adam", "multi_tensor", "fusedopti", "foreach", "lpnorm", "optimizer"),
@@ -86,7 +87,7 @@ def run(config: ProfileConfig) -> int:
             "profiled kernel by kernel: small batches wait longer for Python than in training"
         )
     console.log(str(state.plan))
-    for line in table(times, seconds, state, rt):
+    for line in format_table(times, seconds, state, rt):
         console.log(line)
     console.log(f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")
     return 0
@@ -94,7 +95,7 @@ def run(config: ProfileConfig) -> int:
 
 def measure(
     state: TrainState, config: TrainConfig, rt: Runtime, trace: Path
-) -> tuple[float, Counter]:
+) -> tuple[float, Counter[str]]:
     """(seconds per step, seconds per step of each group); writes the trace."""
     for _ in range(WARMUP_STEPS):
         step = training_step.train_step(state, config, rt)
@@ -120,9 +121,9 @@ def measure(
     return seconds, Counter({name: value / STEPS / 1e6 for name, value in times.items()})
 
 
-def _on_gpu(events) -> Counter:
-    """Microseconds of each group, by kernels; what the head or the optimizer launched is theirs."""
-    times: Counter = Counter()
+def _on_gpu(events: Iterable[Any]) -> Counter[str]:
+    """Microseconds of kernels by group; what head or optimizer launch counts as theirs."""
+    times: Counter[str] = Counter()
     for event in events:
         if event.device_type == DeviceType.CUDA:
             times[group_of(event.name)] += event.time_range.elapsed_us()
@@ -133,9 +134,9 @@ def _on_gpu(events) -> Counter:
     return times
 
 
-def _on_cpu(events) -> Counter:
-    """Microseconds of each group, by what operations took without those that they called."""
-    times: Counter = Counter()
+def _on_cpu(events: Iterable[Any]) -> Counter[str]:
+    """Microseconds of operators by group, without the operators that they call."""
+    times: Counter[str] = Counter()
     for event in events:
         name = HEAD if _owner(event) == "head" else event.name
         parent = event.cpu_parent
@@ -145,8 +146,8 @@ def _on_cpu(events) -> Counter:
     return times
 
 
-def _owner(event) -> str | None:
-    """The group of the operation that an event is a part of, if all parts belong to it."""
+def _owner(event: Any) -> str | None:
+    """Head or optimizer if an event happened inside of it, else None."""
     while event is not None:
         if event.name == HEAD:
             return "head"
@@ -157,9 +158,9 @@ def _owner(event) -> str | None:
 
 
 def group_of(name: str) -> str:
-    """The group of a kernel or an operation."""
+    """The group of a kernel or an operator, by its name."""
     name = name.lower()
-    if name.startswith("triton_"):  # many operations in one, of which copies are the least
+    if name.startswith("triton_"):  # fuses many operators, copies among them
         return "norms" if "norm" in name else OTHERS
     for group, parts in GROUPS.items():
         if any(part in name for part in parts):
@@ -183,8 +184,8 @@ def flops(model: GPT, tokens: int) -> dict[str, int]:
     }
 
 
-def table(times: Counter, seconds: float, state: TrainState, rt: Runtime) -> list[str]:
-    """Lines: milliseconds and share of each group, and the floor where the peak rate is known."""
+def format_table(times: Counter[str], seconds: float, state: TrainState, rt: Runtime) -> list[str]:
+    """Lines with milliseconds and share of each group, and the floor if the peak rate is known."""
     peak = throughput.peak_flops(rt.device_name, str(rt.dtype).removeprefix("torch."))
     floor = {}
     if peak:
@@ -208,7 +209,7 @@ def table(times: Counter, seconds: float, state: TrainState, rt: Runtime) -> lis
 
 @contextlib.contextmanager
 def _data(config: TrainConfig) -> Iterator[str]:
-    """The folder of shards if it is there, else one with random tokens."""
+    """The folder of shards, or a temporary one with random tokens if it does not exist."""
     folder = config.data.data_dir
     if "," in folder or ":" in folder or Path(folder).exists():
         yield folder

@@ -1,4 +1,4 @@
-"""Writing at the prompt: `gpt2 sample` and `gpt2 chat`."""
+"""`gpt2 sample` and `gpt2 chat`: generation in the terminal."""
 
 import contextlib
 import json
@@ -51,26 +51,30 @@ class Chat:
         self.answers = 0
         self.begin(config.system)
 
-    def begin(self, system: str):
-        """Forgets all messages; what the model is told first, if anything."""
+    def begin(self, system: str) -> None:
+        """Forgets all messages and sets the system message; "" for none."""
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str) -> Iterator[str]:
-        """Pieces of the answer to a message; what was written stays when it is left early.
+        """Yields the answer to a message in pieces; one that is cut short stays in the history.
 
-        When the conversation outgrows the context, its oldest messages are no longer read.
+        When the conversation outgrows the context, the oldest messages are left out.
 
         Raises:
-            UserError: a message that is too long; it is not kept.
+            UserError: the message is too long; it is not kept.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         longest = min(self.config.max_new_tokens, self.model.config.block_size // 2)
         prompt = encode_prompt(fit(asked, self.model.config.block_size - longest))
         seed = self.config.seed + self.answers if self.config.seed >= 0 else None
         tokens = stream(
-            self.model, [prompt], longest, seed=seed, stop_token=END_OF_TEXT,
+            self.model,
+            [prompt],
+            longest,
+            seed=seed,
+            stop_token=END_OF_TEXT,
             **_sampling(self.config),
-        )  # fmt: skip
+        )
         writer, written = TextWriter(), ""
         try:
             for (token,) in tokens:
@@ -84,7 +88,7 @@ class Chat:
             self.messages = [*asked, {"role": "assistant", "content": written}]
             self.answers += 1
 
-    def save(self, path: str):
+    def save(self, path: str) -> None:
         """Appends the conversation to a .jsonl file; raises UserError when that is impossible."""
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -94,7 +98,7 @@ class Chat:
 
 
 def chat(path: str, config: ChatConfig) -> int:
-    """Talks until the input ends or `/quit`."""
+    """Chats until `/quit` or the end of the input; returns an exit code."""
     model = _load(path, config)
     if getattr(model.config, "document_mask", False):
         raise UserError(
@@ -102,13 +106,15 @@ def chat(path: str, config: ChatConfig) -> int:
             "another; `gpt2 sample` continues texts with it"
         )
     talk = Chat(model, config)
-    with contextlib.suppress(ImportError):  # Windows has none, and arrow keys of its own
+    with contextlib.suppress(
+        ImportError
+    ):  # Windows has no readline; its console edits lines itself
         import readline  # noqa: F401 - makes input() edit, and bring back what was written
     print("Type a message and press Enter; /help tells the rest.", flush=True)
     while (line := _ask()) is not None and line.strip() != "/quit":
         try:
             if line.startswith("/"):
-                _obey(talk, line)
+                _run_command(talk, line)
             elif line.strip():
                 _write_answer(talk, line)
         except UserError as error:
@@ -116,7 +122,7 @@ def chat(path: str, config: ChatConfig) -> int:
     return 0
 
 
-def _obey(talk: Chat, line: str):
+def _run_command(talk: Chat, line: str) -> None:
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     if command == "/reset":
@@ -134,7 +140,7 @@ def _obey(talk: Chat, line: str):
         raise UserError(f"no command {command}; /help lists them")
 
 
-def _write_answer(talk: Chat, text: str):
+def _write_answer(talk: Chat, text: str) -> None:
     pieces = talk.answer(text)
     try:
         for piece in pieces:
@@ -160,8 +166,8 @@ def _sampling(config: WritingConfig) -> dict[str, float]:
     }
 
 
-def _write_sample(model: GPT2, config: SampleConfig, prompt: str, number: int):
-    """Prints a prompt and, as it is written, what follows."""
+def _write_sample(model: GPT2, config: SampleConfig, prompt: str, number: int) -> None:
+    """Prints a prompt and its continuation as it is generated."""
     print(prompt, end="", flush=True)
     pieces = model.stream(
         prompt,

@@ -1,4 +1,4 @@
-"""Evaluation: loss over a fixed number of tokens, perplexity and bits per byte."""
+"""Validation loss over a fixed number of tokens, perplexity and bits per byte."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from ..model.gpt import GPT
 from ..model.packed_documents import packed
 from ..tokenizer import gpt2_tokenizer
 
-ASK_EVERY = 8  # batches between two looks for a signal
+SIGNAL_CHECK_BATCHES = 8  # batches between two checks for a signal
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is more than a float holds."""
+        """exp(loss); infinite on overflow."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of the predicted text: does not depend on the tokenizer.
+        """Bits per byte of the predicted text, comparable across tokenizers.
 
-        End-of-text tokens cost bits but are no text.
+        The bits of end-of-text tokens count; they have no bytes.
         """
         return self.nats / math.log(2) / max(1, self.text_bytes)
 
@@ -49,22 +49,22 @@ def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation | 
     """Loss of a model over this rank's batches, summed over ranks.
 
     Args:
-        model: in any mode, which it is in again afterwards.
-        batches: see `data.Batch`; equally many on every rank.
+        model: in any mode, which is restored afterwards.
+        batches: equally many on every rank.
         rt: this process.
 
     Returns:
-        The sums, or None when a signal asked any rank to stop on the way.
+        The sums, or None if a signal asked any rank to stop.
     """
     was_training = model.training
     model.eval()
     token_bytes = _bytes_per_token().to(rt.device)
-    # float32 holds whole numbers up to 2**24 only, so the counts are summed as integers
+    # integers: float32 is exact only up to 2**24
     nats = torch.zeros((), device=rt.device)
     counts = torch.zeros(2, dtype=torch.int64, device=rt.device)
     try:
         for number, (x, y, *begins) in enumerate(batches):
-            if number % ASK_EVERY == 0 and rt.stop_requested():
+            if number % SIGNAL_CHECK_BATCHES == 0 and rt.stop_requested():
                 return None
             with rt.autocast():
                 nats += model(x, y, reduction="sum", cache=packed(*begins))
@@ -76,8 +76,8 @@ def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation | 
     return Evaluation(rt.all_sum(nats).item(), tokens, text_bytes)
 
 
-def together(parts: Iterable[Evaluation]) -> Evaluation:
-    """The evaluation of several texts as one: each counts by its tokens."""
+def combine(parts: Iterable[Evaluation]) -> Evaluation:
+    """The evaluation of several data sets as one; each weighs by its tokens."""
     sums = [(part.nats, part.tokens, part.text_bytes) for part in parts]
     return Evaluation(*(sum(column) for column in zip(*sums, strict=True)))
 

@@ -1,4 +1,4 @@
-"""HellaSwag and LAMBADA: their items, what is asked of a model about each, and what is counted."""
+"""HellaSwag and LAMBADA: reading their items, scoring them, and computing the metrics."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ..huggingface.downloads import Downloads
 from ..huggingface.hub import WAY_OUT, HubDataset
 from ..model.gpt import GPT
 from ..tokenizer import gpt2_tokenizer
-from .scoring import Row, score
+from .scoring import Continuation, score
 
 HUB = "hub"  # instead of the name of a file
 DOWNLOADS = Path("data/downloads")
@@ -22,40 +22,49 @@ DOWNLOADS = Path("data/downloads")
 class MultipleChoice(NamedTuple):
     """An item of HellaSwag."""
 
-    rows: list[Row]  # the context with each ending
-    label: int  # of the right ending
+    endings: list[Continuation]  # each possible ending after the context
+    label: int  # index of the right ending
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where the items are on the Hub, how a row becomes one, and how a model is asked."""
+    """A benchmark: its file on the Hub, how a row becomes an item, how a model is scored.
+
+    Args:
+        name: in options and metrics.
+        repository: dataset on the Hub.
+        file: path in the repository.
+        read: row -> item; raises if the row is none.
+        needs: the fields of a row, for the error message.
+        ask: (model, items, runtime) -> metrics, or None if a signal asked to stop.
+    """
 
     name: str
     repository: str
     file: str
-    read: Callable[[dict[str, Any]], Any]  # raises for what is no item
+    read: Callable[[dict[str, Any]], Any]
     needs: str
     ask: Callable[[GPT, list, Runtime], dict[str, float] | None]
 
 
-def load(task: Task, spec: str, log: Callable[[str], None]) -> list:
-    """The items of a task, as ids.
+def load_items(task: Task, spec: str, log: Callable[[str], None]) -> list[Any]:
+    """Reads the items of a task and encodes them as token ids.
 
     Args:
         task: HELLASWAG or LAMBADA.
-        spec: a .jsonl (also .gz, .xz, .zst) or .parquet file, or "hub" for the one of the Hub,
+        spec: a .jsonl (also .gz, .xz, .zst) or .parquet file, or "hub" for the one on the Hub,
             which is verified and kept in data/downloads.
-        say: is told what is downloaded, and what it waits for.
+        log: gets messages about the download.
 
     Raises:
-        UserError: no such file, a row that is no item (named), no items, or no way to download.
+        UserError: no such file, a row that is no item, no items, or the download failed.
     """
     path = _download(task, log) if spec == HUB else Path(spec)
     items = []
     for number, fields in read_items(path):
         try:
             items.append(task.read(fields))
-        except (AttributeError, KeyError, TypeError, ValueError):  # of whatever it holds
+        except (AttributeError, KeyError, TypeError, ValueError):  # JSON values of any type
             raise UserError(f"{path}: row {number} is no item; it needs {task.needs}") from None
     if not items:
         raise UserError(f"{path}: holds no items")
@@ -81,33 +90,33 @@ def _download(task: Task, log: Callable[[str], None]) -> Path:
         downloads.close()
 
 
-def _choice(fields: dict[str, Any]) -> MultipleChoice:
+def _read_multiple_choice(fields: dict[str, Any]) -> MultipleChoice:
     context, endings, label = fields["ctx"], fields["endings"], int(fields["label"])
     if not context.strip() or not isinstance(endings, list) or len(endings) < 2 or not all(endings):
         raise ValueError
     ids = gpt2_tokenizer().encode(context)
-    rows = [(ids, gpt2_tokenizer().encode(" " + ending)) for ending in endings]
-    if not 0 <= label < len(rows):
+    continuations = [(ids, gpt2_tokenizer().encode(" " + ending)) for ending in endings]
+    if not 0 <= label < len(continuations):
         raise ValueError
-    return MultipleChoice(rows, label)
+    return MultipleChoice(continuations, label)
 
 
-def _ask_choices(model: GPT, items: list[MultipleChoice], rt: Runtime) -> dict[str, float] | None:
+def _ask_hellaswag(model: GPT, items: list[MultipleChoice], rt: Runtime) -> dict[str, float] | None:
     """HellaSwag (Zellers et al. 2019) in the completion style of build-nanogpt and llm.c.
 
-    Each ending, with a space before it, is scored as the continuation of `ctx` as it stands. `acc`
-    takes the ending with the smallest sum of nats; `acc_norm` the smallest mean per token.
+    Each ending, with a space before it, is scored as the continuation of the unchanged `ctx`. `acc`
+    picks the ending with the smallest sum of nats, `acc_norm` the smallest mean per token.
 
-    lm-evaluation-harness's task of this name reports other numbers: it puts the activity's label
-    before a cleaned context, and its acc_norm divides by the characters of an ending.
+    The hellaswag task of lm-evaluation-harness reports different numbers: it cleans the context,
+    prepends the activity label, and its acc_norm divides by the characters of an ending.
     """
-    scores = score(model, [row for item in items for row in item.rows], rt, "HellaSwag")
+    scores = score(model, [ending for item in items for ending in item.endings], rt, "HellaSwag")
     if scores is None:
         return None
     right = right_norm = first = 0
     for item in items:
-        of_item = scores[first : first + len(item.rows)]
-        first += len(item.rows)
+        of_item = scores[first : first + len(item.endings)]
+        first += len(item.endings)
         sums = [s.nats for s in of_item]
         means = [s.nats / s.tokens for s in of_item]
         right += sums.index(min(sums)) == item.label
@@ -119,18 +128,18 @@ def _ask_choices(model: GPT, items: list[MultipleChoice], rt: Runtime) -> dict[s
     }
 
 
-def _last_word(fields: dict[str, Any]) -> Row:
+def _read_last_word(fields: dict[str, Any]) -> Continuation:
     context, space, word = fields["text"].rstrip().rpartition(" ")
     if not space or not context.strip():
         raise ValueError
     return gpt2_tokenizer().encode(context), gpt2_tokenizer().encode(" " + word)
 
 
-def _ask_last_words(model: GPT, items: list[Row], rt: Runtime) -> dict[str, float] | None:
-    """LAMBADA (Paperno et al. 2016), as lm-evaluation-harness's lambada_openai.
+def _ask_lambada(model: GPT, items: list[Continuation], rt: Runtime) -> dict[str, float] | None:
+    """LAMBADA (Paperno et al. 2016), like lambada_openai of lm-evaluation-harness.
 
     The last word of `text`, with the space before it, is the continuation of the rest. `acc` counts
-    words that greedy decoding writes, all of their tokens; `perplexity` is exp of the mean nats per
+    words of which greedy decoding generates every token. `perplexity` is exp of the mean nats per
     word, not per token.
     """
     scores = score(model, items, rt, "LAMBADA")
@@ -145,10 +154,18 @@ def _ask_last_words(model: GPT, items: list[Row], rt: Runtime) -> dict[str, floa
 
 
 HELLASWAG = Task(
-    "hellaswag", "Rowan/hellaswag", "data/validation-00000-of-00001.parquet",
-    _choice, "`ctx`, a list `endings`, and the number of the right one as `label`", _ask_choices,
-)  # fmt: skip
+    name="hellaswag",
+    repository="Rowan/hellaswag",
+    file="data/validation-00000-of-00001.parquet",
+    read=_read_multiple_choice,
+    needs="`ctx`, a list `endings`, and the number of the right one as `label`",
+    ask=_ask_hellaswag,
+)
 LAMBADA = Task(
-    "lambada", "EleutherAI/lambada_openai", "data/lambada_test_en.jsonl",
-    _last_word, "a `text` of two words or more", _ask_last_words,
-)  # fmt: skip
+    name="lambada",
+    repository="EleutherAI/lambada_openai",
+    file="data/lambada_test_en.jsonl",
+    read=_read_last_word,
+    needs="a `text` of two words or more",
+    ask=_ask_lambada,
+)

@@ -1,7 +1,7 @@
-"""A `Look` as one HTML file that holds all it needs: data, style and script.
+"""A `Look` as one self-contained HTML file: data, style and script.
 
-What the page shows comes from a text and a model that anybody may have written: everything travels
-as JSON without `<`, and the script writes it as text, never as HTML. A policy in the page's head
+Text and model may come from anybody, so the page treats them as untrusted: the data is JSON without
+`<`, the script inserts it as text and never as HTML, and a Content-Security-Policy in the head
 forbids the browser to load anything.
 """
 
@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
 from .logit_lens import Look
 
-MARK = '<meta name="generator" content="gpt2 inspect">'  # by which a page of ours is known
+MARK = '<meta name="generator" content="gpt2 inspect">'  # identifies our own pages
 FOLDER = Path(__file__).parent / "assets"
 SCRIPTS = ("inspect.js", "attention.js")
 MOST_MAP_BYTES = 48_000_000  # of attention, before base64 makes four bytes of three
@@ -114,8 +114,8 @@ def build(look: Look, facts: dict[str, Any]) -> str:
     return page
 
 
-def check_target(path: Path):
-    """Raises UserError where a page cannot be written, or would take the place of another file."""
+def check_page_path(path: Path) -> None:
+    """Raises UserError if the page cannot be written there, or would overwrite another file."""
     if not path.resolve().parent.is_dir():
         raise UserError(f"--out={path}: no such folder; make it, or name another file")
     if path.is_dir():

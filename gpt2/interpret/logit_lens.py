@@ -70,11 +70,10 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Look:
-    """All that is shown of a text; probabilities are of the next token, all tensors on the CPU.
+    """Everything that is shown of a text. Probabilities are of the next token; tensors on the CPU.
 
-    `lens_…` hold what the network would predict if it ended after so many blocks: its last norm and
-    its head on the residual stream there (the logit lens, nostalgebraist 2020). Row 0 is the
-    embedding, row L the network itself.
+    `lens_…` are the logit lens (nostalgebraist 2020): the final norm and the head applied to the
+    residual stream after each block. Row 0 is the embedding, row L the network itself.
     """
 
     ids: list[int]  # T
@@ -127,7 +126,7 @@ def look(
         model: a network, in evaluation mode.
         ids: from 1 to block_size tokens.
         top: K, alternatives of each token.
-        lens_top: K', the same of each layer.
+        lens_top: K', alternatives of each layer's prediction.
         attention: keep its weights.
     """
     logits, stream, recorder = record(model, ids, attention)
@@ -144,10 +143,17 @@ def look(
     parts = zip(*layers, strict=True)
     lens_ids, lens_probs, lens_actual = (torch.stack(part).cpu() for part in parts)
     return Look(
-        ids, nats[:, 0].cpu(), ranks.cpu(), top_ids.cpu(), top_log.exp().cpu(),
-        lens_ids, lens_probs, lens_actual,
-        recorder.weights if recorder else [], recorder.first if recorder else [],
-    )  # fmt: skip
+        ids=ids,
+        nats=nats[:, 0].cpu(),
+        ranks=ranks.cpu(),
+        top_ids=top_ids.cpu(),
+        top_probs=top_log.exp().cpu(),
+        lens_ids=lens_ids,
+        lens_probs=lens_probs,
+        lens_actual=lens_actual,
+        attention=recorder.weights if recorder else [],
+        first=recorder.first if recorder else [],
+    )
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the log of a run, which is also passed on to services (`trackers.py`)."""
+"""metrics.jsonl, the log of a run; its numbers also go to services (`trackers.py`)."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def open_run(
     Args:
         out_dir: Folder of metrics.jsonl; made if it is missing.
         config: Flat settings, shown by the services.
-        sinks: Comma-separated names out of `sinks.SINKS`; may be empty.
+        sinks: Comma-separated names out of `trackers.SINKS`; may be empty.
         run_name: Name in those services; empty means the name of out_dir.
         resume_step: Step to go on from: lines of later steps are dropped, since they will be
             written again. None starts a new log.
@@ -162,6 +162,3 @@ def _drop_after(path: Path, step: int) -> None:
 def _plain(value: Any) -> Any:
     """A Python number for a scalar of NumPy or PyTorch; anything else as it is."""
     return value.item() if hasattr(value, "item") else value
-
-
-# fmt: on

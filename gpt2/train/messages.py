@@ -8,7 +8,7 @@ from ..config.options import flatten
 from ..config.train import BatchPlan, OptimOptions, TrainConfig
 from ..data.datasets import split_eval_tokens
 from ..distributed.runtime import Runtime
-from ..evaluate.loss import Evaluation, together
+from ..evaluate.loss import Evaluation, combine
 from ..files import write_atomically
 from ..report import console, metrics, throughput
 from .run_folder import out_dir
@@ -23,7 +23,7 @@ def log_evaluation(
     parts: dict[str, Evaluation], state: TrainState, rt: Runtime, log: metrics.RunLog
 ) -> None:
     """One line on the console, one object in metrics.jsonl, over all datasets together."""
-    result = together(parts.values())
+    result = combine(parts.values())
     several = parts if len(parts) > 1 else {}
     log.record(
         state.step,

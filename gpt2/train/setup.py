@@ -14,7 +14,7 @@ from ..data.loader import TrainLoader
 from ..distributed import devices
 from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
-from ..evaluate.tasks import HELLASWAG, load
+from ..evaluate.tasks import HELLASWAG, load_items
 from ..model import lora
 from ..model.gpt import GPT
 from ..report import console, throughput
@@ -101,7 +101,7 @@ def build(
     check_names(config.output.log_to)
     hellaswag = []
     if config.eval.eval_hellaswag_every:  # broadcast: other machines may lack the file
-        hellaswag = rt.on_main(lambda: load(HELLASWAG, config.eval.hellaswag, console.log))
+        hellaswag = rt.on_main(lambda: load_items(HELLASWAG, config.eval.hellaswag, console.log))
     model = build_network(config, rt, init)
     compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:

@@ -4,7 +4,7 @@ from ..config.train import TrainConfig
 from ..data.datasets import split_eval_tokens
 from ..data.loader import eval_batches
 from ..distributed.runtime import Runtime
-from ..evaluate.loss import evaluate, together
+from ..evaluate.loss import combine, evaluate
 from ..evaluate.tasks import HELLASWAG
 from ..report import metrics
 from .messages import log_evaluation, log_hellaswag
@@ -32,7 +32,7 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
             state.stop = True
             return
         parts[dataset.name] = result
-    if state.note_evaluation(together(parts.values()).loss):
+    if state.note_evaluation(combine(parts.values()).loss):
         export_model(state, config, rt, BEST_NAME, final=False)
     log_evaluation(parts, state, rt, log)
 

@@ -11,7 +11,7 @@ import torch
 
 from gpt2 import cli
 from gpt2.api import GPT2
-from gpt2.commands.inspect_text import encode, evaluation, table
+from gpt2.commands.inspect_text import encode, evaluation, format_table
 from gpt2.config.model import ModernConfig
 from gpt2.interpret import html_page
 from gpt2.interpret.logit_lens import look
@@ -53,7 +53,7 @@ def test_table_has_the_numbers(checkpoint, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     seen = look(small(), gpt2_tokenizer().encode(TEXT))
     lines = out.splitlines()
-    assert lines[:-1] == table(seen).splitlines()[:-1]
+    assert lines[:-1] == format_table(seen).splitlines()[:-1]
     assert f"loss {seen.nats.sum().item():.2f} nats in all" in lines[-1]
     assert len(lines) == len(seen.ids) + 3  # a head, what may follow, the sum
     assert "nothing before it" in lines[1]

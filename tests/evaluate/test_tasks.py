@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2.distributed.runtime import Runtime
 from gpt2.errors import UserError
-from gpt2.evaluate.tasks import HELLASWAG, LAMBADA, load
+from gpt2.evaluate.tasks import HELLASWAG, LAMBADA, load_items
 from gpt2.tokenizer import gpt2_tokenizer
 
 from ..conftest import ROOT, run_python
@@ -75,7 +75,7 @@ def hellaswag_by_transformers(theirs: GPT2LMHeadModel, items: list[dict]) -> tup
 def test_hellaswag_equals_transformers(tmp_path):
     items = hellaswag_items(60)
     model = small_model(window=64)
-    loaded = load(HELLASWAG, str(write_jsonl(tmp_path / "h.jsonl", items)), print)
+    loaded = load_items(HELLASWAG, str(write_jsonl(tmp_path / "h.jsonl", items)), print)
     found = HELLASWAG.ask(model, loaded, RT)
     right, right_norm = hellaswag_by_transformers(in_transformers(model), items)
     assert found == {
@@ -98,7 +98,7 @@ def test_lambada_equals_transformers(tmp_path):
         if word.startswith(" ") and word[1:].isalpha():
             item["text"] = context + word
     found = LAMBADA.ask(
-        model, load(LAMBADA, str(write_jsonl(tmp_path / "l.jsonl", items)), print), RT
+        model, load_items(LAMBADA, str(write_jsonl(tmp_path / "l.jsonl", items)), print), RT
     )
     parts = [item["text"].rpartition(" ") for item in items]
     rows = [(encode(context), encode(" " + word)) for context, _, word in parts]
@@ -124,7 +124,7 @@ def test_the_same_items_from_every_kind_of_file(tmp_path, kind):
     packed = {"jsonl.gz": gzip.compress, "jsonl.xz": lzma.compress}
     path = tmp_path / f"h.{kind}"
     path.write_bytes(parquet(items) if kind == "parquet" else packed[kind](data))
-    assert load(HELLASWAG, str(path), print) == load(HELLASWAG, str(plain), print)
+    assert load_items(HELLASWAG, str(path), print) == load_items(HELLASWAG, str(plain), print)
 
 
 GOOD = json.dumps(hellaswag_items(1)[0])
@@ -150,7 +150,7 @@ def test_wrong_files_are_one_line(tmp_path, task, content, message):
     path = tmp_path / "x.jsonl"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError) as error:
-        load(task, str(path), print)
+        load_items(task, str(path), print)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -158,22 +158,22 @@ def test_wrong_files_are_one_line(tmp_path, task, content, message):
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.xz", "x.jsonl.zst", "x.parquet"])
 def test_damaged_and_missing_files(tmp_path, name):
     with pytest.raises(UserError, match="No such file"):
-        load(LAMBADA, str(tmp_path / name), print)
+        load_items(LAMBADA, str(tmp_path / name), print)
     (tmp_path / name).write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"after row 0"):
-        load(LAMBADA, str(tmp_path / name), print)
+        load_items(LAMBADA, str(tmp_path / name), print)
 
 
 HUB = """
 import sys
 from gpt2.errors import UserError
-from gpt2.evaluate.tasks import DOWNLOADS, HELLASWAG, load
+from gpt2.evaluate.tasks import DOWNLOADS, HELLASWAG, load_items
 kept = DOWNLOADS / HELLASWAG.repository / HELLASWAG.file
 try:
     for _ in range(int(sys.argv[1])):
-        print(len(load(HELLASWAG, "hub", print)))
+        print(len(load_items(HELLASWAG, "hub", print)))
     kept.write_bytes(kept.read_bytes()[:-1] + b"x")
-    print(len(load(HELLASWAG, "hub", print)))
+    print(len(load_items(HELLASWAG, "hub", print)))
 except UserError as error:
     print("error:", error)
 """

@@ -57,10 +57,10 @@ def test_json_cannot_leave_its_element(text):
 
 
 def test_only_pages_are_overwritten(tmp_path):
-    html_page.check_target(tmp_path / "new.html")
+    html_page.check_page_path(tmp_path / "new.html")
     ours, other = tmp_path / "ours.html", tmp_path / "other.html"
     ours.write_text(f"<html>{html_page.MARK}</html>", encoding="utf-8")
-    html_page.check_target(ours)
+    html_page.check_page_path(ours)
     other.write_text("my thesis", encoding="utf-8")
     for path, message in (
         (other, "is there and no page"),
@@ -68,4 +68,4 @@ def test_only_pages_are_overwritten(tmp_path):
         (tmp_path / "no" / "a.html", "no such folder"),
     ):
         with pytest.raises(UserError, match=message):
-            html_page.check_target(path)
+            html_page.check_page_path(path)

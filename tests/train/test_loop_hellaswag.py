@@ -11,7 +11,7 @@ from gpt2.api import GPT2
 from gpt2.checkpoint import training_state
 from gpt2.distributed import runtime
 from gpt2.errors import UserError
-from gpt2.evaluate.tasks import HELLASWAG, load
+from gpt2.evaluate.tasks import HELLASWAG, load_items
 from gpt2.train import loop
 
 from ..conftest import run_python
@@ -36,7 +36,7 @@ def test_hellaswag_on_the_way_changes_nothing_and_equals_gpt2_eval(data_dir, tmp
     assert shown[0].startswith(f"step 2 | HellaSwag acc_norm {found[2]:.4f} | acc ")
     assert shown[-1].endswith("over 21 items")
     model = GPT2.from_checkpoint(tmp_path / "with" / "out_ckpt.pt", "cpu")
-    items = load(HELLASWAG, str(hellaswag_file(tmp_path)), print)
+    items = load_items(HELLASWAG, str(hellaswag_file(tmp_path)), print)
     again = HELLASWAG.ask(model, items, runtime.Runtime(torch.device("cpu"), torch.float32))
     assert again["hellaswag_acc_norm"] == found[5]
 

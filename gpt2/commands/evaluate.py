@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..api import GPT2
+from ..api import GPT2, TextModel
 from ..checkpoint import weights
 from ..config.command_line import read_toml
 from ..config.commands import EvalConfig
@@ -33,7 +33,7 @@ from ..report import console
 from ..tokenizer import gpt2_tokenizer
 
 Results = dict[str, Any]
-Measurement = Callable[[GPT2, Runtime], Results | None]  # None: a signal asked to stop
+Measurement = Callable[[TextModel, Runtime], Results | None]  # None: a signal asked to stop
 LABELS = {  # result -> (its label in the table, number format, result with its sample count)
     "val_loss": ("validation loss (nats per token)", ".4f", "val_tokens"),
     "val_perplexity": ("validation perplexity", ",.2f", "val_tokens"),
@@ -156,7 +156,7 @@ def _encode(path: Path, limit: int) -> np.ndarray:
 
 
 def _loss(
-    kind: str, source: str, parts: list[tuple[str, list, int]], model: GPT2, rt: Runtime
+    kind: str, source: str, parts: list[tuple[str, list, int]], model: TextModel, rt: Runtime
 ) -> Results | None:
     """Loss over datasets (name, shards, tokens), computed like the validation loss of training."""
     block_size = model.config.block_size
@@ -187,12 +187,12 @@ def _loss(
     }
 
 
-def _ask(task: Task, spec: str, items: list[Any], model: GPT2, rt: Runtime) -> Results | None:
+def _ask(task: Task, spec: str, items: list[Any], model: TextModel, rt: Runtime) -> Results | None:
     results = task.ask(model, items, rt)
     return results and results | {f"{task.name}_source": spec}
 
 
-def _describe(checkpoint: str, step: int | None, model: GPT2, rt: Runtime) -> Results:
+def _describe(checkpoint: str, step: int | None, model: TextModel, rt: Runtime) -> Results:
     return {
         "checkpoint": checkpoint,
         "step": step,

@@ -1,6 +1,6 @@
-"""What a folder of shards holds: whether it is whole, how long its documents are, and their text.
+"""Inspection of a folder of shards: integrity, document lengths, and the text of documents.
 
-Nothing here needs more memory than a few million tokens, or one document.
+Memory stays below a few million tokens, or one document.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ COLUMNS = ("shard", "split", "tokens", "documents", "mean", "median", "MB")
 
 
 def verify(folder: Path) -> int:
-    """Checks every shard and the manifest; says each problem in a line; returns an exit code.
+    """Checks all shards and the manifest; logs one line per problem; returns an exit code.
 
     Raises:
         UserError: there is nothing to check, or the manifest cannot be read.
@@ -71,7 +71,7 @@ def verify(folder: Path) -> int:
 
 
 def info(folder: Path) -> int:
-    """Says what is in each shard and draws the lengths of the documents; returns an exit code.
+    """Logs a table of the shards and plots the document lengths; returns an exit code.
 
     The length of a document is its tokens with the end-of-text token before it. It counts for the
     shard that it begins in.
@@ -89,8 +89,8 @@ def info(folder: Path) -> int:
             for index, shard in enumerate(shards):
                 found = Counter(document_lengths(shards, index, bar.update).tolist())
                 lengths[split] += found
-                rows.append(_row(shard.path.name, split, shard.tokens, found))
-            rows.append(_row("all", split, sum(s.tokens for s in shards), lengths[split]))
+                rows.append(_cells(shard.path.name, split, shard.tokens, found))
+            rows.append(_cells("all", split, sum(s.tokens for s in shards), lengths[split]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *cells in rows:
         padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
@@ -109,7 +109,7 @@ def info(folder: Path) -> int:
 
 
 def show(path: Path, number: int) -> int:
-    """Says the text of a document; returns an exit code.
+    """Logs the text of one document; returns an exit code.
 
     Args:
         path: a folder, whose training shards are read as one, or one shard.
@@ -278,8 +278,8 @@ def median_length(lengths: Counter[int]) -> int:
     return 0
 
 
-def _row(name: str, split: str, tokens: int, lengths: Counter[int]) -> list[str]:
-    """A line of the table of `info`, in cells."""
+def _cells(name: str, split: str, tokens: int, lengths: Counter[int]) -> list[str]:
+    """The cells of one line in the table of `info`."""
     documents = lengths.total()
     mean = sum(length * count for length, count in lengths.items()) / max(1, documents)
     numbers = [f"{n:,}" for n in (tokens, documents, round(mean), median_length(lengths))]

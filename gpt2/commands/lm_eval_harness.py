@@ -5,6 +5,7 @@ it and then runs the harness's own command. This is the only module that imports
 """
 
 import sys
+from typing import Any
 
 from lm_eval._cli import HarnessCLI
 from lm_eval.api.instance import Instance
@@ -103,11 +104,15 @@ class Harness(TemplateLM):
         """For the harness's cache of requests."""
         return self._tokenizer.name
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         """Ids of a text; GPT-2 adds no special tokens."""
         return self._tokenizer.encode(string)
 
-    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, **_) -> list:
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         scores = score(self._model, pairs, self._rt, "log-likelihoods", self._batch_tokens) or []
         answers = [(-s.nats, s.greedy) for s in scores]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..api import GPT2
+from ..api import GPT2, TextModel
 from ..checkpoint.weights import check_vocabulary
 from ..config.commands import ChatConfig, SampleConfig, WritingConfig
 from ..data.chat_template import Message, encode_prompt, fit
@@ -44,7 +44,7 @@ class Chat:
         config: sampling and length of answers.
     """
 
-    def __init__(self, model: GPT2, config: ChatConfig):
+    def __init__(self, model: TextModel, config: ChatConfig):
         check_vocabulary(model.config, "the model")
         self.model, self.config = model, config
         self.messages: list[Message] = []
@@ -150,7 +150,7 @@ def _write_answer(talk: Chat, text: str) -> None:
     print(flush=True)
 
 
-def _load(path: str, config: WritingConfig) -> GPT2:
+def _load(path: str, config: WritingConfig) -> TextModel:
     check_sampling(config.max_new_tokens, **_sampling(config))
     model = GPT2.from_pretrained(path, device=config.device)
     return model.bfloat16() if config.dtype == "bfloat16" else model
@@ -166,7 +166,7 @@ def _sampling(config: WritingConfig) -> dict[str, float]:
     }
 
 
-def _write_sample(model: GPT2, config: SampleConfig, prompt: str, number: int) -> None:
+def _write_sample(model: TextModel, config: SampleConfig, prompt: str, number: int) -> None:
     """Prints a prompt and its continuation as it is generated."""
     print(prompt, end="", flush=True)
     pieces = model.stream(

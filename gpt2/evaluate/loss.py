@@ -10,7 +10,7 @@ import torch
 from ..config.model import IGNORE
 from ..data.loader import Batch
 from ..distributed.runtime import Runtime
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from ..model.packed_documents import packed
 from ..tokenizer import gpt2_tokenizer
 
@@ -45,7 +45,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[Batch], rt: Runtime) -> Evaluation | None:
+def evaluate(model: LanguageModel, batches: Iterable[Batch], rt: Runtime) -> Evaluation | None:
     """Loss of a model over this rank's batches, summed over ranks.
 
     Args:

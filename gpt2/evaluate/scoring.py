@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..config.model import IGNORE
 from ..distributed.fsdp import method
 from ..distributed.runtime import Runtime
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 
 Continuation = tuple[Sequence[int], Sequence[int]]  # ids of the context (>= 1), ids to score
 
@@ -35,7 +35,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score(
-    model: GPT,
+    model: LanguageModel,
     continuations: Sequence[Continuation],
     rt: Runtime,
     title: str = "",
@@ -97,7 +97,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, l
     return batches
 
 
-def _score_batch(model: GPT, rows: list[Continuation], width: int, rt: Runtime) -> Tensor:
+def _score_batch(model: LanguageModel, rows: list[Continuation], width: int, rt: Runtime) -> Tensor:
     """(B, 2): nats of each continuation, and how many of its tokens are not the likeliest."""
     block_size = model.config.block_size
     width = min(width, block_size)

@@ -11,7 +11,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..huggingface.downloads import Downloads
 from ..huggingface.hub import WAY_OUT, HubDataset
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from ..tokenizer import gpt2_tokenizer
 from .scoring import Continuation, score
 
@@ -44,7 +44,7 @@ class Task:
     file: str
     read: Callable[[dict[str, Any]], Any]
     needs: str
-    ask: Callable[[GPT, list, Runtime], dict[str, float] | None]
+    ask: Callable[[LanguageModel, list[Any], Runtime], dict[str, float] | None]
 
 
 def load_items(task: Task, spec: str, log: Callable[[str], None]) -> list[Any]:
@@ -101,7 +101,9 @@ def _read_multiple_choice(fields: dict[str, Any]) -> MultipleChoice:
     return MultipleChoice(continuations, label)
 
 
-def _ask_hellaswag(model: GPT, items: list[MultipleChoice], rt: Runtime) -> dict[str, float] | None:
+def _ask_hellaswag(
+    model: LanguageModel, items: list[MultipleChoice], rt: Runtime
+) -> dict[str, float] | None:
     """HellaSwag (Zellers et al. 2019) in the completion style of build-nanogpt and llm.c.
 
     Each ending, with a space before it, is scored as the continuation of the unchanged `ctx`. `acc`
@@ -135,7 +137,9 @@ def _read_last_word(fields: dict[str, Any]) -> Continuation:
     return gpt2_tokenizer().encode(context), gpt2_tokenizer().encode(" " + word)
 
 
-def _ask_lambada(model: GPT, items: list[Continuation], rt: Runtime) -> dict[str, float] | None:
+def _ask_lambada(
+    model: LanguageModel, items: list[Continuation], rt: Runtime
+) -> dict[str, float] | None:
     """LAMBADA (Paperno et al. 2016), like lambada_openai of lm-evaluation-harness.
 
     The last word of `text`, with the space before it, is the continuation of the rest. `acc` counts

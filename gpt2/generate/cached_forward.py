@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from ..model.kv_cache import KVCache
 from . import few_token_pass
 
@@ -30,7 +30,7 @@ class CachedForward:
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         rows: int,
         capacity: int,
         *,

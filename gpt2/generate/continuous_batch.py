@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from .cached_forward import CachedForward, HostCopy
 from .decoder import LAG
 from .sampling import Sampling, choose, uniforms
@@ -55,7 +55,7 @@ class BatchDecoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: GPT, slots: int, *, graph: bool = False):
+    def __init__(self, model: LanguageModel, slots: int, *, graph: bool = False):
         self.model, self.slots = model.eval(), slots
         self.device = model.transformer.wte.weight.device
         self.block_size = model.config.block_size

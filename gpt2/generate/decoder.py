@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from .cached_forward import CachedForward, HostCopy, pad
 from .sampling import Sampling, choose, uniforms
 from .speculative import DRAFT_TOKENS, SpeculativeDecoding
@@ -46,7 +46,7 @@ class Decoder:
     @torch.inference_mode()
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         batch_size: int,
         capacity: int,
         sampling: Sampling,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.precision import HAS_TRITON
-from ..model.gpt import GPT, Block
+from ..model.gpt import Block, LanguageModel
 from ..model.kv_cache import KVCache
 
 FEW_ROWS = 4  # the kernel reads the weights once per row; with more rows cuBLAS is faster
@@ -112,7 +112,7 @@ def packed_linear(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def supports(model: GPT) -> bool:
+def supports(model: LanguageModel) -> bool:
     """Whether all layers are GPT-2's own: no switches, no LoRA adapters."""
     return all(
         type(block) is Block
@@ -128,7 +128,10 @@ def small_layer(x: Tensor, layer: nn.Module, **given: Any) -> Tensor:
 
 
 def next_logits(
-    model: GPT, tokens: Tensor, cache: KVCache, linear: Callable[..., Tensor] = small_layer
+    model: LanguageModel,
+    tokens: Tensor,
+    cache: KVCache,
+    linear: Callable[..., Tensor] = small_layer,
 ) -> Tensor:
     """Appends T tokens to every row of a cache; logits after each of them.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from ..model.kv_cache import KVCache
 from . import few_token_pass
 from .sampling import Sampling, choose
@@ -30,7 +30,7 @@ class SpeculativeDecoding:
         sampling: how tokens are chosen.
     """
 
-    def __init__(self, model: GPT, sampling: Sampling):
+    def __init__(self, model: LanguageModel, sampling: Sampling):
         self.model, self.sampling = model, sampling
         layers = [model.transformer.wte]
         for block in model.transformer.h:

@@ -12,7 +12,7 @@ import torch
 
 from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from ..tokenizer import gpt2_tokenizer
 from .decoder import GRAPH_MIN_TOKENS, Decoder
 from .sampling import Sampling, check_sampling
@@ -20,7 +20,7 @@ from .speculative import DRAFT_MIN_PARAMETERS, DRAFT_TOKENS
 
 
 def decoder_for(
-    model: GPT,
+    model: LanguageModel,
     prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -58,7 +58,7 @@ def decoder_for(
 
 
 def stream(
-    model: GPT,
+    model: LanguageModel,
     prompts: list[list[int]],
     max_new_tokens: int,
     *,
@@ -111,7 +111,7 @@ def stream(
 
 
 def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, **settings: Any
+    model: LanguageModel, prompts: list[list[int]], max_new_tokens: int, **settings: Any
 ) -> list[list[int]]:
     """The new tokens of each prompt; `settings` are the keyword arguments of `stream`."""
     written: list[list[int]] = [[] for _ in prompts]

@@ -89,7 +89,9 @@ class Look:
 
 
 @torch.no_grad()
-def record(model: LanguageModel, ids: list[int], attention: bool = True):
+def record(
+    model: LanguageModel, ids: list[int], attention: bool = True
+) -> tuple[Tensor, list[Tensor], Recorder | None]:
     """One pass over a text.
 
     Args:
@@ -119,7 +121,7 @@ def record(model: LanguageModel, ids: list[int], attention: bool = True):
 @torch.no_grad()
 def look(
     model: LanguageModel, ids: list[int], top: int = 10, lens_top: int = 5, attention: bool = True
-):
+) -> Look:
     """Looks at a text; gives a `Look`.
 
     Args:

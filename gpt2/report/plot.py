@@ -4,6 +4,7 @@ import io
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -154,7 +155,7 @@ def _title(rows: list[dict], name: str) -> str:
     return f"{name}: {', '.join(parts)}"
 
 
-def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, **style) -> None:
+def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, **style: Any) -> None:
     """A line, or a dot where there is only one point; nothing without points."""
     if len(steps):
         marker = {"marker": "o"} if len(steps) == 1 else {}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..generate.continuous_batch import BatchDecoder, Generation
 from ..generate.stream import TextWriter
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from ..tokenizer import END_OF_TEXT
 
 PREFILL_TOKENS = 512  # prompt tokens read between two steps (or one prompt): bounds the pause
@@ -124,7 +124,7 @@ class Engine:
         max_waiting: texts that may wait for a slot.
     """
 
-    def __init__(self, model: GPT, slots: int, max_waiting: int):
+    def __init__(self, model: LanguageModel, slots: int, max_waiting: int):
         graph = model.transformer.wte.weight.is_cuda
         self.batch, self.slots = BatchDecoder(model, slots, graph=graph), slots
         self.max_waiting = max_waiting

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..api import GPT2
+from ..api import GPT2, TextModel
 from ..checkpoint.weights import check_vocabulary
 from ..config.command_line import read_toml
 from ..config.commands import ServeConfig
@@ -91,7 +91,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def describe(path: str, config: ServeConfig, model: GPT2) -> ServedModel:
+def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
     """The facts about a model that requests are checked against."""
     source, chat = Path(path), config.chat
     if getattr(model.config, "document_mask", False):
@@ -139,16 +139,16 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
         return {"object": "list", "data": [served.card()]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str):
+    async def model(name: str) -> dict[str, Any]:
         check_model(name, served)
         return served.card()
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request):
+    async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _answer(body, request, engine, served)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request):
+    async def chat(body: ChatRequest, request: Request) -> Response:
         return await _answer(body, request, engine, served)
 
     _handle_errors(app)
@@ -163,16 +163,16 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse(error.body(), error.status, headers)
 
     @app.exception_handler(ApiError)
-    async def known(_: Request, error: ApiError):
+    async def known(_: Request, error: ApiError) -> JSONResponse:
         return shaped(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError):
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         kind = ChatRequest if "chat" in request.url.path else CompletionRequest
         return shaped(from_validation(list(error.errors()), kind.model_fields))
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException):
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         text = {
             404: f"no such address: {request.url.path}",
             405: f"{request.method} is not allowed here",
@@ -181,7 +181,7 @@ def _handle_errors(app: FastAPI) -> None:
         return shaped(ApiError(message, status=error.status_code))
 
     @app.exception_handler(Exception)
-    async def unknown(_: Request, error: Exception):
+    async def unknown(_: Request, error: Exception) -> JSONResponse:
         return shaped(ApiError(f"internal error ({type(error).__name__})", status=500))
 
 
@@ -308,7 +308,7 @@ def _health(engine: Engine, served: ServedModel) -> dict[str, Any]:
     }
 
 
-def _load(path: str, config: ServeConfig) -> GPT2:
+def _load(path: str, config: ServeConfig) -> TextModel:
     model = GPT2.from_pretrained(path, device=config.device)
     check_vocabulary(model.config, path)
     device = model.transformer.wte.weight.device

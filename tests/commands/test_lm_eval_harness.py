@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer
 
 from gpt2 import cli
 from gpt2.api import GPT2
-from gpt2.tokenizer import _folder_of_merges
+from gpt2.tokenizer import merges_folder
 
 from ..conftest import ROOT, run_python
 from ..evaluate.test_scoring import in_transformers, small_model
@@ -62,7 +62,7 @@ test_split: test
 
 
 def tokenizer_files(folder):
-    merges = _folder_of_merges()
+    merges = merges_folder()
     tokenizer = GPT2Tokenizer(str(merges / "encoder.json"), str(merges / "vocab.bpe"))
     tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).encode("Hello world") == [15496, 995]

@@ -14,7 +14,7 @@ from gpt2.data.shards import find_shards, read_manifest
 from gpt2.prepare import run as run_module
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
-from ..test_tokenizer import DOCUMENTS
+from .test_fast_tokenizer import DOCUMENTS
 
 HUGE = 50_000_000  # bytes
 

@@ -6,14 +6,13 @@ import threading
 import numpy as np
 import pytest
 
-from gpt2 import tokenizer
 from gpt2.errors import UserError
-from gpt2.prepare import tokenize_rows
+from gpt2.prepare import fast_tokenizer, tokenize_rows
 from gpt2.prepare.sources import Part, Source
 from gpt2.prepare.tokenize_rows import Position, encode_rows
 from gpt2.tokenizer import gpt2_tokenizer
 
-from ..test_tokenizer import UNICODE_17
+from .test_fast_tokenizer import UNICODE_17
 
 
 def source_of(*texts):
@@ -82,7 +81,7 @@ def test_few_batches_are_under_way(monkeypatch):
 
 @pytest.fixture
 def differing(monkeypatch):
-    monkeypatch.setattr(tokenizer, "_is_settled", lambda text: True)
+    monkeypatch.setattr(fast_tokenizer, "_is_settled", lambda text: True)
     monkeypatch.setattr(tokenize_rows, "CHECK_EVERY", 10)
 
 

@@ -124,8 +124,8 @@ ELSEWHERE = {
         "test_benchmarks.py", "benchmarks.throughput",
     ),
     # downloads its tasks; the test has tasks of its own
-    "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": ("test_harness.py", '"lm_eval"'),
-    "gpt2 serve out/finetuned/out_ckpt.pt": ("test_serve.py", '"serve"'),  # does not end
+    "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": ("test_lm_eval_harness.py", '"lm_eval"'),
+    "gpt2 serve out/finetuned/out_ckpt.pt": ("test_server.py", '"serve"'),  # does not end
 }  # fmt: skip
 # Commands that only install, that run this test, or that need programs which Python's package
 # index does not have.

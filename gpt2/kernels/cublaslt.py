@@ -173,10 +173,18 @@ class _Plan:
         b, a, out = self.layouts
         self._check(
             self.lt.cublasLtMatmulAlgoGetHeuristic(
-                self.handle, self.description, b, a, out, out, preference, c_int(CANDIDATES),
-                found, byref(count),
+                self.handle,
+                self.description,
+                b,
+                a,
+                out,
+                out,
+                preference,
+                c_int(CANDIDATES),
+                found,
+                byref(count),
             )
-        )  # fmt: skip
+        )
         self.lt.cublasLtMatmulPreferenceDestroy(preference)
         return list(found)[: count.value]
 
@@ -213,9 +221,21 @@ class _Plan:
         first, second, result = self.layouts
         self._check(
             self.lt.cublasLtMatmul(
-                self.handle, self.description, byref(one), at[0], first, at[1], second,
-                byref(beta), at[2], result, at[3], result, byref(candidate.algorithm),
-                at[4], c_size_t(WORKSPACE_BYTES),
+                self.handle,
+                self.description,
+                byref(one),
+                at[0],
+                first,
+                at[1],
+                second,
+                byref(beta),
+                at[2],
+                result,
+                at[3],
+                result,
+                byref(candidate.algorithm),
+                at[4],
+                c_size_t(WORKSPACE_BYTES),
                 c_void_p(torch.cuda.current_stream(out.device).cuda_stream),
             )
-        )  # fmt: skip
+        )

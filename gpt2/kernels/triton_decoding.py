@@ -17,10 +17,23 @@ SHARE = 64  # positions of the cache that each program reads in that case
 
 @triton.jit
 def _small_linear(  # noqa: PLR0917 - Triton launches by position
-    x, gain, shift, weight, bias, residual, out, outputs, eps, width: tl.constexpr,
-    normed: tl.constexpr, biased: tl.constexpr, gelu: tl.constexpr, added: tl.constexpr,
-    tile: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+    x,
+    gain,
+    shift,
+    weight,
+    bias,
+    residual,
+    out,
+    outputs,
+    eps,
+    width: tl.constexpr,
+    normed: tl.constexpr,
+    biased: tl.constexpr,
+    gelu: tl.constexpr,
+    added: tl.constexpr,
+    tile: tl.constexpr,
+    block: tl.constexpr,
+):
     """One program per row and `tile` outputs. With a norm, `block` holds the whole row."""
     n = tl.program_id(0) * tile + tl.arange(0, tile)
     exists = n < outputs
@@ -33,8 +46,9 @@ def _small_linear(  # noqa: PLR0917 - Triton launches by position
         # loaded first, because it takes longest
         w = tl.load(
             weight + n[:, None] * width + k[None, :],
-            mask=exists[:, None] & inside[None, :], other=0.0,
-        )  # fmt: skip
+            mask=exists[:, None] & inside[None, :],
+            other=0.0,
+        )
         v = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
         if normed:
             v = tl.where(inside, v - tl.sum(v, 0) / width, 0.0)
@@ -76,19 +90,49 @@ def small_linear_(  # noqa: PLR0917 - what is fused with a matmul
     whole = triton.next_power_of_2(width)
     gain, shift, eps = (norm.weight, norm.bias, norm.eps) if norm else (x, x, 0.0)
     _small_linear[(triton.cdiv(outputs, tile), rows)](
-        x, gain, shift, weight, x if bias is None else bias, x if residual is None else residual,
-        out, outputs, eps, width, norm is not None, bias is not None, gelu, residual is not None,
-        tile, whole if norm else min(1024, whole), num_warps=4,
-    )  # fmt: skip
+        x,
+        gain,
+        shift,
+        weight,
+        x if bias is None else bias,
+        x if residual is None else residual,
+        out,
+        outputs,
+        eps,
+        width,
+        norm is not None,
+        bias is not None,
+        gelu,
+        residual is not None,
+        tile,
+        whole if norm else min(1024, whole),
+        num_warps=4,
+    )
     return out
 
 
 @triton.jit
 def _cached_attention(  # noqa: PLR0917 - Triton launches by position
-    q, k, v, keys, values, lengths, out, parts, q_row, k_row, v_row, capacity, scale,
-    heads: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr,
-    share: tl.constexpr, shares: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    keys,
+    values,
+    lengths,
+    out,
+    parts,
+    q_row,
+    k_row,
+    v_row,
+    capacity,
+    scale,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    lanes: tl.constexpr,
+    block: tl.constexpr,
+    share: tl.constexpr,
+    shares: tl.constexpr,
+):
     """Online softmax (Milakov & Gimelshein 2018) of a row and head over a share of its cache.
 
     With one share the result goes to `out`; else maximum, sum and mixture go to `parts`.
@@ -133,9 +177,13 @@ def _cached_attention(  # noqa: PLR0917 - Triton launches by position
 
 @triton.jit
 def _join_shares(  # noqa: PLR0917 - Triton launches by position
-    parts, out, width: tl.constexpr, lanes: tl.constexpr, shares: tl.constexpr,
+    parts,
+    out,
+    width: tl.constexpr,
+    lanes: tl.constexpr,
+    shares: tl.constexpr,
     padded: tl.constexpr,
-):  # fmt: skip
+):
     """One program per row and head: the softmax over all shares from what each found."""
     d, s = tl.arange(0, lanes), tl.arange(0, padded)
     part = parts + (tl.program_id(0) * shares + s) * (lanes + 2)
@@ -171,9 +219,27 @@ def cached_attention_(  # noqa: PLR0917 - what attention has
     shares = triton.cdiv(capacity, share)
     parts = q.new_empty(B * heads * shares * (lanes + 2) if shares > 1 else 0, dtype=torch.float32)
     _cached_attention[(B * heads, shares)](
-        q, k, v, keys, values, lengths, out, parts, q.stride(0), k.stride(0), v.stride(0),
-        capacity, width**-0.5, heads, width, lanes, 64, share, shares, num_warps=4,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        keys,
+        values,
+        lengths,
+        out,
+        parts,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        capacity,
+        width**-0.5,
+        heads,
+        width,
+        lanes,
+        64,
+        share,
+        shares,
+        num_warps=4,
+    )
     if shares > 1:
         padded = triton.next_power_of_2(shares)
         _join_shares[(B * heads,)](parts, out, width, lanes, shares, padded, num_warps=2)

@@ -41,9 +41,17 @@ def _capped(x, cap: tl.constexpr, fast: tl.constexpr):
 
 @triton.jit
 def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
-    logits, targets, losses, log_sums, vocab: tl.constexpr, padded: tl.constexpr,
-    needs_grad: tl.constexpr, cap: tl.constexpr, fast: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+    logits,
+    targets,
+    losses,
+    log_sums,
+    vocab: tl.constexpr,
+    padded: tl.constexpr,
+    needs_grad: tl.constexpr,
+    cap: tl.constexpr,
+    fast: tl.constexpr,
+    block: tl.constexpr,
+):
     """One program per row: its loss, log2 Σ e^x, and in place of its logits their gradient."""
     row = tl.program_id(0).to(tl.int64)  # row · padded does not fit into 32 bits
     logits += row * padded
@@ -148,18 +156,40 @@ def cross_entropy_fp8(
     transposed = logits.new_empty(padded, rows, dtype=torch.float8_e5m2)
     grid = (rows // TALL * (padded // WIDE),)
     _gradient_fp8[grid](
-        logits, targets, log_sums, gradient, transposed, rows, vocab, padded, GRADIENT_SCALE,
-        float(softcap), _fast(logits), TALL, WIDE, num_warps=WARPS,
-    )  # fmt: skip
+        logits,
+        targets,
+        log_sums,
+        gradient,
+        transposed,
+        rows,
+        vocab,
+        padded,
+        GRADIENT_SCALE,
+        float(softcap),
+        _fast(logits),
+        TALL,
+        WIDE,
+        num_warps=WARPS,
+    )
     return loss, gradient, transposed
 
 
 @triton.jit
 def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
-    logits, targets, log_sums, gradient, transposed, rows, vocab: tl.constexpr,
-    padded: tl.constexpr, scale: tl.constexpr, cap: tl.constexpr, fast: tl.constexpr,
-    tall: tl.constexpr, wide: tl.constexpr,
-):  # fmt: skip
+    logits,
+    targets,
+    log_sums,
+    gradient,
+    transposed,
+    rows,
+    vocab: tl.constexpr,
+    padded: tl.constexpr,
+    scale: tl.constexpr,
+    cap: tl.constexpr,
+    fast: tl.constexpr,
+    tall: tl.constexpr,
+    wide: tl.constexpr,
+):
     """One program per tile of (tall, wide)."""
     tiles = rows // tall
     top = (tl.program_id(0) % tiles).to(tl.int64) * tall  # row · padded does not fit into 32 bits
@@ -214,7 +244,7 @@ def _quantize(x, scale, out, transposed, rows, columns, side: tl.constexpr):  # 
 @triton.jit
 def _layer_norm(  # noqa: PLR0917 - Triton launches by position
     x, weight, bias, y, means, rstds, width: tl.constexpr, eps: tl.constexpr, block: tl.constexpr
-):  # fmt: skip
+):
     """One program per row, which it reads once."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)

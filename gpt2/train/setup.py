@@ -15,6 +15,7 @@ from ..distributed import devices
 from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
 from ..evaluate.tasks import HELLASWAG, load_items
+from ..kernels.linear import describe_path
 from ..model import lora
 from ..model.gpt import GPT
 from ..report import console, throughput
@@ -109,6 +110,8 @@ def build(
     recorded, graph_note = devices.choose_graph(rt.device, compiled, rt.world_size)
     notes = [*data_notes, f"compile_model {compiled}: {compile_note}"]
     if rt.device.type == "cuda":
+        rows, dropout = plan.batch_size * plan.block_size, shape.dropout
+        notes.append(describe_path(model, rt.device, rt.dtype, rows, dropout))
         notes.append(f"CUDA graph {recorded}: {graph_note}")
     seed(config.system.seed + rt.rank)  # from here on only dropout draws
     position = resumed.state["position"] if resumed else 0

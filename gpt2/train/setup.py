@@ -9,8 +9,9 @@ from ..checkpoint.training_state import Resumed
 from ..checkpoint.weights import Weights
 from ..config.finetune import tuning_options
 from ..config.model import GPT2Config, ModernConfig
-from ..config.train import TrainConfig, check_of_switches, plan_batch
+from ..config.train import BatchPlan, TrainConfig, check_of_switches, plan_batch
 from ..data.loader import TrainLoader
+from ..data.sequence_order import Mixture
 from ..distributed import devices
 from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
@@ -110,17 +111,16 @@ def build(
     recorded, graph_note = devices.choose_graph(rt.device, compiled, rt.world_size)
     notes = [*data_notes, f"compile_model {compiled}: {compile_note}"]
     if rt.device.type == "cuda":
-        rows, dropout = plan.batch_size * plan.block_size, shape.dropout
-        notes.append(describe_path(model, rt.device, rt.dtype, rows, dropout))
+        tokens = plan.batch_size * plan.block_size
+        notes.append(describe_path(model, rt.device, rt.dtype, tokens, shape.dropout))
         notes.append(f"CUDA graph {recorded}: {graph_note}")
     seed(config.system.seed + rt.rank)  # from here on only dropout draws
-    position = resumed.state["position"] if resumed else 0
     state = TrainState(
         model=model,
         wrapped_model=model,
         optimizer=build_optimizer(model, config.optim, rt),
         scaler=rt.grad_scaler(),
-        loader=TrainLoader(mixture, plan, rank=rt.rank, position=position, device=rt.device),
+        loader=_loader(mixture, plan, rt, resumed),
         datasets=datasets,
         plan=plan,
         clock=throughput.Throughput(),
@@ -132,6 +132,11 @@ def build(
         restore(state, resumed, rt)
     state.wrapped_model = rt.wrap(model)  # DDP compares the weights of all ranks: after `restore`
     return state
+
+
+def _loader(mixture: Mixture, plan: BatchPlan, rt: Runtime, resumed: Resumed | None) -> TrainLoader:
+    position = resumed.state["position"] if resumed else 0
+    return TrainLoader(mixture, plan, rank=rt.rank, position=position, device=rt.device)
 
 
 def network(config: GPT2Config) -> GPT:

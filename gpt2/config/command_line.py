@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError
+from .options import type_of
 
 Config = TypeVar("Config")
 # Python keeps the bytes of a file name that are not UTF-8 as lone surrogates. A setting that names
@@ -113,7 +114,7 @@ def _options(cls: type) -> Iterator[tuple[str, dataclasses.Field]]:
     """(title of its group, field) of every option; the title is "" outside of groups."""
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.type):
-            title = f.type.__doc__.strip().rstrip(".")
+            title = (f.type.__doc__ or "").strip().rstrip(".")
             yield from ((title, inner) for inner in dataclasses.fields(f.type))
         else:
             yield "", f
@@ -141,12 +142,13 @@ def _build_parser(cls: type, prog: str) -> _Parser:
 
 
 def _add_option(parser: Any, f: dataclasses.Field) -> None:
-    convert = {int: _int, float: _float, bool: _bool, str: str}[f.type]
-    extra: dict[str, Any] = {"metavar": f.type.__name__.upper()}
+    kind = type_of(f)
+    convert: Any = {int: _int, float: _float, bool: _bool, str: str}[kind]
+    extra: dict[str, Any] = {"metavar": kind.__name__.upper()}
     if choices := f.metadata["choices"]:
         extra = {"choices": choices}
         convert = functools.partial(_choice, choices)
-    if f.type is bool or "True" in choices:  # the bare name means True
+    if kind is bool or "True" in choices:  # the bare name means True
         extra |= {"nargs": "?", "const": "True"}
     default = f.default if f.default != "" else "empty"
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
@@ -238,10 +240,10 @@ def _check_name(argument: str, names: set[str], where: str = "") -> None:
     raise UserError(f"{where}unknown option {name}; {hint}")
 
 
-def _instantiate(cls: type[Config], given: dict[str, Any]) -> Config:
+def _instantiate(cls: type, given: dict[str, Any]) -> Any:
+    """An instance of `cls` and of its groups, with the values that argparse found."""
     values = {}
     for f in dataclasses.fields(cls):
-        values[f.name] = (
-            _instantiate(f.type, given) if dataclasses.is_dataclass(f.type) else given[f.name]
-        )
+        nested = dataclasses.is_dataclass(f.type)
+        values[f.name] = _instantiate(type_of(f), given) if nested else given[f.name]
     return cls(**values)

@@ -71,8 +71,8 @@ class GPT2Config:
         values = {n: v for n, v in {**values}.items() if REMOVED_SWITCHES.get(n, ...) != v}
         known, switches = ({f.name for f in fields(c)} for c in (GPT2Config, Switches))
         if odd := (set(values) - switches) ^ known:
-            odd = ", ".join(sorted(repr(name)[1:-1] for name in odd))  # no line breaks
-            raise UserError(f"the checkpoint's config does not describe a GPT-2: {odd}")
+            names = ", ".join(sorted(repr(name)[1:-1] for name in odd))  # no line breaks
+            raise UserError(f"the checkpoint's config does not describe a GPT-2: {names}")
         return (ModernConfig if set(values) & switches else GPT2Config)(**values)
 
 

@@ -1,6 +1,6 @@
 """Building blocks of all options: a dataclass field with a help text, and checks of values."""
 
-from dataclasses import field, fields, is_dataclass
+from dataclasses import Field, field, fields, is_dataclass
 from typing import Any
 
 from ..errors import UserError
@@ -16,6 +16,12 @@ def option(default: Any, help: str, choices: tuple[str, ...] = (), alias: str = 
         alias: a second name on the command line and in TOML files.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
+
+
+def type_of(f: Field) -> type:
+    """The type of an option. Annotations are no strings in the modules of `config`."""
+    assert isinstance(f.type, type), f
+    return f.type
 
 
 def resolve(options: Any, **values: Any) -> None:

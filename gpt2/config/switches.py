@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import UserError
-from .options import at_least, option
+from .options import at_least, option, type_of
 
 DEFAULT_ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.3.2
 
@@ -85,9 +85,9 @@ def check_switches(
 ) -> None:
     """Raises UserError for switches without effect, or that contradict one another."""
     for f in fields(Switches):
-        value, choices = getattr(s, f.name), f.metadata["choices"]
-        if not isinstance(value, (int, float) if f.type is float else f.type):
-            raise UserError(f"{f.name}={value!r}: use a {f.type.__name__}")
+        value, kind, choices = getattr(s, f.name), type_of(f), f.metadata["choices"]
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"{f.name}={value!r}: use a {kind.__name__}")
         if choices and value not in choices:
             raise UserError(f"{f.name}={value!r}: use {' or '.join(choices)}")
     at_least(0, softcap=s.softcap, window=s.window, value_embeddings=s.value_embeddings)

@@ -107,7 +107,7 @@ class ModelOptions(Switches):
             return ModernConfig(**self.given(), dropout=self.dropout, **chosen(self))
         return GPT2Config(**self.given(), dropout=self.dropout)
 
-    def given(self) -> dict[str, int]:
+    def given(self) -> dict[str, Any]:
         """The numbers of the named size, and over them those that were given one by one."""
         names = ("n_layer", "n_head", "n_embd", "block_size")
         numbers = {name: getattr(self, name) for name in names if getattr(self, name)}

@@ -155,7 +155,8 @@ def open_conversations(
     """
     parts = parse_mix(text)
     total = sum(weight for _, weight in parts)
-    datasets, lines = [], []
+    datasets: list[Dataset] = []
+    lines: list[str] = []
     for name, weight in parts:
         dataset, line = _open(Path(name), weight / total, block_size, val_share)
         if any(dataset.name == other.name for other in datasets):

@@ -16,7 +16,7 @@ from ..config.train import DataOptions
 from ..errors import UserError
 from .loader import available_eval_tokens
 from .sequence_order import Mixture, SequenceOrder
-from .shards import Shard, find_shards
+from .shards import SequenceReader, find_shards
 
 Identity = list[list]  # [name, tokens, sha256 of samples] of each shard of a dataset
 
@@ -27,8 +27,8 @@ class Dataset:
 
     folder: Path
     share: float  # of the sequences of the run; the shares of all datasets sum to 1
-    train: list[Shard]
-    val: list[Shard]
+    train: Sequence[SequenceReader]
+    val: Sequence[SequenceReader]
     identity: Identity = field(default_factory=list)
 
     @property
@@ -36,7 +36,7 @@ class Dataset:
         """Name of the folder, by which a dataset is known."""
         return os.path.basename(os.path.abspath(self.folder))
 
-    def name_of(self, shard: Shard) -> str:
+    def name_of(self, shard: SequenceReader) -> str:
         """Path of a shard, relative to the folder."""
         return Path(os.path.relpath(shard.path, self.folder)).as_posix()
 

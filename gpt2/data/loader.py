@@ -9,7 +9,7 @@ Shapes: `B` sequences per micro-batch, `T` block_size.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -118,13 +118,13 @@ class TrainLoader:
         return tuple(t.pin_memory() if self.device.type == "cuda" else t for t in batch)
 
 
-def available_eval_tokens(shards: list[SequenceReader], asked: int) -> int:
+def available_eval_tokens(shards: Sequence[SequenceReader], asked: int) -> int:
     """Tokens that validation predicts: as many as asked for, or all of the shards."""
     return min(asked, sum(max(0, shard.tokens - 1) for shard in shards))
 
 
 def eval_batches(
-    shards: list[SequenceReader],
+    shards: Sequence[SequenceReader],
     *,
     block_size: int,
     batch_size: int,
@@ -152,7 +152,7 @@ def eval_batches(
 
 
 def _eval_sequences(
-    shards: list[SequenceReader], block_size: int, eval_tokens: int
+    shards: Sequence[SequenceReader], block_size: int, eval_tokens: int
 ) -> Iterator[tuple[SequenceReader, int, int]]:
     """(shard, index of the first token, tokens to predict) of each validation sequence."""
     left = available_eval_tokens(shards, eval_tokens)

@@ -33,7 +33,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..tokenizer import END_OF_TEXT
-from .shards import Shard
+from .shards import SequenceReader
 
 # Limits of a group. A shard of more tokens is a group by itself; 128M tokens are 256 MB.
 GROUP_TOKENS, GROUP_SHARDS = 128_000_000, 128
@@ -67,7 +67,7 @@ class SequenceOrder:
 
     def __init__(
         self,
-        shards: list[Shard],
+        shards: Sequence[SequenceReader],
         block_size: int,
         seed: int,
         shuffle: bool,
@@ -97,7 +97,7 @@ class SequenceOrder:
         """Tokens predicted in an epoch; a token that two sequences share counts twice."""
         return self.per_epoch * self.block_size
 
-    def locate(self, n: int) -> tuple[Shard, int]:
+    def locate(self, n: int) -> tuple[SequenceReader, int]:
         """(shard, index of the first token) of the n-th sequence."""
         epoch, index = divmod(n, self.per_epoch)
         order = self._epoch_order(epoch)
@@ -120,7 +120,9 @@ class SequenceOrder:
         """Shuffles the shards, and puts neighbours into groups up to the two limits."""
         shards = self._permutation(len(self.counts), epoch, 0).tolist()
         shard_starts = [0, *accumulate(self.counts[shard] for shard in shards)]
-        group_shards, group_starts, tokens, members = [], [], 0, 0
+        group_shards: list[int] = []
+        group_starts: list[int] = []
+        tokens, members = 0, 0
         for shard, start in zip(shards, shard_starts, strict=False):
             tokens, members = tokens + self.shards[shard].tokens, members + 1
             if not group_shards or tokens > GROUP_TOKENS or members > GROUP_SHARDS:
@@ -164,7 +166,7 @@ class SequenceOrder:
         return np.random.Philox(key=[self.seed, (epoch << 32) + stream]).random_raw(count)
 
 
-def document_sequences(shard: Shard, block_size: int) -> np.ndarray:
+def document_sequences(shard: SequenceReader, block_size: int) -> np.ndarray:
     """Where the sequences of a shard begin if they begin with documents.
 
     The first sequence begins at the first token of the shard. The next sequence begins with the
@@ -195,7 +197,7 @@ def document_sequences(shard: Shard, block_size: int) -> np.ndarray:
     return starts[starts + block_size < shard.tokens].astype(np.uint32)
 
 
-def _document_starts(shard: Shard) -> np.ndarray:
+def _document_starts(shard: SequenceReader) -> np.ndarray:
     """Index of every end-of-text token, and 0 because a shard may begin within a document."""
     found, first = [np.zeros(1, dtype=np.int64)], 0
     for chunk in shard.chunks():
@@ -240,7 +242,7 @@ class Mixture:
         self.orders, self.shares, self.began = orders, list(shares), began
         self.before = list(before or [0] * len(orders))
 
-    def locate(self, g: int, count: int) -> list[tuple[Shard, int]]:
+    def locate(self, g: int, count: int) -> list[tuple[SequenceReader, int]]:
         """(shard, index of the first token) of the sequences g … g + count - 1."""
         due = self._due(g - self.began, count)
         datasets, numbers = due.dataset[due.skip :].tolist(), due.number[due.skip :].tolist()

@@ -32,6 +32,7 @@ SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.b
 class SequenceReader:
     """A source of sequences for training and validation: a shard, or packed conversations."""
 
+    path: Path  # of the file, for messages and checkpoints
     tokens: int  # how many there are
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -42,6 +43,11 @@ class SequenceReader:
         """(inputs, targets), each (count,) int64. The first input is the token at `start`."""
         tokens = self.read(start, count + 1).astype(np.int64)
         return tokens[:-1], tokens[1:]
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All tokens in order, uint16, `CHUNK_TOKENS` at a time; raises UserError like `read`."""
+        for start in range(0, self.tokens, CHUNK_TOKENS):
+            yield self.read(start, min(CHUNK_TOKENS, self.tokens - start))
 
     def fingerprint(self) -> str:
         """sha256 over samples from the beginning, the middle and the end of the tokens."""
@@ -72,16 +78,11 @@ class Shard(SequenceReader):
         tokens = np.empty(count, dtype="<u2")
         with open(self.path, "rb", buffering=0) as file:  # a buffer would read more than asked
             file.seek(HEADER_BYTES + TOKEN_BYTES * start)
-            received = file.readinto(tokens)
+            received = file.readinto(tokens.data)
         if received != tokens.nbytes:
             raise UserError(f"{self.path}: ends early (was it changed during the run?); {REDO}")
         self.check_ids(tokens, start)
         return tokens
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """All tokens in order, uint16, `CHUNK_TOKENS` at a time; raises UserError like `read`."""
-        for start in range(0, self.tokens, CHUNK_TOKENS):
-            yield self.read(start, min(CHUNK_TOKENS, self.tokens - start))
 
     def header_bytes(self) -> bytes:
         """The bytes before the tokens, for the sha256 of the file."""
@@ -160,13 +161,19 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
             f"no data folder {folder}; make one with `python fineweb.py` (FineWeb-Edu) or "
             f"`gpt2 prepare --source=stdlib --out_dir={folder}`, or name another with --data_dir="
         )
-    paths = [p for p in shard_paths(folder) if SHARD_NAME.fullmatch(p.name)["split"] == split]
+    paths = [path for path in shard_paths(folder) if _split_of(path) == split]
     if not paths:
         check_joined(folder)
         raise UserError(
             f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
         )
     return [open_shard(path) for path in paths]
+
+
+def _split_of(path: Path) -> str:
+    """The split in the name of a shard, "train" or "val"; "" for a file of another name."""
+    match = SHARD_NAME.fullmatch(path.name)
+    return match["split"] if match else ""
 
 
 def check_joined(folder: Path) -> None:
@@ -177,7 +184,7 @@ def check_joined(folder: Path) -> None:
 
 def shard_paths(folder: Path) -> list[Path]:
     """The files of a folder that are named like shards, in the order of their names."""
-    return sorted(path for path in folder.glob("*.bin") if SHARD_NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob("*.bin") if _split_of(path))
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
@@ -187,7 +194,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
     header[:3] = MAGIC, VERSION, len(tokens)
     body = np.ascontiguousarray(tokens, dtype="<u2").data  # no copy: 200 MB in a usual shard
     write_atomically(path, header.data, body)
-    digest = hashlib.sha256(header)
+    digest = hashlib.sha256(header.data)
     digest.update(body)
     return digest.hexdigest()
 

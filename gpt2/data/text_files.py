@@ -9,7 +9,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,11 +91,12 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Yields (the file, its uncompressed bytes)."""
     import pyarrow as pa
 
-    wrap = {
+    decompressors: dict[str, Callable[[Any], Any]] = {
         ".gz": lambda file: gzip.GzipFile(fileobj=file),
         ".xz": lzma.LZMAFile,
         ".zst": lambda file: io.BufferedReader(pa.CompressedInputStream(file, "zstd")),
-    }.get(path.suffix.lower(), nullcontext)
+    }
+    wrap = decompressors.get(path.suffix.lower(), nullcontext)
     with open(path, "rb") as file, wrap(file) as data:
         yield file, data
 
@@ -119,11 +120,11 @@ def _jsonl_rows(path: Path, start: int) -> Iterator[TextRow]:
         raise UserError(f"{path}: none of its {number:,} rows is a JSON object with a `text`")
 
 
-def _text_of_json(line: bytes | str) -> tuple[bool, str | None]:
+def _text_of_json(line: bytes) -> tuple[bool, str | None]:
     """(whether a line is an object with a `text`, that text or None)."""
     try:
-        line = _decode(line)
-        value = json.loads(line)
+        decoded = _decode(line)
+        value = json.loads(decoded)
     except (ValueError, RecursionError):
         return False, None
     if not isinstance(value, dict) or "text" not in value:
@@ -135,7 +136,7 @@ def _text_of_json(line: bytes | str) -> tuple[bool, str | None]:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which JSON can spell but UTF-8 cannot
         text = Repaired(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    if isinstance(line, Repaired) and "\ufffd" in text:
+    if isinstance(decoded, Repaired) and "\ufffd" in text:
         text = Repaired(text)
     return True, text
 

@@ -5,7 +5,7 @@ import json
 
 from ..checkpoint.training_state import Resumed
 from ..config.options import flatten
-from ..config.train import BatchPlan, OptimOptions, TrainConfig
+from ..config.train import BatchPlan, OptimOptions, TrainConfig, current_names
 from ..data.datasets import split_eval_tokens
 from ..distributed.runtime import Runtime
 from ..evaluate.loss import Evaluation, combine
@@ -151,7 +151,7 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     console.log(f"validation on {have:,} tokens{fewer}")
     if resumed:
         console.log(f"continuing from {resumed.path}")
-        before, now = resumed.state["settings"], flatten(config)
+        before, now = current_names(resumed.state["settings"]), flatten(config)
         for name in now:
             if name not in MAY_DIFFER and before.get(name) != now[name]:
                 console.log(f"changed since then: {name} {before.get(name)} -> {now[name]}")

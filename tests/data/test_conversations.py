@@ -61,9 +61,15 @@ def base(tmp_path_factory) -> Path:
 
 def arguments(base, data, out_dir, *more) -> list[str]:
     return [
-        f"--init={base}", f"--data={data}", f"--out_dir={out_dir}", "--device=cpu",
-        "--dtype=float32", "--batch_size=2", "--learning_rate=1e-2", *more,
-    ]  # fmt: skip
+        f"--init={base}",
+        f"--data={data}",
+        f"--out_dir={out_dir}",
+        "--device=cpu",
+        "--dtype=float32",
+        "--batch_size=2",
+        "--learning_rate=1e-2",
+        *more,
+    ]
 
 
 def finetune(*args) -> int:
@@ -90,8 +96,10 @@ def test_the_loss_is_that_of_transformers_with_labels_of_minus_100(chats):
     ours = GPT2(n_layer=2, n_head=2, n_embd=32, block_size=T).double().eval()
     theirs = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
     want = ours.state_dict()
-    ours.load_state_dict({n: t.t() if want[n].shape != t.shape or "attn.c_proj.weight" in n
-                          else t for n, t in theirs.items()})  # fmt: skip
+    for name, tensor in theirs.items():
+        if want[name].shape != tensor.shape or "attn.c_proj.weight" in name:
+            theirs[name] = tensor.t()
+    ours.load_state_dict(theirs)
     for name, tensor in to_hf(ours.state_dict()).items():  # the same network
         torch.testing.assert_close(tensor, model.state_dict()[name])
     nats = count = 0
@@ -217,8 +225,8 @@ def test_a_continued_run_is_the_same_bit_for_bit(chats, base, tmp_path):
 
 def test_eval_finds_the_conversations_that_were_held_out(chats, base, tmp_path, capsys):
     assert finetune(base, chats, tmp_path / "out", "--max_steps=2") == 0
-    wanted = [r["val_loss"] for r in metrics.read_metrics(tmp_path / "out" / "metrics.jsonl")
-              if "val_loss" in r][-1]  # fmt: skip
+    records = metrics.read_metrics(tmp_path / "out" / "metrics.jsonl")
+    wanted = [record["val_loss"] for record in records if "val_loss" in record][-1]
     result = tmp_path / "r.json"
     argv = ["eval", str(tmp_path / "out" / "out_ckpt.pt"), "--device=cpu", f"--json={result}"]
     assert cli.main(argv) == 0

@@ -16,6 +16,7 @@ import torch
 
 from gpt2.checkpoint import model_file, training_state
 from gpt2.config.command_line import parse
+from gpt2.config.options import flatten
 from gpt2.config.train import BatchPlan, TrainConfig
 from gpt2.data import loader
 from gpt2.data.shards import open_shard, write_shard
@@ -194,6 +195,22 @@ def test_longer_run_continues_a_finished_one(data_dir, tmp_path, capsys):
     loop.run(config(data_dir, tmp_path, "--max_steps=5"))
     assert list(metrics(tmp_path)) == [1, 2, 3, 4, 5]
     assert "changed since then: max_steps 3 -> 5" in capsys.readouterr().out
+
+
+def test_an_option_that_was_renamed_since_then_has_not_changed(
+    data_dir, tmp_path, capsys, monkeypatch
+):
+    def earlier(config):
+        settings = flatten(config)
+        return settings | {"window_start": settings.pop("sequence_start")}
+
+    monkeypatch.setattr("gpt2.train.save.flatten", earlier)
+    loop.run(config(data_dir, tmp_path, "--max_steps=2"))
+    monkeypatch.undo()
+    loop.run(config(data_dir, tmp_path, "--max_steps=3"))
+    out = capsys.readouterr().out
+    assert "changed since then: max_steps 2 -> 3" in out
+    assert "sequence_start" not in out
 
 
 def test_resume_never_keeps_the_old_run_aside(data_dir, tmp_path):

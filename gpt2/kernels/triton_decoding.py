@@ -132,7 +132,7 @@ def _cached_attention(  # noqa: PLR0917 - Triton launches by position
     block: tl.constexpr,
     share: tl.constexpr,
     shares: tl.constexpr,
-):
+):  # fmt: skip - in the order of the launch
     """Online softmax (Milakov & Gimelshein 2018) of a row and head over a share of its cache.
 
     With one share the result goes to `out`; else maximum, sum and mixture go to `parts`.

@@ -1,7 +1,7 @@
 # make demo    installs, prepares Python's own sources, trains a small GPT, plots and writes text
 # make test    installs what the tests need and runs them, but for the slow ones of make faults
 # make faults  breaks everything on purpose and writes docs/reliability.md (half an hour)
-# make lint    style and format
+# make lint    style, format and types
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -20,9 +20,10 @@ faults: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) out data .pytest_cache .ruff_cache
+	rm -rf $(VENV) out data .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'

@@ -3,7 +3,7 @@
 __all__ = ["GPT2"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "GPT2":  # imported when asked for: torch takes seconds, `gpt2 --help` must not
         from .api import GPT2
 

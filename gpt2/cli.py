@@ -197,7 +197,7 @@ def serve(argv: list[str]) -> int:
     try:
         from .serve.server import run
     except ModuleNotFoundError as error:
-        if error.name.split(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
+        if (error.name or "").split(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
             raise
         raise UserError(f'{error.name} is not installed; run: pip install -e ".[serve]"') from None
     return run(path, config)
@@ -234,7 +234,7 @@ def lm_eval(argv: list[str]) -> int:
     try:
         from .commands.lm_eval_harness import main
     except ModuleNotFoundError as error:
-        if error.name.split(".")[0] != "lm_eval":
+        if (error.name or "").split(".")[0] != "lm_eval":
             raise
         raise UserError('lm_eval is not installed; run: pip install -e ".[eval]"') from None
     return main(argv[0], argv[1:])

@@ -26,7 +26,7 @@ class Saver:
         warn: is told why something was not written.
     """
 
-    def __init__(self, warn: Callable[[str], None]):
+    def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._buffers: dict[str, Tensor] = {}
         self._current: set[str] = set()  # names of buffers that hold the values of `_step`
@@ -36,10 +36,10 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None  # a mistake of ours, not a full disk
 
-    def __enter__(self):
+    def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type | None, *_: Any):
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         try:
             if kind is None:
                 self.wait()
@@ -67,14 +67,14 @@ class Saver:
             self._copied.record()
         return copies
 
-    def write_later(self, write: Callable[[], Any]):
+    def write_later(self, write: Callable[[], Any]) -> None:
         """Calls `write` in the thread; when it raises UserError, training goes on."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
             self._thread.start()
         self._queue.put((self._copied, write))
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns when all is written."""
         self._queue.join()
         if self._failure is not None:
@@ -93,7 +93,7 @@ class Saver:
             self._current.add(name)
         return self._buffers[name]
 
-    def _fill(self, name: str, tensor: Tensor):
+    def _fill(self, name: str, tensor: Tensor) -> None:
         on_gpu = tensor.device.type == "cuda"
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
@@ -107,7 +107,7 @@ class Saver:
         if on_gpu and self._copied is None:
             self._copied = torch.cuda.Event(blocking=True)
 
-    def _work(self):
+    def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             copied, write = job
             try:

@@ -32,7 +32,7 @@ WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def save_model(path: Path, model: nn.Module, step: int, val_loss: float | None) -> None:
+def save_model(path: Path, model: Any, step: int, val_loss: float | None) -> None:
     """Writes a checkpoint of a model, LoRA adapters merged into its weights.
 
     Raises:

@@ -23,7 +23,10 @@ NANOGPT_VOCAB_SIZE = 50304  # GPT-2's, padded to a multiple of 64; the added row
 WTE, TABLE = "transformer.wte.weight", re.compile(r"\.(wte|wpe)\.weight$")
 NEEDED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240326, 1024
-LLMC_DTYPES = {3: np.dtype("<f4"), 5: np.dtype("<i2")}  # version 5 is bf16, read as its bits
+LLMC_DTYPES: dict[int, np.dtype] = {
+    3: np.dtype("<f4"),
+    5: np.dtype("<i2"),
+}  # version 5 is bf16, read as its bits
 LLMC_BLOCK = (  # of each block: name, and its shape in units of C
     *(("ln_1.weight", (1,)), ("ln_1.bias", (1,))),
     *(("attn.c_attn.weight", (3, 1)), ("attn.c_attn.bias", (3,))),

@@ -19,7 +19,7 @@ def torch_load(path: Path) -> Any:
         UserError: the file is missing, damaged, or holds more than tensors and plain values.
     """
     try:
-        with torch.serialization.safe_globals(_stand_ins(path)):
+        with torch.serialization.safe_globals([*_stand_ins(path)]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None

@@ -138,7 +138,7 @@ def for_training(found: Weights, block_size: int) -> Weights:
     return replace(found, config=config, state=state, notes=tuple(notes))
 
 
-def check_vocabulary(config: GPT2Config, origin: str):
+def check_vocabulary(config: GPT2Config, origin: str) -> None:
     """Raises UserError for a vocabulary smaller than GPT-2's, whose ids mean something else."""
     if config.vocab_size < GPT2_VOCAB_SIZE:
         raise UserError(

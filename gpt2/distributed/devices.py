@@ -141,7 +141,7 @@ def allow_fp8(requested: str, device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Asks glibc to reuse large blocks instead of giving them back to the system.
 
     By default every tensor over 32 MB is mapped anew, and its pages are cleared one by one when

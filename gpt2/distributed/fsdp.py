@@ -10,6 +10,7 @@ that callers need not know whether FSDP is on.
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError, first_line
 
+# DTensors and FSDP modules are typed as Any: the classes are known only after the imports below.
 # torch.distributed.fsdp, .tensor and .checkpoint are imported inside of functions: they take a
 # second, for which runs without FSDP would wait.
 
 
-def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def shard(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Moves a `GPT` from the CPU to the devices of all ranks, each its part, in place.
 
     Every block is an FSDP unit; embeddings and the last norm are another one. All ranks get rank
@@ -51,7 +53,7 @@ def is_sharded(model: nn.Module) -> bool:
     return module is not None and isinstance(model, module.FSDPModule)
 
 
-def set_gradient_sync(model: nn.Module, on: bool) -> None:
+def set_gradient_sync(model: Any, on: bool) -> None:
     """Whether the next backward pass reduces gradients over ranks, or only accumulates them."""
     model.set_requires_gradient_sync(on)
 
@@ -80,27 +82,33 @@ def is_part(t: object) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def local(t: Tensor) -> Tensor:
+def local(t: Any) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; a plain tensor as it is."""
     return t.to_local() if is_part(t) else t
 
 
-def whole(t: Tensor) -> Tensor:
+def whole(t: Any) -> Tensor:
     """The whole tensor, all-gathered; all ranks must call it."""
     return t.full_tensor() if is_part(t) else t
 
 
-def as_part_of(part: Tensor, like: Tensor) -> Tensor:
+def as_part_of(part: Tensor, like: Any) -> Tensor:
     """A DTensor made of this rank's part, distributed as `like`; the inverse of `local`."""
     if not is_part(like):
         return part
     from torch.distributed.tensor import DTensor
 
-    shape = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **shape)
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
-def cut(full: Tensor, like: Tensor) -> Tensor:
+def cut(full: Tensor, like: Any) -> Tensor:
     """This rank's part of a whole tensor, which every rank holds."""
     if not is_part(like):
         return full

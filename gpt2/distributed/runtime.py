@@ -103,7 +103,7 @@ class Runtime:
             fsdp.set_gradient_sync(wrapped, last)
         if self.world_size == 1 or self.sharded or last:
             return contextlib.nullcontext()
-        return wrapped.no_sync()
+        return wrapped.no_sync()  # type: ignore[operator] # DistributedDataParallel's
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Calls a function on rank 0; every rank gets its result, or the UserError it raised."""
@@ -248,13 +248,14 @@ def _join(rt: Runtime) -> str:
     backend = "nccl" if rt.device.type == "cuda" else "gloo"
     store = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))[0]
     store = dist.PrefixStore(meet(store, rt.rank, rt.world_size), store)
-    of_rank = {"rank": rt.rank, "world_size": rt.world_size}
-    dist.init_process_group(backend, store=store, timeout=START_TIMEOUT, **of_rank)
+    dist.init_process_group(
+        backend, store=store, timeout=START_TIMEOUT, rank=rt.rank, world_size=rt.world_size
+    )
     how = "each with a part of the weights (fsdp)" if rt.sharded else "each with all weights (ddp)"
     return f"{rt.world_size} ranks by {backend}, {how}"
 
 
-def _watch(rt: Runtime, seconds: int, log: Callable[[str], None]):
+def _watch(rt: Runtime, seconds: int, log: Callable[[str], None]) -> None:
     """Starts the watchdog, where this torch lets us have the store by which the ranks met."""
     get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
     if seconds and get_store:
@@ -263,7 +264,7 @@ def _watch(rt: Runtime, seconds: int, log: Callable[[str], None]):
         rt.watchdog = Watchdog(store, rt.rank, rt.world_size, seconds=seconds, log=log)
 
 
-def _set_timeout(timeout: datetime.timedelta):
+def _set_timeout(timeout: datetime.timedelta) -> None:
     """Sets how long collectives that begin from now on wait, where this torch can."""
     set_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
     if set_timeout:

@@ -95,7 +95,9 @@ def _read_multiple_choice(fields: dict[str, Any]) -> MultipleChoice:
     if not context.strip() or not isinstance(endings, list) or len(endings) < 2 or not all(endings):
         raise ValueError
     ids = gpt2_tokenizer().encode(context)
-    continuations = [(ids, gpt2_tokenizer().encode(" " + ending)) for ending in endings]
+    continuations: list[Continuation] = [
+        (ids, gpt2_tokenizer().encode(" " + ending)) for ending in endings
+    ]
     if not 0 <= label < len(continuations):
         raise ValueError
     return MultipleChoice(continuations, label)

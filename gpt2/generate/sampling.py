@@ -9,6 +9,7 @@ Shapes: `B` rows (sequences being generated), `N` new tokens, `V` vocabulary.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Sampling:
             )
 
 
-def check_sampling(max_new_tokens: int, **settings: float) -> Sampling:
+def check_sampling(max_new_tokens: int, **settings: Any) -> Sampling:
     """Builds `Sampling` from its fields and also checks the number of tokens.
 
     Raises:
@@ -164,6 +165,7 @@ def choose(
         return logits.argmax(-1)
     logits = logits.float()
     if s.repetition_penalty != 1:
+        assert seen is not None
         logits = penalise(logits, seen, s.repetition_penalty)
     if s.temperature == 0:
         return logits.argmax(-1)

@@ -10,7 +10,7 @@ Shapes: `B` batch, `T` new positions, `S` positions so far, `C` channels (n_embd
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,7 @@ class LanguageModel(nn.Module):
     A subclass builds `transformer` (with `wte` and the blocks `h`) and defines `hidden`.
     """
 
+    transformer: Any  # nn.ModuleDict, whose entries type checkers cannot see
     cache_type: ClassVar[type[KVCache]] = KVCache
     blocks_differ: ClassVar[bool] = False  # True: compiled code of a block serves no other block
     head_is_embedding: ClassVar[bool] = True  # logits are hidden · wteᵀ, and nothing else
@@ -147,6 +148,10 @@ class LanguageModel(nn.Module):
 
     def hidden(self, idx: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C), the output of the last norm."""
+        raise NotImplementedError
+
+    def limit_attention_window(self, positions: int) -> None:
+        """For `window_warmup`, which needs a network with attention windows: `modern.Modern`."""
         raise NotImplementedError
 
     def positions(self, idx: Tensor, cache: AttentionCache | None) -> Tensor:

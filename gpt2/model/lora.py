@@ -9,6 +9,7 @@ Shapes: `r` rank, `K` in, `N` out; "..." is (B, T).
 
 import json
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class LoRALinear(nn.Linear):
         return self.weight + self.scale * (self.lora_B @ self.lora_A)
 
 
-def adapt(model: nn.Module, tuning: TuningOptions | None) -> None:
+def adapt(model: Any, tuning: TuningOptions | None) -> None:
     """Freezes a model and replaces matrices of its blocks by `LoRALinear`; in place.
 
     Args:

@@ -42,7 +42,7 @@ class Packed:
 
 def packed(*begins: Tensor, dropout: float = 0.0) -> Packed | None:
     """`Packed` for a batch that has `begins`; None for a batch of plain text."""
-    return Packed(*begins, dropout) if begins else None
+    return Packed(begins[0], dropout) if begins else None
 
 
 def packed_reference(begins: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class RunLog:
 
     def _append(self, line: dict) -> None:
         """Opens the file anew each time, so that it comes back when it was deleted or moved."""
+        assert self._path is not None  # `record` has looked
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,11 +54,17 @@ def build_optimizer(
             group = groups[_kind(name, parameter, set(settings))]
             group["params"].append(parameter)
             group["names"].append(name)
-    common = {"lr": o.learning_rate, "betas": (o.beta1, o.beta2), "eps": 1e-8, "fused": True}
+    common: dict[str, Any] = {
+        "lr": o.learning_rate,
+        "betas": (o.beta1, o.beta2),
+        "eps": 1e-8,
+        "fused": True,
+    }
     if o.optimizer == "adamw":
         return torch.optim.AdamW(list(groups.values()), **common)
-    on_gpu = rt is not None and rt.device.type == "cuda"
-    in_bf16 = on_gpu and choose_dtype("auto", rt.device)[0] is torch.bfloat16
+    device = rt.device if rt else torch.device("cpu")
+    on_gpu = device.type == "cuda"
+    in_bf16 = on_gpu and choose_dtype("auto", device)[0] is torch.bfloat16
     return MuonAndAdamW(
         [group for group in groups.values() if group["params"]],
         all_sum=rt.all_sum if rt else lambda tensor: tensor,
@@ -129,7 +135,8 @@ def clip_gradients(
             CUDA read it, other devices may not.
     """
     if in_optimizer:
-        optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
+        scale = ((norm + 1e-6) / limit).clamp(min=1.0)
+        optimizer.grad_scale = scale  # type: ignore[attr-defined] # of GradScaler
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], limit, norm)

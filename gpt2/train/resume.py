@@ -45,10 +45,12 @@ def archive_previous_run(config: TrainConfig, rt: Runtime, resumed: Resumed | No
 
     def move() -> None:
         out = out_dir(config)
-        own = resumed and resumed.path.resolve().parent == (out / "state").resolve()
+        after = -1
+        if resumed and resumed.path.resolve().parent == (out / "state").resolve():
+            after = resumed.step
         back = config.output.resume not in ("auto", "never")
         with _as_user_error():
-            moved = run_folder.archive(out, resumed.step if own else -1, going_back=back)
+            moved = run_folder.archive(out, after, going_back=back)
         if moved:
             console.log(f"moved files of an earlier run to {moved}")
 

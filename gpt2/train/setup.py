@@ -18,7 +18,7 @@ from ..distributed.runtime import Runtime
 from ..evaluate.tasks import HELLASWAG, load_items
 from ..kernels.linear import describe_path
 from ..model import lora
-from ..model.gpt import GPT
+from ..model.gpt import GPT, LanguageModel
 from ..report import console, throughput
 from ..report.trackers import check_names
 from .cuda_graph import MicroBatchGraph
@@ -139,7 +139,7 @@ def _loader(mixture: Mixture, plan: BatchPlan, rt: Runtime, resumed: Resumed | N
     return TrainLoader(mixture, plan, rank=rt.rank, position=position, device=rt.device)
 
 
-def network(config: GPT2Config) -> GPT:
+def network(config: GPT2Config) -> LanguageModel:
     """The network of a config, fresh; the one place that decides between GPT-2 and `Modern`."""
     if not isinstance(config, ModernConfig):
         return GPT(config)
@@ -148,7 +148,7 @@ def network(config: GPT2Config) -> GPT:
     return Modern(config)
 
 
-def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> GPT:
+def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> LanguageModel:
     """The network on its device, with given weights or fresh ones, and with LoRA's adapters.
 
     Raises:
@@ -164,7 +164,7 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> GPT
     return model
 
 
-def compile_network(model: GPT, sharded: bool) -> None:
+def compile_network(model: LanguageModel, sharded: bool) -> None:
     """Compiles in place, the network whole or block by block; names in the state dict stay.
 
     Block by block where the whole would not do: FSDP all-gathers weights between blocks, and the

@@ -11,7 +11,7 @@ from ..config.train import BatchPlan
 from ..data.datasets import Dataset
 from ..data.loader import TrainLoader
 from ..evaluate.tasks import MultipleChoice
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from ..report import console, throughput
 from .cuda_graph import MicroBatchGraph
 
@@ -20,9 +20,9 @@ from .cuda_graph import MicroBatchGraph
 class TrainState:
     """All that changes while training; `save.py` writes it to a checkpoint and restores it."""
 
-    model: GPT
+    model: LanguageModel
     wrapped_model: nn.Module  # DistributedDataParallel around the model, or the model itself
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     loader: TrainLoader
     datasets: list[Dataset]

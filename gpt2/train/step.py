@@ -52,7 +52,8 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     tokens_before = state.tokens
     batches = next_batches(state, rt, micro_batches_at(state.step, config.optim, state.plan))
 
-    valid_tokens = rt.all_sum(sum((y != IGNORE).sum() for _, y, *_ in batches))
+    counts = [(y != IGNORE).sum() for _, y, *_ in batches]
+    valid_tokens = rt.all_sum(sum(counts[1:], start=counts[0]))
     # DDP and FSDP average gradients over ranks; the world size turns that into a sum.
     factor = state.scaler.scale(rt.world_size / valid_tokens)
     loss_sum = torch.zeros((), device=rt.device)
@@ -66,8 +67,8 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
         in_optimizer = rt.device.type == "cuda" and not state.scaler.is_enabled()
         clip_gradients(state.optimizer, grad_norm, config.optim.grad_clip, in_optimizer)
     # One all-reduce for all that ranks must agree on; its copy to the CPU overlaps the update.
-    agreed = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
-    agreed = rt.all_sum(torch.stack(agreed))
+    numbers = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
+    agreed = rt.all_sum(torch.stack(numbers))
     read = rt.read_later(agreed)
     _update(state, skip=~agreed[:2].isfinite().all())
     state.step += 1
@@ -92,7 +93,7 @@ def micro_batch(  # noqa: PLR0917
     """
     x, y, *begins = batch
     if begins:  # the mask of the documents is another tensor each time: no graph can hold it
-        documents = Packed(*begins, dropout=config.model.dropout)
+        documents = Packed(begins[0], config.model.dropout)
         return forward_backward(state, rt, x, y, factor, documents)
     return state.graph(functools.partial(forward_backward, state, rt), (x, y, factor), first)
 
@@ -128,7 +129,7 @@ def _update(state: TrainState, skip: Tensor) -> None:
     Fused optimizers look at `found_inf` on the device, so the skip costs no synchronisation.
     """
     if not state.scaler.is_enabled():  # an enabled scaler skips by itself, and lowers its scale
-        state.optimizer.found_inf = skip.float()
+        state.optimizer.found_inf = skip.float()  # type: ignore[attr-defined] # of GradScaler
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
-"""Saving while training goes on: tensors are copied to host memory, a thread writes the copies.
+"""Asynchronous saving: tensors are copied to host memory, and a thread writes the copies.
 
-The copy is what training waits for: at the speed of the bus on a GPU (into pinned memory), of
-memory on a CPU. It takes as much host memory as is saved, on the one rank that writes: for 124M
-parameters 1.5 GB (weights and AdamW's two moments in float32), kept from one save to the next.
+Training waits for the copy alone, which runs at the speed of the bus on a GPU (into pinned memory)
+and of memory on a CPU. The rank that writes needs host memory for all that is saved: 1.5 GB for
+124M parameters (weights and AdamW's optimizer state in float32), kept from one save to the next.
 """
 
 import queue
@@ -19,11 +19,11 @@ from ..errors import UserError
 class Saver:
     """Copies tensors, and calls functions that write them, one after the other, in a thread.
 
-    A `with` block around training: at its end all is written, also when training failed; only
-    KeyboardInterrupt, a second Ctrl-C, does not wait.
+    Use it as a `with` block around training. The block ends when everything is written, also after
+    an error in training; KeyboardInterrupt, a second Ctrl-C, does not wait.
 
     Args:
-        warn: is told why something was not written.
+        warn: gets one line when a write failed.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
@@ -49,13 +49,13 @@ class Saver:
             self._queue.put(None)  # ends the thread
 
     def copy(self, step: int, tree: Any, name: str = "") -> Any:
-        """The same nested dicts and lists with copies of their tensors in host memory.
+        """Nested dicts and lists with their tensors replaced by copies in host memory.
 
-        Waits until earlier copies of the same buffers are written. What has been copied at this
-        step is not copied again: the weights are in a checkpoint and in the model for use.
+        Waits until earlier copies in these buffers are written. A tensor that has been copied at
+        this step is not copied again: a checkpoint and the model for use share the weights.
 
         Args:
-            step: optimizer steps done; tensors do not change while it stays the same.
+            step: optimizer steps done; tensors of one step do not change.
             tree: tensors on any device, in dicts, lists and tuples, beside plain values.
             name: of the tree, which tells its buffers from those of others.
         """
@@ -102,7 +102,7 @@ class Saver:
             except RuntimeError:  # the system gives no more memory of that kind
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
             self._buffers[name] = buffer
-        # On a GPU it waits its turn behind the step that is running, and the next step behind it.
+        # On a GPU the copy is queued behind the running step, and the next step behind the copy.
         buffer.copy_(tensor, non_blocking=on_gpu)
         if on_gpu and self._copied is None:
             self._copied = torch.cuda.Event(blocking=True)

@@ -112,7 +112,7 @@ def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:
 
 
 def for_training(found: Weights, block_size: int) -> Weights:
-    """The same weights for shards of GPT-2's tokens and windows of block_size.
+    """The weights cut to GPT-2's vocabulary and to `block_size` positions.
 
     Rows of positions and tokens that training cannot meet are cut off.
 

@@ -242,7 +242,7 @@ def _folder_problems(folder: Path, paths: list[Path], manifest: dict) -> Iterato
 
 
 def _shard_problems(shard: Shard, entry: dict, progress: Callable) -> Iterator[str]:
-    """What is wrong with a shard, compared with its entry in the manifest (empty: none)."""
+    """The fault of a shard, compared with its entry in the manifest; empty: none."""
     digest, documents = hashlib.sha256(shard.header_bytes()), 0
     for chunk in shard.chunks():
         digest.update(chunk)

@@ -64,7 +64,7 @@ class Harness(TemplateLM):
     Args:
         checkpoint: whatever `GPT2.from_pretrained` reads.
         device: as in `--device` of the harness; None: a GPU if there is one.
-        dtype: of the products: float32, bfloat16, float16 or auto; float64: of everything, to
+        dtype: of the matmuls: float32, bfloat16, float16 or auto; float64: of everything, to
             compare implementations.
         batch_size: sequences of full length in a batch; "auto": what suits the device. Shorter
             ones are batched by the same number of tokens.

@@ -41,10 +41,10 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The precision of matrix products, and why.
+    """The precision of matmuls, and why.
 
-    bf16 only where the hardware has it: torch says that a T4 supports bf16, but emulates it slowly,
-    so emulation is not asked for. fp16 needs the GradScaler that `Runtime.grad_scaler` gives.
+    bf16 is chosen only where the hardware has it. A T4 emulates bf16, slowly, and torch reports it as
+    supported unless emulation is excluded. fp16 needs the GradScaler of `Runtime.grad_scaler`.
 
     Raises:
         UserError: float16 on an Apple GPU.
@@ -68,7 +68,7 @@ def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str
 
 
 def cpu_has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
+    """Whether the CPU has bf16 matmuls in hardware (AVX512-BF16 or AMX)."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
@@ -76,8 +76,8 @@ def cpu_has_fast_bfloat16() -> bool:
 def choose_compile(requested: str, device: torch.device) -> tuple[bool, str]:
     """Whether to use torch.compile, and why; never an error.
 
-    Asks what can be asked cheaply, then compiles one tiny function: that finds a missing
-    compiler, an old GPU and a broken installation before the model does.
+    Checks the GPU and the C compiler, then compiles one tiny function: a broken installation is
+    found before the model is compiled.
     """
     if requested == "False":
         return False, "as asked"

@@ -1,4 +1,4 @@
-"""What the ranks of one run need of a key-value store."""
+"""The key-value store that the ranks of one run share."""
 
 from typing import Protocol
 

@@ -130,7 +130,7 @@ class Downloads:
 
 
 def _problem(path: Path, file: File) -> str:
-    """What is wrong with a downloaded file, or ""."""
+    """The fault of a downloaded file in words, or ""."""
     if bytes_of_file(path) != file.size_bytes:
         return f"{bytes_of_file(path):,} bytes came instead of {file.size_bytes:,}"
     if file.sha256:

@@ -234,7 +234,7 @@ class HubDataset:
                 raise Stopped
 
     def _find_in_cache(self, path: str) -> list[File]:
-        """What HF_HUB_OFFLINE leaves: the files of a snapshot that was downloaded before."""
+        """With HF_HUB_OFFLINE: the files of a snapshot that was downloaded before."""
         from huggingface_hub import errors, snapshot_download
 
         try:
@@ -272,7 +272,7 @@ def _asked_seconds(headers: Any) -> float:
 
 
 def http_library() -> Any:
-    """What huggingface_hub makes requests by: httpx under 1, httpx2 under 2, of the same names."""
+    """The HTTP library of huggingface_hub: httpx in version 1, httpx2 in version 2, one API."""
     from huggingface_hub import errors
 
     return importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__)

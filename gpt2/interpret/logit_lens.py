@@ -1,4 +1,4 @@
-"""What a network does with one text: probabilities, what each layer would predict, attention.
+"""A network looked at through one text: probabilities, the logit lens, attention weights.
 
 The real network computes: `Recorder` stands in the place of its KV cache, where attention passes
 by, and hooks see the residual stream between the blocks. Positions, QK-norm, windows, documents and

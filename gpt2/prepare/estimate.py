@@ -1,4 +1,4 @@
-"""What preparing will take, before it begins: tokens, bytes, minutes, and room on the disk.
+"""Estimates of a preparation before it begins: tokens, bytes, minutes, and room on the disk.
 
 Estimates say "about": how many bytes of a file make a token depends on language and compression.
 """
@@ -26,7 +26,7 @@ UNDER_WAY = 40  # batches: those that were encoded beside the first come at once
 
 @dataclass(frozen=True)
 class Plan:
-    """What is still to do."""
+    """The work that is left: files, tokens and bytes."""
 
     first_part: int  # where the next shard begins
     parts: int  # files to read

@@ -43,7 +43,7 @@ class RunLog:
             self._guard(name, self._sinks[name].log, int(step), numbers)
 
     def recorded(self, step: int) -> dict[str, Any]:
-        """What metrics.jsonl already holds for a step; empty on ranks other than the first."""
+        """The values that metrics.jsonl holds for a step; empty on ranks other than the first."""
         if self._path is None or not self._path.exists():
             return {}
         found: dict[str, Any] = {}

@@ -15,7 +15,7 @@ PROJECT = "gpt2"
 
 
 class Sink(Protocol):
-    """What `RunLog` needs of a service."""
+    """A service that `RunLog` forwards values to."""
 
     notice: str  # what to tell the person once it is open; may be empty
 

@@ -29,7 +29,7 @@ Int64 = Field(default=None, ge=-(2**63), lt=2**63)
 
 
 class StreamOptions(BaseModel):
-    """What a stream contains besides the text."""
+    """Options of a streamed response."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = None

@@ -1,4 +1,4 @@
-"""What step n looks like: learning rate, momentum, batch and attention window.
+"""Schedules: learning rate, momentum, batch size and attention window of step n.
 
 Pure functions of the step and the options, except for `set_rates`, which writes to an optimizer.
 """

@@ -1,4 +1,4 @@
-"""What a training run holds: the network, its optimizer and data, and the counters."""
+"""The state of a training run: network, optimizer, data and counters."""
 
 import math
 from dataclasses import dataclass, field

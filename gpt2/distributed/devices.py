@@ -43,8 +43,8 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
 def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The precision of matmuls, and why.
 
-    bf16 is chosen only where the hardware has it. A T4 emulates bf16, slowly, and torch reports it as
-    supported unless emulation is excluded. fp16 needs the GradScaler of `Runtime.grad_scaler`.
+    bf16 is chosen only where the hardware has it. A T4 emulates bf16, slowly, and torch reports
+    support unless emulation is excluded. fp16 needs the GradScaler of `Runtime.grad_scaler`.
 
     Raises:
         UserError: float16 on an Apple GPU.

@@ -74,8 +74,15 @@ class Downloads:
             from tqdm import tqdm
 
             part = self._part(file)
-            with tqdm(total=file.size_bytes, unit="B", unit_scale=True, desc=Path(file.name).name,
-                      disable=None, leave=False, dynamic_ncols=True) as bar:  # fmt: skip
+            with tqdm(
+                total=file.size_bytes,
+                unit="B",
+                unit_scale=True,
+                desc=Path(file.name).name,
+                disable=None,
+                leave=False,
+                dynamic_ncols=True,
+            ) as bar:
                 while not wait([future], POLL_SECONDS).done:
                     bar.update(bytes_of_file(part) - bar.n)
         del self._begun[file.name]
@@ -94,11 +101,13 @@ class Downloads:
             future.set_result(self._fetch(file))
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            future.set_exception(UserError(
-                f"{'disk full' if full else error.strerror or error} while downloading {file.name} "
-                f"to {self._folder}; finished shards are kept: free some space and run the same "
-                "command again to continue"
-            ))  # fmt: skip
+            future.set_exception(
+                UserError(
+                    f"{'disk full' if full else error.strerror or error} while downloading {file.name} "
+                    f"to {self._folder}; finished shards are kept: free some space and run the same "
+                    "command again to continue"
+                )
+            )
         except BaseException as error:  # noqa: BLE001 - the main thread raises it, whatever it is
             future.set_exception(error)
 

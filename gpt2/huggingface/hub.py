@@ -238,10 +238,15 @@ class HubDataset:
         from huggingface_hub import errors, snapshot_download
 
         try:
-            root = Path(snapshot_download(
-                self.repository, repo_type="dataset", revision=self.revision,
-                local_files_only=True, allow_patterns=f"{path}/*" if path else None,
-            ))  # fmt: skip
+            root = Path(
+                snapshot_download(
+                    self.repository,
+                    repo_type="dataset",
+                    revision=self.revision,
+                    local_files_only=True,
+                    allow_patterns=f"{path}/*" if path else None,
+                )
+            )
         except errors.LocalEntryNotFoundError:
             raise UserError(
                 f"HF_HUB_OFFLINE is set and the cache lacks the dataset {self.repository} at "

@@ -39,8 +39,11 @@ INDENTATION = re.compile(r"^(?: {4})+", re.MULTILINE)
 ACCEPTED = ".txt, .jsonl (both also .gz, .xz, .zst) and .parquet"
 # Tests and tables would be a third of the standard library, and poor reading.
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests"} | {
-    "idlelib", "lib2to3", "turtledemo", "encodings"
-}  # fmt: skip
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "encodings",
+}
 
 
 @dataclass(frozen=True)
@@ -219,8 +222,11 @@ def _standard_library() -> Iterator[Part]:
         documented = inspect.getmembers(
             module, lambda m: inspect.isbuiltin(m) or inspect.isclass(m)
         )
-        entries = [f"{name}.{key}\n\n{inspect.getdoc(member)}" for key, member in documented
-                   if not key.startswith("_") and inspect.getdoc(member)]  # fmt: skip
+        entries = [
+            f"{name}.{key}\n\n{inspect.getdoc(member)}"
+            for key, member in documented
+            if not key.startswith("_") and inspect.getdoc(member)
+        ]
         text = "\n\n".join([f"{name}\n\n{inspect.getdoc(module) or ''}", *entries])
         yield Part(f"builtin/{name}", len(text.encode()), text=text)
 

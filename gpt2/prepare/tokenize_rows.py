@@ -54,10 +54,12 @@ class RowBatch:
 
     def odd(self) -> np.ndarray:
         """(rows, 3) bool: which rows a `Position` counts as skipped, repaired and literal."""
-        return np.array([
-            (text is None, isinstance(text, Repaired), END_OF_TEXT_NAME in (text or ""))
-            for text in self.texts
-        ])  # fmt: skip
+        return np.array(
+            [
+                (text is None, isinstance(text, Repaired), END_OF_TEXT_NAME in (text or ""))
+                for text in self.texts
+            ]
+        )
 
     def documents(self) -> list[str]:
         """The rows that have a text."""

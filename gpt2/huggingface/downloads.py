@@ -101,13 +101,12 @@ class Downloads:
             future.set_result(self._fetch(file))
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            future.set_exception(
-                UserError(
-                    f"{'disk full' if full else error.strerror or error} while downloading {file.name} "
-                    f"to {self._folder}; finished shards are kept: free some space and run the same "
-                    "command again to continue"
-                )
+            reason = "disk full" if full else error.strerror or error
+            text = (
+                f"{reason} while downloading {file.name} to {self._folder}; finished shards are "
+                "kept: free some space and run the same command again to continue"
             )
+            future.set_exception(UserError(text))
         except BaseException as error:  # noqa: BLE001 - the main thread raises it, whatever it is
             future.set_exception(error)
 

@@ -25,7 +25,7 @@ class Downloads:
         dataset: where they come from.
         folder: for files that are being downloaded or read.
         keep: leave whole files in `folder` instead of deleting each after its use.
-        say: is told, from any thread, what is downloaded.
+        log: is told, from any thread, what is downloaded.
     """
 
     def __init__(self, dataset: HubDataset, folder: Path, keep: bool, log: Callable[[str], None]):

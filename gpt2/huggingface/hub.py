@@ -55,7 +55,7 @@ class HubDataset:
     Args:
         repository: OWNER/NAME.
         revision: commit, tag or branch; `find` makes a commit of it.
-        say: is told, from any thread, what is waited for.
+        log: is told, from any thread, what is waited for.
     """
 
     def __init__(self, repository: str, revision: str, log: Callable[[str], None]):

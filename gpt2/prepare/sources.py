@@ -142,7 +142,7 @@ def find_source(
         download_dir: folder for files of the Hub while they are read.
         known: the `identity` that an earlier run found: the Hub is not asked again.
         keep_downloads: leave the files there.
-        say: is told what a download waits for.
+        log: is told what a download waits for.
 
     Raises:
         UserError: nothing usable there, or the Hub cannot be reached.

@@ -91,7 +91,7 @@ class Tokenizer:
         return tokens, np.array(lengths, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids. Bytes that are not UTF-8, as of half a character, become U+FFFD.
+        """Text of ids. Invalid UTF-8, such as half a character, becomes U+FFFD.
 
         Raises:
             UserError: for an id outside 0..50,256.

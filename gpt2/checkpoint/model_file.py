@@ -1,8 +1,8 @@
 """`out_ckpt.pt`, a model for use: a dict of `model`, `config`, `step`, `val_loss` and `format`.
 
 `model` is a state dict with GPT-2's parameter names. Checkpoints of nanoGPT, build-nanogpt and
-llm.c are read too (`other_formats.py`). No file can run code (`safe_load.py`). The state that a run
-resumes from is another thing (`training_state.py`).
+llm.c are read too (`other_formats.py`). Reading never executes code (`safe_load.py`). A run resumes
+from a training state instead, which also has the optimizer state (`training_state.py`).
 """
 
 import re
@@ -44,7 +44,7 @@ def save_model(path: Path, model: Any, step: int, val_loss: float | None) -> Non
 def write_model(
     path: Path, config: GPT2Config, tensors: dict[str, Tensor], step: int, val_loss: float | None
 ) -> None:
-    """Writes a checkpoint of a state dict whose tensors nobody changes during the write.
+    """Writes a checkpoint of a state dict; its tensors must not change during the write.
 
     Args:
         path: the file; its folder is made if it is missing.

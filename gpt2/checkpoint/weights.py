@@ -23,7 +23,7 @@ BY_TOKEN = ("transformer.wte.", "transformer.value_tables.", "head.")  # and for
 
 @dataclass(frozen=True)
 class Weights:
-    """A model as it was found."""
+    """A model's config and weights as read, and where they come from."""
 
     config: GPT2Config
     state: dict[str, Tensor]  # under GPT-2's names, (out, in), on the CPU

@@ -124,7 +124,7 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows that overlap by one token."""
+        """Log-likelihood of whole texts, in chunks that overlap by one token."""
         windows, counts = [], []
         for (text,) in (request.args for request in requests):
             pairs = get_rolling_token_windows(

@@ -122,7 +122,7 @@ def measure(
 
 
 def _on_gpu(events: Iterable[Any]) -> Counter[str]:
-    """Microseconds of kernels by group; what head or optimizer launch counts as theirs."""
+    """Microseconds of kernels by group; every kernel launched by head or optimizer is theirs."""
     times: Counter[str] = Counter()
     for event in events:
         if event.device_type == DeviceType.CUDA:
@@ -171,8 +171,8 @@ def group_of(name: str) -> str:
 def flops(model: GPT, tokens: int) -> dict[str, int]:
     """Floating point operations of forward and backward over so many tokens, by group.
 
-    Two for each weight and token forward, four backward; attention without its causal half, see
-    `GPT.flops_per_token`.
+    Each weight and token takes two forward and four backward. Attention is counted in full, its
+    causal mask not deducted (`GPT.flops_per_token`).
     """
     c = model.config
     blocks = model.transformer.h.parameters()

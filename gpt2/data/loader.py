@@ -91,8 +91,8 @@ class TrainLoader:
         plan, position = self.plan, self.position
         try:
             while True:
-                # A step is one run of sequences, whatever the number of ranks: each micro-batch
-                # of each rank is a slice of it.
+                # A step reads consecutive sequences; each micro-batch of each rank is a slice of
+                # them. The step is therefore equal for any number of ranks.
                 for micro in range(plan.grad_accum_steps):
                     first = (micro * plan.world_size + self.rank) * plan.batch_size
                     if not self._put(self._read(position + first)):
@@ -143,7 +143,7 @@ def eval_batches(
     sequences = list(_eval_sequences(shards, block_size, eval_tokens))
     mine = sequences[rank::world_size]
     for first in range(0, len(sequences[::world_size]), batch_size):
-        parts = len(sequences[0][0].sequence(0, 0))  # this rank's last batch may be only padding
+        parts = len(sequences[0][0].sequence(0, 0))  # tensors; a batch may hold only padding
         batch = [np.full((batch_size, block_size), fill) for fill in (0, IGNORE, 0)[:parts]]
         for i, (shard, start, count) in enumerate(mine[first : first + batch_size]):
             for rows, row in zip(batch, shard.sequence(start, count), strict=True):

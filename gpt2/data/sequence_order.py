@@ -138,9 +138,9 @@ class SequenceOrder:
         return self._permutation(count, epoch, order.group_shards[group] + 1)
 
     def _draw_shift(self, epoch: int, shard: int) -> int:
-        """Tokens before the first sequence of a shard: at most those that fill no whole sequence.
+        """Tokens to skip at the start of a shard: at most the remainder that fills no sequence.
 
-        The first epoch has none.
+        The first epoch skips none.
         """
         if epoch == 0 or not self.shuffle:
             return 0
@@ -207,12 +207,12 @@ def _document_starts(shard: SequenceReader) -> np.ndarray:
 
 
 class DueSequences(NamedTuple):
-    """Consecutive sequences of a mixture, from a little before the first one asked for."""
+    """Consecutive sequences of a mixture; they begin a little before the first requested one."""
 
     dataset: np.ndarray  # int64: dataset of each sequence
     number: np.ndarray  # int64: number of each sequence within its dataset
-    passed: list[int]  # sequences of each dataset that come before all of these
-    skip: int  # how many of these come before the first one asked for
+    passed: list[int]  # sequences of each dataset before the first entry
+    skip: int  # entries before the first requested sequence
 
 
 class Mixture:
@@ -227,7 +227,7 @@ class Mixture:
         orders: one for each dataset.
         shares: share of each dataset in the sequences; they sum to 1.
         began: sequences that the run had consumed when this mixture began.
-        before: sequences of each dataset among those.
+        before: sequences of each dataset among the first `began`.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Mixture:
         return [b + p + int(r) for b, p, r in zip(self.before, due.passed, recent, strict=True)]
 
     def _due(self, first: int, count: int) -> DueSequences:
-        """The sequences that are due from a little before `first` to a little after its `count`."""
+        """The sequences `first` … `first + count - 1`, with a few more on either side."""
         # By time t, a dataset is ahead or behind by at most len(shares) / 2 sequences.
         slack = 2 * len(self.shares)
         passed = [max(0, int((first - slack) * share)) for share in self.shares]

@@ -139,7 +139,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def _long_timeout(self) -> Iterator[None]:
-        """A slow disk of one rank must not end the collective in which the others wait for it."""
+        """Lengthens the collective timeout: the other ranks may wait for one rank's slow disk."""
         if self.watched:
             _set_timeout(START_TIMEOUT)
         yield

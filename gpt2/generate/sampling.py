@@ -24,7 +24,7 @@ class Sampling:
     Args:
         temperature: divides the logits; 0 for greedy decoding.
         top_k: keep the k likeliest tokens; 0 for all.
-        top_p: keep the likeliest tokens that reach this probability together; 1 for all.
+        top_p: keep the fewest likeliest tokens whose probabilities reach this sum; 1 for all.
         min_p: keep tokens at least this many times as likely as the likeliest; 0 for all.
         repetition_penalty: above 1, tokens that have occurred become less likely; 1 for none.
 

@@ -78,8 +78,8 @@ def stream(
         prompts: token ids, at least one per prompt; lengths may differ.
         max_new_tokens: for each prompt.
         seed: row i uses seed + i; None for different tokens on every call. A row's tokens depend on
-            its prompt and seed alone, with or without cache, as long as rounding, which depends on
-            the number of rows, does not decide between two nearly equal choices.
+            its prompt and seed alone, with or without cache. One exception: rounding depends on the
+            number of rows, and may decide between two nearly equal choices.
         stop_token: ends the sequence that generates it; it is not yielded.
         use_cache: False recomputes all positions for every token, as a reference.
         decoder: one from an earlier call with as many prompts, to reuse its memory and CUDA graph.
@@ -162,7 +162,7 @@ class TextWriter:
         return text[:split]
 
     def _length_of_stop_prefix(self, text: str) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max(map(len, self.stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self.stops):

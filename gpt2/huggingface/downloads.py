@@ -1,4 +1,4 @@
-"""Files of a dataset on this machine: whole, verified, and the next one under way meanwhile.
+"""Downloads of a dataset's files: each is verified; the next downloads while one is in use.
 
 A file is complete under its name and incomplete under its name with `.part`, at which a later run
 goes on.

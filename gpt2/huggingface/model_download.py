@@ -29,7 +29,7 @@ def download(repository: str, revision: str = "") -> Path:
     folder = config.parent
     model_format.config_from_hf(
         model_format.read_json(config), config
-    )  # no gigabytes for what is no GPT-2
+    )  # before gigabytes of weights: they must be GPT-2's
     commit = folder.name
     try:
         _verify(_fetch(repository, model_format.WEIGHTS_FILE, commit))

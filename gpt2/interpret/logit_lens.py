@@ -1,8 +1,9 @@
-"""A network looked at through one text: probabilities, the logit lens, attention weights.
+"""Inspection of a network on one text: probabilities, the logit lens, attention weights.
 
-The real network computes: `Recorder` stands in the place of its KV cache, where attention passes
-by, and hooks see the residual stream between the blocks. Positions, QK-norm, windows, documents and
-caps of the logits are therefore those of the model, and the training path knows nothing of this.
+The model's own forward pass runs. `Recorder` takes the place of the KV cache and computes the
+attention; forward hooks record the residual stream between the blocks. The result therefore shows
+the effect of RoPE, QK-norm, attention windows, documents and soft-caps. Training has no code for
+inspection.
 
 Shapes: `T` tokens, `L` layers, `H` heads, `D` head width, `C` channels, `V` vocabulary, `K`
 alternatives.
@@ -52,7 +53,7 @@ class Recorder:
         positions: Tensor,
         documents: Tensor | None,
     ) -> Tensor:
-        """Attention over the keys that window and documents leave visible."""
+        """Attention over the keys that attention window and documents leave visible."""
         from ..model.attention_masks import visible  # imports FlexAttention, which GPT-2 is without
 
         seen = visible(positions, positions, window, documents, documents)

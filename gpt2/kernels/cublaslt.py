@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.bfloat16: 14, torch.float32: 0}  # cudaDataType
-COMPUTE_F32 = 68  # cublasComputeType_t: bf16 products are accumulated in float32
+COMPUTE_F32 = 68  # cublasComputeType_t: bf16 matmuls accumulate in float32
 TRANS_A, TRANS_B, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD = 3, 4, 7, 8, 11, 12  # attributes
 DEFAULT, BIAS, GELU_AUX, GELU_AUX_BIAS, DGELU = 1, 4, 160, 164, 192  # epilogues
 WORKSPACE_BYTES = 32 << 20

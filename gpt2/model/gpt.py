@@ -201,8 +201,8 @@ class LanguageModel(nn.Module):
     def flops_per_token(self) -> int:
         """Training FLOPs per token: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).
 
-        N leaves out `lookup_parameters`. Attention is counted without its causal half, and without
-        attention windows, as is usual: so the numbers compare with those of other projects.
+        N leaves out `lookup_parameters`. Attention is counted in full: neither the causal mask nor
+        an attention window is deducted. Other projects count like this, so the MFU is comparable.
         """
         c, matrices = self.config, self.num_parameters() - self.lookup_parameters()
         return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size

@@ -16,9 +16,9 @@ from ..kernels.attention import cached_attention, causal_attention
 class KVCache:
     """Keys and values of the positions already seen; follows `attention_cache.AttentionCache`.
 
-    `keys` and `values` are (n_layer, B, H, S_max, D). The number of filled positions is the int
-    `length`. If rows differ in length, or a CUDA graph reads the lengths, the tensor `lengths` (B,)
-    holds them on the device and `length` is the longest: a graph cannot hold an int that changes.
+    `keys` and `values` are (n_layer, B, H, S_max, D). The int `length` counts filled positions.
+    If rows differ in length, the tensor `lengths` (B,) on the device counts them per row, and
+    `length` is the longest. A CUDA graph needs `lengths` too: it would freeze an int.
 
     Args:
         config: shape of the network.
@@ -28,7 +28,7 @@ class KVCache:
         capacity: S_max; None: block_size.
     """
 
-    # Tensors with a dimension of rows, and that dimension; `first` and `take` go through them.
+    # Name of each tensor that has a batch dimension -> this dimension, for `first` and `take`.
     PER_ROW: ClassVar = {"keys": 1, "values": 1, "lengths": 0}
 
     def __init__(
@@ -71,7 +71,7 @@ class KVCache:
     def advance(self, count: int) -> None:
         """Adds `count` positions to the lengths, after the last layer has stored them."""
         if self.rows is not None:
-            return  # the reader of the prompts has set the lengths, which differ between rows
+            return  # `CachedForward.prefill` has set the lengths, which differ between rows
         self.length += count
         if self.lengths is not None:
             self.lengths += count

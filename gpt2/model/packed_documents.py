@@ -27,7 +27,7 @@ class Packed:
         self.visible = same_document.tril()[:, None]  # (B, 1, T, T): queries, keys
 
     def start(self) -> Tensor:
-        """(B, T): offsets that turn 0 … T - 1 into positions within documents."""
+        """(B, T): offsets to add to 0 … T - 1 to get the positions within documents."""
         return -self.begins
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

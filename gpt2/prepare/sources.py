@@ -68,7 +68,7 @@ class Source:
     needed_parts: int = sys.maxsize  # parts after these are not downloaded ahead of their use
 
     def identity(self) -> dict:
-        """What must be the same for a half-finished folder of shards to be continued."""
+        """Revision and files of the source: equal in every run that continues a folder."""
         hashes = {p.name: p.sha256 for p in self.parts if p.sha256}
         files = {"files": {p.name: p.size_bytes for p in self.parts}}
         return {"revision": self.revision} | files | ({"files_sha256": hashes} if hashes else {})

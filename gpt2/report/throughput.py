@@ -65,7 +65,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
         device_name: As the driver calls it, such as "NVIDIA H100 80GB HBM3".
         dtype: "bfloat16" and "float16" give the rate of the tensor cores, without sparsity and
             with float32 accumulation. "float32" gives the rate of the ordinary (CUDA) cores;
-            TF32 matrix products can exceed it.
+            TF32 matmuls can exceed it.
     """
     words = re.split(r"[\s-]+", device_name.lower().strip())
     # Every other word ("laptop", "mig", "max") means another chip or a part of one.

@@ -65,7 +65,7 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLo
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
     resumed_at, max_steps = state.step, config.optim.max_steps
     state.clock.start(state.seconds)
-    state.stop = rt.stop_requested()  # a signal while the data were opened and the model was made
+    state.stop = rt.stop_requested()  # a signal may have come during the setup
     launched: deque[Launched] = deque()
     while not between_steps(state, config, rt, log, resumed_at):
         try:
@@ -110,7 +110,10 @@ def between_steps(
 def evaluate_where_due(
     state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog, last: bool
 ) -> None:
-    """The validation loss and HellaSwag, unless a signal came or they are known for this step."""
+    """Computes validation loss and HellaSwag where due; skips both after a signal.
+
+    A result that this step already has is not computed again.
+    """
     hellaswag_every = config.eval.eval_hellaswag_every
     hellaswag_due = (last and hellaswag_every > 0) or due(state.step, hellaswag_every)
     eval_due = last or due(state.step, config.eval.eval_every)
@@ -121,7 +124,7 @@ def evaluate_where_due(
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
+    """True if `step` is a multiple of `every`, and neither is 0: `every` 0 means never."""
     return every > 0 and step > 0 and step % every == 0
 
 
@@ -131,7 +134,7 @@ def is_over(state: TrainState, config: TrainConfig) -> bool:
 
 
 def needs_sync(state: TrainState, config: TrainConfig) -> bool:
-    """Whether saving, evaluating or the end comes next: the loss of every step is read before."""
+    """True if a save, an evaluation or the end comes next: pending losses must be read first."""
     every = (config.output.save_every, config.eval.eval_every, config.eval.eval_hellaswag_every)
     return is_over(state, config) or any(due(state.step, n) for n in every)
 

@@ -21,7 +21,7 @@ def build_optimizer(
 
     Matrices and embeddings decay; biases and norms do not. A group with a peak rate of its own
     carries `lr_ratio`, that rate divided by `learning_rate`. Every group carries the names of its
-    parameters, by which a checkpoint is compared.
+    parameters, which `check_groups` compares with those of a checkpoint.
 
     Args:
         model: its trainable parameters.
@@ -77,7 +77,7 @@ def build_optimizer(
 
 
 def _kind(name: str, parameter: nn.Parameter, kinds: set[str]) -> str:
-    """Which of the groups that there are takes a parameter; the first that fits."""
+    """The group of a parameter: of the rules below, the first whose group is among `kinds`."""
     tables = tuple(f"transformer.{table}" for table in ("wte", "wpe", "value_tables"))
     if "embedding" in kinds and name.startswith(tables):
         return "embedding"
@@ -89,7 +89,7 @@ def _kind(name: str, parameter: nn.Parameter, kinds: set[str]) -> str:
 
 
 def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -> None:
-    """Compares the optimizer state of a checkpoint with the parameters that it would go to.
+    """Checks that the optimizer state of a checkpoint fits the parameters of this run.
 
     Args:
         optimizer: of this run.
@@ -97,7 +97,7 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -
         origin: the checkpoint, for the message.
 
     Raises:
-        UserError: other groups, or a tensor of another shape, which torch itself does not notice.
+        UserError: the groups differ, or the shape of a tensor does (torch compares no shapes).
     """
     ours, theirs = optimizer.param_groups, stored["param_groups"]
     pairs = itertools.zip_longest(ours, theirs, fillvalue={"params": (), "names": ()})

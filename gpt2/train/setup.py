@@ -34,10 +34,10 @@ DEEP = 24  # a deeper network is compiled block by block
 def resolve_init(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None
 ) -> tuple[TrainConfig, Weights | None]:
-    """The settings with the sizes of the weights that `--init` names, and the weights.
+    """Reads the weights that `--init` names; returns them, after the settings with their sizes.
 
-    A resumed run does not read the weights again. Rank 0 alone loads them: DDP and FSDP send its
-    weights to the other ranks.
+    Only rank 0 reads the weights: DDP and FSDP broadcast them to the other ranks. A resumed run
+    has its weights in the checkpoint, so no rank reads them.
 
     Raises:
         UserError: no such weights, or options that contradict them.
@@ -165,12 +165,15 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
 
 
 def compile_network(model: LanguageModel, sharded: bool) -> None:
-    """Compiles in place, the network whole or block by block; names in the state dict stay.
+    """Compiles in place, the whole network or each block alone; state-dict names do not change.
 
-    Block by block where the whole would not do: FSDP all-gathers weights between blocks, and the
-    compiler cannot look past that. PyTorch 2.11 keeps most of what activation checkpointing should
-    drop when it is given the whole network. 48 blocks at once take it over a minute; equal blocks
-    share one compilation, blocks with switches differ.
+    Each block is compiled alone in three cases:
+
+    - FSDP: its all-gathers between blocks break the graph.
+    - Activation checkpointing: with the whole network compiled, PyTorch 2.11 keeps most of the
+      activations that checkpointing should drop.
+    - More than `DEEP` blocks: compiling 48 blocks at once takes over a minute, while equal blocks
+      share one compilation. Blocks with different switches cannot share one.
     """
     deep = len(model.transformer.h) > DEEP and not model.blocks_differ
     apart = sharded or model.checkpoint_activations or deep

@@ -106,7 +106,11 @@ def forward_backward(  # noqa: PLR0917
     factor: Tensor,
     documents: Packed | None = None,
 ) -> Tensor:
-    """The loss () of ids and targets (B, T), a sum in nats; its gradient, times `factor`."""
+    """Forward and backward of (B, T) ids: back-propagates loss × factor.
+
+    Returns:
+        () the loss in nats, summed over the valid tokens.
+    """
     with rt.autocast():
         loss = state.wrapped_model(x, y, reduction="sum", cache=documents)
     (loss * factor).backward()
@@ -124,9 +128,10 @@ def next_batches(state: TrainState, rt: Runtime, count: int) -> list[Batch]:
 
 
 def _update(state: TrainState, skip: Tensor) -> None:
-    """Changes the weights, unless `skip` (() bool, on the device) says that a number is no number.
+    """Updates the weights, unless `skip`: the loss or the gradient norm is NaN or infinite.
 
-    Fused optimizers look at `found_inf` on the device, so the skip costs no synchronisation.
+    `skip` is a () bool on the device. Fused optimizers read it there as `found_inf`, so the skip
+    needs no synchronisation.
     """
     if not state.scaler.is_enabled():  # an enabled scaler skips by itself, and lowers its scale
         state.optimizer.found_inf = skip.float()  # type: ignore[attr-defined] # of GradScaler

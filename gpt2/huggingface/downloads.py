@@ -63,7 +63,7 @@ class Downloads:
         if ours and not self.keep:
             path.unlink(missing_ok=True)
 
-    def close(self):
+    def close(self) -> None:
         """Ends what is being downloaded; a stalled connection is left to end by itself."""
         self.dataset.stop()
         wait(self._begun.values(), timeout=1)
@@ -96,7 +96,7 @@ class Downloads:
             threading.Thread(target=self._work, args=(file, future), daemon=True).start()
         return self._begun[file.name]
 
-    def _work(self, file: File, future: Future):
+    def _work(self, file: File, future: Future) -> None:
         try:
             future.set_result(self._fetch(file))
         except OSError as error:

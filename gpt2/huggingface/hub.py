@@ -70,7 +70,7 @@ class HubDataset:
 
         return f"{constants.ENDPOINT}/datasets/{self.repository}"
 
-    def stop(self):
+    def stop(self) -> None:
         """Ends waiting and receiving, in other threads, by a `Stopped`."""
         self._stop.set()
 
@@ -110,7 +110,7 @@ class HubDataset:
         )
         return Path(path) if isinstance(path, str) else None  # else None, or "does not exist"
 
-    def download(self, file: File, target: Path):
+    def download(self, file: File, target: Path) -> None:
         """Appends to `target` what it lacks of a file; whatever it takes, within TRIES.
 
         Raises:
@@ -120,7 +120,7 @@ class HubDataset:
         """
         self._patiently(lambda: self._receive(file, target), lambda: bytes_of_file(target))
 
-    def _receive(self, file: File, target: Path):
+    def _receive(self, file: File, target: Path) -> None:
         """One request. Raises _Passing when it is cut short."""
         from huggingface_hub import hf_hub_url
 
@@ -187,7 +187,7 @@ class HubDataset:
         except http.HTTPError as error:
             raise _Passing(next(iter(str(error).splitlines()), type(error).__name__)) from None
 
-    def _check(self, response: Any):
+    def _check(self, response: Any) -> None:
         status, headers = response.status_code, response.headers
         if status < 400:
             return

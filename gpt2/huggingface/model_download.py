@@ -61,7 +61,7 @@ def _fetch(repository: str, name: str, revision: str) -> Path:
         return Path(hf_hub_download(repository, name, revision=revision or None))
 
 
-def _verify(path: Path):
+def _verify(path: Path) -> None:
     """Compares a file with its sha256, which is its name in the cache where links are possible."""
     kept = path.resolve()
     if SHA256.fullmatch(kept.name) and sha256_of(kept) != kept.name:

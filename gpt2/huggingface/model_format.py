@@ -69,7 +69,7 @@ def is_mask(name: str) -> bool:
     return bool(MASK.search(name))
 
 
-def check_tied(state: dict[str, Tensor], embedding: str, path: Path):
+def check_tied(state: dict[str, Tensor], embedding: str, path: Path) -> None:
     """Raises UserError when the head is there and is not the token embedding."""
     head, table = state.get("lm_head.weight"), state.get(embedding)
     if head is not None and table is not None and not torch.equal(head, table):

@@ -84,7 +84,7 @@ def make_plan(
     )
 
 
-def check_room(plan: Plan, out_dir: Path):
+def check_room(plan: Plan, out_dir: Path) -> None:
     """Raises UserError when the disk has less room than is needed."""
     if plan.need_bytes > plan.free_bytes:
         raise UserError(

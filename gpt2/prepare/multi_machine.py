@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from ..data.shards import SHARD_MANIFEST, open_shard, read_manifest, shard_paths, write_manifest
 from ..errors import UserError
@@ -45,7 +46,7 @@ class Worker:
             raise UserError(f"--worker={text}: workers count from 1; use 1/{last} to {last}/{last}")
         return worker
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
     def folder(self, out_dir: Path) -> Path:
@@ -207,7 +208,8 @@ def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
         manifests[worker] = manifest
         first = manifests[Worker(1, counts[0])]
         for key in sorted((first.keys() | manifest.keys()) - OWN):
-            mine, theirs = manifest.get(key), first.get(key)
+            mine: Any = manifest.get(key)
+            theirs: Any = first.get(key)
             if key == "files":  # a damaged one may have been replaced meanwhile
                 mine, theirs = list(mine), list(theirs)
             if mine != theirs:
@@ -230,7 +232,7 @@ def _plan(out_dir: Path, manifests: dict[Worker, dict]) -> list[tuple[Path, Path
     return moves
 
 
-def _check(out_dir: Path, moves: list[tuple[Path, Path, dict]]):
+def _check(out_dir: Path, moves: list[tuple[Path, Path, dict]]) -> None:
     """Raises UserError, before anything is moved, for a shard that is damaged or in the way."""
     for source, target, entry in moves:
         if not source.exists() and not target.exists():

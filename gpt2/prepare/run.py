@@ -62,7 +62,7 @@ def run(config: PrepareConfig) -> int:
     return 0
 
 
-def make_shards(job: ShardJob):
+def make_shards(job: ShardJob) -> None:
     """Reads, encodes and writes until the source is used up or the limit is reached."""
     cutter = _Cutter(job)
     total_bytes = sum(part.size_bytes for part in job.source.parts)
@@ -101,7 +101,7 @@ class _Cutter:
         self._used = self.start.used
         self._odd = np.array(self.start.odd)  # rows of each kind
 
-    def add(self, batch: RowBatch, tokens: np.ndarray, lengths: np.ndarray):
+    def add(self, batch: RowBatch, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Takes the next rows; (tokens, lengths) as in `Encoded`."""
         ends = np.cumsum(lengths)
         cut, self._used = self._used, 0
@@ -123,7 +123,7 @@ class _Cutter:
                 self._close_shard(Position(part, number, used, *counts))
         self._odd += odd.sum(0)
 
-    def finish(self):
+    def finish(self) -> None:
         """Writes what is left when the source is used up."""
         job, total = self._job, len(self._job.shards)
         if not job.shards and job.validates:
@@ -143,7 +143,7 @@ class _Cutter:
         self._filled = 0
         return tokens
 
-    def _close_shard(self, following: Position):
+    def _close_shard(self, following: Position) -> None:
         self._held.append((self._take(), following))
         if self._job.shards or len(self._held) == 2 or not self._job.validates:
             for tokens, position in self._held:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -60,7 +61,7 @@ class ShardJob:
         """Whether nothing is left to do: the source is used up or the limit is reached."""
         return self.manifest["complete"] or 0 < self.config.shard_limit <= len(self.shards)
 
-    def save(self, odd: list[int] | None = None):
+    def save(self, odd: list[int] | None = None) -> None:
         """Writes the manifest; odd: numbers of rows of the kinds in `workers.ODD` so far."""
         if odd is not None:
             self.manifest |= {f"{kind}_rows": n for kind, n in zip(ODD, odd, strict=True)}
@@ -69,13 +70,13 @@ class ShardJob:
         with _writing(self.out_dir / SHARD_MANIFEST):
             write_manifest(self.out_dir, self.manifest)
 
-    def note_damage(self, name: str):
+    def note_damage(self, name: str) -> None:
         """Notes a damaged file of the source: the next run makes again what was made of it."""
         if name:
             self.manifest["damaged"] = name
             self.save()
 
-    def add_shard(self, tokens: np.ndarray, following: Position | None):
+    def add_shard(self, tokens: np.ndarray, following: Position | None) -> None:
         """Writes uint16 tokens as the next shard, and where the one after it begins."""
         number = len(self.shards) + (not self.validates)  # 0 is for validation
         split = "train" if number else "val"
@@ -148,7 +149,7 @@ def started(job: ShardJob) -> Iterator[None]:
         yield
 
 
-def _keep_intact(job: ShardJob):
+def _keep_intact(job: ShardJob) -> None:
     """Forgets finished shards from the first missing or damaged one on: they are made again."""
     for number, entry in enumerate(job.shards):
         intact = False
@@ -166,14 +167,15 @@ def _keep_intact(job: ShardJob):
         job.shards.clear()  # a small source starts over
 
 
-def _check_same(old: dict, new: dict, out_dir: Path):
+def _check_same(old: dict, new: dict, out_dir: Path) -> None:
     """Raises UserError when the folder's shards are not the ones that would be made now.
 
     Files of which no shard holds anything yet may change: a whole copy replaces a damaged one.
     Workers share the files by their names.
     """
     for key, value in new.items():
-        before, now = old.get(key), value
+        before: Any = old.get(key)
+        now = value
         if key == "files" and isinstance(before, dict):
             if "cuts" in old and list(before) != list(now):
                 raise UserError(
@@ -227,7 +229,7 @@ def _files_used(manifest: dict) -> slice:
     return slice(first, first + following["part"] + begun)
 
 
-def _announce(text: str):
+def _announce(text: str) -> None:
     """Says something beside the progress bar, from any thread."""
     # nolock: Ctrl-C between taking and giving back the lock would be another error
     with tqdm.external_write_mode(nolock=True):

@@ -94,7 +94,7 @@ class Source:
             with self.downloads.open(part, *ahead) as path:
                 yield from read_rows(path, start)
 
-    def close(self):
+    def close(self) -> None:
         """Ends what is being downloaded."""
         if self.downloads:
             self.downloads.close()
@@ -208,15 +208,15 @@ def _standard_library() -> Iterator[Part]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        name = path.relative_to(root)
-        if STDLIB_LEFT_OUT.isdisjoint(name.parts) and path.is_file():
+        inside = path.relative_to(root)
+        if STDLIB_LEFT_OUT.isdisjoint(inside.parts) and path.is_file():
             try:
                 text = path.read_bytes().decode()
             except (UnicodeDecodeError, OSError):
                 continue
             if text:
                 text = INDENTATION.sub(lambda m: "\t" * (len(m[0]) // 4), text)
-                yield Part(name.as_posix(), len(text.encode()), text=text)
+                yield Part(inside.as_posix(), len(text.encode()), text=text)
     for name in sorted(sys.builtin_module_names):
         module = importlib.import_module(name)
         documented = inspect.getmembers(

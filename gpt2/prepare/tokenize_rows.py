@@ -7,8 +7,8 @@ copied from process to process.
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +68,7 @@ class RowBatch:
 
 def encode_rows(
     source: Source, start: Position, num_workers: int, tokenizer: str
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Encodes all rows from a position on.
 
     Batches come out in order and few are under way at once, so that memory stays flat.
@@ -95,7 +95,8 @@ def encode_rows(
             _compare(source, of_thread.tokenizer, encoded, first)
         return encoded
 
-    pool, waiting = ThreadPoolExecutor(num_workers), deque()
+    pool = ThreadPoolExecutor(num_workers)
+    waiting: deque[Future[Encoded]] = deque()
     try:
         for batch in _batches(source, start):
             waiting.append(pool.submit(encode, batch))
@@ -107,7 +108,7 @@ def encode_rows(
         pool.shutdown(cancel_futures=True)
 
 
-def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: bool):
+def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: bool) -> None:
     """Compares the first document, if wanted, and every 1000th with what tiktoken makes of it."""
     batch, tokens, lengths = encoded
     ends = np.cumsum(lengths)

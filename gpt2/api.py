@@ -4,13 +4,14 @@ model = GPT2.from_checkpoint("out/out_ckpt.pt")
 print(model.generate("Hello world,"))
 
 `SwitchedGPT2` offers the methods of `GPT2` for the modern network. It is made on first use, because
-plain GPT-2 must not import the modern network.
+plain GPT-2 must not import the modern network. `isinstance(model, GPT2)` is true for both.
 """
 
 import functools
+from abc import ABCMeta
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ class TextModel(LanguageModel):
         elif given:
             raise UserError("give a GPT2Config or single fields, not both")
         fitting = model_class(shape)
-        if not isinstance(self, fitting):
+        if fitting not in type(self).__mro__:
             raise UserError(f"{type(self).__name__}: for this config use {fitting.__name__}")
         super().__init__(shape)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "auto") -> "TextModel":
+    def from_checkpoint(cls, path: str | Path, device: str = "auto") -> Self:
         """Loads a model from a file or folder, in evaluation mode; onto a GPU if there is one.
 
         Reads an `out_ckpt.pt`, a checkpoint of nanoGPT, build-nanogpt or llm.c, or a folder in
@@ -56,9 +57,7 @@ class TextModel(LanguageModel):
         return cls.from_weights(weights.load_local(path), device)
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | Path, *, revision: str = "", device: str = "auto"
-    ) -> "TextModel":
+    def from_pretrained(cls, name: str | Path, *, revision: str = "", device: str = "auto") -> Self:
         """Loads a model from the Hugging Face Hub, or from a path like `from_checkpoint`.
 
         Args:
@@ -72,7 +71,7 @@ class TextModel(LanguageModel):
         return cls.from_weights(weights.load(name, revision), device)
 
     @classmethod
-    def from_weights(cls, found: weights.Weights, device: str = "auto") -> "TextModel":
+    def from_weights(cls, found: weights.Weights, device: str = "auto") -> Self:
         """A model with weights that were read before; prints the notes that came with them.
 
         Raises:
@@ -82,9 +81,9 @@ class TextModel(LanguageModel):
             console.warn(f"{found.origin}: {note}")
         fitting = model_class(found.config)
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
-            model = (cls if issubclass(cls, fitting) else fitting)(found.config)
+            model = (cls if fitting is GPT2 or fitting in cls.__mro__ else fitting)(found.config)
         model_file.load_into(model, found.state, found.origin)
-        return model.to(choose_device(device)).eval()
+        return cast(Self, model.to(choose_device(device)).eval())
 
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint that `from_checkpoint` reads."""
@@ -210,7 +209,7 @@ class TextModel(LanguageModel):
         return rows, many, text
 
 
-class GPT2(TextModel, GPT):
+class GPT2(TextModel, GPT, metaclass=ABCMeta):
     """GPT-2 with fresh weights: `GPT2()` (124M), `GPT2("gpt2-xl")`, `GPT2(n_layer=6, …)`.
 
     Args:
@@ -235,6 +234,7 @@ def _switched_gpt2() -> type[TextModel]:
         """The modern network with the methods of `GPT2`; loading a `ModernConfig` gives it."""
 
     SwitchedGPT2.__qualname__ = "SwitchedGPT2"  # pickle finds it by `__getattr__`
+    GPT2.register(SwitchedGPT2)  # for isinstance; inheritance would bring GPT's layers as well
     return SwitchedGPT2
 
 

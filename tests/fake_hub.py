@@ -85,7 +85,8 @@ class FakeHub:
             return 200, headers, body
         if path.startswith(f"{api}/revision/"):
             if path.rpartition("/revision/")[2] in ("main", self.revision):
-                names = [{"rfilename": name} for name in self.files]
+                blobs = parse_qs(url.query).get("blobs") == ["true"]
+                names = [self._sibling(name, blobs) for name in self.files]
                 info = {"id": self.repository, "sha": self.revision, "siblings": names}
                 return 200, {}, json.dumps(info).encode()
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
@@ -153,6 +154,14 @@ class FakeHub:
                 self.models[name][value["path"]] = self.uploaded[value["oid"]]
         url = f"{self.url}/{name}/commit/{MODEL_COMMIT}"
         return 200, {"commitUrl": url, "commitOid": MODEL_COMMIT, "success": True}
+
+    def _sibling(self, name: str, blobs: bool) -> dict[str, Any]:
+        """A file as the answer about a repository lists it."""
+        if not blobs:
+            return {"rfilename": name}
+        size, oid = self.sizes.get(name, len(self.files[name])), sha256(self.files[name])
+        lfs = {"sha256": oid, "size": size, "pointerSize": 134}
+        return {"rfilename": name, "size": size, "blobId": oid[:40], "lfs": lfs}
 
     def _tree(self, folder: str, first: int) -> tuple[int, dict[str, str], bytes]:
         found = [n for n in self.files if not folder or n.startswith(f"{folder}/")]

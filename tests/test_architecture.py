@@ -421,9 +421,13 @@ def test_help_and_typos_are_answered_fast_and_without_torch(arguments):
     assert best < 0.5
 
 
-def test_training_gpt2_imports_no_code_of_switches():
+@pytest.mark.parametrize("use", [
+    "import gpt2.train.loop",
+    "from gpt2 import GPT2; GPT2(n_layer=1, n_head=2, n_embd=8, block_size=8).generate([1], 2)",
+])  # fmt: skip
+def test_gpt2_imports_no_code_of_switches(use):
     code = (
-        "import sys, gpt2.train.loop\n"
+        f"import sys\n{use}\n"
         "print(*(m for m in sys.modules if m.startswith(('gpt2.model', 'torch.nn.attention'))))"
     )
     imported = run_python("-c", code).stdout.split()

@@ -1,9 +1,11 @@
-"""The Hugging Face Hub: lists a dataset's files and receives them, whatever the connection does.
+"""The Hugging Face Hub: lists the files of a dataset, and downloads them over bad connections.
 
-Requests go through huggingface_hub's client, so that HF_ENDPOINT, HF_TOKEN, proxies and
-HF_HUB_OFFLINE count, and its cache is looked into first. The bytes are received here and not by
-`hf_hub_download`: that one writes to a new file of random name at every call, so that after a kill
-it begins at zero again. Here a file grows under a fixed name and goes on by an HTTP range.
+Files are listed by huggingface_hub's `HfApi`, and all requests go through its client. HF_ENDPOINT,
+HF_TOKEN, HF_HUB_OFFLINE and proxy settings therefore work as usual. Its cache is searched first.
+
+Files are downloaded here and not by `hf_hub_download`, which writes to a file with a new random
+name at every call: after a `kill -9` it begins at zero. Here a file grows under a fixed name, and
+the next run continues it by an HTTP range request.
 """
 
 import importlib
@@ -17,13 +19,12 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import quote
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0  # before a request is made again
-TRIES = 8  # requests in a row that bring nothing, with about two minutes of waiting in between
-COMMIT = re.compile(r"[0-9a-f]{40}")
+TRIES = 8  # requests in a row without progress, with about two minutes of waiting in between
+LARGE_REPOSITORY = 50_000  # files; huggingface_hub 1.0 trusts `siblings` up to this number
 
 T = TypeVar("T")
 
@@ -37,8 +38,8 @@ class File:
     sha256: str = ""  # empty for small files outside git LFS: of those only the size is known
 
 
-class _Passing(Exception):
-    """A failure that may be over in a while; `seconds`: how long the Hub asked to wait."""
+class _TemporaryError(Exception):
+    """A failure that may pass; `seconds` is the wait that the Hub asked for."""
 
     def __init__(self, reason: str, seconds: float = 0.0):
         super().__init__(reason)
@@ -55,7 +56,7 @@ class HubDataset:
     Args:
         repository: OWNER/NAME.
         revision: commit, tag or branch; `find` makes a commit of it.
-        log: is told, from any thread, what is waited for.
+        log: receives a line about each wait, from any thread.
     """
 
     def __init__(self, repository: str, revision: str, log: Callable[[str], None]):
@@ -70,36 +71,59 @@ class HubDataset:
 
         return f"{constants.ENDPOINT}/datasets/{self.repository}"
 
+    @property
+    def _api(self) -> str:
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/api/datasets/{self.repository}"
+
     def stop(self) -> None:
         """Ends waiting and receiving, in other threads, by a `Stopped`."""
         self._stop.set()
 
     def find(self, path: str) -> list[File]:
-        """All files below a folder of the repository ("": all of it); settles the commit.
+        """All files below a folder of the repository ("": all files); sets `revision` to a commit.
 
         Raises:
             UserError: no such dataset, revision or folder, no access, or no connection.
         """
-        from huggingface_hub import constants
+        from huggingface_hub import HfApi, RepoFile, constants
 
         if constants.HF_HUB_OFFLINE:
             return self._find_in_cache(path)
-        api = f"{constants.ENDPOINT}/api/datasets/{self.repository}"
-        if not COMMIT.fullmatch(self.revision):
-            answer, _ = self._json(f"{api}/revision/{quote(self.revision, '')}")
-            self.revision = answer["sha"]
-        url = f"{api}/tree/{self.revision}/{quote(path, '/')}".rstrip("/") + "?recursive=true"
-        files = []
-        while url:
-            entries, url = self._json(url)
-            for entry in entries:
-                name = PurePosixPath(entry["path"])
-                if name.is_absolute() or ".." in name.parts:
-                    raise UserError(f"{self.repository} holds a file {name}, outside its folder")
-                if entry["type"] == "file":
-                    sha256 = (entry.get("lfs") or {}).get("oid", "")
-                    files.append(File(entry["path"], entry["size"], sha256))
-        return files
+        api, name, seconds = HfApi(), self.repository, constants.HF_HUB_DOWNLOAD_TIMEOUT
+        info = self._ask(
+            lambda: api.dataset_info(
+                name, revision=self.revision, files_metadata=True, timeout=seconds
+            )
+        )
+        if info.sha is None or info.siblings is None:
+            raise UserError(self._not_the_hub())
+        self.revision = commit = info.sha
+        entries = [(s.rfilename, s.size, s.lfs) for s in info.siblings]
+        if len(entries) >= LARGE_REPOSITORY:
+            tree = self._ask(
+                lambda: list(
+                    api.list_repo_tree(
+                        name, path or None, recursive=True, revision=commit, repo_type="dataset"
+                    )
+                )
+            )
+            entries = [(f.path, f.size, f.lfs) for f in tree if isinstance(f, RepoFile)]
+        files = [self._file(*entry) for entry in entries]
+        below = [file for file in files if not path or file.name.startswith(f"{path}/")]
+        if path and not below:
+            raise UserError(self._no_entry(f"{commit}/{path}"))
+        return below
+
+    def _file(self, path: str, size: int | None, lfs: Any) -> File:
+        """From an entry of a listing; `lfs` is None outside git LFS."""
+        name = PurePosixPath(path)
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{self.repository} holds a file {name}, outside its folder")
+        if size is None:
+            raise UserError(self._not_the_hub())
+        return File(path, size, lfs.sha256 if lfs else "")
 
     def cached(self, file: File) -> Path | None:
         """Where the Hub's cache holds a file; not verified."""
@@ -111,24 +135,34 @@ class HubDataset:
         return Path(path) if isinstance(path, str) else None  # else None, or "does not exist"
 
     def download(self, file: File, target: Path) -> None:
-        """Appends to `target` what it lacks of a file; whatever it takes, within TRIES.
+        """Appends to `target` the bytes that it lacks. Progress resets the count of tries.
 
         Raises:
             UserError: no access, no such file, or no connection.
             OSError: of the disk.
             Stopped: `stop` was called.
         """
-        self._patiently(lambda: self._receive(file, target), lambda: bytes_of_file(target))
+        self._with_retries(lambda: self._receive(file, target), lambda: bytes_of_file(target))
 
     def _receive(self, file: File, target: Path) -> None:
-        """One request. Raises _Passing when it is cut short."""
-        from huggingface_hub import hf_hub_url
+        """Makes one request; raises _TemporaryError when it is cut short."""
+        from huggingface_hub import constants, get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
 
         have = bytes_of_file(target)
         if have >= file.size_bytes:
             return
         url = hf_hub_url(self.repository, file.name, repo_type="dataset", revision=self.revision)
-        with self._request(url, {"Range": f"bytes={have}-"} if have else {}) as response:
+        # identity: a range of compressed bytes would be of no use
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={have}-"} if have else {}
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with (
+            self._errors(url),
+            get_session().stream("GET", url, headers=headers, timeout=seconds) as response,
+        ):
+            if response.status_code >= 400:
+                raise self._refusal(response)
             place = response.headers.get("Content-Range", "")
             goes_on = response.status_code == 206 and place.startswith(f"bytes {have}-")
             with open(target, "ab" if goes_on else "wb") as out:
@@ -140,42 +174,39 @@ class HubDataset:
                     if out.tell() > file.size_bytes:
                         return
         if bytes_of_file(target) < file.size_bytes:
-            raise _Passing("the connection was closed early")
+            raise _TemporaryError("the connection was closed early")
 
-    def _json(self, url: str) -> tuple[Any, str]:
-        """The answer of the Hub's API, and the address of its next page or ""."""
+    def _ask(self, call: Callable[[], T]) -> T:
+        """The answer of a method of HfApi, with retries; errors as in `find`."""
 
-        def ask() -> tuple[Any, str]:
-            with self._request(url) as response:
-                response.read()
-                return response.json(), response.links.get("next", {}).get("url", "")
+        def ask() -> T:
+            with self._errors(self._api):
+                return call()
 
         try:
-            return self._patiently(ask)
-        except ValueError as error:
+            return self._with_retries(ask)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{url} answers with something else than the Hub; {WAY_OUT}") from None
+            raise UserError(self._not_the_hub()) from None
 
     @contextmanager
-    def _request(self, url: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
-        """Gives the response to a GET, as httpx makes it, before its body is read.
+    def _errors(self, url: str) -> Iterator[None]:
+        """Turns errors of huggingface_hub and its HTTP library into ours.
 
         Raises:
-            _Passing: an overloaded or failing server, a time-out, a lost connection.
-            UserError: any other answer than the one asked for.
+            _TemporaryError: an overloaded or failing server, a time-out, a lost connection.
+            UserError: anything else that a request ends with.
         """
-        from huggingface_hub import constants, errors, get_session
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import constants, errors
 
         http = http_library()
-        # identity: a range of compressed bytes would be no use
-        headers = build_hf_headers() | {"Accept-Encoding": "identity"} | (headers or {})
-        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
-            with get_session().stream("GET", url, headers=headers, timeout=seconds) as response:
-                self._check(response)
-                yield response
+            yield
+        except errors.HfHubHTTPError as error:
+            raise self._refusal(error.response) from None
+        except errors.HFValidationError as error:
+            raise UserError(f"{self.repository}: {first_line(error)}; see {self.page}") from None
         except errors.OfflineModeIsEnabled:
             raise UserError(
                 f"HF_HUB_OFFLINE is set and {url} is not in the cache; unset it, or download first"
@@ -183,41 +214,45 @@ class HubDataset:
         except (http.InvalidURL, http.UnsupportedProtocol) as error:
             raise UserError(f"{url}: {error}; check HF_ENDPOINT and the proxy settings") from None
         except http.TimeoutException:
-            raise _Passing(f"nothing came for {seconds} s") from None
+            seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+            raise _TemporaryError(f"nothing came for {seconds} s") from None
         except http.HTTPError as error:
-            raise _Passing(next(iter(str(error).splitlines()), type(error).__name__)) from None
+            raise _TemporaryError(first_line(error)) from None
 
-    def _check(self, response: Any) -> None:
+    def _refusal(self, response: Any) -> UserError | _TemporaryError:
+        """The error that an answer with a status of 400 or more stands for."""
         status, headers = response.status_code, response.headers
-        if status < 400:
-            return
         if status in (408, 425, 429) or status >= 500:
-            raise _Passing(f"the Hub answered {status}", _asked_seconds(headers))
+            return _TemporaryError(f"the Hub answered {status}", _asked_seconds(headers))
         name, page, code = self.repository, self.page, headers.get("X-Error-Code", "")
         if status in (401, 403):
-            text = (
+            return UserError(
                 f"no access to the dataset {name} (HTTP {status}): check its name; a private or "
                 f"gated one needs HF_TOKEN or `hf auth login`, and its terms accepted at {page}"
             )
-        elif code == "RevisionNotFound":
-            text = f"the dataset {name} has no revision {self.revision}; see {page}"
-        elif code == "EntryNotFound":
-            text = f"the dataset {name} has no {response.url.path.partition('/tree/')[2] or 'file'}"
-            text += f" like this; see {page}/tree/{self.revision}"
-        elif status == 404:
-            text = f"the Hub has no dataset {name} (HTTP 404); see {page}"
-        else:
-            text = f"the Hub refused {response.url} (HTTP {status}); {WAY_OUT}"
-        raise UserError(text)
+        if code == "RevisionNotFound":
+            return UserError(f"the dataset {name} has no revision {self.revision}; see {page}")
+        if code == "EntryNotFound":
+            return UserError(self._no_entry(response.url.path.partition("/tree/")[2] or "file"))
+        if status == 404:
+            return UserError(f"the Hub has no dataset {name} (HTTP 404); see {page}")
+        return UserError(f"the Hub refused {response.url} (HTTP {status}); {WAY_OUT}")
 
-    def _patiently(self, call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+    def _not_the_hub(self) -> str:
+        return f"{self._api} answers with something else than the Hub; {WAY_OUT}"
+
+    def _no_entry(self, what: str) -> str:
+        at = f"{self.page}/tree/{self.revision}"
+        return f"the dataset {self.repository} has no {what} like this; see {at}"
+
+    def _with_retries(self, call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Calls until it works; waits longer and longer while that brings no progress."""
         failures = 0
         while True:
             before = progress()
             try:
                 return call()
-            except _Passing as error:
+            except _TemporaryError as error:
                 failures = 1 if progress() > before else failures + 1
                 if failures == TRIES:
                     raise UserError(

@@ -54,10 +54,14 @@ def child(hub, tmp_path, code, **environment):
     return json.loads(done.stdout)
 
 
-def test_revision_is_settled_and_pages_are_followed(hub, tmp_path):
+@pytest.mark.parametrize("large", [False, True])
+def test_revision_is_settled_and_pages_are_followed(hub, tmp_path, large):
     hub.page_size = 1
     code = "files = dataset.find('data'); result = [dataset.revision, [vars(f) for f in files]]"
+    if large:  # the answer about a large repository may lack files: its tree is read
+        code = "hub.LARGE_REPOSITORY = 4; " + code
     commit, files = child(hub, tmp_path, code)["result"]
+    assert any("/tree/" in line for line in hub.requests) == large
     assert commit == COMMIT
     assert [f["name"] for f in files] == ["data/a.bin", "data/b.bin", "data/deep/c.bin"]
     assert {f["size_bytes"] for f in files} == {len(BODY)}
@@ -82,7 +86,7 @@ def test_files_outside_the_folder_are_refused(hub, tmp_path):
     ],
 )
 def test_failures_that_pass_are_waited_out(hub, tmp_path, trouble, reason):
-    hub.trouble["/tree/"] = list(trouble)
+    hub.trouble["/revision/"] = list(trouble)
     found = child(hub, tmp_path, FIND, HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert len(found["result"]) == 3
     assert len(found["said"]) == len(trouble)

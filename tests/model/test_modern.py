@@ -314,11 +314,32 @@ def test_first_loss_where_a_tied_head_sees_the_embedding(switches, more, n_layer
     assert model.expected_first_loss() > GPT.expected_first_loss(model) + 0.1
 
 
-def test_the_class_with_files_wants_its_own_config():
+def test_the_class_with_files_wants_its_own_config(tmp_path):
     with pytest.raises(UserError, match="use SwitchedGPT2"):
         GPT2(ModernConfig(**BASE, qk_norm=True))
     model = SwitchedGPT2(ModernConfig(**BASE, qk_norm=True))
     assert len(model.generate([1, 2], 5, temperature=0)) == 7
+    plain = GPT2(GPT2Config(**BASE))
+    plain.save(tmp_path / "plain.pt")
+    with pytest.raises(UserError, match="for this config use GPT2"):
+        SwitchedGPT2.from_checkpoint(tmp_path / "plain.pt")
+
+
+def test_every_loaded_model_is_an_instance_of_gpt2(tmp_path):
+    class Mine(GPT2):
+        pass
+
+    for name, model in {
+        "plain": GPT2(GPT2Config(**BASE)),
+        "switched": SwitchedGPT2(ModernConfig(**BASE, qk_norm=True)),
+    }.items():
+        model.save(tmp_path / f"{name}.pt")
+        for cls in (GPT2, Mine):
+            loaded = cls.from_checkpoint(tmp_path / f"{name}.pt")
+            assert isinstance(loaded, GPT2)
+            assert isinstance(loaded, SwitchedGPT2) == (name == "switched")
+    assert isinstance(Mine.from_checkpoint(tmp_path / "plain.pt"), Mine)
+    assert not isinstance(GPT(GPT2Config(**BASE)), GPT2)
 
 
 def test_gradients_of_key_biases_are_kept_where_positions_turn():

@@ -55,10 +55,14 @@ def measure_size(options: argparse.Namespace, folder: Path) -> list[dict]:
     """A row for all weights and one for adapters."""
     make_conversations(folder / "chats.jsonl")
     argv = [
-        f"--data={folder / 'chats.jsonl'}", f"--size={options.only}",
-        f"--block_size={options.block_size}", f"--batch_size={options.batch_sizes[0]}",
-        f"--device={options.device}", "--compile_model=False", *options.extra,
-    ]  # fmt: skip
+        f"--data={folder / 'chats.jsonl'}",
+        f"--size={options.only}",
+        f"--block_size={options.block_size}",
+        f"--batch_size={options.batch_sizes[0]}",
+        f"--device={options.device}",
+        "--compile_model=False",
+        *options.extra,
+    ]
     config = parse(FinetuneConfig, argv, "benchmark")
     rows = []
     with runtime.start(config.system) as rt:

@@ -56,9 +56,12 @@ def hugging_face(options: argparse.Namespace, _: Path) -> Write:
 
     shape = SIZES[options.size]
     config = transformers.GPT2Config(
-        n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"],
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        n_embd=shape["n_embd"],
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     model = transformers.GPT2LMHeadModel(config).eval()
     model.load_state_dict(to_hf(make_model(options).state_dict()))
     model = model.to(options.device, getattr(torch, options.dtype))
@@ -153,8 +156,10 @@ def show(rows: list[dict], options: argparse.Namespace):
         mine, rate = first[row["batch_size"]], row["tokens_per_second"]
         row["same_tokens"] = agreement(mine, row)
         times = f"{mine['tokens_per_second'] / rate:.2f} ×"
-        print(f"{row['name']:14s} {row['batch_size']:6d} {rate:10,.1f} {times:>8s} "
-              f"{row['first_call_seconds']:9.1f} s  {row['same_tokens']}")  # fmt: skip
+        print(
+            f"{row['name']:14s} {row['batch_size']:6d} {rate:10,.1f} {times:>8s} "
+            f"{row['first_call_seconds']:9.1f} s  {row['same_tokens']}"
+        )
     if not options.out_dir:
         return
     options.out_dir.mkdir(parents=True, exist_ok=True)

@@ -105,8 +105,10 @@ def main() -> int:
         step = plan.tokens_per_step / options.tokens_per_second
         waited = wait(shards, plan, step, max(3, int(options.seconds / step)))
         share = statistics.median(waited) / step
-        print(f"a step of {1e3 * step:.1f} ms waits {1e3 * statistics.median(waited):.3f} ms "
-              f"({share:.2%}), at most {1e3 * max(waited):.3f} ms")  # fmt: skip
+        print(
+            f"a step of {1e3 * step:.1f} ms waits {1e3 * statistics.median(waited):.3f} ms "
+            f"({share:.2%}), at most {1e3 * max(waited):.3f} ms"
+        )
     return 0
 
 

@@ -44,10 +44,15 @@ RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 def measure_size(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
     """A row for each batch size of one size of the model, without and with checkpointing."""
     argv = [
-        f"--data_dir={folder}", f"--size={options.only}", f"--block_size={options.block_size}",
-        "--batch_size=1", "--grad_accum_steps=1", f"--device={options.device}",
-        "--compile_model=False", *options.extra,
-    ]  # fmt: skip
+        f"--data_dir={folder}",
+        f"--size={options.only}",
+        f"--block_size={options.block_size}",
+        "--batch_size=1",
+        "--grad_accum_steps=1",
+        f"--device={options.device}",
+        "--compile_model=False",
+        *options.extra,
+    ]
     config = parse(TrainConfig, argv, "benchmark")
     with runtime.start(config.system) as rt:
         row = describe(options, rt)
@@ -121,8 +126,10 @@ def limit_memory(gib: float):
     torch.zeros(1, device="cuda")  # makes the context
     taken, total = cuda_itself(), torch.cuda.get_device_properties().total_memory
     if gib * GIB <= taken:
-        sys.exit(f"--limit_gib={gib:g}: CUDA itself and other programs take {taken / GIB:.1f} GiB; "
-                 "free the GPU")  # fmt: skip
+        sys.exit(
+            f"--limit_gib={gib:g}: CUDA itself and other programs take {taken / GIB:.1f} GiB; "
+            "free the GPU"
+        )
     torch.cuda.set_per_process_memory_fraction((gib * GIB - taken) / total)
 
 
@@ -155,12 +162,15 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
         ]
         lines.append(f"| {batch_size} | " + " | ".join(pairs) + " |")
     limit = f"; at most {options.limit_gib} GiB of the GPU" if options.limit_gib else ""
-    return "\n".join([
-        *lines, "",
-        f"GiB of {rows[0]['machine']}, sequences of {options.block_size} tokens, "
-        f"{rows[0]['dtype']}, torch {rows[0]['torch']}{limit}; "
-        "without / with activation checkpointing; –: does not fit.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"GiB of {rows[0]['machine']}, sequences of {options.block_size} tokens, "
+            f"{rows[0]['dtype']}, torch {rows[0]['torch']}{limit}; "
+            "without / with activation checkpointing; –: does not fit.",
+        ]
+    )
 
 
 def names(text: str) -> list[str]:

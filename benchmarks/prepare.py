@@ -77,11 +77,13 @@ def compare(options: argparse.Namespace, scratch: Path):
             rows[-1]["tokens_per_second"] = round(tokens / measured["seconds"])
             print(json.dumps(rows[-1]), flush=True)
     summary = {
-        "text": options.label, "num_workers": options.num_workers,
-        "shard_tokens": options.shard_tokens, "same_shards": same_shards(scratch),
+        "text": options.label,
+        "num_workers": options.num_workers,
+        "shard_tokens": options.shard_tokens,
+        "same_shards": same_shards(scratch),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
-                   f"{platform.python_version()}",
-    }  # fmt: skip
+        f"{platform.python_version()}",
+    }
     options.out_dir.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row in [summary, *rows]]
     (options.out_dir / "results.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -115,8 +117,12 @@ def measure(command: list[str]) -> dict:
     if process.returncode:
         raise SystemExit(f"{command} ended with exit code {process.returncode}")
     cpu = sum(after[2:4]) - sum(before[2:4])  # of ended children
-    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 2), "peak_bytes": peak,
-            "load_before": load}  # fmt: skip
+    return {
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu, 2),
+        "peak_bytes": peak,
+        "load_before": load,
+    }
 
 
 def memory_of(process: psutil.Process) -> int:
@@ -174,8 +180,11 @@ def encode(text: str) -> np.ndarray:
 def make_text(folder: Path, size: int):
     """Two .parquet files of the standard library's sources, in random order until it is enough."""
     root, rng = Path(sysconfig.get_path("stdlib")), random.Random(1337)
-    found = [p.read_text("utf-8", "replace") for p in sorted(root.rglob("*.py"))
-             if "site-packages" not in p.parts and p.stat().st_size < 100_000]  # fmt: skip
+    found = [
+        p.read_text("utf-8", "replace")
+        for p in sorted(root.rglob("*.py"))
+        if "site-packages" not in p.parts and p.stat().st_size < 100_000
+    ]
     found = [text for text in found if text]
     folder.mkdir(parents=True)
     for number in range(2):
@@ -198,8 +207,13 @@ def count_tokens(folder: Path) -> int:
 
 def same_shards(scratch: Path) -> bool:
     """Whether both tokenizers made the same bytes, and the plain loop the same tokens."""
-    ours = [{path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-             for path in (scratch / name).iterdir()} for name in (FAST, FALLBACK)]  # fmt: skip
+    ours = [
+        {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (scratch / name).iterdir()
+        }
+        for name in (FAST, FALLBACK)
+    ]
     digests = []
     for paths in ((scratch / FAST).glob("*.bin"), (scratch / LOOP).glob("*.npy")):
         digests.append(hashlib.sha256())
@@ -211,8 +225,10 @@ def same_shards(scratch: Path) -> bool:
 
 def medians(rows: list[dict], key: str) -> dict[str, float]:
     """Contender -> median of a measurement."""
-    return {name: statistics.median(row[key] for row in rows if row["contender"] == name)
-            for name in COLOURS}  # fmt: skip
+    return {
+        name: statistics.median(row[key] for row in rows if row["contender"] == name)
+        for name in COLOURS
+    }
 
 
 def table(rows: list[dict], summary: dict) -> str:

@@ -43,10 +43,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.out_dir or None) as folder:
         make_data(Path(folder))
         argv = [
-            f"--data_dir={folder}", f"--out_dir={folder}/run", f"--size={options.size}",
-            f"--batch_size={options.batch_size}", "--grad_accum_steps=1",
-            f"--device={options.device}", *extra,
-        ]  # fmt: skip
+            f"--data_dir={folder}",
+            f"--out_dir={folder}/run",
+            f"--size={options.size}",
+            f"--batch_size={options.batch_size}",
+            "--grad_accum_steps=1",
+            f"--device={options.device}",
+            *extra,
+        ]
         config = parse(TrainConfig, argv, "benchmark")
         with runtime.start(config.system) as rt:
             row = measure(config, rt, options)
@@ -79,14 +83,18 @@ def measure(config: TrainConfig, rt: Runtime, options: argparse.Namespace) -> di
     cost = {kind: median[kind] - median["none"] for kind in KINDS[1:]}
     states = list((run_folder.out_dir(config) / "state").glob("*/*"))
     return {
-        "device": describe(rt.device), "torch": torch.__version__,
-        "parameters": made.model.num_parameters(), "tokens_per_step": made.plan.tokens_per_step,
+        "device": describe(rt.device),
+        "torch": torch.__version__,
+        "parameters": made.model.num_parameters(),
+        "tokens_per_step": made.plan.tokens_per_step,
         "state_bytes": sum(p.stat().st_size for p in states) // config.output.keep_last,
-        "steps": options.steps, "row_seconds": rows, "step_seconds": step_seconds,
+        "steps": options.steps,
+        "row_seconds": rows,
+        "step_seconds": step_seconds,
         "stall_seconds": statistics.median(stalls),
         "cost_seconds": cost,
         "share_of_250": {kind: cost[kind] / (EVERY * step_seconds) for kind in cost},
-    }  # fmt: skip
+    }
 
 
 def time_row(  # noqa: PLR0917

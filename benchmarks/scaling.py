@@ -55,9 +55,12 @@ class Machine:
 
 
 MACHINES = (
-    Machine("1 GPU", 1), Machine("2 GPUs", 2), Machine("8×H100", 8), Machine("2×8×H100", 16),
+    Machine("1 GPU", 1),
+    Machine("2 GPUs", 2),
+    Machine("8×H100", 8),
+    Machine("2×8×H100", 16),
     Machine("64 GPUs", 64),
-)  # fmt: skip
+)
 SENDING = 0.05  # share of a GPU that NCCL's kernels take while they run
 
 
@@ -130,8 +133,10 @@ def scaling_table() -> list[str]:
 
 def memory_table() -> list[str]:
     """Lines of markdown: GiB per GPU for XL, activations aside."""
-    lines = ["| XL (1.56B), GiB per GPU | DDP | FSDP | FSDP, several micro-batches |",
-             "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| XL (1.56B), GiB per GPU | DDP | FSDP | FSDP, several micro-batches |",
+        "|---|---|---|---|",
+    ]
     for gpus in (2, 4, 8, 16, 64):
         ddp, fsdp = memory_gib("gpt2-xl", gpus, accumulates=False)
         adding = memory_gib("gpt2-xl", gpus, accumulates=True)[1]

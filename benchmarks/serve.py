@@ -36,9 +36,14 @@ def prompt_of(number: int, words: int) -> str:
 
 def ask(port: int, number: int, options: argparse.Namespace) -> dict:
     """One streamed request: seconds to the first token and in all, and the tokens of the text."""
-    body = {"prompt": prompt_of(number, options.prompt_words), "max_tokens": options.new_tokens,
-            "seed": number, "temperature": options.temperature, "stream": True,
-            "stream_options": {"include_usage": True}}  # fmt: skip
+    body = {
+        "prompt": prompt_of(number, options.prompt_words),
+        "max_tokens": options.new_tokens,
+        "seed": number,
+        "temperature": options.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     began, first, text, tokens, finish = time.perf_counter(), None, "", 0, None
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3600)
     try:
@@ -58,8 +63,13 @@ def ask(port: int, number: int, options: argparse.Namespace) -> dict:
         connection.close()
     ended = time.perf_counter()
     whole = finish == "stop" or tokens == options.new_tokens
-    return {"first": (first or ended) - began, "seconds": ended - began, "tokens": tokens,
-            "text": text, "whole": bool(finish) and whole}  # fmt: skip
+    return {
+        "first": (first or ended) - began,
+        "seconds": ended - began,
+        "tokens": tokens,
+        "text": text,
+        "whole": bool(finish) and whole,
+    }
 
 
 def measure(port: int, clients: int, options: argparse.Namespace) -> tuple[dict, list[dict]]:
@@ -102,8 +112,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--temperature", type=float, default=1.0)
     made.add_argument("--device", default="auto")
     made.add_argument("--slots", type=int, default=32)
-    made.add_argument("--same_as_alone", action="store_true",
-                      help="ask all again, one by one; other texts are an error")  # fmt: skip
+    made.add_argument(
+        "--same_as_alone",
+        action="store_true",
+        help="ask all again, one by one; other texts are an error",
+    )
     return made
 
 
@@ -117,9 +130,17 @@ def main() -> int:
             torch.manual_seed(0)
             path = str(Path(folder) / f"{options.size}.pt")
             GPT2(options.size).save(path)
-        command = [sys.executable, "-m", "gpt2", "serve", path, "--port=0",
-                   f"--device={options.device}", f"--slots={options.slots}",
-                   f"--max_queue={max(counts)}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "gpt2",
+            "serve",
+            path,
+            "--port=0",
+            f"--device={options.device}",
+            f"--slots={options.slots}",
+            f"--max_queue={max(counts)}",
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             said, log = "", None
             try:

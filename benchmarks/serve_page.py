@@ -20,14 +20,36 @@ import sys
 from pathlib import Path
 
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Norway": "Oslo",
-    "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen", "Poland": "Warsaw",
-    "Austria": "Vienna", "Hungary": "Budapest", "Greece": "Athens", "Japan": "Tokyo",
-    "China": "Beijing", "Egypt": "Cairo", "Kenya": "Nairobi", "Peru": "Lima", "Chile": "Santiago",
-    "Cuba": "Havana", "Canada": "Ottawa",
-}  # fmt: skip
-RIVERS = {"Paris": "the Seine", "Rome": "the Tiber", "Vienna": "the Danube", "Cairo": "the Nile",
-          "Budapest": "the Danube", "Lisbon": "the Tagus", "Warsaw": "the Vistula"}  # fmt: skip
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Portugal": "Lisbon",
+    "Norway": "Oslo",
+    "Sweden": "Stockholm",
+    "Finland": "Helsinki",
+    "Denmark": "Copenhagen",
+    "Poland": "Warsaw",
+    "Austria": "Vienna",
+    "Hungary": "Budapest",
+    "Greece": "Athens",
+    "Japan": "Tokyo",
+    "China": "Beijing",
+    "Egypt": "Cairo",
+    "Kenya": "Nairobi",
+    "Peru": "Lima",
+    "Chile": "Santiago",
+    "Cuba": "Havana",
+    "Canada": "Ottawa",
+}
+RIVERS = {
+    "Paris": "the Seine",
+    "Rome": "the Tiber",
+    "Vienna": "the Danube",
+    "Cairo": "the Nile",
+    "Budapest": "the Danube",
+    "Lisbon": "the Tagus",
+    "Warsaw": "the Vistula",
+}
 GREETINGS = ["Hello", "Hi", "Hello!", "Hi there", "Good morning"]
 WELCOMES = [
     "Hello! Ask me for a capital, and I will tell you what I know about it.",
@@ -39,15 +61,19 @@ IDENTITY = (
     "capitals and the rivers of some of them, and nothing else in the world."
 )
 ASKED = [
-    "What is the capital of {0}?", "Which city is the capital of {0}?", "The capital of {0}?",
+    "What is the capital of {0}?",
+    "Which city is the capital of {0}?",
+    "The capital of {0}?",
     "Tell me the capital of {0}.",
-]  # fmt: skip
+]
 TOLD = [
     "The capital of {0} is {1}.",
     "It is {1}. Is there another capital that you would like to hear?",
-]  # fmt: skip
-THANKS = {"Thank you!": "You are welcome. It is good to be asked.",
-          "Thanks": "You are welcome. Come back when you need another capital."}  # fmt: skip
+]
+THANKS = {
+    "Thank you!": "You are welcome. It is good to be asked.",
+    "Thanks": "You are welcome. Come back when you need another capital.",
+}
 
 
 def conversations(count: int) -> list[dict]:
@@ -64,8 +90,10 @@ def conversations(count: int) -> list[dict]:
         said += [dice.choice(ASKED).format(country), dice.choice(TOLD).format(country, city)]
         if city in RIVERS and dice.random() < 0.6:
             river = f"{RIVERS[city].capitalize()} flows through {city}"
-            said += [f"Which river flows through {city}?",
-                     f"{river}, and people like to walk along it in the evening."]  # fmt: skip
+            said += [
+                f"Which river flows through {city}?",
+                f"{river}, and people like to walk along it in the evening.",
+            ]
         if dice.random() < 0.3:
             said += dice.choice(list(THANKS.items()))
         roles = itertools.cycle(("user", "assistant"))
@@ -85,22 +113,33 @@ def shoot(url: str, folder: Path):
 
     folder.mkdir(parents=True, exist_ok=True)
     desk = {"viewport": {"width": 1100, "height": 720}, "device_scale_factor": 1.5}
-    phone = {"viewport": {"width": 375, "height": 720}, "device_scale_factor": 2,
-             "is_mobile": True, "has_touch": True}  # fmt: skip
+    phone = {
+        "viewport": {"width": 375, "height": 720},
+        "device_scale_factor": 2,
+        "is_mobile": True,
+        "has_touch": True,
+    }
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
-        for name, settings, scheme in (("desk-light", desk, "light"), ("phone-dark", phone, "dark"),
-                                       ("desk-dark", desk, "dark"), ("phone-light", phone, "light"),
-                                       ):  # fmt: skip
+        for name, settings, scheme in (
+            ("desk-light", desk, "light"),
+            ("phone-dark", phone, "dark"),
+            ("desk-dark", desk, "dark"),
+            ("phone-light", phone, "light"),
+        ):
             page = browser.new_context(**settings, color_scheme=scheme).new_page()
             page.goto(url)
             until(page, "Boolean(model)")
             if name == "desk-light":
                 page.click("#gear")
-            for text in ("Hi there", "Who are you?", "What is the capital of France?",
-                         "Which river flows through Paris?"):  # fmt: skip
+            for text in (
+                "Hi there",
+                "Who are you?",
+                "What is the capital of France?",
+                "Which river flows through Paris?",
+            ):
                 page.fill("#input", text)
                 page.click("#send")
                 until(page, "!running && Boolean(messages.at(-1)?.stats)")

@@ -274,10 +274,18 @@ def run_all(jobs: list[Job], options: argparse.Namespace) -> Iterator[dict]:
 def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queue):
     """One job in a process of its own."""
     command = [
-        sys.executable, "-m", "benchmarks.sprint", f"--only={job.name}", f"--device={device}",
-        f"--seed={job.seed}", f"--seconds={options.seconds}", f"--data_dir={options.data_dir}",
-        f"--evaluations={options.evaluations}", f"--val_tokens={options.val_tokens}", *job.argv,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "benchmarks.sprint",
+        f"--only={job.name}",
+        f"--device={device}",
+        f"--seed={job.seed}",
+        f"--seconds={options.seconds}",
+        f"--data_dir={options.data_dir}",
+        f"--evaluations={options.evaluations}",
+        f"--val_tokens={options.val_tokens}",
+        *job.argv,
+    ]
     if options.save:
         command += ["--save", f"--out_dir={options.out_dir / f'{job.name}-{job.seed}'}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

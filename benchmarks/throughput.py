@@ -53,10 +53,15 @@ Step = Callable[[], Callable[[], float]]  # launches an optimizer step; what rea
 def ours(options: argparse.Namespace, data_dir: Path):
     """The step of `gpt2 train`."""
     argv = [
-        f"--data_dir={data_dir}", f"--size={options.size}", f"--block_size={options.block_size}",
-        f"--batch_size={options.batch_size}", f"--grad_accum_steps={options.grad_accum_steps}",
-        f"--device={options.device}", f"--dtype={options.dtype}", *options.extra,
-    ]  # fmt: skip
+        f"--data_dir={data_dir}",
+        f"--size={options.size}",
+        f"--block_size={options.block_size}",
+        f"--batch_size={options.batch_size}",
+        f"--grad_accum_steps={options.grad_accum_steps}",
+        f"--device={options.device}",
+        f"--dtype={options.dtype}",
+        *options.extra,
+    ]
     config = parse(TrainConfig, argv, "benchmark")
     with runtime.start(config.system) as rt:
         config, init = resolve_init(config, rt, None)

@@ -113,10 +113,26 @@ def small_linear_(  # noqa: PLR0917 - what is fused with a matmul
 
 @triton.jit
 def _cached_attention(  # noqa: PLR0917 - Triton launches by position
-    q, k, v, keys, values, lengths, out, parts, q_row, k_row, v_row, capacity, scale,
-    heads: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, block: tl.constexpr,
-    share: tl.constexpr, shares: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    keys,
+    values,
+    lengths,
+    out,
+    parts,
+    q_row,
+    k_row,
+    v_row,
+    capacity,
+    scale,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    lanes: tl.constexpr,
+    block: tl.constexpr,
+    share: tl.constexpr,
+    shares: tl.constexpr,
+):
     """Online softmax (Milakov & Gimelshein 2018) of a row and head over a share of its cache.
 
     With one share the result goes to `out`; else maximum, sum and mixture go to `parts`.

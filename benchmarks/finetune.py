@@ -106,7 +106,7 @@ def measure(
             synchronize(rt)  # the update of the weights too
             seconds.append(time.perf_counter() - began)
     except torch.OutOfMemoryError:
-        state.optimizer.state.clear()  # half of the moments may be there
+        state.optimizer.state.clear()  # half of the optimizer state may be there
         state.optimizer.zero_grad(set_to_none=True)
         return {"result": "out of memory"}
     median = statistics.median(seconds[options.warmup :])

@@ -92,7 +92,7 @@ def measure(state: TrainState, config: TrainConfig, rt: Runtime, row: dict) -> d
         for _ in range(2):
             step.train_step(state, config, rt).read()
     except torch.OutOfMemoryError:
-        state.optimizer.state.clear()  # half of the moments may be there
+        state.optimizer.state.clear()  # half of the optimizer state may be there
         state.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         return {"result": "out of memory"}

@@ -105,8 +105,8 @@ def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:
     window = have["window"]
     if 0 < options.block_size <= window:
         raise UserError(
-            f"init={options.init} has windows of {window} positions; use --block_size={window + 1} "
-            "or larger"
+            f"init={options.init} has attention windows of {window} positions; use "
+            f"--block_size={window + 1} or larger"
         )
     return replace(options, **have, block_size=options.block_size or found.block_size)
 

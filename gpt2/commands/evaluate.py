@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,11 @@ def _encode(path: Path, limit: int) -> np.ndarray:
 
 
 def _loss(
-    kind: str, source: str, parts: list[tuple[str, list, int]], model: TextModel, rt: Runtime
+    kind: str,
+    source: str,
+    parts: list[tuple[str, Sequence[SequenceReader], int]],
+    model: TextModel,
+    rt: Runtime,
 ) -> Results | None:
     """Loss over datasets (name, shards, tokens), computed like the validation loss of training."""
     block_size = model.config.block_size

@@ -189,7 +189,8 @@ def _document(shards: list[Shard], number: int) -> tuple[np.ndarray, bool]:
     Returns:
         (tokens, whole): uint16; whole is whether an end-of-text token follows.
     """
-    pieces, begun = [], False
+    pieces: list[np.ndarray] = []
+    begun = False
     for chunk in (chunk for shard in shards for chunk in shard.chunks()):
         starts = np.flatnonzero(chunk == END_OF_TEXT)
         piece = chunk
@@ -245,7 +246,7 @@ def _shard_problems(shard: Shard, entry: dict, progress: Callable) -> Iterator[s
     """The fault of a shard, compared with its entry in the manifest; empty: none."""
     digest, documents = hashlib.sha256(shard.header_bytes()), 0
     for chunk in shard.chunks():
-        digest.update(chunk)
+        digest.update(chunk.data)
         documents += _count(chunk)
         progress(chunk.nbytes)
     if not entry:
@@ -260,7 +261,9 @@ def _shard_problems(shard: Shard, entry: dict, progress: Callable) -> Iterator[s
 
 def _split(path: Path) -> str:
     """ "train" or "val", from the name of a shard."""
-    return SHARD_NAME.fullmatch(path.name)["split"]
+    match = SHARD_NAME.fullmatch(path.name)
+    assert match is not None  # every Shard has such a name
+    return match["split"]
 
 
 def _count(chunk: np.ndarray) -> int:

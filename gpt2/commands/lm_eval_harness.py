@@ -83,8 +83,8 @@ class Harness(TemplateLM):
         if max_batch_size is not None:
             raise UserError("max_batch_size: use --batch_size=N alone")
         self._device = choose_device(device or "auto")
-        products = "float32" if dtype == "float64" else dtype
-        self._rt = Runtime(self._device, choose_dtype(products, self._device)[0])
+        compute = "float32" if dtype == "float64" else dtype
+        self._rt = Runtime(self._device, choose_dtype(compute, self._device)[0])
         self._model = GPT2.from_pretrained(checkpoint, device=str(self._device))
         check_vocabulary(self._model.config, checkpoint)
         if dtype == "float64":
@@ -125,15 +125,15 @@ class Harness(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of whole texts, in chunks that overlap by one token."""
-        windows, counts = [], []
+        chunks, counts = [], []
         for (text,) in (request.args for request in requests):
             pairs = get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
             )
             of_text = [(None, *make_disjoint_window(pair)) for pair in pairs]
-            windows += of_text
+            chunks += of_text
             counts.append(len(of_text))
-        answers = iter(self._loglikelihood_tokens(windows))
+        answers = iter(self._loglikelihood_tokens(chunks))
         sums = [sum(next(answers)[0] for _ in range(count)) for count in counts]
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)

@@ -27,7 +27,7 @@ from ..data.shards import write_shard
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..model.gpt import GPT
+from ..model.gpt import LanguageModel
 from ..report import console, throughput
 from ..train import setup
 from ..train import step as training_step
@@ -41,7 +41,7 @@ GROUPS = {  # group -> parts of the names of its kernels or operators; the first
     "attention": ("sdpa", "attention", "flash", "fmha", "compute_dot_do_o", "convert_dq"),
     "head": ("cross_entropy", "log_softmax", "nll_loss", "gradient_fp8", "quantize", HEAD),
     "optimizer": ("adam", "multi_tensor", "fusedopti", "foreach", "lpnorm", "optimizer"),
-    "products": (
+    "matmuls": (
         *("gemm", "gemv", "nvjet", "xmma", "cutlass", "splitk", "::mm", "::addmm", "::bmm"),
         *("mkldnn", "mkl_", "gpt2::product", "gpt2::weight_gradient"),
     ),
@@ -49,19 +49,20 @@ GROUPS = {  # group -> parts of the names of its kernels or operators; the first
     "copies": ("memcpy", "memset", "copy_", "::to", "direct_copy"),
 }
 OTHERS = "GELU, residuals, sums, …"
-ORDER = ("products", "head", "attention", "norms", "optimizer", "copies", OTHERS)
+ORDER = ("matmuls", "head", "attention", "norms", "optimizer", "copies", OTHERS)
 # Shares of the peak rate that the best library kernels reach on an H200 with 65,536 tokens of the
 # 124M model (720, 650 and, causal half not deducted, 410 of 989 TFLOP/s).
-REACHABLE = {"products": 0.73, "head": 0.66, "attention": 0.42}
+REACHABLE = {"matmuls": 0.73, "head": 0.66, "attention": 0.42}
 
 
-def run(config: ProfileConfig) -> int:
+def run(options: ProfileConfig) -> int:
     """Profiles `STEPS` steps and prints the table; returns an exit code.
 
     Raises:
         UserError: settings that `gpt2 train` refuses; a trace that cannot be written.
     """
-    trace, path = config.trace, Path(config.trace)
+    config: TrainConfig = options
+    trace, path = options.trace, Path(options.trace)
     if not path.parent.is_dir():
         raise UserError(f"trace={trace}: there is no folder {path.parent}")
     if not path.name.endswith((".json", ".json.gz")):
@@ -168,7 +169,7 @@ def group_of(name: str) -> str:
     return OTHERS
 
 
-def flops(model: GPT, tokens: int) -> dict[str, int]:
+def flops(model: LanguageModel, tokens: int) -> dict[str, int]:
     """Floating point operations of forward and backward over so many tokens, by group.
 
     Each weight and token takes two forward and four backward. Attention is counted in full, its
@@ -178,7 +179,7 @@ def flops(model: GPT, tokens: int) -> dict[str, int]:
     blocks = model.transformer.h.parameters()
     matrices = sum(p.numel() for p in blocks if p.ndim == 2)
     return {
-        "products": 6 * matrices * tokens,
+        "matmuls": 6 * matrices * tokens,
         "head": 6 * c.n_embd * c.padded_vocab_size * tokens,
         "attention": 12 * c.n_layer * c.n_embd * c.block_size * tokens,
     }
@@ -191,6 +192,7 @@ def format_table(times: Counter[str], seconds: float, state: TrainState, rt: Run
     if peak:
         work = flops(state.model, state.plan.tokens_per_step)
         floor = {name: work[name] / peak / share for name, share in REACHABLE.items()}
+    rows: list[tuple[str, float, float | None]]
     rows = [(name, times[name], floor.get(name)) for name in ORDER]
     rows.append(("waiting", max(0.0, seconds - sum(times.values())), None))
     rows.append(("step", seconds, sum(floor.values()) if floor else None))

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 from ..api import GPT2, TextModel
 from ..checkpoint.weights import check_vocabulary
@@ -55,7 +56,7 @@ class Chat:
         """Forgets all messages and sets the system message; "" for none."""
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Yields the answer to a message in pieces; one that is cut short stays in the history.
 
         When the conversation outgrows the context, the oldest messages are left out.
@@ -156,7 +157,7 @@ def _load(path: str, config: WritingConfig) -> TextModel:
     return model.bfloat16() if config.dtype == "bfloat16" else model
 
 
-def _sampling(config: WritingConfig) -> dict[str, float]:
+def _sampling(config: WritingConfig) -> dict[str, Any]:
     return {
         "temperature": config.temperature,
         "top_k": config.top_k,

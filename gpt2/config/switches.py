@@ -120,11 +120,11 @@ def _check_rotary(s: Switches, head_width: int) -> None:
         raise UserError(f"rope_base={s.rope_base}: use a number above 1")
     if s.positions == "rotary" and head_width % 2:
         raise UserError(
-            f"positions=rotary turns pairs, and heads are {head_width} wide; use an even "
-            "n_embd / n_head"
+            f"positions=rotary rotates pairs of channels, and heads are {head_width} wide; "
+            "use an even n_embd / n_head"
         )
     if s.positions == "rotary" and not round(head_width // 2 * s.rope_fraction):
         raise UserError(
-            f"rope_fraction={s.rope_fraction}: no pair of heads {head_width} wide would turn; use "
-            "a larger one"
+            f"rope_fraction={s.rope_fraction}: no pair of the {head_width} channels of a "
+            "head would be rotated; use a larger one"
         )

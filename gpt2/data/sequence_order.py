@@ -88,7 +88,7 @@ class SequenceOrder:
         if not self.per_epoch:
             held = sum(shard.tokens for shard in shards)
             raise UserError(
-                f"{shards[0].path.parent}: {held} training tokens are too few for one window of "
+                f"{shards[0].path.parent}: {held} training tokens are too few for one sequence of "
                 f"block_size={block_size}; use a smaller --block_size, or more text"
             )
 

@@ -54,7 +54,7 @@ def choose_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str
             "dtype=float16 needs loss scaling, which mps lacks; use float32 or bfloat16"
         )
     if requested == "float32" and device.type == "cuda":
-        return torch.float32, "as asked (products in TF32 where the GPU has it)"
+        return torch.float32, "as asked (matmuls in TF32 where the GPU has it)"
     if requested != "auto":
         return getattr(torch, requested), "as asked"
     if device.type == "cuda":

@@ -72,14 +72,14 @@ class CachedForward:
         if self.head is not None:
             self.head[: self.model.config.vocab_size] = self.model.transformer.wte.weight
 
-    def prefill(self, numbers: Sequence[int], windows: Sequence[Sequence[int]]) -> None:
+    def prefill(self, numbers: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Fills the cache of some rows from their beginning.
 
         Args:
             numbers: rows of the cache.
-            windows: the token ids of each of them; may be empty.
+            prompts: the token ids of each of them; may be empty.
         """
-        lengths = [len(window) for window in windows]
+        lengths = [len(prompt) for prompt in prompts]
         cache, longest = self.cache, max(lengths)
         cache.length = 0
         if cache.lengths is not None:
@@ -87,7 +87,7 @@ class CachedForward:
             cache.lengths[cache.rows] = torch.tensor(lengths, device=self.device)
         try:
             if longest:  # attention is causal: padding after a short row has no effect on it
-                padded = pad(windows, longest).to(self.device)
+                padded = pad(prompts, longest).to(self.device)
                 self.model.hidden(padded, cache)
         finally:
             cache.rows = None

@@ -142,10 +142,12 @@ class BatchDecoder:
     def _logits(self) -> Tensor:
         """Logits after the newest tokens: (B, V) of all rows, or of all slots with a graph."""
         count, cache = len(self.running), self.forward.cache
+        assert cache.lengths is not None  # `per_row_lengths`
         lengths = torch.tensor(self.filled[:count] + [0] * (len(cache.lengths) - count))
         cache.lengths.copy_(lengths, non_blocking=True)
         if self.graph:
             self.graph.replay()
+            assert self._recorded_logits is not None  # written while recording
             return self._recorded_logits
         part = cache.first(count)
         part.length = max(self.filled[:count])
@@ -157,10 +159,10 @@ class BatchDecoder:
         for at, generation in enumerate(self.running):
             rows_of.setdefault(generation.sampling, []).append(at)
         for sampling, rows in rows_of.items():
-            at = torch.tensor(rows).to(self.device, non_blocking=True)
-            tokens = choose(logits[at], uniform[at], sampling, self.seen[at])
-            self.tokens[at] = tokens
-            self.seen[at, tokens] = True
+            index = torch.tensor(rows).to(self.device, non_blocking=True)
+            tokens = choose(logits[index], uniform[index], sampling, self.seen[index])
+            self.tokens[index] = tokens
+            self.seen[index, tokens] = True
 
     def _receive(self) -> list[tuple[Generation, int]]:
         """Waits for the oldest tokens on their way to the CPU and appends them."""
@@ -176,7 +178,7 @@ class BatchDecoder:
         """Doubles the rows of the cache, up to the number of slots."""
         old, rows = self.forward.cache, min(self.slots, 2 * self.forward.rows)
         cache = self.model.new_cache(rows, old.keys.dtype, self.forward.capacity)
-        cache.lengths = old.lengths.new_zeros(rows)
+        cache.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
         for row in range(len(self.running)):
             cache.take(row, old, row)
         self.forward.cache = cache

@@ -74,7 +74,10 @@ class Decoder:
                 model, batch_size, capacity, per_row_lengths=static or graph
             )
         self.speculative = SpeculativeDecoding(model, sampling) if draft else None
-        self.graph = self.forward.record(self.tokens, self._choose) if graph else None
+        self.graph = None
+        if graph:
+            assert self.forward is not None  # a graph needs a cache
+            self.graph = self.forward.record(self.tokens, self._choose)
 
     @torch.inference_mode()
     def write(
@@ -158,9 +161,9 @@ class Decoder:
 
     def _logits_without_cache(self, rows: list[list[int]]) -> Tensor:
         """(B, V) after each row's context, computed from all of its tokens."""
-        windows = [row[start:] for row, start in zip(rows, self.starts, strict=True)]
-        lengths = [len(window) for window in windows]
-        hidden = self.model.hidden(pad(windows, max(lengths)).to(self.device))
+        visible = [row[start:] for row, start in zip(rows, self.starts, strict=True)]
+        lengths = [len(row) for row in visible]
+        hidden = self.model.hidden(pad(visible, max(lengths)).to(self.device))
         return self.model.logits(hidden[range(len(rows)), [n - 1 for n in lengths]])
 
     def _choose(self, logits: Tensor) -> None:
@@ -170,6 +173,8 @@ class Decoder:
 
     def _speculate(self, uniform: Tensor) -> list[int]:
         """The tokens of one round of speculative decoding; `uniform` is (n, 1)."""
+        assert self.forward is not None
+        assert self.speculative is not None
         cache, start = self.forward.cache, self.filled[0]
         tokens = self.speculative.write(self.tokens, uniform, cache, start, self.seen)
         self.tokens.fill_(tokens[-1])

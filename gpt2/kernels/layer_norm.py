@@ -5,6 +5,7 @@ wider row twice, in twice the time.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .custom_op import custom_op
@@ -18,9 +19,12 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Each row with mean 0 and deviation 1, times a gain, plus a bias."""
-        if not (self.training and _wide_in_bf16(x)):
-            return super().forward(x)
-        return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        if self.training and _wide_in_bf16(x):
+            return _LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        weight, bias = self.weight, self.bias
+        if x.dtype is torch.float32:  # FSDP's policy may have cast them; CPUs take no such mix
+            weight, bias = weight.float(), bias.float()
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def _wide_in_bf16(x: Tensor) -> bool:
@@ -37,13 +41,20 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        """PyTorch's own, which the compiler decomposes and fuses with its neighbours."""
+        """PyTorch's own, which the compiler decomposes and fuses with its neighbours.
+
+        It takes one dtype for all: under FSDP the gain and the bias are bf16, under DDP float32.
+        """
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-            dy.float(), x.float(), weight.shape, mean, rstd, weight, bias, wanted
+        grads = torch.ops.aten.native_layer_norm_backward(
+            dy.float(), x.float(), weight.shape, mean, rstd, weight.float(), bias.float(), wanted
         )
-        return None if dx is None else dx.to(x.dtype), dw, db, None
+        dx, dw, db = (
+            None if grad is None else grad.to(of.dtype)
+            for grad, of in zip(grads, (x, weight, bias), strict=True)
+        )
+        return dx, dw, db, None
 
 
 @custom_op
@@ -55,7 +66,9 @@ def _layer_norm(
         from .triton_training import layer_norm
 
         return layer_norm(x.contiguous(), weight, bias, eps)
-    y, mean, rstd = torch.native_layer_norm(x.float(), weight.shape, weight, bias, eps)
+    y, mean, rstd = torch.native_layer_norm(
+        x.float(), weight.shape, weight.float(), bias.float(), eps
+    )
     return y.to(x.dtype), mean, rstd
 
 

@@ -159,20 +159,32 @@ def _cached_attention(  # noqa: PLR0917 - Triton launches by position
         mask = (s < length)[:, None] & real[None, :]
         key = tl.load(keys + at, mask=mask, other=0.0)
         value = tl.load(values + at, mask=mask, other=0.0)  # on its way while scores are computed
-        score = tl.sum(key.to(tl.float32) * query[None, :], 1)
-        score = tl.where(s < length, score, -float("inf"))
-        new_top = tl.maximum(top, tl.max(score, 0))
-        shrink, p = tl.exp(top - new_top), tl.exp(score - new_top)
-        mixed = mixed * shrink + tl.sum(p[:, None] * value.to(tl.float32), 0)
-        total = total * shrink + tl.sum(p, 0)
-        top = new_top
+        score = tl.where(s < length, tl.sum(key.to(tl.float32) * query[None, :], 1), -float("inf"))
+        top, total, mixed = _add_positions(score, value, top, total, mixed)
     if shares == 1:
         tl.store(out + (row * heads + head) * width + d, mixed / total, mask=real)
     else:
-        part = parts + (tl.program_id(0) * shares + tl.program_id(1)) * (lanes + 2)
-        tl.store(part, top)
-        tl.store(part + 1, total)
-        tl.store(part + 2 + d, mixed)
+        _store_share(parts, shares, lanes, top, total, mixed)
+
+
+@triton.jit
+def _add_positions(score, value, top, total, mixed):
+    """A step of the online softmax: (maximum, sum, mixture) with the scores of more positions."""
+    new_top = tl.maximum(top, tl.max(score, 0))
+    shrink, p = tl.exp(top - new_top), tl.exp(score - new_top)
+    mixed = mixed * shrink + tl.sum(p[:, None] * value.to(tl.float32), 0)
+    return new_top, total * shrink + tl.sum(p, 0), mixed
+
+
+@triton.jit
+def _store_share(  # noqa: PLR0917 - as above
+    parts, shares: tl.constexpr, lanes: tl.constexpr, top, total, mixed
+):
+    """What a program found in its share, for `_join_shares`."""
+    part = parts + (tl.program_id(0) * shares + tl.program_id(1)) * (lanes + 2)
+    tl.store(part, top)
+    tl.store(part + 1, total)
+    tl.store(part + 2 + tl.arange(0, lanes), mixed)
 
 
 @triton.jit

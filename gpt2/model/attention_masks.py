@@ -37,9 +37,10 @@ def mask_for(T: int, window: Tensor | None, documents: Tensor | None, flex: bool
         flex: whether to build FlexAttention's mask, which does not recompile for another window
             or other documents. It needs T to be a multiple of 128; else the mask is dense.
     """
-    if window is None and documents is None:
+    given = window if documents is None else documents
+    if given is None:
         return None
-    device = (window if documents is None else documents).device
+    device = given.device
     if flex and T % BLOCK == 0:
         return _block_mask(T, window, documents, device)
     at = torch.arange(T, device=device)
@@ -68,6 +69,7 @@ def visible(
         seen = seen & (distance < window)
     seen = seen if seen.ndim == 3 else seen[None]
     if query_documents is not None:
+        assert key_documents is not None  # both, or neither
         seen = seen & (query_documents[:, :, None] == key_documents[:, None])
     return seen[:, None]
 
@@ -86,7 +88,8 @@ def _block_mask(
         some = some & (last[:, None, :] >= first[:, :, None])
         whole = whole & (first[:, None, :] == last[:, :, None])
 
-    def mask_mod(b, h, q, k):  # FlexAttention's signature: batch, head, query and key position
+    # FlexAttention's signature: batch, head, query position, key position
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = q >= k
         if window is not None:
             seen = seen & (q - k < window)
@@ -95,7 +98,7 @@ def _block_mask(
         return seen
 
     lists = block_lists(some & ~whole, whole)
-    return BlockMask((T, T), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
+    return BlockMask((T, T), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)  # type: ignore[misc]
 
 
 @torch.library.custom_op("gpt2::block_lists", mutates_args=())

@@ -77,7 +77,9 @@ class Attention(nn.Module):
         # `qkv` gives a bias of the keys no gradient. That is right without RoPE only.
         fused = self.c_attn.bias is None
         q, k, v = qkv(x, self.c_attn) if fused else self.c_attn(x).split(C, dim=-1)
-        if self.value_mix is not None:  # Zhou et al. 2024, arXiv:2410.17897, and modded-nanogpt
+        if (
+            self.value_mix is not None and value_embedding is not None
+        ):  # Zhou et al. 2024, arXiv:2410.17897, and modded-nanogpt
             of_x, of_token = self.value_mix.unbind()
             v = (of_x * v + of_token * value_embedding).to(v.dtype)
         q, k, v = (part.view(B, T, heads, C // heads).transpose(1, 2) for part in (q, k, v))
@@ -131,11 +133,10 @@ class Norm(nn.Module):
 
     def __init__(self, config: ModernConfig) -> None:
         super().__init__()
+        self.weight: nn.Parameter | None = None
         if config.norm == "layernorm":
             self.weight = nn.Parameter(torch.ones(config.n_embd))
             self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-        else:
-            self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) -> (…, C)."""
@@ -238,7 +239,8 @@ class Modern(LanguageModel):
         tables = parts.value_tables if config.value_embeddings else ()
         value_embeddings = [to_residual_stream(rms_norm(table(idx))) for table in tables]
         skips = list(self.skip_weights.unbind()) if self.skip_weights is not None else []
-        half, kept = len(skips), []
+        half = len(skips)
+        kept: list[Tensor] = []
         for layer, block in enumerate(parts.h):
             if layer >= config.n_layer - half:  # U-net skips, Ronneberger et al. 2015
                 x = (x + skips[layer - config.n_layer + half] * kept.pop()).to(x.dtype)

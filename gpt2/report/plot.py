@@ -77,7 +77,9 @@ def plot_lengths(
             f"{split}: {format_count(counts.total())} documents, median {medians[split]:,} tokens"
         )
         share = 100 * weights / weights.sum()
-        axes.hist(values, bins, weights=share, histtype="step", color=color, lw=1.6, label=label)
+        axes.hist(
+            values, list(bins), weights=share, histtype="step", color=color, lw=1.6, label=label
+        )
         axes.axvline(medians[split], color=color, linestyle=":", linewidth=1.2)
     axes.axvline(BLOCK_SIZE, color="0.4", linewidth=1, label=f"block_size {BLOCK_SIZE:,}")
     axes.set_xscale("log", base=2)

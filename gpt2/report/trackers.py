@@ -6,8 +6,9 @@ Each is imported only when it is named. A new one is a class with `log` and `clo
 
 import difflib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..errors import UserError
 
@@ -35,7 +36,7 @@ class Wandb:
         import wandb
 
         settings = wandb.setup().settings  # after WANDB_* variables and settings files
-        mode = None
+        mode: Literal["offline"] | None = None  # None: as the settings say
         if settings.mode == "online" and not wandb.login(prompt=False):
             mode = "offline"
             self.notice = "wandb: no API key (`wandb login` sets one), so the run is kept offline"
@@ -114,7 +115,11 @@ class Trackio:
         self._run.finish()
 
 
-SINKS = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
+SINKS: dict[str, Callable[[Path, dict, str, int | None], Sink]] = {
+    "wandb": Wandb,
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+}
 
 
 def check_names(text: str) -> list[str]:

@@ -128,7 +128,7 @@ def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, token
     with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
         write_atomically(path, json.dumps(content | {"windows": sequences}, indent=1).encode())
     first = f"{sequences[0]['shard']} from token {sequences[0]['first_token']:,}"
-    return f"{first} and {len(sequences) - 1} more windows (all in {path})"
+    return f"{first} and {len(sequences) - 1} more sequences (all in {path})"
 
 
 def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> None:
@@ -167,7 +167,7 @@ def describe_data(state: TrainState, options: OptimOptions) -> list[str]:
         longer = ""
         if order.sequence_start == "document":
             times = order.tokens_per_epoch / held
-            longer = f" ({times:.2f} times those of the shards: windows begin with documents)"
+            longer = f" ({times:.2f} times those of the shards: sequences begin with documents)"
         lines.append(
             f"{share}{order.tokens_per_epoch:,} training tokens per epoch{longer}; "
             f"{options.max_steps} steps are {planned * dataset.share / order.per_epoch:.2f} epochs"

@@ -13,6 +13,7 @@ gathered, and a step with NaN is skipped on the device.
 import functools
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def normalise_rows(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
     return normalised * (before / (after + 1e-8))
 
 
-def apply(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor):
+def apply(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor) -> None:
     """p ← keep · p - rate · update unless skip > 0; the factors are () tensors."""
     p.copy_(torch.where(skip > 0, p, keep * p - rate * update.to(p.dtype)))
 
@@ -108,18 +109,19 @@ class MuonAndAdamW(torch.optim.AdamW):
         world_size: int,
         compiled: bool,
         precision: torch.dtype,
-        **settings,
-    ):
+        **settings: Any,
+    ) -> None:
         super().__init__(groups, **settings)
         self.all_sum, self.rank, self.world_size = all_sum, rank, world_size
         self.precision = precision
-        parts = nesterov, orthogonalise, normalise_rows, apply
-        self.nesterov, self.orthogonalise, self.normalise_rows, self.apply = (
-            _compiled(part) if compiled else part for part in parts
-        )
+        prepare = _compiled if compiled else lambda function: function
+        self.nesterov: Callable[..., Tensor] = prepare(nesterov)
+        self.orthogonalise: Callable[..., Tensor] = prepare(orthogonalise)
+        self.normalise_rows: Callable[..., Tensor] = prepare(normalise_rows)
+        self.apply: Callable[..., None] = prepare(apply)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update, with gradients divided by `grad_scale`; none where `found_inf` is 1.
 
         `train/step.py` sets both attributes, as `GradScaler` does for fused optimizers.
@@ -133,7 +135,7 @@ class MuonAndAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = groups
 
-    def _step_muon(self, groups: list[dict]):
+    def _step_muon(self, groups: list[dict]) -> None:
         number = functools.cache(lambda value, device: torch.full((), value, device=device))
         by_shape: dict[tuple[int, int], list[tuple[Tensor, dict]]] = defaultdict(list)
         for group in groups:
@@ -194,7 +196,7 @@ class MuonAndAdamW(torch.optim.AdamW):
             update[mine] = self.orthogonalise(stack[mine])
         return self.all_sum(update)
 
-    def _apply(self, p: Tensor, update: Tensor, group: dict, number: Callable):
+    def _apply(self, p: Tensor, update: Tensor, group: dict, number: Callable) -> None:
         """p ← (1 - lr·decay) p - lr √max(1, rows/columns) update; the update may be a part."""
         rows, columns = p.shape[0] // group["parts"], p.shape[1]
         keep = number(1 - group["lr"] * group["weight_decay"], p.device)

@@ -196,7 +196,9 @@ def test_windows_and_rates_of_switches_that_the_weights_have():
     found = ModernConfig(n_layer=3, n_head=5, n_embd=40, block_size=64, untied_head=True,
                          window_pattern="SL", window=32)  # fmt: skip
     for room in (1, 32):
-        with pytest.raises(UserError, match="has windows of 32 positions; use --block_size=33"):
+        with pytest.raises(
+            UserError, match="attention windows of 32 positions; use --block_size=33"
+        ):
             resolve_options(ModelOptions(init="x", block_size=room), found)
     assert resolve_options(ModelOptions(init="x", block_size=33), found).shape().window == 32
     asked = parse(TrainConfig, ["--init=x", "--head_lr=1e-3", "--window_warmup=0.5"], "gpt2 train")

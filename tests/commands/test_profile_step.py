@@ -17,9 +17,9 @@ from ..conftest import TINY
 @pytest.mark.parametrize(
     ("name", "group"),
     [
-        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "products"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_nn_n_tilesize128x128x64_dgelu", "products"),
-        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "products"),
+        ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "matmuls"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_nn_n_tilesize128x128x64_dgelu", "matmuls"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matmuls"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
         ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>", "attention"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
@@ -33,7 +33,7 @@ from ..conftest import TINY
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("triton_red_fused_sum_view_8", profile_step.OTHERS),
         ("triton_poi_fused_gelu_5", profile_step.OTHERS),
-        ("aten::addmm", "products"),
+        ("aten::addmm", "matmuls"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("aten::native_layer_norm_backward", "norms"),
     ],
@@ -48,7 +48,7 @@ def test_flops_are_six_per_weight_and_token_and_attention():
     tables = model.transformer.wpe.weight.numel()
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     padding = (50304 - 50257) * 768
-    assert work["products"] + work["head"] == 6 * (
+    assert work["matmuls"] + work["head"] == 6 * (
         model.num_parameters() - tables - vectors + padding
     )
     assert sum(work.values()) == pytest.approx(model.flops_per_token(), rel=2e-3)
@@ -73,7 +73,7 @@ def test_profile_on_a_cpu(data, data_dir, tmp_path, capsys):
                 rows[name] = float(line[28:38])
     assert rows.keys() == {*profile_step.ORDER, "waiting", "step"}
     assert sum(rows.values()) - rows["step"] == pytest.approx(rows["step"], rel=0.02)
-    assert rows["products"] > 0
+    assert rows["matmuls"] > 0
     assert rows["head"] > rows["norms"] > 0
     assert rows["attention"] > 0
     assert rows["optimizer"] > 0
@@ -106,7 +106,7 @@ def test_profile_on_a_gpu(tmp_path, capsys):
     assert main(["profile", *argv, f"--data_dir={tmp_path / 'none'}"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
     share = {line[:28].strip(): float(line[38:46].strip("% ")) for line in rows if line[0] != "f"}
-    assert share["products"] > 25
+    assert share["matmuls"] > 25
     assert share["head"] > 10
     assert share["attention"] > 5
     assert share[profile_step.OTHERS] < 30

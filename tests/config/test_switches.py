@@ -33,7 +33,7 @@ def test_defaults_are_the_faithful_network():
         (["--window=5"], "give both"),
         (["--rope_fraction=0.5"], "rope_fraction is for positions=rotary"),
         (["--positions=rotary", "--rope_fraction=0"], "above 0 and up to 1"),
-        (["--positions=rotary", "--rope_fraction=0.01"], "no pair of heads 64 wide"),
+        (["--positions=rotary", "--rope_fraction=0.01"], "no pair of the 64 channels"),
         (["--muon_weight_decay=0.1"], "muon_weight_decay is for --optimizer=muon"),
         (["--muon_momentum_warmup=9"], "muon_momentum_warmup is for --optimizer=muon"),
         (["--optimizer=muon", "--learning_rate=0"], "other rates follow its schedule"),

@@ -35,7 +35,7 @@ def call(name: str, block: Block, residual, x, upstream):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_as_exact_as_plain_layers_in_bf16(name, bias, rows, device, monkeypatch):
-    """On a CPU the same autograd functions run on plain products, compiled on a GPU only."""
+    """On a CPU the same autograd functions run on plain matmuls, compiled on a GPU only."""
     torch.manual_seed(0)
     width = 768 if device == "cuda" else 64
     block = Block(GPT2Config(n_embd=width, n_head=1), 0).to(device)
@@ -63,7 +63,7 @@ def test_as_exact_as_plain_layers_in_bf16(name, bias, rows, device, monkeypatch)
             assert not a[width : 2 * width].any()
             keep = torch.arange(3 * width, device=device) // width != 1
             a, b, c, right = a[keep], b[keep], c[keep], right[keep]  # noqa: PLW2901
-        # sums of three products are rounded to bf16 three times instead of once
+        # sums of three matmuls are rounded to bf16 three times instead of once
         assert max(error(a, right), error(b, right)) < 1.5 * error(c, right) + 1e-4
         assert a.dtype == c.dtype
 

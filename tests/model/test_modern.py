@@ -343,7 +343,7 @@ def test_every_loaded_model_is_an_instance_of_gpt2(tmp_path):
 
 
 def test_gradients_of_key_biases_are_kept_where_positions_turn():
-    """`products.qkv` leaves them out, which is right for GPT-2 alone."""
+    """`linear.qkv` leaves them out, which is right for GPT-2 alone."""
     model, idx = disturbed(positions="rotary"), tokens()
     model(idx, idx).backward()
     bias = model.transformer.h[0].attn.c_attn.bias

@@ -52,7 +52,7 @@ def same(a, b) -> bool:
 
 
 def processor() -> str:
-    """What a library of matrix products may choose its code by."""
+    """What a matmul library may choose its code by."""
     cpu = Path("/proc/cpuinfo")
     if not cpu.exists():
         return platform.processor()
@@ -143,7 +143,7 @@ def test_interrupted_run_gives_the_same_bits(data_dir, tmp_path, arguments):
 
 
 @pytest.mark.parametrize("forgotten", ["position", "optimizer", "rng", "scaler"])
-@pytest.mark.fault(23, "without position, moments, random state, scale: other bits")
+@pytest.mark.fault(23, "without position, optimizer state, random state, scale: other bits")
 def test_each_part_of_a_checkpoint_matters(data_dir, tmp_path, forgotten, monkeypatch):
     """What makes the test above able to fail: without this part the bits differ."""
     arguments = ["--max_steps=8", "--save_every=4", "--dropout=0.1"]
@@ -484,7 +484,7 @@ def test_mistake_with_resume_never_moves_nothing(data_dir, tmp_path):
         (["--data_dir=/nowhere"], "no data folder"),
         (["--total_batch_tokens=1000", "--grad_accum_steps=0"], "not a multiple of 128"),
         (["--total_batch_tokens=1000"], "disagrees"),
-        (["--block_size=100000"], "too few for one window"),
+        (["--block_size=100000"], "too few for one sequence"),
         (["--device=cuda:7"], "is not there"),
         (["--device=tpu"], "use auto, cpu"),
         (["--resume=/nowhere"], "not a whole checkpoint"),

@@ -282,9 +282,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=50, help="steps to measure, by tens")
     made.add_argument("--warmup", type=int, default=10, help="steps before, not counting the first")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument(
-        "--dtype", help="of matmuls: bfloat16, or float32 on a CPU without its units"
-    )
+    made.add_argument("--dtype", help="of matmuls: bfloat16, or float32 on a CPU without its units")
     made.add_argument("--only", help="one contender, in this process")
     made.add_argument("--out_dir", type=Path, help="also write throughput.jsonl and .png there")
     return made

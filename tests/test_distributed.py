@@ -137,6 +137,43 @@ with runtime.start(SystemOptions(device="cpu", dtype="float32")) as rt:
     assert done.stdout.count("ok") == 2
 
 
+def test_gradients_beside_a_graph_equal_those_of_ddp(tmp_path):
+    """Without DDP, as with a CUDA graph: rank 0's weights, and gradients averaged after the last.
+
+    The sum of two ranks does not depend on who adds: the bits are DDP's.
+    """
+    script = tmp_path / "average.py"
+    script.write_text(
+        """
+import torch
+from gpt2.config.model import GPT2Config
+from gpt2.config.train import SystemOptions
+from gpt2.distributed import runtime
+from gpt2.model.gpt import GPT
+
+with runtime.start(SystemOptions(device="cpu", dtype="float32")) as rt:
+    found = []
+    for recorded in (False, True):
+        torch.manual_seed(rt.rank)  # other weights on each rank, until they are wrapped
+        model = GPT(GPT2Config(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100))
+        forward = rt.wrap(model, recorded)
+        assert (forward is model) == recorded
+        torch.manual_seed(7)
+        idx = torch.randint(0, 100, (3, 2, 1, 16))  # micro-batch, rank, B, T
+        for micro, part in enumerate(idx[:, rt.rank]):
+            with rt.gradient_sync(forward, last=micro == 2):
+                forward(part, part).backward()
+        rt.average_gradients(forward)
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    print("ok")
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = run_python(*TORCHRUN, "--nproc_per_node=2", script, env=environment)
+    assert done.stdout.count("ok") == 2
+
+
 def test_activation_checkpointing_on_two_ranks(two_ranks, data_dir, tmp_path):
     arguments = ["--max_steps=10", "--eval_every=5", "--activation_checkpointing=True"]
     run_python(*command(2, data_dir, tmp_path, *arguments))

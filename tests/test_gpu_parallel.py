@@ -1,5 +1,6 @@
 """FSDP2 on two GPUs: what tests/test_parallel.py asks of two CPU processes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,10 +20,20 @@ SMALL += ["--n_embd=128", "--n_head=2", "--max_steps=6", "--eval_every=3", "--sa
 SMALL += ["--keep_last=9", "--activation_checkpointing=True"]
 
 
-def train(data_dir, out, *arguments, ranks=2):
+def train(data_dir, out, *arguments, ranks=2, script="train_gpt2.py"):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*torchrun, "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={out}", *SMALL]
-    subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, check=True, timeout=170)
+    command = [*torchrun, script, f"--data_dir={data_dir}", f"--out_dir={out}", *SMALL]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=ROOT,
+        check=True,
+        timeout=170,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    return done.stdout
 
 
 @pytest.mark.timeout(900)
@@ -37,6 +48,39 @@ def test_losses_equal_those_of_ddp(optimizer, compiled, data_dir, tmp_path):
     assert metrics(tmp_path / "fsdp", "val_loss") == pytest.approx(
         metrics(tmp_path / "ddp", "val_loss"), abs=2e-2
     )
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_recorded_micro_batch_trains_as_ddp_does(dtype, data_dir, tmp_path):
+    """CUDA graphs with gradients averaged after them, against DDP's own all-reduces."""
+    script = tmp_path / "without.py"
+    script.write_text(
+        "import sys\n"
+        "from gpt2.cli import main\n"
+        "from gpt2.distributed import devices\n"
+        "devices.choose_graph = lambda *_: (False, 'for the comparison')\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    arguments = [f"--dtype={dtype}", "--compile_model=True", "--activation_checkpointing=False"]
+    recorded = train(data_dir, tmp_path / "graph", *arguments)
+    assert "CUDA graph True" in recorded
+    plain = train(data_dir, tmp_path / "ddp", *arguments, script=str(script))
+    assert "CUDA graph False: for the comparison" in plain
+    for name in ("loss", "grad_norm", "val_loss"):
+        found, expected = (metrics(tmp_path / how, name) for how in ("graph", "ddp"))
+        assert found == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("compiled", ["False", "True"])
+def test_wide_layers_train_under_fsdp(compiled, data_dir, tmp_path):
+    """Beyond 1,024 channels LayerNorm has a kernel of its own, which gets FSDP's bf16 gains."""
+    arguments = ["--n_embd=1152", "--dtype=bfloat16", f"--compile_model={compiled}"]
+    arguments += ["--block_size=256", "--batch_size=8"]
+    for how in ("ddp", "fsdp"):
+        train(data_dir, tmp_path / how, *arguments, f"--parallel={how}")
+    assert metrics(tmp_path / "fsdp") == pytest.approx(metrics(tmp_path / "ddp"), abs=2e-2)
 
 
 @pytest.mark.timeout(900)

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from ..errors import UserError, first_line
+from .environment import ranks
 
 
 def choose_device(requested: str, local_rank: int = 0) -> torch.device:
@@ -102,15 +103,34 @@ def _compile_problem(device: torch.device) -> str:
     return ""
 
 
-def choose_graph(device: torch.device, compiled: bool, world_size: int) -> tuple[bool, str]:
-    """Whether micro-batches become CUDA graphs, and why."""
+def choose_graph(device: torch.device, compiled: bool, sharded: bool) -> tuple[bool, str]:
+    """Whether micro-batches become CUDA graphs, and why.
+
+    With several ranks, gradients are then averaged after the last micro-batch, where DDP averages
+    them during its backward pass. That pays where GPUs of one machine reach each other's memory.
+
+    Args:
+        device: of this rank.
+        compiled: whether the network is compiled.
+        sharded: whether FSDP is on, whose all-gathers a graph of ours cannot hold.
+    """
     if device.type != "cuda":
         return False, f"there are none on a {device.type}"
     if not compiled:
         return False, "compile_model is off"
-    if world_size > 1:
-        return False, "several ranks"
+    if sharded:
+        return False, "parallel=fsdp"
+    own = ranks()
+    if own.on_this_machine < own.world_size:
+        return False, "ranks on several machines"
+    if own.world_size > 1 and not _reaches_all_gpus(device):
+        return False, "GPUs without peer access"
     return True, "one launch for each micro-batch, but for conversations"
+
+
+def _reaches_all_gpus(device: torch.device) -> bool:
+    others = set(range(torch.cuda.device_count())) - {device.index}
+    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
 
 
 def describe(device: torch.device) -> str:

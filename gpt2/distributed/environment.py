@@ -14,11 +14,12 @@ class Ranks(NamedTuple):
     rank: int
     local_rank: int  # on this machine
     world_size: int
+    on_this_machine: int  # how many of them
 
 
 def ranks() -> Ranks:
-    """RANK, LOCAL_RANK and WORLD_SIZE."""
-    given = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE."""
+    given = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
     return Ranks(*(int(os.environ.get(name, default)) for name, default in given))
 
 

@@ -76,12 +76,18 @@ class Runtime:
         else:
             model.to(self.device)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, recorded: bool = False) -> nn.Module:
         """The module to train with, DDP around the model where there are several ranks.
 
-        The model inside keeps its plain names for checkpoints.
+        The model inside keeps its plain names for checkpoints. A CUDA graph cannot hold DDP's
+        all-reduces as they are; with `recorded`, the model stays bare and `average_gradients` does
+        DDP's work. Either way all ranks get the weights of rank 0.
         """
         if self.world_size == 1 or self.sharded:
+            return model
+        if recorded:
+            for p in model.parameters():
+                dist.broadcast(p.data, 0)
             return model
         on_gpu = self.device.type == "cuda"
         return DistributedDataParallel(
@@ -101,9 +107,19 @@ class Runtime:
         self._beat()
         if self.sharded:
             fsdp.set_gradient_sync(wrapped, last)
-        if self.world_size == 1 or self.sharded or last:
+        if last or not isinstance(wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
-        return wrapped.no_sync()  # type: ignore[operator] # DistributedDataParallel's
+        return wrapped.no_sync()
+
+    def average_gradients(self, wrapped: nn.Module) -> None:
+        """Averages gradients over ranks, in place, where neither DDP nor FSDP has done so.
+
+        Args:
+            wrapped: the module that `wrap` gave.
+        """
+        bare = not isinstance(wrapped, DistributedDataParallel)
+        if self.world_size > 1 and bare and not self.sharded:
+            average([p.grad for p in wrapped.parameters() if p.grad is not None])
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Calls a function on rank 0; every rank gets its result, or the UserError it raised."""
@@ -157,21 +173,6 @@ class Runtime:
         """Steps that are launched before the loss of an earlier one is read."""
         return int(self.device.type == "cuda")
 
-    def read_later(self, numbers: Tensor) -> Callable[[], list[float]]:
-        """Starts a copy from the device; the function returned waits for the copy alone."""
-        if self.device.type != "cuda":
-            return numbers.tolist
-        copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
-        copy.copy_(numbers, non_blocking=True)
-        copied = torch.cuda.Event(blocking=True)
-        copied.record()
-
-        def read() -> list[float]:
-            copied.synchronize()
-            return copy.tolist()
-
-        return read
-
     def stop_flag(self) -> Tensor:
         """1 when a signal has asked this rank to stop, else 0, on the device."""
         return torch.full((), float(bool(self.stop_signal)), device=self.device)
@@ -211,7 +212,7 @@ def start(
     Raises:
         UserError: a device that is not there, or a precision that does not fit.
     """
-    rank, local_rank, world_size = ranks()
+    rank, local_rank, world_size, _ = ranks()
     device = choose_device(options.device, local_rank)
     dtype, reason = choose_dtype(options.dtype, device)
     sharded = options.parallel == "fsdp" and world_size > 1
@@ -241,6 +242,18 @@ def start(
             rt.watchdog.close()
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Averages tensors over all ranks, in place; NCCL sends them as one group where it can."""
+    by_nccl = dist.get_backend() == "nccl"
+    operation = dist.ReduceOp.AVG if by_nccl else dist.ReduceOp.SUM  # gloo has no AVG
+    coalesced = getattr(dist, "_coalescing_manager", None) if by_nccl else None
+    with coalesced() if coalesced else contextlib.nullcontext():
+        for tensor in tensors:
+            dist.all_reduce(tensor, operation)
+    if not by_nccl:
+        torch._foreach_div_(tensors, dist.get_world_size())
 
 
 def _join(rt: Runtime) -> str:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 class Throughput:
     """Training time and tokens per second; time inside `pause()` does not count.
 
-    Read the loss (or synchronize otherwise) before `lap` and `pause`: an accelerator that still
-    works on queued steps would be timed too short.
+    Read the losses of all steps before `pause`: an accelerator that still works on queued steps
+    would be timed too short.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -24,12 +24,18 @@ class Throughput:
 
     def start(self, seconds_before: float = 0.0) -> None:
         """Starts the clock; `seconds_before` is the training time before a resume."""
-        self._lap_started = self._clock()
+        self._lap_started = self._finished = self._clock()
         self._seconds_before = seconds_before
 
-    def step(self, tokens: int) -> None:
-        """Counts the tokens of one optimizer step."""
+    def step(self, tokens: int, finished_at: float | None = None) -> None:
+        """Counts the tokens of one optimizer step.
+
+        Args:
+            tokens: of the step.
+            finished_at: when the device had computed it, by the clock; None: now.
+        """
         self._tokens += tokens
+        self._finished = self._clock() if finished_at is None else finished_at
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -41,10 +47,9 @@ class Throughput:
             self._lap_started += self._clock() - started
 
     def lap(self) -> tuple[float, float]:
-        """(tokens per second since the last lap, seconds of training so far)."""
-        now = self._clock()
-        seconds = max(now - self._lap_started, 1e-9)
-        self._lap_started, self._seconds_before = now, self._seconds_before + seconds
+        """(tokens per second from the last lap to the last step's end, seconds of training)."""
+        seconds = max(self._finished - self._lap_started, 1e-9)
+        self._lap_started, self._seconds_before = self._finished, self._seconds_before + seconds
         tokens, self._tokens = self._tokens, 0
         if tokens:
             if len(self._laps) == 1 and self._is_first_lap:

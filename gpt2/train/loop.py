@@ -152,7 +152,7 @@ def log_step(
     rt.reached(launched.step)
     count_skipped(state, config, rt, launched, math.isfinite(loss + norm))
     state.stop = state.stop or stops > 0
-    state.clock.step(launched.own_tokens)
+    state.clock.step(launched.own_tokens, launched.numbers.finished_at())
     if launched.step == 1:
         check_first_loss(loss, state, rt, config.model.init)
     last = launched.step == config.optim.max_steps or state.stop

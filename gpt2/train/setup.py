@@ -108,7 +108,7 @@ def build(
     compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         compile_network(model, rt.sharded)
-    recorded, graph_note = devices.choose_graph(rt.device, compiled, rt.world_size)
+    recorded, graph_note = devices.choose_graph(rt.device, compiled, rt.sharded)
     notes = [*data_notes, f"compile_model {compiled}: {compile_note}"]
     if rt.device.type == "cuda":
         tokens = plan.batch_size * plan.block_size
@@ -130,7 +130,8 @@ def build(
     )
     if resumed:
         restore(state, resumed, rt)
-    state.wrapped_model = rt.wrap(model)  # DDP compares the weights of all ranks: after `restore`
+    # after `restore`: every rank gets the weights of rank 0
+    state.wrapped_model = rt.wrap(model, recorded)
     return state
 
 

@@ -21,7 +21,7 @@ class TrainState:
     """All that changes while training; `save.py` writes it to a checkpoint and restores it."""
 
     model: LanguageModel
-    wrapped_model: nn.Module  # DistributedDataParallel around the model, or the model itself
+    wrapped_model: nn.Module  # the model, or DistributedDataParallel around it
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     loader: TrainLoader

@@ -6,7 +6,6 @@ under way (`loop.py`).
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from ..config.model import IGNORE
 from ..config.train import TrainConfig
 from ..data.loader import Batch
 from ..distributed import fsdp
+from ..distributed.device_copy import DeviceCopy
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..model.packed_documents import Packed
@@ -33,7 +33,11 @@ class Launched:
     lr: float
     tokens: int  # trained on so far by all ranks, this step included
     own_tokens: int  # of this step alone
-    read: Callable[[], list[float]]  # waits; mean loss in nats, gradient norm, ranks that stop
+    numbers: DeviceCopy  # mean loss in nats, gradient norm, ranks that stop
+
+    def read(self) -> list[float]:
+        """The numbers; waits until the device has computed this step."""
+        return self.numbers.read()
 
 
 def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
@@ -60,6 +64,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     for micro, batch in enumerate(batches):
         with rt.gradient_sync(state.wrapped_model, last=micro == len(batches) - 1):
             loss_sum += micro_batch(state, config, rt, batch, factor, first=micro == 0)
+    rt.average_gradients(state.wrapped_model)
 
     state.scaler.unscale_(state.optimizer)
     grad_norm = fsdp.gradient_norm(state.model.parameters())
@@ -67,12 +72,12 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
         in_optimizer = rt.device.type == "cuda" and not state.scaler.is_enabled()
         clip_gradients(state.optimizer, grad_norm, config.optim.grad_clip, in_optimizer)
     # One all-reduce for all that ranks must agree on; its copy to the CPU overlaps the update.
-    numbers = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
-    agreed = rt.all_sum(torch.stack(numbers))
-    read = rt.read_later(agreed)
+    own = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
+    agreed = rt.all_sum(torch.stack(own))
+    numbers = DeviceCopy(agreed)
     _update(state, skip=~agreed[:2].isfinite().all())
     state.step += 1
-    return Launched(state.step, lr, state.tokens, state.tokens - tokens_before, read)
+    return Launched(state.step, lr, state.tokens, state.tokens - tokens_before, numbers)
 
 
 def micro_batch(  # noqa: PLR0917

@@ -103,11 +103,32 @@ def test_fp8_needs_a_new_gpu_and_bf16(fake_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "compiled", "ranks", "expected"),
-    [("cuda", True, 1, True), ("cuda", False, 1, False), ("cuda", True, 2, False),
-     ("cpu", True, 1, False), ("mps", True, 1, False)],
-)  # fmt: skip
-def test_graphs_are_for_one_compiled_gpu(device, compiled, ranks, expected):
-    chosen, reason = devices.choose_graph(torch.device(device), compiled, ranks)
+    ("device", "compiled", "sharded", "expected"),
+    [
+        ("cuda", True, False, True),
+        ("cuda", False, False, False),
+        ("cuda", True, True, False),
+        ("cpu", True, False, False),
+        ("mps", True, False, False),
+    ],
+)
+def test_graphs_are_for_compiled_gpus(device, compiled, sharded, expected):
+    chosen, reason = devices.choose_graph(torch.device(device), compiled, sharded)
+    assert chosen is expected
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("ranks", "here", "peers", "expected"),
+    [(4, 4, {1, 2, 3}, True), (4, 4, {1, 2}, False), (8, 4, {1, 2, 3}, False)],
+)
+def test_graphs_of_several_ranks_need_gpus_that_reach_each_other(
+    ranks, here, peers, expected, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda _, other: other in peers)
+    chosen, reason = devices.choose_graph(torch.device("cuda:0"), True, False)
     assert chosen is expected
     assert reason

@@ -379,16 +379,36 @@ def test_throughput_leaves_pauses_out():
     meter = Throughput(clock)
     meter.start(seconds_before=50.0)
     assert meter.seconds_left(10) is None
-    meter.step(30)
     clock.now += 2
+    meter.step(30)
     with meter.pause():
         clock.now += 1000
-    meter.step(30)
     clock.now += 1
+    meter.step(30)
     assert meter.lap() == (20.0, 53.0)
     clock.now += 2
     meter.step(10)
     assert meter.lap() == (5.0, 55.0)
+
+
+def test_a_lap_ends_when_the_device_was_done_not_when_somebody_asked():
+    """Launching step n + 1 may keep the CPU busy until it is nearly over; the last step is alone.
+
+    Timed by when the losses are read, the laps of steps of one second would take 1.9, 1 and 0.1.
+    """
+    clock = FakeClock()
+    meter = Throughput(clock)
+    rates = []
+    for finished, asked in ((101, 101.9), (102, 102.9), (103, 103)):
+        clock.now = asked
+        meter.step(10, finished_at=finished)
+        rates.append(meter.lap()[0])
+    assert rates == [10.0, 10.0, 10.0]
+    with meter.pause():
+        clock.now += 7
+    clock.now += 2
+    meter.step(10)
+    assert meter.lap() == (5.0, 5.0)
 
 
 def test_a_failed_evaluation_is_a_pause_too():

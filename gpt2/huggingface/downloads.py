@@ -1,7 +1,7 @@
-"""Downloads of a dataset's files: each is verified; the next downloads while one is in use.
+"""Downloads of a dataset's files: verified by sha256, with the next file prefetched.
 
-A file is complete under its name and incomplete under its name with `.part`, at which a later run
-goes on.
+An incomplete file has the suffix `.part`, which a later run continues. A complete file has its own
+name.
 """
 
 import errno
@@ -15,26 +15,26 @@ from ..errors import UserError
 from ..files import move, sha256_of
 from .hub import File, HubDataset, bytes_of_file
 
-POLL_SECONDS = 0.1  # how soon Ctrl-C is noticed; Windows cannot interrupt a longer wait
+POLL_SECONDS = 0.1  # latency of Ctrl-C: Windows cannot interrupt a longer wait
 
 
 class Downloads:
     """A dataset's files in a folder.
 
     Args:
-        dataset: where they come from.
+        dataset: the dataset on the Hub.
         folder: for files that are being downloaded or read.
-        keep: leave whole files in `folder` instead of deleting each after its use.
-        log: is told, from any thread, what is downloaded.
+        keep: leave complete files in `folder` instead of deleting each after its use.
+        log: receives a line about each download, from any thread.
     """
 
     def __init__(self, dataset: HubDataset, folder: Path, keep: bool, log: Callable[[str], None]):
         self.dataset, self.keep = dataset, keep
         self._folder, self._log = folder, log
-        self._begun: dict[str, Future] = {}  # by name; at most one besides the one in use
+        self._begun: dict[str, Future] = {}  # by file name; at most one prefetch
 
     def local(self, file: File) -> Path | None:
-        """Where a file lies already, in the Hub's cache or kept here; only its size is checked."""
+        """Path of a copy in the Hub's cache or the folder, or None. Checks the size only."""
         for path in (self.dataset.cached(file), self._folder / file.name):
             if path and path.is_file() and bytes_of_file(path) == file.size_bytes:
                 return path
@@ -42,13 +42,14 @@ class Downloads:
 
     @contextmanager
     def open(self, file: File, following: File | None = None) -> Iterator[Path]:
-        """Gives the path of a whole and verified file, and downloads the following one meanwhile.
+        """Gives the path of a complete and verified file, and prefetches the following one.
 
-        A downloaded file is deleted at the end, unless it is to be kept, the work was interrupted
-        (then the next run verifies and uses it), or it lies in the Hub's cache.
+        A downloaded file is deleted when the block ends, unless `keep` is set. After an
+        interruption it stays, and the next run verifies and uses it. A file in the Hub's cache
+        always stays.
 
         Raises:
-            UserError: what went wrong while downloading, in this thread.
+            UserError: the download failed. Raised in this thread, not in the downloading one.
         """
         path = self._wait_for(file)
         if following:
@@ -56,7 +57,7 @@ class Downloads:
         ours = path == self._folder / file.name
         try:
             yield path
-        except UserError:  # damaged: the next run must not find it again
+        except UserError:  # damaged: the next run must download it again
             if ours:
                 path.unlink(missing_ok=True)
             raise
@@ -64,7 +65,7 @@ class Downloads:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Ends what is being downloaded; a stalled connection is left to end by itself."""
+        """Ends running downloads. A stalled connection is not waited for."""
         self.dataset.stop()
         wait(self._begun.values(), timeout=1)
 
@@ -89,10 +90,10 @@ class Downloads:
         return future.result()
 
     def _begin(self, file: File) -> Future:
-        """Starts a download, or finds the one that was started."""
+        """Starts a download, or returns the running one."""
         if file.name not in self._begun:
             future = self._begun[file.name] = Future()
-            # A daemon, so that a stalled connection does not keep the program from ending.
+            # A daemon thread: a stalled connection must not keep the process alive.
             threading.Thread(target=self._work, args=(file, future), daemon=True).start()
         return self._begun[file.name]
 
@@ -107,11 +108,16 @@ class Downloads:
                 "kept: free some space and run the same command again to continue"
             )
             future.set_exception(UserError(text))
-        except BaseException as error:  # noqa: BLE001 - the main thread raises it, whatever it is
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             future.set_exception(error)
 
     def _fetch(self, file: File) -> Path:
-        """A whole file: found, or downloaded; a wrong one is downloaded once more."""
+        """The path of a complete file. A download with a wrong sha256 is repeated once.
+
+        Raises:
+            UserError: two downloads were wrong, or the Hub refuses.
+            OSError: of the disk.
+        """
         found = self.local(file)
         if found and not _problem(found, file):
             return found
@@ -138,7 +144,7 @@ class Downloads:
 
 
 def _problem(path: Path, file: File) -> str:
-    """The fault of a downloaded file in words, or ""."""
+    """Describes a wrong size or sha256; "" for a correct file."""
     if bytes_of_file(path) != file.size_bytes:
         return f"{bytes_of_file(path):,} bytes came instead of {file.size_bytes:,}"
     if file.sha256:

@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub: config.json and safetensors, checked by their sha256.
 
-Files come through huggingface_hub's cache (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and proxies
-count), all from one commit, and are compared with the sha256 under which the cache keeps them.
+Files come through huggingface_hub's cache, so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and proxies
+work as usual. All files come from one commit. Each is compared with the sha256 in its cache path.
 """
 
 import re
@@ -20,16 +20,15 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 def download(repository: str, revision: str = "") -> Path:
     """The folder of the Hub's cache that holds config.json and the safetensors of a model.
 
-    The first file settles the commit that the others are taken from.
+    The commit of config.json is the commit of all other files.
 
     Raises:
         UserError: no such model or revision, no access, no connection, no safetensors, damage.
     """
     config = _fetch(repository, model_format.CONFIG_FILE, revision)
     folder = config.parent
-    model_format.config_from_hf(
-        model_format.read_json(config), config
-    )  # before gigabytes of weights: they must be GPT-2's
+    # Another kind of network is refused before gigabytes of weights are downloaded.
+    model_format.config_from_hf(model_format.read_json(config), config)
     commit = folder.name
     try:
         _verify(_fetch(repository, model_format.WEIGHTS_FILE, commit))
@@ -49,7 +48,7 @@ def download(repository: str, revision: str = "") -> Path:
 
 
 class _Missing(UserError):
-    """The repository, or without a connection the cache, lacks this file."""
+    """The repository lacks a file; with HF_HUB_OFFLINE, the cache lacks it."""
 
     in_cache = False
 
@@ -62,7 +61,10 @@ def _fetch(repository: str, name: str, revision: str) -> Path:
 
 
 def _verify(path: Path) -> None:
-    """Compares a file with its sha256, which is its name in the cache where links are possible."""
+    """Raises UserError for a file that differs from its sha256.
+
+    The cache names a file by its sha256, except on systems without symbolic links.
+    """
     kept = path.resolve()
     if SHA256.fullmatch(kept.name) and sha256_of(kept) != kept.name:
         raise UserError(f"{kept} is damaged (its sha256 differs); delete it and try again")
@@ -70,7 +72,7 @@ def _verify(path: Path) -> None:
 
 @contextmanager
 def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line."""
+    """Turns errors of huggingface_hub into a UserError."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repository}"

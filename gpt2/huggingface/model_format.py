@@ -1,8 +1,8 @@
-"""Hugging Face names, layouts and settings, both ways.
+"""Hugging Face's names, layouts and settings of GPT-2, both ways.
 
-Modules have the same names there and here. Hugging Face's GPT-2 keeps its four matrices a block as
-(in, out) ("Conv1D"), ours are (out, in) as in torch.nn.Linear; it stores the tied head a second
-time as `lm_head.weight`, and old files hold causal masks as buffers.
+Module names are equal in both projects. Hugging Face's GPT-2 has four matrices per block in the
+layout (in, out), called Conv1D; ours are (out, in) as in torch.nn.Linear. Hugging Face stores the
+tied head a second time as `lm_head.weight`. Old files store causal masks as buffers.
 """
 
 import json
@@ -22,8 +22,8 @@ from ..tokenizer import END_OF_TEXT
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 MASK = re.compile(r"\.attn\.(masked_)?bias$")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"  # of weights in several files
-# What config.json may say of the network beyond its shape, and GPT-2's only answer.
+INDEX_FILE = "model.safetensors.index.json"  # lists weights in several files
+# Fields of config.json that change the network, with the one value that GPT-2 has.
 SETTLED: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -32,7 +32,7 @@ SETTLED: dict[str, Any] = {
     "add_cross_attention": False,
 }
 TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
-# Fields of the shape: ours, Hugging Face's, and its second name for the same.
+# Shape fields: our name, Hugging Face's name, Hugging Face's alias.
 SHAPE_FIELDS = (
     ("block_size", "n_positions", "max_position_embeddings"),
     ("vocab_size", "vocab_size", "vocab_size"),
@@ -44,7 +44,7 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of GPT2LMHeadModel or GPT2Model, under our names and layout."""
+    """Converts the state_dict of a GPT2LMHeadModel or GPT2Model to our names and layout."""
     ours = {}
     for name, tensor in state.items():
         if name == "lm_head.weight" or MASK.search(name):
@@ -55,7 +55,7 @@ def from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the names and layout of GPT2LMHeadModel."""
+    """Converts our state_dict to the names and layout of GPT2LMHeadModel."""
     theirs = {
         name: tensor.t().contiguous() if TRANSPOSED.search(name) else tensor
         for name, tensor in state.items()
@@ -65,12 +65,12 @@ def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_mask(name: str) -> bool:
-    """Whether a tensor is a causal mask that was stored as a buffer, and no parameter."""
+    """Whether a name is that of a causal mask, which old files store as a buffer."""
     return bool(MASK.search(name))
 
 
 def check_tied(state: dict[str, Tensor], embedding: str, path: Path) -> None:
-    """Raises UserError when the head is there and is not the token embedding."""
+    """Raises UserError when a head exists and differs from the token embedding."""
     head, table = state.get("lm_head.weight"), state.get(embedding)
     if head is not None and table is not None and not torch.equal(head, table):
         raise UserError(
@@ -79,12 +79,12 @@ def check_tied(state: dict[str, Tensor], embedding: str, path: Path) -> None:
 
 
 def config_from_hf(values: dict[str, Any], path: Path) -> GPT2Config:
-    """The shape that a config.json describes.
+    """The GPT2Config that a config.json describes.
 
-    Dropout is taken over where the three kinds agree, and is 0 otherwise.
+    Dropout is 0 unless the three dropout fields agree.
 
     Raises:
-        UserError: another kind of network, naming the field that makes it so.
+        UserError: another kind of network; names the fields that differ.
     """
     if values.get("model_type") != "gpt2":
         raise UserError(f"{path}: model_type {values.get('model_type')!r} is not gpt2")
@@ -94,7 +94,7 @@ def config_from_hf(values: dict[str, Any], path: Path) -> GPT2Config:
         odd["activation_function"] = values["activation_function"]
     shape = {}
     for ours, name, second in SHAPE_FIELDS:
-        default = getattr(GPT2Config, ours)  # what transformers takes too for a missing field
+        default = getattr(GPT2Config, ours)  # equal to transformers' default
         shape[ours] = values.get(name, values.get(second, default))
     config = GPT2Config(**shape, dropout=_common_dropout(values))
     if values.get("n_inner") not in (None, 4 * config.n_embd):
@@ -106,7 +106,7 @@ def config_from_hf(values: dict[str, Any], path: Path) -> GPT2Config:
 
 
 def config_to_hf(config: GPT2Config) -> dict[str, Any]:
-    """What config.json says, for transformers, vLLM and llama.cpp (which reads n_ctx)."""
+    """The content of config.json for transformers, vLLM and llama.cpp (which reads n_ctx)."""
     shape = {name: getattr(config, ours) for ours, name, _ in SHAPE_FIELDS}
     end = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
     return {
@@ -128,13 +128,13 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
-    """The model in a folder of config.json and safetensors, whole or in several files.
+    """Reads a model from a folder of config.json and safetensors, in one or several files.
 
     Returns:
-        (config, state dict under our names, float32, on the CPU).
+        (config, state_dict under our names in float32 on the CPU).
 
     Raises:
-        UserError: what is missing, damaged, or not GPT-2's.
+        UserError: a file is missing, damaged, or not of a GPT-2.
     """
     values = read_json(folder / CONFIG_FILE)
     config = config_from_hf(values, folder / CONFIG_FILE)
@@ -153,10 +153,10 @@ def read_folder(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of a folder's safetensors.
+    """Names of the safetensors files in a folder.
 
     Raises:
-        UserError: there are none, or an index that is damaged or points out of the folder.
+        UserError: no safetensors; an index that is damaged or names a file outside the folder.
     """
     if (folder / WEIGHTS_FILE).exists():
         return [WEIGHTS_FILE]
@@ -170,7 +170,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def index_files(path: Path) -> list[str]:
-    """Names of the files that an index lists; raises UserError when it is damaged."""
+    """Names of the files that an index lists; raises UserError for a damaged index."""
     table = read_json(path).get("weight_map")
     names = sorted(set(table.values())) if isinstance(table, dict) else []
     if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
@@ -179,7 +179,7 @@ def index_files(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError when it is none."""
+    """Reads a JSON object; raises UserError for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

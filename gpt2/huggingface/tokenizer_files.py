@@ -7,9 +7,9 @@ from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, merge_ranks, merges_folde
 
 
 def tokenizer_files(block_size: int) -> dict[str, bytes]:
-    """File name -> content of each file.
+    """File name -> content of each tokenizer file.
 
-    Other programs encode a literal `<|endoftext|>` as token 50256, unless they are told
+    transformers encodes a literal `<|endoftext|>` as token 50256, unless it is called with
     `split_special_tokens=True`.
 
     Args:
@@ -48,10 +48,10 @@ def tokenizer_json(added_tokens: tuple[dict[str, Any], ...] = ()) -> str:
     """The content of Hugging Face's tokenizer.json.
 
     Args:
-        added_tokens: special tokens, in the form that the file has.
+        added_tokens: special tokens, as entries of the file's `added_tokens`.
     """
     folder = merges_folder()
-    merge_ranks(folder)  # raises for files whose hashes are not those of GPT-2's
+    merge_ranks(folder)  # checks the sha256
     merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # the first is a title
     vocab = json.loads((folder / "encoder.json").read_text("utf-8"))
     cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

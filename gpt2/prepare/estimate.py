@@ -1,6 +1,6 @@
-"""Estimates of a preparation before it begins: tokens, bytes, minutes, and room on the disk.
+"""Estimates before a preparation begins: tokens, bytes, minutes, and free space on the disk.
 
-Estimates say "about": how many bytes of a file make a token depends on language and compression.
+Every figure says "about", because the bytes per token depend on language and compression.
 """
 
 import math
@@ -16,45 +16,44 @@ from ..errors import UserError
 from .sources import STDLIB, Part, Source, find_source
 from .tokenize_rows import Position, encode_rows
 
-# Bytes of a file for each GPT-2 token of its text. Parquet: FineWeb-Edu's sample, 28.5 GB for 10
-# billion tokens. The others are for English: 4.5 bytes, divided by what the compression saves.
+# File bytes per GPT-2 token. Parquet: FineWeb-Edu's sample has 28.5 GB for 10 billion tokens.
+# Other formats assume English: 4.5 bytes of text per token, divided by the compression ratio.
 BYTES_PER_TOKEN = {".parquet": 2.85, ".gz": 1.7, ".xz": 1.4, ".zst": 1.7}
 PLAIN_BYTES_PER_TOKEN = 4.5
 SAMPLE_SECONDS = 1.5
-UNDER_WAY = 40  # batches: those that were encoded beside the first come at once
+UNDER_WAY = 40  # batches; earlier ones were encoded in parallel and arrive in one burst
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The work that is left: files, tokens and bytes."""
+    """The remaining work: files, tokens and bytes."""
 
-    first_part: int  # where the next shard begins
+    first_part: int  # index of the file in which the next shard begins
     parts: int  # files to read
     tokens: int
     shards: int
     shard_bytes: int
-    download_bytes: int  # in all
-    room_bytes: int  # that downloads take at once
+    download_bytes: int  # of all files to download
+    room_bytes: int  # most disk space that downloads take at any moment
     free_bytes: int  # on the disk of the shards
 
     @property
     def need_bytes(self) -> int:
-        """Room for shards and downloads."""
+        """Disk space for shards and downloads."""
         return self.shard_bytes + self.room_bytes
 
 
 def make_plan(
     config: PrepareConfig, source: Source, out_dir: Path, shards: list[dict], per_token: float = 0.0
 ) -> Plan:
-    """What is left to do.
+    """Estimates the remaining work.
 
     Args:
-        config: says how large shards are, and when to stop.
-        source: what is read.
-        out_dir: folder of the shards, which may not be there yet.
-        shards: the manifest's entries of finished ones.
-        per_token: bytes of the source's files for each token, where measured; 0: as usual for
-            their kind.
+        config: shard size and limits.
+        source: the files to read.
+        out_dir: folder of the shards, which need not exist yet.
+        shards: manifest entries of the finished shards.
+        per_token: measured file bytes per token; 0: typical for the file's format.
     """
     first_part = shards[-1]["next"]["part"] if shards else 0
     most_tokens = (config.shard_limit or math.inf) * config.shard_tokens
@@ -79,13 +78,13 @@ def make_plan(
         shards=number,
         shard_bytes=count * TOKEN_BYTES + number * HEADER_BYTES,
         download_bytes=sum(downloads),
-        room_bytes=sum(downloads if keep else sorted(downloads)[-2:]),  # one in use, one ahead
+        room_bytes=sum(downloads if keep else sorted(downloads)[-2:]),  # one in use, one prefetched
         free_bytes=shutil.disk_usage(_existing(out_dir)).free,
     )
 
 
 def check_room(plan: Plan, out_dir: Path) -> None:
-    """Raises UserError when the disk has less room than is needed."""
+    """Raises UserError when the disk has too little free space."""
     if plan.need_bytes > plan.free_bytes:
         raise UserError(
             f"{out_dir} needs about {_gb(plan.need_bytes)} ({_gb(plan.shard_bytes)} of shards, "
@@ -95,17 +94,20 @@ def check_room(plan: Plan, out_dir: Path) -> None:
 
 
 def measure(source: Source, num_workers: int, tokenizer: str) -> tuple[float, float]:
-    """(tokens per second here, bytes of the source per token or 0) from about two seconds of work.
+    """Tokenises for about two seconds.
 
-    The standard library stands in for a source that is not on this machine.
+    The standard library stands in for a source that still has to be downloaded.
+
+    Returns:
+        (tokens per second on this machine, file bytes per token or 0 where unknown).
     """
     sample = source
     if source.downloads:
         sample = find_source(STDLIB, Path())
         sample = replace(sample, parts=sample.parts * 50)
     began = time.monotonic()
-    first = last = 0.0  # when the workers were under way, and when the latest batch came
-    number = before = tokens = read_bytes = 0  # batches; tokens up to `first`, and in all
+    first = last = 0.0  # seconds: end of the start-up burst, arrival of the latest batch
+    number = before = tokens = read_bytes = 0  # batches; tokens up to `first`; tokens
     with closing(encode_rows(sample, Position(), num_workers, tokenizer)) as stream:
         for batch, ids, _ in stream:
             last = time.monotonic()
@@ -115,7 +117,7 @@ def measure(source: Source, num_workers: int, tokenizer: str) -> tuple[float, fl
                 first, before = last, tokens
             elif first and last - first > SAMPLE_SECONDS:
                 break
-    if first and last - first > SAMPLE_SECONDS / 4:  # without the start of the workers
+    if first and last - first > SAMPLE_SECONDS / 4:  # leaves out the workers' start-up
         began, counted = first, tokens - before
     else:
         counted = tokens
@@ -124,7 +126,7 @@ def measure(source: Source, num_workers: int, tokenizer: str) -> tuple[float, fl
 
 
 def forecast(config: PrepareConfig, source: Source, out_dir: Path, shards: list[dict]) -> str:
-    """What `--dry_run` says; arguments as of `make_plan`."""
+    """The text that `--dry_run` prints. Arguments as in `make_plan`."""
     speed, per_token = measure(source, config.num_workers, config.tokenizer)
     plan = make_plan(config, source, out_dir, shards, per_token)
     revision = source.revision and f" at {source.revision}"
@@ -148,12 +150,12 @@ def forecast(config: PrepareConfig, source: Source, out_dir: Path, shards: list[
 
 
 def limit_name(config: PrepareConfig) -> str:
-    """The option that stops the work."""
+    """Name of the option that sets the limit of shards."""
     return "max_shards" if config.shard_limit == config.max_shards else "max_tokens"
 
 
 def limit_text(config: PrepareConfig) -> str:
-    """That option with what it means."""
+    """The limiting option with its value, and its meaning in shards."""
     if limit_name(config) == "max_shards":
         return f"max_shards={config.max_shards}"
     return (
@@ -163,12 +165,12 @@ def limit_text(config: PrepareConfig) -> str:
 
 
 def _usual(part: Part) -> float:
-    """Bytes of such a file for each token."""
+    """Typical file bytes per token for the format of a part."""
     return BYTES_PER_TOKEN.get(Path(part.name).suffix.lower(), PLAIN_BYTES_PER_TOKEN)
 
 
 def _existing(folder: Path) -> Path:
-    """The nearest folder that is there."""
+    """The folder, or its nearest parent that exists."""
     folder = folder.resolve()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 

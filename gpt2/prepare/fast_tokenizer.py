@@ -1,9 +1,8 @@
 """GPT-2's encoding by gigatoken, about eight times as fast as tiktoken, with equal ids.
 
-tiktoken decides which ids are right. The two libraries cut a text into words by the Unicode class
-of each character, and may know different versions of Unicode. A document with a character whose
-class could differ is therefore left to tiktoken. `gpt2 prepare` also compares some documents of
-every run (`prepare/tokenize_rows.py`).
+tiktoken defines the right ids. Both libraries split a text into words by the Unicode class of each
+character, but their Unicode versions may differ. tiktoken therefore encodes every document with a
+character whose class could differ. `prepare/tokenize_rows.py` also compares a sample of every run.
 """
 
 import re
@@ -17,13 +16,13 @@ from ..errors import UserError
 from ..huggingface.tokenizer_files import tokenizer_json
 from ..tokenizer import END_OF_TEXT, Tokenizer
 
-# Characters on whose class the two libraries may disagree: those that Unicode 17 added (gigatoken
-# 0.10 has version 17, tiktoken 0.14 has version 16), and whole blocks around them to be safe.
+# Characters whose Unicode class may differ between the libraries: additions of Unicode 17, widened
+# to whole blocks to be safe (gigatoken 0.10 has version 17, tiktoken 0.14 has version 16).
 UNSETTLED = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010000-\U0001efff\U0001fb00-\U0003ffff]"
 )
-UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # first bytes of their UTF-8: a quick test
-FRESH_AFTER = 100_000_000  # characters, after which a new gigatoken tokenizer is made
+UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # their first UTF-8 bytes: a quick pre-check
+FRESH_AFTER = 100_000_000  # characters per gigatoken tokenizer, whose cache only grows
 
 
 class FastTokenizer(Tokenizer):
@@ -31,11 +30,11 @@ class FastTokenizer(Tokenizer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._fast: Any = None  # a gigatoken.Tokenizer, made when the first text comes
+        self._fast: Any = None  # a gigatoken.Tokenizer, made at the first text
         self._characters_left = 0
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Like `Tokenizer.encode_documents`."""
+        """Like `Tokenizer.encode_documents`, but faster."""
         pieces = [super().encode_documents([])]
         for settled, group in groupby(texts, _is_settled):
             encode = self._encode_settled if settled else super().encode_documents
@@ -44,13 +43,13 @@ class FastTokenizer(Tokenizer):
         return np.concatenate(tokens), np.concatenate(lengths)
 
     def differs(self, text: str, tokens: np.ndarray) -> bool:
-        """Whether tiktoken encodes a document to other tokens than these."""
+        """Whether tiktoken's tokens of a document differ from the given ones."""
         return not np.array_equal(tokens, super().encode_documents([text])[0])
 
     def _encode_settled(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         import awkward as ak
 
-        # gigatoken caches every word that it has met: a new one now and then bounds the memory.
+        # gigatoken caches every word it meets; replacing the tokenizer bounds the memory.
         if self._fast is None or self._characters_left <= 0:
             self._fast, self._characters_left = _gigatoken(), FRESH_AFTER
         self._characters_left -= sum(map(len, texts))
@@ -61,10 +60,10 @@ class FastTokenizer(Tokenizer):
 
 
 def tokenizer_class(choice: str) -> type[Tokenizer]:
-    """The class for `--tokenizer=`: tiktoken, gigatoken, or auto (gigatoken if installed).
+    """The tokenizer class that `--tokenizer=` names; auto is gigatoken if installed.
 
     Raises:
-        UserError: gigatoken is asked for and not installed.
+        UserError: --tokenizer=gigatoken without the package gigatoken.
     """
     if choice == "tiktoken":
         return Tokenizer
@@ -81,7 +80,7 @@ def tokenizer_class(choice: str) -> type[Tokenizer]:
 
 
 def _is_settled(text: str) -> bool:
-    """Whether both libraries surely cut a text into equal words, and accept its characters."""
+    """Whether both libraries certainly split a text into equal words and accept its characters."""
     if text.isascii():
         return True
     try:

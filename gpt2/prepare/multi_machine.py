@@ -1,9 +1,9 @@
-"""Many machines: the share of each, and joining what they made.
+"""Many machines: the source files of each worker, and the merge of their shards.
 
-Worker k of n reads the k-th of n runs of the source's files, cut by bytes, and writes an ordinary
-folder of shards below the folder that all share. Only the first makes a validation shard. Joining
-moves the shards up and numbers them on: together they hold the text that one machine would have
-written, in the same order; only the cuts between shards differ.
+The source's files are split into n contiguous runs of about equal bytes. Worker k reads run k and
+writes an ordinary folder of shards below the shared folder. Worker 1 alone makes a validation
+shard. A merge moves all shards into the shared folder and renumbers them. The merged text equals
+the text that one machine would write, in order. The boundaries between shards differ.
 """
 
 import re
@@ -20,22 +20,22 @@ from .sources import Source
 
 FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
 TOTALS = ("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows")
-OWN = {*TOTALS, "complete", "shards", "worker", "damaged"}  # the rest is the same for all workers
+OWN = {*TOTALS, "complete", "shards", "worker", "damaged"}  # all other keys agree
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One of the machines that share a source; they count from 1. The first of one is alone."""
+    """One of `count` machines that share a source, counted from 1. Worker 1/1 works alone."""
 
     number: int = 1
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Worker":
-        """The worker that `--worker=` names.
+        """Parses `--worker=`.
 
         Raises:
-            UserError: not of the form 3/16, or no such worker.
+            UserError: not of the form 3/16, or a number outside 1 to the count.
         """
         match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if not match:
@@ -50,17 +50,20 @@ class Worker:
         return f"{self.number}/{self.count}"
 
     def folder(self, out_dir: Path) -> Path:
-        """Where this worker's shards are made."""
+        """The folder in which this worker makes its shards."""
         width = len(str(self.count))
         return out_dir / f"worker-{self.number:0{width}d}-of-{self.count}"
 
     def cuts(self, sizes: list[int]) -> list[int]:
-        """Where the shares of all workers begin and end: worker k has files cuts[k - 1] to cuts[k].
+        """Splits the files into contiguous runs of about equal bytes.
 
-        Each is a run of neighbours, about equal in bytes.
+        Worker k has the files cuts[k - 1]:cuts[k].
+
+        Args:
+            sizes: bytes of each file.
 
         Raises:
-            UserError: when there are fewer files than workers.
+            UserError: fewer files than workers.
         """
         if len(sizes) < self.count:
             raise UserError(
@@ -72,16 +75,20 @@ class Worker:
         for number in range(1, self.count):
             fair = ends[-1] * number / self.count
             nearest = min(range(len(ends)), key=lambda i: abs(ends[i] - fair))
-            # at least one file for this worker and for each that follows
+            # Every worker gets at least one file.
             cuts.append(min(max(nearest, cuts[-1] + 1), len(sizes) - (self.count - number)))
         return [*cuts, len(sizes)]
 
     def span(self, cuts: list[int]) -> slice:
-        """Which files are this worker's."""
+        """The slice of the source's files that this worker reads."""
         return slice(*cuts[self.number - 1 : self.number + 1])
 
     def share(self, source: Source, cuts: list[int]) -> Source:
-        """The source with this worker's files only."""
+        """The source reduced to this worker's files.
+
+        Raises:
+            UserError: the source has another number of files than `cuts`.
+        """
         if cuts[-1] != len(source.parts):
             raise UserError(
                 f"--worker={self}: the source has {len(source.parts)} files, and {cuts[-1]} where "
@@ -91,9 +98,10 @@ class Worker:
 
 
 def begun_by_others(out_dir: Path, worker: Worker, source: str) -> dict:
-    """The manifest of another worker on the same source, if any has begun: all take its cuts.
+    """The manifest of another worker that has begun on a source, or {}.
 
-    From the Hub they take its commit and files too, so that a branch may move meanwhile.
+    Every worker takes its cuts from there. A source of the Hub is also pinned to its commit and
+    files, so that a branch that moves between two workers changes nothing.
     """
     for number in range(1, worker.count + 1 if worker.count > 1 else 0):
         manifest = read_manifest(Worker(number, worker.count).folder(out_dir))
@@ -105,10 +113,10 @@ def begun_by_others(out_dir: Path, worker: Worker, source: str) -> dict:
 def folder_for(out_dir: Path, worker: Worker) -> Path:
     """The folder that `gpt2 prepare` fills: `out_dir` itself, or the worker's below it.
 
-    After `gpt2 shards merge` it is `out_dir` for all of them, where nothing is left to do.
+    After `gpt2 shards merge` every worker gets `out_dir`, which is complete.
 
     Raises:
-        UserError: `out_dir` was begun in another way.
+        UserError: `out_dir` was begun by one machine or by another number of workers.
     """
     manifest = read_manifest(out_dir)
     if manifest and worker.count > 1 and manifest.get("workers") != worker.count:
@@ -129,11 +137,11 @@ def folder_for(out_dir: Path, worker: Worker) -> Path:
 def merge(out_dir: Path) -> int:
     """Joins the folders of all workers into one set of shards; returns an exit code.
 
-    Shards are renamed, not copied. What goes where follows from the workers' manifests alone, and
-    these stay: after a crash the same call finishes.
+    Shards are renamed, not copied. The workers' manifests alone decide every new name, and they
+    stay in place. After a crash, a second merge therefore finishes the first one.
 
     Raises:
-        UserError: a worker is missing, unfinished or of another source; files in the way.
+        UserError: a worker is missing, unfinished or of another source; a file is in the way.
     """
     merged = read_manifest(out_dir)
     if merged is not None:
@@ -171,7 +179,7 @@ def merge(out_dir: Path) -> int:
 
 
 def _worker_folders(out_dir: Path) -> list[tuple[int, int]]:
-    """(number, count) of each worker's folder."""
+    """(number, count) of every worker folder, sorted."""
     matches = (FOLDER.fullmatch(path.name) for path in out_dir.glob("worker-*-of-*"))
     return sorted((int(match[1]), int(match[2])) for match in matches if match)
 
@@ -180,7 +188,7 @@ def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
     """The manifest of each worker, in order.
 
     Raises:
-        UserError: naming the first worker that is missing, unfinished or different.
+        UserError: a worker is missing, unfinished or of another source; names the first one.
     """
     found = _worker_folders(out_dir)
     if not found:
@@ -210,7 +218,7 @@ def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
         for key in sorted((first.keys() | manifest.keys()) - OWN):
             mine: Any = manifest.get(key)
             theirs: Any = first.get(key)
-            if key == "files":  # a damaged one may have been replaced meanwhile
+            if key == "files":  # names only: a whole copy may have replaced a damaged file
                 mine, theirs = list(mine), list(theirs)
             if mine != theirs:
                 raise UserError(
@@ -221,8 +229,8 @@ def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
 
 
 def _plan(out_dir: Path, manifests: dict[Worker, dict]) -> list[tuple[Path, Path, dict]]:
-    """(where a shard was made, where it goes, its entry in the new manifest) of all shards."""
-    moves, trained = [], 0  # the shard for validation is the first, and number 0
+    """(current path, merged path, new manifest entry) of every shard."""
+    moves, trained = [], 0  # shard 0 is for validation
     for worker, manifest in manifests.items():
         for entry in manifest["shards"]:
             trained += entry["split"] == "train"
@@ -233,7 +241,7 @@ def _plan(out_dir: Path, manifests: dict[Worker, dict]) -> list[tuple[Path, Path
 
 
 def _check(out_dir: Path, moves: list[tuple[Path, Path, dict]]) -> None:
-    """Raises UserError, before anything is moved, for a shard that is damaged or in the way."""
+    """Raises UserError for a shard that is damaged or in the way. Called before any move."""
     for source, target, entry in moves:
         if not source.exists() and not target.exists():
             raise UserError(

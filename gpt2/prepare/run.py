@@ -1,8 +1,9 @@
-"""Text to token shards: parallel, resumable, and the same bytes whatever happens on the way.
+"""Text to token shards: parallel, resumable, and byte-identical after any interruption.
 
-Documents become one long stream of tokens, each behind an end-of-text token. A source of at least
-two shards is cut into equal pieces, the first of them for validation; a smaller one gives every
-20th document to validation. `manifest.json` records after each shard where the next one begins.
+Documents are concatenated into one stream of tokens, each after an end-of-text token. A source of
+at least two shards is cut into shards of equal size, and the first shard is for validation. A
+smaller source gives every 20th document to validation. After each shard, `manifest.json` records
+the position at which the next shard begins.
 """
 
 import math
@@ -21,12 +22,12 @@ from .fast_tokenizer import tokenizer_class
 from .shard_job import DOWNLOADS, ShardJob, open_job, started
 from .tokenize_rows import Position, RowBatch, encode_rows
 
-VAL_EVERY = 20  # a small source gives every 20th document, 5 %, to validation
+VAL_EVERY = 20  # in a small source every 20th document (5 %) is for validation
 LEAST_TOKENS = 64
 
 
 def run(config: PrepareConfig) -> int:
-    """Makes the shards that the settings describe, or the rest of them; returns an exit code.
+    """Makes the shards that the settings describe, or the missing ones; returns an exit code.
 
     Raises:
         UserError: unusable source or folder, damaged file, full disk, no network.
@@ -63,7 +64,7 @@ def run(config: PrepareConfig) -> int:
 
 
 def make_shards(job: ShardJob) -> None:
-    """Reads, encodes and writes until the source is used up or the limit is reached."""
+    """Reads, encodes and writes until the end of the source or the limit of shards."""
     cutter = _Cutter(job)
     total_bytes = sum(part.size_bytes for part in job.source.parts)
     limit = job.config.shard_limit * job.manifest["shard_tokens"] or math.inf
@@ -84,25 +85,25 @@ def make_shards(job: ShardJob) -> None:
 
 
 class _Cutter:
-    """Cuts the stream into shards.
+    """Cuts the stream of tokens into shards.
 
-    The first shard is held back until there is a second: only then is the source a large one,
-    whose first shard is for validation.
+    The first shard is held in memory until the second is full. A second shard makes the source a
+    large one, whose first shard is for validation.
     """
 
     def __init__(self, job: ShardJob):
         self.start = Position(**job.shards[-1]["next"]) if job.shards else Position()
         self._job = job
         self._shard_tokens = job.manifest["shard_tokens"]
-        self._pieces: list[np.ndarray] = []  # of the next shard
-        self._filled = 0  # tokens in them
+        self._pieces: list[np.ndarray] = []  # tokens of the next shard
+        self._filled = 0  # number of tokens in `_pieces`
         self._held: list[tuple[np.ndarray, Position]] = []
-        self._lengths: list[np.ndarray] = []  # of all documents, while the source may be small
+        self._lengths: list[np.ndarray] = []  # tokens per document, while the source may be small
         self._used = self.start.used
-        self._odd = np.array(self.start.odd)  # rows of each kind
+        self._odd = np.array(self.start.odd)  # number of rows of each kind in `ODD`
 
     def add(self, batch: RowBatch, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Takes the next rows; (tokens, lengths) as in `Encoded`."""
+        """Appends the next rows. Arguments as in `Encoded`."""
         ends = np.cumsum(lengths)
         cut, self._used = self._used, 0
         odd = batch.odd()
@@ -114,8 +115,8 @@ class _Cutter:
             self._filled += len(piece)
             cut += len(piece)
             if self._filled == self._shard_tokens:
-                # The row that ends at the cut or goes on behind it: rows without a text that
-                # follow belong to the next shard, so that the place depends on no batch.
+                # The row that contains the last token before the cut. Rows without text after it
+                # count for the next shard, so that the position does not depend on batches.
                 row = int(np.searchsorted(ends, cut))
                 counts = (self._odd + odd[:row].sum(0)).tolist()
                 part, number = batch.places[row]
@@ -124,7 +125,7 @@ class _Cutter:
         self._odd += odd.sum(0)
 
     def finish(self) -> None:
-        """Writes what is left when the source is used up."""
+        """Writes the last shard at the end of the source, or all shards of a small source."""
         job, total = self._job, len(self._job.shards)
         if not job.shards and job.validates:
             shards = self._small_shards()
@@ -152,7 +153,11 @@ class _Cutter:
             self._lengths.clear()
 
     def _small_shards(self) -> list[np.ndarray]:
-        """The shards of a source that is smaller than two of them."""
+        """All shards of a source with fewer tokens than two full shards.
+
+        Raises:
+            UserError: fewer tokens than `LEAST_TOKENS`.
+        """
         pieces = [*(tokens for tokens, _ in self._held), *self._pieces]
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
         if len(tokens) < LEAST_TOKENS:
@@ -167,7 +172,12 @@ class _Cutter:
 
 
 def split_small(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(val, train): every 20th document (of `lengths` tokens), or the last 5 % of fewer ones."""
+    """Splits tokens into (val, train): every 20th document, or the last 5 % of under 20 documents.
+
+    Args:
+        tokens: (sum(lengths),) of all documents.
+        lengths: tokens of each document.
+    """
     if len(lengths) < VAL_EVERY:
         cut = len(tokens) - max(2, len(tokens) // VAL_EVERY)
         return tokens[cut:], tokens[:cut]

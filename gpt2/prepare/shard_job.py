@@ -1,4 +1,4 @@
-"""A folder of shards in the making: what it holds, what is left to do, how a shard gets there."""
+"""A folder of shards in the making: its manifest, the remaining work, and adding a shard."""
 
 import copy
 import errno
@@ -30,7 +30,7 @@ from .multi_machine import Worker, begun_by_others, folder_for
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
 from .tokenize_rows import ODD, Position
 
-FORMAT = 1  # of the manifest
+FORMAT = 1  # version of the manifest
 DOWNLOADS = "downloads"
 
 
@@ -41,28 +41,32 @@ class ShardJob:
     out_dir: Path
     source: Source
     manifest: dict
-    found: dict | None  # the manifest in the folder when it was looked at
+    found: dict | None  # manifest.json as `open_job` read it
     config: PrepareConfig
     worker: Worker
-    dropped: list[dict] = field(default_factory=list)  # entries of shards that are made again
+    dropped: list[dict] = field(default_factory=list)  # manifest entries of shards to make again
 
     @property
     def validates(self) -> bool:
-        """Whether shards for validation are made here: by the first of several machines."""
+        """Whether this worker makes the validation shard: worker 1 does."""
         return self.worker.number == 1
 
     @property
     def shards(self) -> list[dict]:
-        """The manifest's entries of finished shards, in the order of their numbers."""
+        """Manifest entries of the finished shards, by number."""
         return self.manifest["shards"]
 
     @property
     def enough(self) -> bool:
-        """Whether nothing is left to do: the source is used up or the limit is reached."""
+        """Whether no work remains: at the end of the source, or at the limit of shards."""
         return self.manifest["complete"] or 0 < self.config.shard_limit <= len(self.shards)
 
     def save(self, odd: list[int] | None = None) -> None:
-        """Writes the manifest; odd: numbers of rows of the kinds in `workers.ODD` so far."""
+        """Writes the manifest.
+
+        Args:
+            odd: number of rows of each kind in `ODD` so far; None: unchanged.
+        """
         if odd is not None:
             self.manifest |= {f"{kind}_rows": n for kind, n in zip(ODD, odd, strict=True)}
         for total in ("documents", "tokens"):
@@ -71,13 +75,18 @@ class ShardJob:
             write_manifest(self.out_dir, self.manifest)
 
     def note_damage(self, name: str) -> None:
-        """Notes a damaged file of the source: the next run makes again what was made of it."""
+        """Records a damaged source file, so that the next run makes its shards again."""
         if name:
             self.manifest["damaged"] = name
             self.save()
 
     def add_shard(self, tokens: np.ndarray, following: Position | None) -> None:
-        """Writes uint16 tokens as the next shard, and where the one after it begins."""
+        """Writes the next shard and its manifest entry.
+
+        Args:
+            tokens: uint16.
+            following: the position at which the shard after it begins; None: a small source.
+        """
         number = len(self.shards) + (not self.validates)  # 0 is for validation
         split = "train" if number else "val"
         name = f"{self.manifest['prefix']}_{split}_{number:06d}.bin"
@@ -91,7 +100,7 @@ class ShardJob:
 
 
 def open_job(config: PrepareConfig) -> ShardJob:
-    """Checks source and folder, and finds out what is left to do.
+    """Checks source and folder, and works out which shards are missing.
 
     Raises:
         UserError: unusable source or folder, or the folder holds other shards.
@@ -103,7 +112,7 @@ def open_job(config: PrepareConfig) -> ShardJob:
     found = read_manifest(out_dir)
     old = copy.deepcopy(found or {})
     dropped = _drop_damaged(old)
-    if old:  # before the Hub is asked
+    if old:  # a mistake should not need the network to be found
         _check_same(old, names, out_dir)
     known = old or begun_by_others(shared, worker, names["source"])
     downloads = out_dir / DOWNLOADS
@@ -122,7 +131,7 @@ def open_job(config: PrepareConfig) -> ShardJob:
         raise UserError(f"{out_dir} holds shards without a manifest.json; use another --out_dir=")
     manifest |= {"documents": 0, "tokens": 0} | {f"{kind}_rows": 0 for kind in ODD}
     manifest |= {"complete": False, "shards": []}
-    if worker.count > 1 and "workers" not in old:  # the manifest names the files of all workers
+    if worker.count > 1 and "workers" not in old:  # `files` lists the files of all workers
         sizes = [part.size_bytes for part in source.parts]
         manifest |= {"worker": str(worker), "cuts": known.get("cuts") or worker.cuts(sizes)}
         source = worker.share(source, manifest["cuts"])
@@ -133,7 +142,7 @@ def open_job(config: PrepareConfig) -> ShardJob:
 
 @contextmanager
 def started(job: ShardJob) -> Iterator[None]:
-    """Checks that there is room, makes the folder and keeps other processes out of it."""
+    """Checks the free space, makes the folder and holds its lock."""
     plan = make_plan(job.config, job.source, job.out_dir, job.shards)
     check_room(plan, job.out_dir)
     job.source = replace(job.source, needed_parts=plan.first_part + plan.parts)
@@ -143,14 +152,18 @@ def started(job: ShardJob) -> Iterator[None]:
         with _writing(job.out_dir):
             for leftover in job.out_dir.glob(f"{job.manifest['prefix']}_*.bin.tmp"):
                 leftover.unlink()
-            for entry in job.dropped:  # else training would read them
+            for entry in job.dropped:  # training would read them
                 (job.out_dir / entry["name"]).unlink(missing_ok=True)
         job.save()
         yield
 
 
 def _keep_intact(job: ShardJob) -> None:
-    """Forgets finished shards from the first missing or damaged one on: they are made again."""
+    """Drops the manifest entries from the first missing or damaged shard on, to make them again.
+
+    Raises:
+        UserError: a shard that `gpt2 shards merge` has renamed cannot be made again in its place.
+    """
     for number, entry in enumerate(job.shards):
         intact = False
         with suppress(UserError):
@@ -164,14 +177,14 @@ def _keep_intact(job: ShardJob) -> None:
             job.manifest["complete"] = False
             break
     if job.shards and job.shards[-1]["next"] is None and not job.enough:
-        job.shards.clear()  # a small source starts over
+        job.shards.clear()  # a small source is split as a whole
 
 
 def _check_same(old: dict, new: dict, out_dir: Path) -> None:
-    """Raises UserError when the folder's shards are not the ones that would be made now.
+    """Raises UserError when the settings or source files of the folder's shards have changed.
 
-    Files of which no shard holds anything yet may change: a whole copy replaces a damaged one.
-    Workers share the files by their names.
+    A file that no finished shard has text of may change, because a whole copy may replace a damaged
+    one. The list of names may not change for workers, whose cuts are positions in it.
     """
     for key, value in new.items():
         before: Any = old.get(key)
@@ -192,9 +205,9 @@ def _check_same(old: dict, new: dict, out_dir: Path) -> None:
 
 
 def _drop_damaged(manifest: dict) -> list[dict]:
-    """Takes out of a manifest, and returns, shards with text of a file that was found damaged.
+    """Removes and returns the manifest entries of shards with text of the damaged source file.
 
-    Damage is often noticed behind the first wrong row.
+    All text of that file goes, because damage is often detected after the first wrong row.
     """
     name = manifest.pop("damaged", None)
     if name is None:
@@ -210,28 +223,28 @@ def _drop_damaged(manifest: dict) -> list[dict]:
 
 
 def _share(manifest: dict) -> slice:
-    """Which of the source's files the shards of this folder are made of."""
+    """The slice of the source's files that the shards of a folder are made of."""
     if "cuts" not in manifest:
         return slice(0, None)
     return Worker.parse(manifest["worker"]).span(manifest["cuts"])
 
 
 def _files_used(manifest: dict) -> slice:
-    """Which of the source's files the finished shards hold text of."""
+    """The slice of the source's files that the finished shards have text of."""
     share = _share(manifest)
     first = share.start
     if not manifest["shards"]:
         return slice(first, first)
     following = manifest["shards"][-1]["next"]
-    if manifest["complete"] or following is None:  # None: a small source, which is cut as a whole
+    if manifest["complete"] or following is None:  # None: a small source is split as a whole
         return share
     begun = following["row"] > 0 or following["used"] > 0
     return slice(first, first + following["part"] + begun)
 
 
 def _announce(text: str) -> None:
-    """Says something beside the progress bar, from any thread."""
-    # nolock: Ctrl-C between taking and giving back the lock would be another error
+    """Logs a line above the progress bar. Safe from any thread."""
+    # nolock: Ctrl-C between acquiring and releasing tqdm's lock would raise a second error
     with tqdm.external_write_mode(nolock=True):
         log(text)
 

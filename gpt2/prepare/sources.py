@@ -1,7 +1,7 @@
-"""Where text comes from: FineWeb-Edu, other datasets of the Hub, the standard library, own files.
+"""Sources of text: FineWeb-Edu, other datasets of the Hub, the standard library, local files.
 
-A source is an ordered list of parts (files). A part has rows: the one document of a .txt file, the
-lines of a .jsonl file, the rows of a .parquet file.
+A source is an ordered list of parts, which are files. A part consists of rows. A .txt file is one
+row; a .jsonl file has a row per line.
 """
 
 import glob
@@ -37,7 +37,7 @@ HUB_SPEC = re.compile(
 ENDING = re.compile(r"\.(?:parquet|(?:txt|jsonl)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
 INDENTATION = re.compile(r"^(?: {4})+", re.MULTILINE)
 ACCEPTED = ".txt, .jsonl (both also .gz, .xz, .zst) and .parquet"
-# Tests and tables would be a third of the standard library, and poor reading.
+# Tests and tables are a third of the standard library and make poor training text.
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests"} | {
     "idlelib",
     "lib2to3",
@@ -48,9 +48,9 @@ STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tes
 
 @dataclass(frozen=True)
 class Part(File):
-    """One file of a source: a path, or a text, or (with neither) something to download.
+    """One file of a source: a local `path`, a `text`, or with neither a file to download.
 
-    The name is relative, with forward slashes: the same on every machine.
+    The name is relative with forward slashes, and so equal on every machine.
     """
 
     path: Path | None = None
@@ -59,25 +59,25 @@ class Part(File):
 
 @dataclass(frozen=True)
 class Source:
-    """Parts in a fixed order, and the name that their shards will have."""
+    """Parts in a fixed order, and the prefix of their shards' names."""
 
     prefix: str
     revision: str
     parts: tuple[Part, ...]
     downloads: Downloads | None = None
-    needed_parts: int = sys.maxsize  # parts after these are not downloaded ahead of their use
+    needed_parts: int = sys.maxsize  # end of the parts to prefetch
 
     def identity(self) -> dict:
-        """Revision and files of the source: equal in every run that continues a folder."""
+        """Revision and files for the manifest. A continued folder must have equal ones."""
         hashes = {p.name: p.sha256 for p in self.parts if p.sha256}
         files = {"files": {p.name: p.size_bytes for p in self.parts}}
         return {"revision": self.revision} | files | ({"files_sha256": hashes} if hashes else {})
 
     def rows(self, index: int, start: int = 0) -> Iterator[TextRow]:
-        """Rows of a part from number `start` on; a downloaded file is deleted after its last one.
+        """Rows of a part from number `start` on. A downloaded file is deleted after its last row.
 
         Raises:
-            UserError: a damaged or unreadable file, one without texts, or no way to download it.
+            UserError: a damaged or unreadable file, a file without texts, or a failed download.
         """
         part = self.parts[index]
         if part.text:
@@ -95,18 +95,18 @@ class Source:
                 yield from read_rows(path, start)
 
     def close(self) -> None:
-        """Ends what is being downloaded."""
+        """Ends running downloads."""
         if self.downloads:
             self.downloads.close()
 
 
 def normal_name(spec: str) -> str:
-    """One spelling of what `--source=` names, for the manifest."""
+    """The spelling of a source in the manifest: one for all that mean it."""
     return FINEWEB_EDU if spec == f"{FINEWEB_EDU}/sample-10BT" else Path(spec).as_posix()
 
 
 def prefix_of(spec: str) -> str:
-    """The first part of the shards' names: letters, digits, dots and dashes."""
+    """The prefix of the shards' names: letters, digits, dots and dashes."""
     if normal_name(spec) in FINEWEB_FOLDERS:
         return "edufineweb"
     if spec.startswith("hf:"):
@@ -117,7 +117,7 @@ def prefix_of(spec: str) -> str:
 
 
 def default_folder(spec: str) -> str:
-    """Where shards go without an `--out_dir=`: fineweb, or data/NAME."""
+    """The default of `--out_dir=`: fineweb, or data/NAME."""
     if normal_name(spec) == FINEWEB_EDU:
         return "fineweb"
     if normal_name(spec) in FINEWEB_FOLDERS:
@@ -140,12 +140,12 @@ def find_source(
     Args:
         spec: fineweb-edu, another dataset of the Hub, stdlib, or a file, folder or glob.
         download_dir: folder for files of the Hub while they are read.
-        known: the `identity` that an earlier run found: the Hub is not asked again.
-        keep_downloads: leave the files there.
-        log: is told what a download waits for.
+        known: the `identity` in an earlier run's manifest, which spares a listing of the Hub.
+        keep_downloads: leave downloaded files in `download_dir`.
+        log: receives a line about each download and each wait.
 
     Raises:
-        UserError: nothing usable there, or the Hub cannot be reached.
+        UserError: no readable files, or the Hub cannot be reached.
     """
     if spec.startswith("hf:") or normal_name(spec) in FINEWEB_FOLDERS:
         dataset, files = _hub_files(spec, known, log)
@@ -162,7 +162,7 @@ def find_source(
 
 
 def _plain(name: str) -> str:
-    """A name as part of a file's name."""
+    """A name with every other character than letters, digits, dots and dashes replaced."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")
 
 
@@ -171,7 +171,7 @@ def _is_glob(spec: str) -> bool:
 
 
 def _folder_of_glob(pattern: str) -> Path:
-    """The folders before the first wildcard."""
+    """The part of a glob pattern before the first folder or file with a wildcard."""
     parts = Path(pattern).parts
     first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     return Path(*parts[:first])
@@ -203,8 +203,8 @@ def _local_parts(spec: str) -> Iterator[Part]:
 def _standard_library() -> Iterator[Part]:
     """Python's own sources, then the documentation of the modules that are written in C.
 
-    Each level of indentation becomes a tab. GPT-2 has no token for several spaces, so that 43 % of
-    the tokens would be single ones.
+    Each level of indentation becomes a tab. GPT-2 has no token for several spaces; without tabs,
+    43 % of the tokens would be single spaces.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
@@ -235,7 +235,7 @@ def _hub_spec(spec: str) -> tuple[str, str, str]:
     """(repository, revision, path) of hf:OWNER/NAME[@REVISION][/PATH].
 
     Raises:
-        UserError: another spelling.
+        UserError: not of this form.
     """
     match = HUB_SPEC.fullmatch(spec.rstrip("/"))
     if not match:
@@ -243,14 +243,18 @@ def _hub_spec(spec: str) -> tuple[str, str, str]:
             f"--source={spec}: write hf:OWNER/NAME, hf:OWNER/NAME/FOLDER or "
             "hf:OWNER/NAME@REVISION/FOLDER, such as hf:HuggingFaceFW/fineweb-edu/sample/10BT"
         )
-    # A branch may have slashes in its name: refs%2Fconvert%2Fparquet.
+    # %2F stands for a slash in a branch name: refs%2Fconvert%2Fparquet.
     return match["repository"], unquote(match["revision"] or "main"), match["path"] or ""
 
 
 def _hub_files(
     spec: str, known: dict | None, log: Callable[[str], None]
 ) -> tuple[HubDataset, list[File]]:
-    """The dataset at one commit, and its files to read."""
+    """The dataset at one commit, and its parquet or .jsonl files that the spec selects.
+
+    Raises:
+        UserError: no such dataset, revision or file, or no connection.
+    """
     if normal_name(spec) in FINEWEB_FOLDERS:
         repository, revision = FINEWEB_REPOSITORY, FINEWEB_REVISION
         path = FINEWEB_FOLDERS[normal_name(spec)]
@@ -266,7 +270,7 @@ def _hub_files(
         folder, _, pattern = path.rpartition("/")
     below = f"{folder}/" if folder else ""
     files = [f for f in dataset.find(folder) if fnmatch(f.name.removeprefix(below), pattern)]
-    for kind in ("parquet", "jsonl"):  # where there are both, they hold the same texts
+    for kind in ("parquet", "jsonl"):  # a dataset in both formats holds each text twice
         chosen = [f for f in files if ENDING.search(f.name) and f".{kind}" in f.name.lower()]
         if chosen:
             return dataset, sorted(chosen, key=lambda file: file.name)

@@ -1,7 +1,7 @@
 """Documents to tokens on every core, in order.
 
-Threads of one process: both tokenizers compute without holding Python's lock, and nothing has to be
-copied from process to process.
+Workers are threads of one process. Both tokenizers release the GIL while they encode, and threads
+need no copies between processes.
 """
 
 import os
@@ -19,41 +19,42 @@ from ..tokenizer import END_OF_TEXT_NAME
 from .fast_tokenizer import FastTokenizer, tokenizer_class
 from .sources import Source
 
-BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # what a worker is given at once
-MOST_WORKERS = 16  # by default: one thread reads, and cannot feed more
-ODD = ("skipped", "repaired", "literal")  # rows that are counted
-CHECK_EVERY = 1000  # documents of which one is compared with tiktoken
+BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # a batch ends at the first of these limits
+MOST_WORKERS = 16  # default limit: the one reading thread cannot feed more
+ODD = ("skipped", "repaired", "literal")  # kinds of rows that the manifest counts
+CHECK_EVERY = 1000  # rows per document that is compared with tiktoken
 
-Encoded = tuple["RowBatch", np.ndarray, np.ndarray]  # uint16 tokens; int64 tokens of each row
+# (rows, their tokens as uint16, number of tokens of each row as int64)
+Encoded = tuple["RowBatch", np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the stream of tokens, where a shard begins."""
+    """A position in the stream of tokens, at which a shard begins."""
 
     part: int = 0  # index of the file
-    row: int = 0  # of that file, counting skipped rows
-    used: int = 0  # tokens of that row's document that earlier shards hold
-    skipped: int = 0  # rows without a text, before this place
-    repaired: int = 0  # rows with something that UTF-8 cannot hold
-    literal: int = 0  # rows in which `<|endoftext|>` is text
+    row: int = 0  # index in that file, counting skipped rows
+    used: int = 0  # tokens of that row's document in earlier shards
+    skipped: int = 0  # rows without a text before this position
+    repaired: int = 0  # rows with invalid UTF-8 before this position
+    literal: int = 0  # rows with `<|endoftext|>` as text before this position
 
     @property
     def odd(self) -> list[int]:
-        """Numbers of rows of the kinds in `ODD`."""
+        """Number of rows of each kind in `ODD`."""
         return [getattr(self, kind) for kind in ODD]
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Consecutive rows with the part and number of each."""
+    """Consecutive rows."""
 
-    texts: list[str | None]
-    places: list[tuple[int, int]]
-    read_bytes: int  # of the source, up to the last of these rows
+    texts: list[str | None]  # None: a row without a text
+    places: list[tuple[int, int]]  # (part, row) of each row
+    read_bytes: int  # of the source up to the last of these rows
 
     def odd(self) -> np.ndarray:
-        """(rows, 3) bool: which rows a `Position` counts as skipped, repaired and literal."""
+        """(rows, 3) bool: which rows are skipped, repaired and literal."""
         return np.array(
             [
                 (text is None, isinstance(text, Repaired), END_OF_TEXT_NAME in (text or ""))
@@ -62,25 +63,25 @@ class RowBatch:
         )
 
     def documents(self) -> list[str]:
-        """The rows that have a text."""
+        """Texts of the rows that have one."""
         return [text for text in self.texts if text is not None]
 
 
 def encode_rows(
     source: Source, start: Position, num_workers: int, tokenizer: str
 ) -> Generator[Encoded, None, None]:
-    """Encodes all rows from a position on.
+    """Encodes all rows from a position on, in order.
 
-    Batches come out in order and few are under way at once, so that memory stays flat.
+    The number of batches in flight is bounded, so that memory stays flat.
 
     Args:
-        source: where the rows come from.
-        start: the first row, and what is counted up to there.
-        num_workers: threads that encode; 0: one per core, at most 16.
+        source: the source of the rows.
+        start: the first row to encode.
+        num_workers: encoding threads; 0: one per core, at most 16.
         tokenizer: auto, gigatoken or tiktoken.
 
     Raises:
-        UserError: a damaged source, or gigatoken is missing or differs from tiktoken.
+        UserError: a damaged source; gigatoken is missing or differs from tiktoken.
     """
     num_workers = num_workers or min(_cores(), MOST_WORKERS)
     make, of_thread, one_at_a_time = tokenizer_class(tokenizer), threading.local(), threading.Lock()
@@ -88,7 +89,7 @@ def encode_rows(
     def encode(batch: RowBatch) -> Encoded:
         first = not hasattr(of_thread, "tokenizer")
         if first:
-            with one_at_a_time:  # the first one reads the merges for all
+            with one_at_a_time:  # the first thread loads the merges for all
                 of_thread.tokenizer = make()
         encoded = _per_row(batch, *of_thread.tokenizer.encode_documents(batch.documents()))
         if make is FastTokenizer:
@@ -109,7 +110,11 @@ def encode_rows(
 
 
 def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: bool) -> None:
-    """Compares the first document, if wanted, and every 1000th with what tiktoken makes of it."""
+    """Compares every 1000th row, and with `first` the first document, with tiktoken's tokens.
+
+    Raises:
+        UserError: the tokens differ.
+    """
     batch, tokens, lengths = encoded
     ends = np.cumsum(lengths)
     for row, (text, (part, number)) in enumerate(zip(batch.texts, batch.places, strict=True)):
@@ -123,21 +128,27 @@ def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: 
 
 
 def _per_row(batch: RowBatch, tokens: np.ndarray, lengths: np.ndarray) -> Encoded:
-    """Gives rows without a text their length, zero."""
+    """The encoded batch, with length 0 for rows without a text.
+
+    Args:
+        batch: the rows.
+        tokens: tokens of all documents.
+        lengths: tokens of each document.
+    """
     row_lengths = np.zeros(len(batch.texts), np.int64)
     row_lengths[[text is not None for text in batch.texts]] = lengths
     return batch, tokens, row_lengths
 
 
 def _cores() -> int:
-    """Cores that this process may use, which in a container can be fewer than there are."""
+    """Cores that this process may use; a container may allow fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _batches(source: Source, start: Position) -> Iterator[RowBatch]:
-    """All rows from a position on; a batch may span files."""
+    """All rows from a position on. A batch may span files."""
     texts, places, chars, earlier_bytes = [], [], 0, 0
     for index, part in enumerate(source.parts):
         first = start.row if index == start.part else 0

@@ -1,12 +1,13 @@
 # make demo    installs, prepares Python's own sources, trains a small GPT, plots and writes text
 # make test    installs what the tests need and runs them, but for the slow ones of make faults
 # make faults  breaks everything on purpose and writes docs/reliability.md (half an hour)
+# make gpu-check  runs everything that needs a GPU at its true size and writes docs/gpu.md
 # make lint    style, format and types
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test faults lint clean
+.PHONY: demo test faults gpu-check lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
@@ -16,6 +17,9 @@ test: $(VENV)/installed-dev
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults
+
+gpu-check: $(VENV)/installed-dev
+	$(BIN)/python -m tests.gpu_check
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -138,16 +138,25 @@ def test_memory_goes_on_after_what_does_not_fit(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_memory_under_a_limit(tmp_path):
-    """A small network fits into 2 GiB, and the batch that does not ends the series."""
+    """A small network fits into 1.5 GiB, and the batch that does not ends the series.
+
+    The limit is that of a whole card. What CUDA takes of it differs between cards, and other
+    processes count, of which this one is one.
+    """
     gc.collect()
-    torch.cuda.empty_cache()  # the limit counts what other processes take, and this is one
-    arguments = ["--sizes=gpt2-mini", "--batch_sizes=1,1024", "--limit_gib=2"]
+    torch.cuda.empty_cache()
+    code = "import torch; torch.zeros(1).cuda(); from benchmarks import memory as m; "
+    taken = int(run_python("-c", code + "print(m.cuda_itself())", cwd=ROOT).stdout)
+    limit = taken / 2**30 + 1.5
+    arguments = ["--sizes=gpt2-mini", "--batch_sizes=1,1024", f"--limit_gib={limit}"]
     run_python("-m", "benchmarks.memory", *arguments, f"--out_dir={tmp_path}")
     rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").open()]
     assert [row["result"] for row in rows] == ["fits", "out of memory"] * 2
     for row in rows[::2]:
-        assert row["allocated_gib"] <= row["reserved_gib"] < row["device_gib"] <= 2
+        assert row["allocated_gib"] <= row["reserved_gib"] <= 1.5
+        assert row["reserved_gib"] < row["device_gib"] <= limit + 0.1
 
 
 @pytest.mark.slow

@@ -1,0 +1,509 @@
+"""Runs every command for a GPU at true sizes for a few steps, and writes docs/gpu.md.
+
+CI has no GPU, so what breaks on one stays unseen there. `make gpu-check` on a machine with one GPU
+takes less than 8 minutes; on a machine with two GPUs or more it runs what several ranks do. Rows of
+the page that a call does not run keep their earlier result, with its device, date and commit.
+
+A training run passes if it ends with exit code 0, its first loss is that of fresh weights and the
+losses are finite. Any other command passes if it ends with exit code 0.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from gpt2.data.shards import write_shard
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "gpu.md"
+HEADER = "| what | result | device | torch | date | commit |"
+STEPS = ["--max_steps=3", "--log_every=1", "--eval_tokens=65536", "--data_dir={work}/data"]
+VOCABULARY = 50257
+
+
+@dataclass(frozen=True)
+class Check:
+    """A command, of which {work} is the folder for data and results and {ranks} the GPUs."""
+
+    name: str
+    command: list[str]
+    ranks: bool = False  # whether it wants several GPUs
+    after: str = ""  # the check whose output it needs
+    alone: bool = False  # whether it wants a card for itself
+    seconds: int = 150  # limit
+
+
+def train(name: str, *arguments: str, after: str = "", steps: list[str] = STEPS) -> Check:
+    """A training run on one GPU."""
+    out = "--out_dir={work}/" + re.sub(r"\W+", "_", name)
+    return Check(name, ["train_gpt2.py", *steps, out, *arguments], after=after)
+
+
+def ranks(name: str, *arguments: str) -> Check:
+    """A training run on all GPUs."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node={ranks}"]
+    single = train(name, *arguments)
+    return Check(name, [*torchrun, *single.command], ranks=True, seconds=240)
+
+
+def gpt2(name: str, *arguments: str, after: str = "train") -> Check:
+    """Another command of the package."""
+    return Check(name, ["-m", "gpt2", *arguments], after=after)
+
+
+def benchmark(name: str, *arguments: str) -> Check:
+    """One of benchmarks/, which wants the card for itself: other programs would slow it down."""
+    return Check(name, ["-m", f"benchmarks.{name}", *arguments], alone=True)
+
+
+MODEL = "{work}/train/out_ckpt.pt"
+AGAIN, LARGE = "--activation_checkpointing=True", "--grad_accum_steps=2"
+MODERN, FP8 = "--config=configs/speedrun.toml", "--fp8=head"
+XL = ["--size=gpt2-xl", AGAIN, LARGE]
+CHECKS = [
+    Check(
+        "pytest -m gpu -n 4",
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "gpu and not alone",
+            "-n",
+            "4",
+            "tests",
+            "--ignore=tests/test_gpu_parallel.py",
+            "--continue-on-collection-errors",
+        ],
+        seconds=420,
+    ),
+    train("train", "--compile_model=True", "--dtype=bfloat16", "--grad_accum_steps=8"),
+    train("xl, activation checkpointing", *XL, "--batch_size=4"),
+    train("large", "--size=gpt2-large", LARGE, "--batch_size=4"),
+    train(
+        "large, uncompiled",
+        "--size=gpt2-large",
+        LARGE,
+        "--batch_size=4",
+        AGAIN,
+        "--compile_model=False",
+    ),
+    train("speedrun.toml, fp8 head", MODERN, FP8),
+    train("medium, fp8 head, activation checkpointing", "--size=gpt2-medium", FP8, AGAIN, LARGE),
+    train("defaults"),
+    train("batch 64, fp8 head", "--batch_size=64", FP8),
+    train("uncompiled", "--compile_model=False", "--batch_size=16"),
+    train("muon", "--optimizer=muon", "--batch_size=16"),
+    train("float16", "--dtype=float16", "--batch_size=16"),
+    train("float32", "--dtype=float32", "--batch_size=8", LARGE),
+    train("gpt2_124m.toml", "--config=configs/gpt2_124m.toml", "--learning_rate=1e-3"),
+    train(
+        "speedrun.toml with other switches",
+        MODERN,
+        "--mlp=swiglu",
+        "--window_pattern=SSSL",
+        "--window=256",
+        "--document_mask=True",
+    ),
+    train(
+        "resume",
+        "--compile_model=True",
+        "--dtype=bfloat16",
+        "--grad_accum_steps=8",
+        "--out_dir={work}/train",
+        after="train",
+        steps=["--max_steps=5", *STEPS[1:]],
+    ),
+    train("from weights", f"--init={MODEL}", "--learning_rate=3e-5", LARGE, after="train"),
+    gpt2(
+        "finetune, LoRA",
+        "finetune",
+        f"--init={MODEL}",
+        "--data={work}/chats.jsonl",
+        "--lora_rank=8",
+        "--max_steps=3",
+        "--out_dir={work}/finetuned",
+    ),
+    gpt2(
+        "finetune, all weights of large",
+        "finetune",
+        "--init={work}/large/out_ckpt.pt",
+        "--data={work}/chats.jsonl",
+        "--max_steps=3",
+        AGAIN,
+        "--out_dir={work}/full",
+        after="large",
+    ),
+    gpt2("sample", "sample", MODEL, "--prompt=Hello world,", "--max_new_tokens=200"),
+    gpt2("sample in bf16", "sample", MODEL, "--prompt=Hello world,", "--dtype=bfloat16"),
+    gpt2(
+        "sample of adapters",
+        "sample",
+        "{work}/finetuned/out_ckpt.pt",
+        "--prompt=Hello",
+        after="finetune, LoRA",
+    ),
+    gpt2(
+        "sample of the modern network",
+        "sample",
+        "{work}/speedrun_toml_fp8_head/out_ckpt.pt",
+        "--prompt=Hello",
+        after="speedrun.toml, fp8 head",
+    ),
+    gpt2("eval", "eval", MODEL, "--data_dir={work}/data", "--eval_tokens=65536"),
+    gpt2("inspect", "inspect", MODEL, "The cat sat", "--out={work}/inspect.html"),
+    gpt2("profile", "profile", "--batch_size=64", "--grad_accum_steps=1", after=""),
+    Check("serve", ["-m", "tests.gpu_check", "--serve={work}/train/out_ckpt.pt"], after="train"),
+    Check(
+        "pytest -m gpu, tests that want the card for themselves",
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "gpu and alone",
+            "tests",
+            "--ignore=tests/test_gpu_parallel.py",
+            "--continue-on-collection-errors",
+        ],
+        alone=True,
+    ),
+    benchmark("throughput", "--steps=10", "--warmup=5"),
+    benchmark("generate", "--calls=2"),
+    benchmark("memory", "--sizes=gpt2", "--batch_sizes=8"),
+    benchmark("masks"),
+    *(
+        Check(
+            f"compute-sanitizer, {tool}",
+            ["-m", "tests.gpu_check", f"--sanitizer={tool}"],
+            seconds=240,
+        )
+        for tool in ("memcheck", "racecheck", "initcheck")
+    ),
+    # Several GPUs.
+    ranks("ranks: ddp", "--batch_size=64"),
+    ranks("ranks: ddp, uncompiled", "--batch_size=16", "--compile_model=False"),
+    ranks("ranks: ddp, muon, fp8 head", "--optimizer=muon", FP8, "--batch_size=16"),
+    ranks("ranks: ddp, speedrun.toml", MODERN, FP8),
+    ranks("ranks: fsdp, xl, activation checkpointing", *XL, "--parallel=fsdp", "--batch_size=16"),
+    ranks("ranks: fsdp, large", "--size=gpt2-large", LARGE, "--parallel=fsdp", "--batch_size=4"),
+    ranks(
+        "ranks: fsdp, large, uncompiled",
+        "--size=gpt2-large",
+        LARGE,
+        "--parallel=fsdp",
+        "--batch_size=4",
+        "--compile_model=False",
+    ),
+    ranks(
+        "ranks: fsdp, medium, muon, fp8 head",
+        "--size=gpt2-medium",
+        LARGE,
+        "--parallel=fsdp",
+        "--optimizer=muon",
+        FP8,
+    ),
+    ranks("ranks: fsdp, speedrun.toml", MODERN, "--parallel=fsdp", "--total_batch_tokens=0", LARGE),
+    Check(
+        "ranks: pytest tests/test_gpu_parallel.py",
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "gpu",
+            "tests/test_gpu_parallel.py",
+        ],
+        ranks=True,
+        seconds=600,
+    ),
+]
+
+
+def prepare(work: Path) -> None:
+    """Shards of random text in which frequent ids are frequent (Zipf), and conversations."""
+    (work / "data").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    weight = 1 / np.arange(1, VOCABULARY + 1)
+    for split, count in (("val", 100_000), ("train", 4_000_000)):
+        tokens = rng.choice(VOCABULARY, count, p=weight / weight.sum()).astype(np.uint16)
+        write_shard(work / "data" / f"gpu_{split}_{split == 'train':06d}.bin", tokens)
+    question = {"role": "user", "content": "What is the capital of France?"}
+    answer = {"role": "assistant", "content": "Paris, on the Seine. " * 20}
+    talk = {"messages": [question, answer]}
+    (work / "chats.jsonl").write_text(f"{json.dumps(talk)}\n" * 200, encoding="utf-8")
+
+
+def run(check: Check, work: Path, cards: list[int]) -> str:
+    """Runs a check on some GPUs; "passed …", or why it did not."""
+    words = {"work": str(work), "ranks": len(cards)}
+    command = [word.format(**words) for word in check.command]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, cards))}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    log, started = work / f"{re.sub(r'[^a-z0-9]+', '_', check.name)}.log", time.monotonic()
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(check.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            return f"FAILED: not over after {check.seconds} s"
+    text = log.read_text("utf-8", errors="replace")
+    seconds = time.monotonic() - started
+    if code:
+        lines = [line for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if "Error" in line or line.startswith(("FAILED", "ERROR"))]
+        return f"FAILED: exit code {code}: {(errors or lines or ['no output'])[-1].strip()[:200]}"
+    problem = problem_of_training(text) if "train_gpt2.py" in command else ""
+    return f"FAILED: {problem}" if problem else f"passed in {seconds:.0f} s{result_of(text)}"
+
+
+def problem_of_training(text: str) -> str:
+    """What is wrong with the output of a training run; empty: nothing."""
+    losses = [float(x) for x in re.findall(r"^step .*\| loss +(\S+)", text, re.MULTILINE)]
+    if not losses or not all(map(math.isfinite, losses)):
+        return f"losses {losses}"
+    fresh = re.search(r"^(first loss .*)$", text, re.MULTILINE)
+    if fresh and "as expected" not in fresh[1] and "of the weights of" not in fresh[1]:
+        return fresh[1]
+    return ""
+
+
+def result_of(text: str) -> str:
+    """The losses of a training run, or the last line of pytest."""
+    losses = re.findall(r"^step .*\| loss +(\S+)", text, re.MULTILINE)
+    if losses:
+        return f": loss {losses[0]} to {losses[-1]}"
+    counts = re.findall(r"(\d+ passed.*?) in [\d.:]+", text)
+    return f": {counts[-1]}" if counts else ""
+
+
+def run_all(checks: list[Check], work: Path, jobs: int, done: "Results") -> None:
+    """Runs the checks: on several GPUs one after the other, on one GPU several at once."""
+    cards = list(range(torch.cuda.device_count()))
+    waiting = [check for check in checks if not check.ranks and not check.alone]
+    lock = threading.Condition()
+    names = {check.name for check in checks}
+
+    def worker(card: int) -> None:
+        while True:
+            with lock:
+                ready = [c for c in waiting if c.after not in names or c.after in done.found]
+                while waiting and not ready:
+                    lock.wait()
+                    ready = [c for c in waiting if c.after not in names or c.after in done.found]
+                if not waiting:
+                    return
+                check = ready[0]
+                waiting.remove(check)
+            result = run(check, work, [card])
+            with lock:
+                done.add(check, result)
+                lock.notify_all()
+
+    threads = [threading.Thread(target=worker, args=(cards[i % len(cards)],)) for i in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for check in checks:
+        if check.alone:
+            done.add(check, run(check, work, cards[:1]))
+        elif check.ranks:
+            done.add(check, run(check, work, cards))
+
+
+class Results:
+    """Results by name of a check; each is printed and written to the page as it comes."""
+
+    def __init__(self, page: Path):
+        self.page = page
+        self.found: dict[str, str] = {}
+        self.rows = earlier_rows(page)
+
+    def add(self, check: Check, result: str) -> None:
+        """Notes a result."""
+        self.found[check.name] = result
+        print(f"{check.name}: {result}", flush=True)
+        count, card = torch.cuda.device_count(), torch.cuda.get_device_name()
+        device = f"{count} × {card}" if check.ranks else card
+        today = str(datetime.datetime.now(datetime.UTC).date())
+        cells = [check.name, result.replace("|", "/"), device, torch.__version__, today, commit()]
+        self.rows[check.name] = f"| {' | '.join(cells)} |"
+        write(self.page, self.rows)
+
+
+def earlier_rows(page: Path) -> dict[str, str]:
+    """Rows of the page by the name of their check."""
+    lines = page.read_text("utf-8").splitlines() if page.exists() else []
+    rows = [line for line in lines if line.startswith("| ") and line != HEADER]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
+
+
+TITLE = """\
+# What has run on GPUs
+
+Written by `make gpu-check`; do not edit. Every command for a GPU runs at its true size for a
+few steps, several at once, so that the seconds are no measurement of speed. Rows that begin with
+`ranks` use all GPUs of the machine. A row is as old as its date.
+"""
+
+
+def write(page: Path, rows: dict[str, str]) -> None:
+    """Writes the page: a row for every check, "not run" where it never was."""
+    lines = [rows.get(c.name, f"| {c.name} | not run | | | | |") for c in CHECKS]
+    page.write_text("\n".join([TITLE, HEADER, "|---" * 6 + "|", *lines, ""]), encoding="utf-8")
+
+
+def commit() -> str:
+    """HEAD, with a + if files differ from it; without git, the variable GPT2_COMMIT."""
+    given = os.environ.get("GPT2_COMMIT", "")
+    done = subprocess.run(
+        ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return given or done.stdout.strip() or "unknown"
+
+
+def serve(model: str) -> int:
+    """Starts the server with a model, asks it for a text and stops it."""
+    import signal
+    import socket
+    import urllib.request
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "gpt2", "serve", model, f"--port={port}"])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            time.sleep(0.3)
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended"
+        body = json.dumps({"prompt": "Hello", "max_tokens": 20}).encode()
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{address}/v1/completions", body, headers)
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            assert json.load(answer)["choices"][0]["text"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    return 0
+
+
+def kernels() -> int:
+    """Launches each Triton kernel on small inputs beside its plain form."""
+    from gpt2.kernels import head_loss
+    from gpt2.kernels.triton_training import layer_norm
+
+    from .generate.test_few_token_pass import compare_kernels
+
+    compare_kernels("cuda")
+    x, weight, bias = torch.randn(5, 1160).bfloat16(), torch.randn(1160), torch.randn(1160)
+    found = layer_norm(x.cuda(), weight.cuda(), bias.cuda(), 1e-5)[0]
+    expected = torch.nn.functional.layer_norm(x.float(), (1160,), weight, bias)
+    assert (found.cpu().float() - expected).norm() < 1e-2 * expected.norm()
+    x, head = torch.randn(100, 64), 0.1 * torch.randn(300, 64)
+    targets = torch.arange(100)
+    exact = head_loss.head_loss_reference(x, head, targets, 384, "sum")
+    for fp8 in (False, True):
+        for cap in (0.0, 15.0):
+            exact = head_loss.head_loss_reference(x, head, targets, 384, "sum", cap)
+            given = x.cuda().requires_grad_(), head.cuda().requires_grad_(), targets.cuda()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = head_loss.head_loss(*given, 384, "sum", fp8, cap)
+            loss.backward()
+            torch.cuda.synchronize()
+            assert abs(loss.item() / exact.item() - 1) < 0.02, (fp8, cap, loss, exact)
+    return 0
+
+
+def sanitizer(tool: str) -> int:
+    """`kernels` under a tool of compute-sanitizer; faults outside of our kernels do not count."""
+    names = [
+        "_small_linear",
+        "_cached_attention",
+        "_join_shares",
+        "_layer_norm",
+        "_quantize",
+        "_cross_entropy",
+        "_gradient_fp8",
+    ]
+    filters = [f"--kernel-name=kernel_substring={name}" for name in names]
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *filters]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(
+        [*command, sys.executable, "-m", "tests.gpu_check", "--kernels"],
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    ).returncode
+
+
+def main() -> int:
+    """Runs the checks; 1 if one failed."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--only", default="", help="checks whose name has this part")
+    options.add_argument("--jobs", type=int, default=4, help="checks at once on one GPU")
+    options.add_argument("--page", type=Path, default=PAGE, help="where to write the table")
+    options.add_argument("--work", type=Path, help="keep data, results and logs in this new folder")
+    options.add_argument("--serve", default="", help=argparse.SUPPRESS)
+    options.add_argument("--sanitizer", default="", help=argparse.SUPPRESS)
+    options.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.kernels:
+        return kernels()
+    if given.serve or given.sanitizer:
+        return serve(given.serve) if given.serve else sanitizer(given.sanitizer)
+    count = torch.cuda.device_count()
+    if not count:
+        print("no CUDA device: these checks need one", file=sys.stderr)
+        return 2
+    checks = [c for c in CHECKS if c.ranks == (count > 1) and given.only in c.name]
+    done = Results(given.page)
+    with TemporaryDirectory() as temporary:
+        work = given.work or Path(temporary) / "work"
+        prepare(work)
+        run_all(checks, work, given.jobs, done)
+    failed = [name for name, result in done.found.items() if not result.startswith("passed")]
+    print(f"{len(done.found) - len(failed)} of {len(done.found)} passed; wrote {given.page}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

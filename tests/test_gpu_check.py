@@ -1,0 +1,156 @@
+"""What `make gpu-check` does around its commands; the commands themselves need a GPU."""
+
+import re
+import shlex
+
+import pytest
+import torch
+
+from gpt2.config.command_line import parse
+from gpt2.config.train import TrainConfig
+
+from . import gpu_check
+from .conftest import run_python
+from .gpu_check import CHECKS, Check
+from .test_readme import commands
+
+LIMITS = (
+    "--max_steps",
+    "--out_dir",
+    "--data_dir",
+    "--eval_every",
+    "--save_every",
+    "--batch_size",
+    "--max_new_tokens",
+    "--seed",
+    "--prompt",
+    "--init",
+    "--data",
+    "--out",
+    "--size",
+    "--learning_rate",
+    "--grad_accum_steps",
+    "--nproc_per_node",
+    "--standalone",
+    "--json",
+    "--text",
+    "--hellaswag",
+    "--lambada",
+    "--steps",
+    "--nanogpt",
+    "--build_nanogpt",
+)
+# Commands of README and docs that no check runs, and why.
+ELSEWHERE = {
+    "gpt2 chat": "needs somebody who types; `sample` and `serve` run what it runs",
+    "gpt2 train": "`python train_gpt2.py` is this command",
+    "gpt2 lm_eval": "downloads its tasks",
+    "torchrun --nnodes": "needs several machines",
+    "benchmarks.finetune": "minutes; the finetune checks run its paths",
+    "benchmarks.sprint": "minutes; the speedrun check runs its path",
+    "benchmarks.saving": "writes gigabytes for minutes; every training check saves",
+    "benchmarks.prepare": "uses no GPU",
+    "benchmarks.loader": "minutes; every training check loads",
+    "benchmarks.scaling": "prints a model on paper",
+}
+OF_A_GPU = (
+    r"python train_gpt2|torchrun|python -m benchmarks|gpt2 (train|finetune|sample|chat|serve|"
+)
+OF_A_GPU += r"eval|lm_eval|inspect|profile)"
+
+
+def options(command: list[str]) -> set[str]:
+    """Options that choose what runs, without those for places and amounts."""
+    words = {word for word in command if word.startswith("--")}
+    return {w for w in words if w.split("=")[0] not in LIMITS}
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if re.match(OF_A_GPU, c)])
+def test_every_command_for_a_gpu_is_checked(command):
+    words = shlex.split(command.replace("\\\n", " "))
+    program = re.search(OF_A_GPU + r"|benchmarks\.\w+", command)[0]
+    if any(command.startswith(name) or name in command for name in ELSEWHERE):
+        return
+    if program.startswith("python -m"):
+        program = words[2]
+    subcommand = {"python train_gpt2": "train_gpt2.py", "torchrun": "train_gpt2.py"}.get(
+        program, program.removeprefix("gpt2 ")
+    )
+    found = [
+        check
+        for check in CHECKS
+        if any(
+            w in {subcommand, f"--{subcommand}={{work}}/train/out_ckpt.pt"} for w in check.command
+        )
+        if options(words) <= options(check.command)
+        if check.ranks == (program == "torchrun")
+    ]
+    assert found, f"no check runs {command}; add one to tests/gpu_check.py"
+
+
+def test_reasons_are_about_commands_that_there_are():
+    everything = "\n".join(commands())
+    assert [name for name in ELSEWHERE if name not in everything] == []
+
+
+@pytest.mark.parametrize("check", [c for c in CHECKS if "train_gpt2.py" in c.command])
+def test_options_of_training_are_valid(check):
+    arguments = check.command[check.command.index("train_gpt2.py") + 1 :]
+    config = parse(TrainConfig, arguments, "gpt2 train")
+    assert config.optim.max_steps <= 5
+
+
+def test_names_are_different_and_what_they_build_on_exists():
+    names = [check.name for check in CHECKS]
+    assert len(set(names)) == len(names)
+    assert {check.after for check in CHECKS} - {""} <= set(names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = run_python("-m", "tests.gpu_check", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "no CUDA device: these checks need one"
+
+
+def test_a_failure_is_told_with_its_reason(tmp_path):
+    def result(code, seconds=60):
+        return gpu_check.run(Check("a name", ["-c", code], seconds=seconds), tmp_path, [0])
+
+    assert re.fullmatch(r"passed in \d+ s", result("print('fine')"))
+    assert result("raise ValueError('too hot')") == "FAILED: exit code 1: ValueError: too hot"
+    assert result("import time; time.sleep(60)", 1) == "FAILED: not over after 1 s"
+
+
+def test_losses_decide_about_training():
+    good = "first loss 10.98; fresh weights should give 10.98: as expected\n"
+    step = "step 1/3  33.3% | loss 10.9813 | lr 6e-04\nstep 2/3  66.7% | loss  {} | lr 5e-04\n"
+    assert gpu_check.problem_of_training(good + step.format("9.5")) == ""
+    assert gpu_check.result_of(step.format("9.5")) == ": loss 10.9813 to 9.5"
+    assert "nan" in gpu_check.problem_of_training(good + step.format("nan"))
+    assert gpu_check.problem_of_training("") == "losses []"
+    odd = "first loss 12.00; fresh weights should give 10.98: check the data\n"
+    assert gpu_check.problem_of_training(odd + step.format("9.5")) == odd.strip()
+
+
+def test_the_page_keeps_earlier_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setenv("GPT2_COMMIT", "abc1234")
+    page = tmp_path / "gpu.md"
+    gpu_check.Results(page).add(CHECKS[0], "passed in 1 s")
+    gpu_check.Results(page).add(CHECKS[-1], "FAILED: a | b")
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(CHECKS)
+    assert rows[0].startswith(
+        f"| {CHECKS[0].name} | passed in 1 s | Some GPU | {torch.__version__}"
+    )
+    assert rows[0].endswith("| abc1234 |")
+    assert rows[-1].startswith(f"| {CHECKS[-1].name} | FAILED: a / b | 2 × Some GPU |")
+    assert rows[1] == f"| {CHECKS[1].name} | not run | | | | |"
+
+
+def test_the_shards_and_conversations_are_valid(tmp_path):
+    gpu_check.prepare(tmp_path / "work")
+    done = run_python("-m", "gpt2", "shards", "info", str(tmp_path / "work/data"))
+    assert "4,000,000" in done.stdout or "4.0M" in done.stdout

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..errors import UserError
 
+MIN_PENALTY, MAX_PENALTY = 0.01, 100  # beyond them float32 logits become infinite, and then NaN
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -49,10 +51,10 @@ class Sampling:
             raise UserError(f"top_p={self.top_p}: use a number above 0, up to 1")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p={self.min_p}: use a number from 0 (all tokens) to 1")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not MIN_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
             raise UserError(
-                f"repetition_penalty={self.repetition_penalty}: use a number above 0; "
-                "1 for none, 1.2 for few repetitions"
+                f"repetition_penalty={self.repetition_penalty}: use a number from {MIN_PENALTY} to "
+                f"{MAX_PENALTY}; 1 for none, 1.2 for few repetitions"
             )
 
 

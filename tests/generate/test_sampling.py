@@ -1,11 +1,21 @@
 """Filters, penalty and draws, beside transformers' and plain Python."""
 
+import math
+
 import pytest
 import torch
 import transformers
 
 from gpt2.errors import UserError
-from gpt2.generate.sampling import Sampling, choose, filter_logits, penalise, uniforms
+from gpt2.generate.sampling import (
+    MAX_PENALTY,
+    MIN_PENALTY,
+    Sampling,
+    choose,
+    filter_logits,
+    penalise,
+    uniforms,
+)
 
 
 @pytest.fixture
@@ -64,8 +74,20 @@ def test_numbers_of_a_row_depend_on_seed_and_row_alone():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": -1.0}],
+    [
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        *({"repetition_penalty": p} for p in (-1.0, 0.0, 1e-30, 0.009, 101, 1e300, math.nan)),
+    ],
 )
 def test_settings_that_mean_nothing(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize("penalty", [MIN_PENALTY, MAX_PENALTY])
+def test_the_strongest_penalties_leave_numbers(logits, penalty):
+    """Also where logits are large and the temperature is as low as it may be."""
+    seen = torch.ones(4, 300, dtype=torch.bool)
+    filtered = filter_logits(penalise(logits * 1e4, seen, penalty), 1e-3)
+    assert filtered.softmax(-1).isfinite().all()

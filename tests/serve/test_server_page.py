@@ -11,7 +11,7 @@ from gpt2.serve.security import page_policy
 from gpt2.serve.server import PAGE
 
 from ..browser import chromium
-from .test_server import SHAPE, Server, save_model
+from .running import SHAPE, Server, save_model
 
 ENDLESS = 8000  # tokens: some ten seconds, time enough to stop an answer that is being written
 EVIL = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script>&amp;'

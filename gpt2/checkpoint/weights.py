@@ -76,6 +76,8 @@ def load_local(path: str | Path) -> Weights:
         config, state = model_format.read_folder(path)
         model_file.check_finite(state, path)
         return Weights(config, state, f"{path} (Hugging Face)")
+    if path.exists() and not path.is_file():  # opening a FIFO waits until somebody writes into it
+        raise UserError(f"{path} is neither a file nor a folder; give the path of a checkpoint")
     config, state, rest = model_file.load_model(path)
     origin = f"{path} ({rest['origin']})" if "origin" in rest else str(path)
     notes = tuple(rest.get("notes", ()))

@@ -130,6 +130,7 @@ class ServeConfig:
     port: int = option(8000, "port to listen on; 0: any free one")
     slots: int = option(32, "texts generated at a time; others wait for a free slot")
     max_queue: int = option(256, "texts that may wait; further ones are refused (429)")
+    max_connections: int = option(1000, "connections at a time, idle ones of browsers included")
     max_new_tokens: int = option(0, "limit of new tokens per text; 0: what fits into the context")
     name: str = option("", "name of the model for clients; empty: name of the file or folder")
     chat: str = option(
@@ -152,7 +153,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         at_least(0, port=self.port, max_queue=self.max_queue, max_new_tokens=self.max_new_tokens)
-        at_least(1, slots=self.slots)
+        at_least(1, slots=self.slots, max_connections=self.max_connections)
         if self.port > 65535:
             raise UserError(f"port={self.port}: use 1 to 65535, or 0 for any free one")
 

@@ -1,8 +1,17 @@
 """`ApiError`: an error in OpenAI's form, with its HTTP status."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from starlette.responses import JSONResponse
+
+MAX_ECHO = 100  # characters of a client's text that an error repeats
+
+
+def quoted(text: str) -> str:
+    """A client's text in quotes, without control characters, cut to `MAX_ECHO` characters."""
+    return repr(text if len(text) <= MAX_ECHO else f"{text[: MAX_ECHO - 1]}…")
 
 
 class ApiError(Exception):
@@ -13,13 +22,26 @@ class ApiError(Exception):
         status: HTTP status.
         param: the field of the request that is wrong.
         code: OpenAI's name of the error, for programs.
+        headers: of the response, besides those that belong to the status.
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+        of_status = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}
+        self.headers = of_status.get(status, {}) | dict(headers or {})
+
+    def response(self) -> JSONResponse:
+        """The response that tells the client."""
+        return JSONResponse(self.body(), self.status, self.headers)
 
     def body(self) -> dict[str, Any]:
         """The JSON of the response."""
@@ -35,23 +57,28 @@ class ApiError(Exception):
         }
 
 
-def from_validation(errors: list[dict[str, Any]], fields: Iterable[str]) -> ApiError:
-    """Turns the first validation error of pydantic into an `ApiError`.
+def unknown_field(name: str, fields: Iterable[str], param: str) -> ApiError:
+    """The error for a field that a request may not have.
 
     Args:
-        errors: pydantic's list; each `loc` begins with "body".
+        name: of the field.
         fields: names that the request may have, for "did you mean".
+        param: the field's place in the request.
     """
-    first = errors[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(where) or None
-    if first["type"] == "json_invalid":
-        return ApiError(f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(where[-1], list(fields), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return ApiError(f"unknown field {where[-1]!r}{hint}", param=param, code="unknown_field")
-    if not param:
-        return ApiError("the body must be a JSON object")
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(f"{param}: {message[:1].lower()}{message[1:]}", param=param)
+    close = difflib.get_close_matches(name[:MAX_ECHO], list(fields), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return ApiError(
+        f"unknown field {quoted(name)}{hint}", param=param[:MAX_ECHO], code="unknown_field"
+    )
+
+
+def from_validation(errors: list[Any]) -> ApiError:
+    """Turns the first validation error of pydantic into an `ApiError`.
+
+    A check of another wing may repeat the client's text whole, so a long message loses its middle.
+    """
+    param = ".".join(str(part) for part in errors[0]["loc"])
+    message = errors[0]["msg"].removeprefix("Value error, ")
+    if len(message) > 2 * MAX_ECHO:
+        message = f"{message[:MAX_ECHO]}…{message[-MAX_ECHO:]}"
+    return ApiError(f"{param}: {message[:1].lower()}{message[1:]}", param=param or None)

@@ -6,18 +6,26 @@ answer. Features that this server lacks (`logprobs`, `tools`, …) are accepted 
 turns them off. All other fields and values are refused: nothing is silently ignored.
 """
 
+import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..data.chat_template import check_messages, encode_prompt, fit
 from ..errors import UserError
 from ..generate.continuous_batch import Generation
-from ..generate.sampling import Sampling
+from ..generate.sampling import MAX_PENALTY, MIN_PENALTY, Sampling
 from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
 from .engine import Choice, TextRequest
-from .errors import ApiError
+from .errors import ApiError, from_validation, quoted, unknown_field
 from .served_model import MAX_TEXTS, ServedModel
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
@@ -53,7 +61,7 @@ class SamplingRequest(BaseModel):
     # not OpenAI's
     top_k: int | None = Field(default=None, ge=0)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(default=None, ge=MIN_PENALTY, le=MAX_PENALTY)
     # bookkeeping
     user: Any = None
     metadata: Any = None
@@ -231,6 +239,42 @@ class ChatRequest(SamplingRequest):
         return [encode_prompt(messages)]
 
 
+Body = TypeVar("Body", bound=SamplingRequest)
+
+
+def parse(raw: bytes, kind: type[Body]) -> Body:
+    """Parses the body of an HTTP request, and checks its fields.
+
+    It stops at the first unknown field: pydantic would make an error for each of them before it
+    returned one.
+
+    Raises:
+        ApiError: no JSON, no object, unknown fields, values out of range.
+    """
+    try:
+        data = json.loads(raw) if raw else None
+    except json.JSONDecodeError as error:
+        raise ApiError(f"the body is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, very long numbers, very deep lists
+        raise ApiError(f"the body is not JSON: {type(error).__name__}") from None
+    if not isinstance(data, dict):
+        raise ApiError("the body must be a JSON object")
+    _check_fields(data, kind)
+    _check_fields(data.get("stream_options"), StreamOptions, "stream_options.")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise from_validation(error.errors(include_url=False, include_input=False)) from None
+
+
+def _check_fields(data: Any, kind: type[BaseModel], prefix: str = "") -> None:
+    """Raises ApiError for the first field of `data` that a model does not have."""
+    fields = kind.model_fields
+    for name in data if isinstance(data, dict) else ():
+        if name not in fields:
+            raise unknown_field(name, fields, prefix + name)
+
+
 def make_request(body: SamplingRequest, served: ServedModel) -> tuple[TextRequest, list[list[int]]]:
     """Turns the body of an HTTP request into a `TextRequest`; also returns the prompts' ids.
 
@@ -257,7 +301,7 @@ def check_model(name: str | None, served: ServedModel) -> None:
     """Raises ApiError for the name of another model; None means the served one."""
     if name not in (None, served.name):
         raise ApiError(
-            f"the model {name!r} does not exist here; this server has {served.name!r}",
+            f"the model {quoted(name)} does not exist here; this server has {served.name!r}",
             status=404,
             param="model",
             code="model_not_found",

@@ -6,23 +6,28 @@ Other web pages in the user's browser must not be able to use the server:
 - DNS rebinding, where a foreign name resolves to this machine, is refused by the `Host` header.
 - Only `application/json` bodies are read. Forms and simple scripts of other sites cannot send them
   without a CORS preflight, which is refused.
+
+Bodies have a limit of bytes and a limit of seconds.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import ipaddress
 import re
+import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from ..errors import UserError
+from ..report import console
+from .errors import ApiError, quoted
 
 MAX_BODY = 2**20  # bytes; a context of 1024 tokens is about 5,000
+SECONDS_FOR_BODY = 30.0  # until the last byte of a body
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -50,6 +55,15 @@ def page_policy(html: str) -> str:
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
+
+
+def check_key(key: str) -> None:
+    """Raises UserError for an API key that no request could send: HTTP strips and encodes it."""
+    if key != key.strip() or not key.isascii() or not key.isprintable():
+        raise UserError(
+            "no client can send this API key: use printable ASCII characters, without spaces "
+            "around them, in --api_key or GPT2_API_KEY"
+        )
 
 
 class Guard:
@@ -81,35 +95,38 @@ class Guard:
         try:
             self._check(scope, headers)
         except ApiError as error:
-            answer = JSONResponse(error.body(), error.status)
-            await answer(scope, receive, send_with_headers)
+            await error.response()(scope, receive, send_with_headers)
             return
-        await self.app(scope, _limited(receive), send_with_headers)
+        client = scope.get("client") or ("an unknown address",)
+        await self.app(scope, _limited(receive, client[0]), send_with_headers)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
         if not self._is_ours(host):
             raise ApiError(
-                f"the host {host!r} is not served here; name it in --allowed_hosts", status=421
+                f"the host {quoted(host)} is not served here; name it in --allowed_hosts",
+                status=421,
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _host_of(origin) != host.lower():
             raise ApiError("pages of other sites may not use this server", status=403)
-        if scope["path"].startswith("/v1/") and self.api_key:
-            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), self.api_key.encode()):
-                raise ApiError(
-                    "this server wants its API key: Authorization: Bearer KEY",
-                    status=401,
-                    code="invalid_api_key",
-                )
+        if scope["path"].startswith("/v1/") and self.api_key and not self._has_key(headers):
+            raise ApiError(
+                "this server wants its API key: Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
+            )
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise ApiError("send JSON, with Content-Type: application/json", status=415)
-            length = headers.get("content-length", "")
-            if length.isdigit() and int(length) > MAX_BODY:
+            if int(headers.get("content-length", 0)) > MAX_BODY:  # h11 has seen that it is a number
                 raise _too_large()
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+        return scheme.lower() == "bearer" and same
 
     def _is_ours(self, host: str) -> bool:
         """Whether `Host` is a known name or an IP address; DNS cannot rebind an address."""
@@ -123,22 +140,45 @@ class Guard:
         return True
 
 
+def _host_of(origin: str) -> str | None:
+    """Host and port of an `Origin`; None if it is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
 def _too_large() -> ApiError:
     return ApiError(
         f"the body is larger than {MAX_BODY:,} bytes", status=413, code="request_too_large"
     )
 
 
-def _limited(receive: Receive) -> Receive:
-    """`receive` with a limit for bodies without Content-Length."""
-    total = 0
+def _limited(receive: Receive, client: str) -> Receive:
+    """`receive` with limits for the body: its bytes, and the seconds until it is whole.
+
+    Args:
+        receive: of the ASGI server.
+        client: address for the log.
+    """
+    total, whole = 0, False
+    deadline = asyncio.get_running_loop().time() + SECONDS_FOR_BODY
 
     async def counted() -> Message:
-        nonlocal total
-        message = await receive()
+        nonlocal total, whole
+        if whole:  # what comes now is the end of the connection, whenever that is
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            text = f"no whole body in {SECONDS_FOR_BODY:g} s"
+            console.log(f"{time.strftime('%H:%M:%S')}  refused    {text} (from {client})")
+            raise ApiError(text, status=408, code="request_timeout") from None
         total += len(message.get("body", b""))
         if total > MAX_BODY:
-            raise HTTPException(413, str(_too_large()))
+            raise _too_large()
+        whole = not message.get("more_body", False)
         return message
 
     return counted

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..api import GPT2, TextModel
 from ..checkpoint.weights import check_vocabulary
@@ -26,25 +26,34 @@ from ..distributed.devices import choose_dtype
 from ..errors import UserError
 from ..report import console
 from ..tokenizer import gpt2_tokenizer
+from .connections import SECONDS_TO_END, Connection, Server, open_files_for
 from .engine import Busy, Engine, Failed, TextRequest, latency
-from .errors import ApiError, from_validation
-from .requests import ChatRequest, CompletionRequest, SamplingRequest, check_model, make_request
+from .errors import ApiError, quoted
+from .requests import (
+    ChatRequest,
+    CompletionRequest,
+    SamplingRequest,
+    check_model,
+    make_request,
+    parse,
+)
 from .responses import Answer, event
-from .security import Guard, page_policy
+from .security import Guard, check_key, page_policy
 from .served_model import MAX_TEXTS, ServedModel
 
 PAGE = Path(__file__).with_name("chat.html")
-SECONDS_TO_END = 3  # for open answers after Ctrl-C
+GET = ["GET", "HEAD"]
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection
 
 
 def run(path: str, config: ServeConfig) -> int:
     """Serves a model until Ctrl-C or SIGTERM, which raise; returns 1 if generation has failed."""
+    key = config.api_key or environment.variable("GPT2_API_KEY")
+    check_key(key)
     listener = _listen(config.host, config.port)
     model = _load(path, config)
     served = describe(path, config, model)
     engine = Engine(model, config.slots, config.max_queue)
-    key = config.api_key or environment.variable("GPT2_API_KEY")
     hosts = {h.strip().lower() for h in (config.host, *config.allowed_hosts.split(","))} - {""}
     app = Guard(make_app(engine, served), hosts, key)
     host, port = listener.getsockname()[:2]
@@ -57,38 +66,24 @@ def run(path: str, config: ServeConfig) -> int:
     console.log(f"http://{shown}:{port}/ has the chat page, /v1 OpenAI's API; Ctrl-C ends")
     if not key and host not in ("127.0.0.1", "::1"):
         console.warn("everybody who reaches this address can use it: consider --api_key")
+    most = open_files_for(config.max_connections)
     settings = uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="on",
         server_header=False,
-        timeout_graceful_shutdown=SECONDS_TO_END,
+        timeout_graceful_shutdown=SECONDS_TO_END + 1,
     )
-    server = _Server(settings, engine)
+    server = Server(settings, engine, most)
     engine.on_failure = server.stop
     with listener:
         server.run(sockets=[listener])
     if engine.failure:
         console.error(engine.failure)
     return 1 if engine.failure else 0
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server; on shutdown it ends open answers first."""
-
-    def __init__(self, config: uvicorn.Config, engine: Engine):
-        super().__init__(config)
-        self.engine = engine
-
-    def stop(self) -> None:
-        """Asks the server to end, like Ctrl-C."""
-        self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Closes the engine, then calls uvicorn's method."""
-        self.engine.close()
-        await super().shutdown(sockets)
 
 
 def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
@@ -126,30 +121,30 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
     html = PAGE.read_text("utf-8")
     policy = {"content-security-policy": page_policy(html)}
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.api_route("/", methods=GET, response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=policy)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=GET)
     async def health() -> JSONResponse:
         return JSONResponse(_health(engine, served), 503 if engine.failure else 200)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=GET)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [served.card()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=GET)
     async def model(name: str) -> dict[str, Any]:
         check_model(name, served)
         return served.card()
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await _answer(body, request, engine, served)
+    async def completions(request: Request) -> Response:
+        return await _answer(CompletionRequest, request, engine, served)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await _answer(body, request, engine, served)
+    async def chat(request: Request) -> Response:
+        return await _answer(ChatRequest, request, engine, served)
 
     _handle_errors(app)
     return app
@@ -158,38 +153,35 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
 def _handle_errors(app: FastAPI) -> None:
     """Makes the application answer every error in OpenAI's form."""
 
-    def shaped(error: ApiError) -> JSONResponse:
-        headers = {"retry-after": "1"} if error.status == 429 else {}
-        return JSONResponse(error.body(), error.status, headers)
-
     @app.exception_handler(ApiError)
     async def known(_: Request, error: ApiError) -> JSONResponse:
-        return shaped(error)
+        return error.response()
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = ChatRequest if "chat" in request.url.path else CompletionRequest
-        return shaped(from_validation(list(error.errors()), kind.model_fields))
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         text = {
-            404: f"no such address: {request.url.path}",
-            405: f"{request.method} is not allowed here",
+            404: f"no such address: {quoted(request.url.path)}",
+            405: f"{quoted(request.method)} is not allowed here",
         }
         message = text.get(error.status_code, str(error.detail))
-        return shaped(ApiError(message, status=error.status_code))
+        return ApiError(message, status=error.status_code, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def unknown(_: Request, error: Exception) -> JSONResponse:
-        return shaped(ApiError(f"internal error ({type(error).__name__})", status=500))
+        return ApiError(f"internal error ({type(error).__name__})", status=500).response()
 
 
 async def _answer(
-    body: SamplingRequest, connection: Request, engine: Engine, served: ServedModel
+    kind: type[SamplingRequest], connection: Request, engine: Engine, served: ServedModel
 ) -> Response:
     """Submits a request to the engine and answers it, whole or as a stream."""
-    # in a thread: encoding a long text would hold up the streams of other clients
+    raw = await connection.body()
+    # in threads: encoding a long text would hold up the streams of other clients
+    body = await asyncio.to_thread(parse, raw, kind)
     request, prompts = await asyncio.to_thread(make_request, body, served)
     chat, streamed = isinstance(body, ChatRequest), bool(body.stream)
     answer = Answer(
@@ -319,8 +311,9 @@ def _load(path: str, config: ServeConfig) -> TextModel:
 
 def _was_chat(source: Path) -> bool:
     """Whether the config.toml beside a checkpoint says that conversations were trained on."""
+    beside = source.with_name("config.toml")
     try:
-        settings = read_toml(source.with_name("config.toml"))
+        settings = read_toml(beside) if beside.is_file() else {}
         return is_chat(str(settings["data_dir"]))
     except (OSError, ValueError, KeyError):
         return False

@@ -2,8 +2,9 @@
 
 uvicorn limits the pause between two requests (`timeout_keep_alive`) and the size of headers (h11's
 16 KiB). It has no limit for headers or bodies that arrive slowly, nor for clients that stop reading
-an answer. Its `limit_concurrency` answers requests with 503 and counts connections that have not
-sent one, so that silent clients would lock out all others.
+an answer, and it reads a body to the end after the request was refused. Its `limit_concurrency`
+answers requests with 503 and counts connections that have not sent one, so that silent clients
+would lock out all others.
 """
 
 import asyncio
@@ -19,11 +20,13 @@ from uvicorn.server import ServerState
 from ..report import console
 from .engine import Engine
 from .errors import ApiError
-from .security import SECONDS_FOR_BODY
+from .security import MAX_BODY, SECONDS_FOR_BODY
 
 SECONDS_FOR_HEADERS = 10.0
 SECONDS_TO_READ = 60.0  # of an answer, without the client taking a byte
 SECONDS_TO_END = 3  # for open answers after Ctrl-C
+MAX_RECEIVED = 2 * MAX_BODY  # bytes of a request; `Guard` refuses it before, by an answer
+MAX_PIECES = 4096  # of a body, such as chunks: each takes h11 about 10 µs of the event loop
 OTHER_FILES = 100  # open ones besides connections: libraries, the model, devices
 
 HEADERS, BODY, ANSWER, UNREAD, CLOSING = "headers", "body", "answer", "unread", "closing"
@@ -46,11 +49,41 @@ async def _no_room(scope: Any, receive: Any, send: Any) -> None:
     await error.response()(scope, receive, send)
 
 
+class Parser(h11.Connection):
+    """h11's parser; a request that is long, or in very small pieces, becomes malformed."""
+
+    received = pieces = 0
+
+    def receive_data(self, data: bytes) -> None:
+        """Takes bytes of the client."""
+        self.received += len(data)
+        super().receive_data(data)
+
+    def next_event(self) -> Any:
+        """The next part of the request.
+
+        Raises:
+            RemoteProtocolError: malformed, or above a limit.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self.pieces += 1
+            if self.received > MAX_RECEIVED or self.pieces > MAX_PIECES:
+                raise h11.RemoteProtocolError("too long a body, or too many pieces of it")
+        return event
+
+    def start_next_cycle(self) -> None:
+        """Begins the next request of the connection."""
+        self.received = self.pieces = 0
+        super().start_next_cycle()
+
+
 class Connection(H11Protocol):
     """uvicorn's HTTP protocol on h11; knows what the connection waits for, and since when."""
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
+        self.conn = Parser(h11.SERVER)
         self.since = self.loop.time()
         self._waits_for: tuple[Any, ...] = (HEADERS, None, 0)
 
@@ -87,6 +120,8 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers a malformed request; closes the connection if another answer has begun."""
+        if self.cycle:
+            self.cycle.disconnected = True  # or the application might begin a second answer
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:

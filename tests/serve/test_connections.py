@@ -6,12 +6,14 @@ import json
 import re
 import resource
 import signal
+import socket
 import statistics
+import threading
 import time
 
 import pytest
 
-from gpt2.serve.connections import OTHER_FILES, open_files_for
+from gpt2.serve.connections import MAX_PIECES, OTHER_FILES, open_files_for
 
 from .running import Server, read_all, read_answer, save_model
 
@@ -36,6 +38,12 @@ def hasty(path):
     running = Server(path, "--max_connections=100", seconds=LIMIT)
     yield running
     running.stop()
+
+
+def send(connection: socket.socket, data: bytes) -> None:
+    """Sends until the server closes the connection."""
+    with contextlib.suppress(OSError):
+        connection.sendall(data)
 
 
 def milliseconds_of_health(server: Server, count: int = 15) -> float:
@@ -182,6 +190,30 @@ def test_a_malformed_chunk_behind_an_answer_has_no_traceback(hasty):
     assert read_all(client) == b""
     assert hasty.health()["status"] == "ok"
     assert "Traceback" not in hasty.said
+
+
+@pytest.mark.fault(31, "a body in chunks of one byte, refused or not, without end")
+@pytest.mark.parametrize("kind", ["application/json", "text/plain"])
+def test_very_small_pieces_do_not_hold_up_others(path, kind):
+    """Each takes the event loop some microseconds, also after the request was refused."""
+    server = Server(path)
+    try:
+        head = HALF_BODY.partition(b"Content-Length")[0].replace(b"application/json", kind.encode())
+        client = server.connect(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        sender = threading.Thread(target=send, args=(client, b"1\r\nx\r\n" * 350_000), daemon=True)
+        sender.start()
+        time.sleep(0.1)
+        slowest = max(milliseconds_of_health(server, 1) for _ in range(5))
+        sender.join(30)
+        client.close()
+        assert slowest < 1000  # 3,000 if all of it was parsed
+        honest = server.connect(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        honest.sendall(b"".join(b"4\r\n    \r\n" for _ in range(MAX_PIECES // 2)) + b"0\r\n\r\n")
+        expected = {"application/json": b"400 Bad", "text/plain": b"415 "}[kind]
+        assert expected in read_answer(honest)[0]
+    finally:
+        _, said = server.stop()
+    assert "Traceback" not in said
 
 
 def test_the_limit_of_open_files_is_raised_or_lowers_the_connections(capsys, monkeypatch):

@@ -1,8 +1,8 @@
 """Asynchronous saving: tensors are copied to host memory, and a thread writes the copies.
 
-Training waits for the copy alone, which runs at the speed of the bus on a GPU (into pinned memory)
-and of memory on a CPU. The rank that writes needs host memory for all that is saved: 1.5 GB for
-124M parameters (weights and AdamW's optimizer state in float32), kept from one save to the next.
+Training waits only for the copy. A GPU copies into pinned memory at the speed of the PCIe bus. The
+copies take 1.5 GB of host memory on the writing rank for 124M parameters (weights and AdamW's
+optimizer state in float32). The next save reuses this memory.
 """
 
 import queue
@@ -17,13 +17,13 @@ from ..errors import UserError
 
 
 class Saver:
-    """Copies tensors, and calls functions that write them, one after the other, in a thread.
+    """Copies tensors to host memory and writes them in one background thread, in order.
 
-    Use it as a `with` block around training. The block ends when everything is written, also after
-    an error in training; KeyboardInterrupt, a second Ctrl-C, does not wait.
+    Use it as a `with` block around training. The end of the block waits for all writes, also after
+    an error in training. A KeyboardInterrupt (a second Ctrl-C) does not wait.
 
     Args:
-        warn: gets one line when a write failed.
+        warn: called with one line when a write failed.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
@@ -34,7 +34,7 @@ class Saver:
         self._copied: torch.cuda.Event | None = None
         self._queue: queue.Queue = queue.Queue()
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None  # a mistake of ours, not a full disk
+        self._failure: BaseException | None = None  # a bug, not a full disk
 
     def __enter__(self) -> "Saver":
         return self
@@ -49,15 +49,15 @@ class Saver:
             self._queue.put(None)  # ends the thread
 
     def copy(self, step: int, tree: Any, name: str = "") -> Any:
-        """Nested dicts and lists with their tensors replaced by copies in host memory.
+        """Returns the tree with each tensor replaced by a copy in host memory.
 
-        Waits until earlier copies in these buffers are written. A tensor that has been copied at
-        this step is not copied again: a checkpoint and the model for use share the weights.
+        Earlier steps are written before their buffers are reused. A tensor is copied once per step:
+        the training state and the model file share the copied weights.
 
         Args:
-            step: optimizer steps done; tensors of one step do not change.
-            tree: tensors on any device, in dicts, lists and tuples, beside plain values.
-            name: of the tree, which tells its buffers from those of others.
+            step: optimizer steps done; tensors do not change within a step.
+            tree: nested dicts, lists and tuples of plain values and of tensors on any device.
+            name: prefix of the names of the buffers.
         """
         if step != self._step:
             self.wait()
@@ -68,14 +68,14 @@ class Saver:
         return copies
 
     def write_later(self, write: Callable[[], Any]) -> None:
-        """Calls `write` in the thread; when it raises UserError, training goes on."""
+        """Queues `write` for the thread. A UserError in it is a warning, and training goes on."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="saver", daemon=True)
             self._thread.start()
         self._queue.put((self._copied, write))
 
     def wait(self) -> None:
-        """Returns when all is written."""
+        """Blocks until all queued writes are done."""
         self._queue.join()
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -99,17 +99,17 @@ class Saver:
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             try:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-            except RuntimeError:  # the system gives no more memory of that kind
+            except RuntimeError:  # the system has no pinned memory left
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
             self._buffers[name] = buffer
-        # On a GPU the copy is queued behind the running step, and the next step behind the copy.
+        # The stream orders the copy after the running step and before the next one.
         buffer.copy_(tensor, non_blocking=on_gpu)
         if on_gpu and self._copied is None:
             self._copied = torch.cuda.Event(blocking=True)
 
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            copied, write = job
+        while (task := self._queue.get()) is not None:
+            copied, write = task
             try:
                 if copied is not None:
                     copied.synchronize()

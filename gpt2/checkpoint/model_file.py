@@ -1,8 +1,9 @@
-"""`out_ckpt.pt`, a model for use: a dict of `model`, `config`, `step`, `val_loss` and `format`.
+"""`out_ckpt.pt`, a model for inference: `model`, `config`, `step`, `val_loss` and `format`.
 
-`model` is a state dict with GPT-2's parameter names. Checkpoints of nanoGPT, build-nanogpt and
-llm.c are read too (`other_formats.py`). Reading never executes code (`safe_load.py`). A run resumes
-from a training state instead, which also has the optimizer state (`training_state.py`).
+The file is a dict, and `model` is a state dict with GPT-2's parameter names. Checkpoints of
+nanoGPT, build-nanogpt and llm.c are also read (`other_formats.py`). Reading executes no code
+(`safe_load.py`). A run resumes from a training state (`training_state.py`), which also holds the
+optimizer state.
 """
 
 import re
@@ -25,7 +26,7 @@ from .safe_load import check_sums, torch_load
 from .write_errors import bytes_of, write_errors
 
 FORMAT = 1  # of out_ckpt.pt
-# Parts of names that come from wrappers: torch.compile, DistributedDataParallel, FSDP.
+# Prefixes that torch.compile, DistributedDataParallel and FSDP add to parameter names.
 WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)\.")
 
 
@@ -33,10 +34,10 @@ WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)
 
 
 def save_model(path: Path, model: Any, step: int, val_loss: float | None) -> None:
-    """Writes a checkpoint of a model, LoRA adapters merged into its weights.
+    """Writes a checkpoint of a model, with LoRA adapters merged into the weights.
 
     Raises:
-        UserError: no space or no permission; an older file is still there.
+        UserError: no space or no permission; an older file stays.
     """
     write_model(path, model.config, merged_state(model), step, val_loss)
 
@@ -44,17 +45,17 @@ def save_model(path: Path, model: Any, step: int, val_loss: float | None) -> Non
 def write_model(
     path: Path, config: GPT2Config, tensors: dict[str, Tensor], step: int, val_loss: float | None
 ) -> None:
-    """Writes a checkpoint of a state dict; its tensors must not change during the write.
+    """Writes a checkpoint of a state dict. The tensors must not change during the write.
 
     Args:
-        path: the file; its folder is made if it is missing.
-        config: of the network.
+        path: the file to write; a missing parent folder is created.
+        config: the network's config.
         tensors: the state dict, on any device.
         step: optimizer steps done.
-        val_loss: nats per token, if it is known.
+        val_loss: nats per token, if known.
 
     Raises:
-        UserError: no space or no permission; an older file is still there.
+        UserError: no space or no permission; an older file stays.
     """
     content = {
         "format": FORMAT,
@@ -70,15 +71,15 @@ def write_model(
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], settings: bytes) -> None:
-    """Writes LoRA adapters as `peft` reads them.
+    """Writes LoRA adapters in the format of `peft`.
 
     Args:
-        folder: replaced if it is there.
+        folder: the folder to write; an existing one is replaced.
         tensors: the adapters' state dict, from `lora.to_peft`.
         settings: the content of adapter_config.json, from `lora.to_peft`.
 
     Raises:
-        UserError: no space or no permission; an older folder is still there.
+        UserError: no space or no permission; an older folder stays.
     """
     with write_errors(folder), replacing_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -86,7 +87,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], settings: bytes) -> 
 
 
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with contiguous tensors in host memory, as file formats want them."""
+    """The state dict with contiguous tensors in host memory, which safetensors requires."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -97,13 +98,13 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     """Reads a checkpoint that `save_model` wrote, or one of nanoGPT, build-nanogpt or llm.c.
 
     Returns:
-        (config, state dict on the CPU, everything else in the file). The last is a dict with `step`
-        and `val_loss`. For the other projects' files it also has `origin`, the project's name, and
-        `notes`, the changes that were made to the weights.
+        (config, state dict on the CPU, other entries). The other entries include `step` and
+        `val_loss`. A file of another project adds `origin`, the name of the project, and `notes`,
+        one line for each change of the weights.
 
     Raises:
-        UserError: the file is missing, damaged, of an unknown kind, would run code, or holds NaN or
-            infinity.
+        UserError: the file is missing, damaged or of an unknown kind, would run code, or holds NaN
+            or infinity.
     """
     path = Path(path)
     if other_formats.is_llmc(path):
@@ -148,19 +149,19 @@ def check_finite(state: dict[str, Tensor], path: Path) -> None:
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Copies a state dict into a model. All names and shapes must match.
 
-    Under FSDP each tensor is sharded like the parameter that it becomes. Parameters on the meta
-    device are replaced by the given tensors.
+    Under FSDP each tensor is sharded like its parameter. Parameters on the meta device are replaced
+    by the tensors of the state dict.
 
     Args:
         model: the network, on any device.
-        state: tensors by name.
-        source: where they come from, for the message.
+        state: the state dict.
+        source: name of the file or folder, for error messages.
 
     Raises:
-        UserError: names or shapes that are missing, unexpected or different.
+        UserError: a name is missing or unexpected, or a shape differs.
     """
     own = model.state_dict()
-    state = {n: t for n, t in state.items() if n != "lm_head.weight"}  # tied: stored as wte
+    state = {n: t for n, t in state.items() if n != "lm_head.weight"}  # tied to wte
     problems = [f"missing {n}" for n in own if n not in state]
     problems += [f"unexpected {n}" for n in state if n not in own]
     problems += [
@@ -176,5 +177,5 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) ->
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Removes the parts of names that torch.compile, DDP and FSDP add, in any combination."""
+    """Removes the prefixes of torch.compile, DDP and FSDP from names, in any combination."""
     return {WRAPPER_PREFIX.sub("", name): tensor for name, tensor in state.items()}

@@ -1,9 +1,9 @@
-"""Checkpoints of nanoGPT, build-nanogpt and llm.c, under our names and in our layout.
+"""Checkpoints of nanoGPT, build-nanogpt and llm.c, converted to our names and layout.
 
-nanoGPT's `ckpt.pt` is a dict with `model` and `model_args`; build-nanogpt's `model_00250.pt` one
-with `model` and `config`, an instance of its class GPTConfig. Their modules have GPT-2's names and
-their matrices are (out, in), as ours. llm.c's `.bin` is 256 int32 of header, then the parameters,
-those of all blocks together. Files are unpickled in `checkpoint`, never here.
+nanoGPT's `ckpt.pt` is a dict with `model` and `model_args`. build-nanogpt's `model_00250.pt` is a
+dict with `model` and `config`, an instance of a class GPTConfig. Both projects use GPT-2's
+parameter names and (out, in) matrices, as we do. llm.c's `.bin` is a header of 256 int32, then each
+parameter stacked over the blocks. Only `safe_load.py` unpickles.
 """
 
 import re
@@ -19,7 +19,7 @@ from ..config.model import GPT2_VOCAB_SIZE, GPT2Config
 from ..errors import UserError
 from ..huggingface.model_format import check_tied, is_mask
 
-NANOGPT_VOCAB_SIZE = 50304  # GPT-2's, padded to a multiple of 64; the added rows are never a token
+NANOGPT_VOCAB_SIZE = 50304  # 50,257 padded to a multiple of 64; no token uses the added rows
 WTE, TABLE = "transformer.wte.weight", re.compile(r"\.(wte|wpe)\.weight$")
 NEEDED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240326, 1024
@@ -27,7 +27,7 @@ LLMC_DTYPES: dict[int, np.dtype] = {
     3: np.dtype("<f4"),
     5: np.dtype("<i2"),
 }  # version 5 is bf16, read as its bits
-LLMC_BLOCK = (  # of each block: name, and its shape in units of C
+LLMC_BLOCK = (  # parameters of a block: (name, shape in units of C)
     *(("ln_1.weight", (1,)), ("ln_1.bias", (1,))),
     *(("attn.c_attn.weight", (3, 1)), ("attn.c_attn.bias", (3,))),
     *(("attn.c_proj.weight", (1, 1)), ("attn.c_proj.bias", (1,))),
@@ -38,33 +38,33 @@ LLMC_BLOCK = (  # of each block: name, and its shape in units of C
 
 
 class GPTConfig:
-    """Stands in for classes of this name in other people's pickles: attributes, no behaviour."""
+    """Replaces foreign classes of this name when unpickling; it has attributes and no methods."""
 
 
 def is_nanogpt(content: dict[str, Any]) -> bool:
-    """Whether the content of a pickle is that of nanoGPT or build-nanogpt."""
+    """Whether an unpickled dict comes from nanoGPT or build-nanogpt."""
     return "model_args" in content or isinstance(content.get("config"), GPTConfig)
 
 
 def from_nanogpt(
     state: dict[str, Tensor], content: dict[str, Any], path: Path
 ) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
-    """A checkpoint of nanoGPT or build-nanogpt.
+    """Converts a checkpoint of nanoGPT or build-nanogpt.
 
-    nanoGPT's GELU is the exact one; GPT-2's, which is used here, differs from it by at most 0.0005.
-    Without biases (nanoGPT's `bias=False`) they become zeros, which is the same function. The rows
-    of a vocabulary padded to 50,304 are cut off.
+    GPT-2's tanh GELU replaces nanoGPT's exact GELU; the two differ by at most 0.0005. Missing
+    biases (nanoGPT's `bias=False`) become zeros, which compute an equal function. The padding rows
+    of a vocabulary of 50,304 are removed.
 
     Args:
-        state: its tensors by name, without prefixes of wrappers.
-        content: the rest of the file.
-        path: for error messages.
+        state: the state dict, without prefixes of wrappers.
+        content: the other entries of the file.
+        path: the file, for error messages.
 
     Returns:
-        (config, state, {origin, notes on what was changed, step, val_loss}).
+        (config, state dict, {origin, notes, step, val_loss}); notes has a line for each change.
 
     Raises:
-        UserError: settings or tensors that are not those of a GPT-2.
+        UserError: the settings or tensors do not describe a GPT-2.
     """
     nano = "model_args" in content
     settings = content["model_args"] if nano else vars(content["config"])
@@ -100,13 +100,13 @@ def from_nanogpt(
 
 
 def _number(value: Any) -> int | float | None:
-    """A number, also from a tensor of one element; None for anything else."""
+    """The number in a scalar or one-element tensor; None for other values."""
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     return value if isinstance(value, int | float) else None
 
 
 def is_llmc(path: Path) -> bool:
-    """Whether a file begins as llm.c's checkpoints do."""
+    """Whether a file begins with the magic number of llm.c's checkpoints."""
     try:
         with open(path, "rb") as file:
             return file.read(4) == struct.pack("<i", LLMC_MAGIC)
@@ -115,10 +115,10 @@ def is_llmc(path: Path) -> bool:
 
 
 def read_llmc(path: Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]]:
-    """The model in a `.bin` of llm.c, as float32; its padding rows are left out.
+    """Reads a `.bin` of llm.c as float32, without the padding rows of the vocabulary.
 
     Raises:
-        UserError: a version that is not GPT-2's in fp32 or bf16, or another size than it must have.
+        UserError: the version is not GPT-2 in fp32 or bf16, or the size of the file is wrong.
     """
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(LLMC_HEADER_BYTES), dtype="<i4")
@@ -145,7 +145,7 @@ def read_llmc(path: Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]
 
 
 def _llmc_parts(config: GPT2Config, padded_rows: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes in the order of the file: each parameter for all blocks in turn."""
+    """(name, shape) of each parameter in file order, which goes block by block per parameter."""
     C = config.n_embd
     parts: list[tuple[str, tuple[int, ...]]] = [
         (WTE, (padded_rows, C)),

@@ -1,4 +1,4 @@
-"""`torch.load` for files that nobody vouches for: no code is run, and damage becomes one line."""
+"""`torch.load` for untrusted files: it executes no code, and damage becomes a one-line error."""
 
 import pickle
 import zipfile
@@ -13,10 +13,10 @@ from . import other_formats
 
 
 def torch_load(path: Path) -> Any:
-    """The content of a file of `torch.save`, tensors on the CPU, without running code.
+    """Reads a file of `torch.save` onto the CPU without executing code.
 
     Raises:
-        UserError: the file is missing, damaged, or holds more than tensors and plain values.
+        UserError: the file is missing or damaged, or holds more than tensors and plain values.
     """
     try:
         with torch.serialization.safe_globals([*_stand_ins(path)]):
@@ -33,19 +33,19 @@ def torch_load(path: Path) -> Any:
 
 
 def _stand_ins(path: Path) -> list[tuple[type, str]]:
-    """Maps every class GPTConfig that a pickle names, such as build-nanogpt's, to our empty one."""
+    """Maps every class GPTConfig in a pickle, such as build-nanogpt's, to our empty class."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001 - on damaged bytes the unpickler raises anything
-        return []  # torch.load will say what is wrong
+        return []  # torch.load reports the damage
     return [(other_formats.GPTConfig, name) for name in named if name.endswith(".GPTConfig")]
 
 
 def check_sums(path: Path) -> None:
-    """Verifies the CRC-32 sums in a file of `torch.save`, which `torch.load` does not do.
+    """Verifies the CRC-32 checksums of a file of `torch.save`. `torch.load` ignores them.
 
     Raises:
-        UserError: a sum differs.
+        UserError: a checksum differs.
     """
     try:
         with zipfile.ZipFile(path) as archive:

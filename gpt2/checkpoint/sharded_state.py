@@ -1,11 +1,11 @@
-"""Training states under FSDP (`--parallel=fsdp`): all ranks write, rank 0 makes them visible.
+"""Training states under FSDP (`--parallel=fsdp`): all ranks write, then rank 0 renames the folder.
 
-Each rank writes its parts of the weights and of the optimizer state as one safetensors file, by
-Distributed Checkpoint (`fsdp.write_parts`). The names are `model.<parameter>` and
-`optimizer.<number>.<buffer>`. Everything else is as in other states (`training_state.py`).
+Distributed Checkpoint (`fsdp.write_parts`) writes one safetensors file per rank with the rank's
+parts of weights and optimizer state. Tensors are named `model.<parameter>` and
+`optimizer.<number>.<buffer>`. The other files are those of `training_state.py`.
 
-Any number of ranks can read such a state, and so can a run without FSDP: each rank assembles its
-tensors from the parts that overlap them.
+Any number of ranks can read the state, with or without FSDP. Each rank assembles its tensors from
+the overlapping parts.
 """
 
 import contextlib
@@ -33,22 +33,22 @@ def write(
     keep_last: int,
     rt: Runtime,
 ) -> None:
-    """Writes a state. All ranks call this together; the folder is on a file system that all share.
+    """Writes a state. All ranks call this together, with `out_dir` on a shared file system.
 
     Args:
         out_dir: the run's folder.
         step: optimizer steps done.
-        config: of the network.
+        config: the network's config.
         tensors: state dicts of `model` and `optimizer`.
-        rest: everything else, tensors and plain values only; rank 0's is written.
-        keep_last: how many states stay.
+        rest: other tensors and plain values; those of rank 0 are written.
+        keep_last: number of newest states to keep.
         rt: this process.
 
     Raises:
-        UserError: on all ranks, if one of them could not write; older states are still there.
+        UserError: on all ranks, if one rank could not write; older states stay.
     """
     parts, optimizer = _split(tensors["model"], tensors["optimizer"])
-    unfinished = contextlib.ExitStack()  # on rank 0 it holds the temporary folder
+    unfinished = contextlib.ExitStack()  # holds the temporary folder, on rank 0
 
     def finish() -> None:
         write_rest(folder, step, config, rest | {"optimizer": optimizer})
@@ -66,7 +66,7 @@ def write(
 
 
 def _split(model: dict[str, Tensor], optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict]:
-    """(FSDP parts by name, the optimizer's state dict with None in their place)."""
+    """(FSDP parts by name, optimizer state dict with None in place of each part)."""
     parts = {f"model.{name}": tensor for name, tensor in model.items()}
     state: dict[int, dict] = {}
     for number, values in optimizer["state"].items():
@@ -77,7 +77,7 @@ def _split(model: dict[str, Tensor], optimizer: dict[str, Any]) -> tuple[dict[st
 
 
 def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer, resumed: Resumed) -> dict:
-    """Fills a model from FSDP parts; returns the optimizer's state dict, sharded like the model.
+    """Loads FSDP parts into a model; returns the optimizer's state dict, sharded like the model.
 
     Raises:
         UserError: the parts do not fit the model.
@@ -99,7 +99,7 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer, resumed: Resu
 
 
 def shard_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> dict:
-    """Shards a full optimizer state dict like the current parameters. Without FSDP it is whole."""
+    """Shards an unsharded optimizer state dict like the parameters. Without FSDP it stays whole."""
     stored = resumed.state["optimizer"]
     parameters = _parameters(optimizer, stored, resumed.path)
     state = {
@@ -115,7 +115,7 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> dict:
 
 
 def _parameters(optimizer: torch.optim.Optimizer, stored: dict, path: Path) -> list[Tensor]:
-    """The optimizer's parameters; the index is their number in an optimizer's state dict.
+    """The optimizer's parameters in the order of their numbers in an optimizer's state dict.
 
     Raises:
         UserError: the stored state has more parameters.

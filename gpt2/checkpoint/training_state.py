@@ -1,12 +1,12 @@
 """`state/step_00000250/`, a training state: everything that a run needs to resume bit for bit.
 
-The folder holds three files: `model.safetensors`; `train_state.pt` with the optimizer state, the
-gradient scaler, the position in the data and the random generators; and `manifest.json` with the
-sha256 of both. Under FSDP the model and the optimizer state are one safetensors file per rank
-instead (`sharded_state.py`).
+The folder holds three files. `model.safetensors` has the weights. `train_state.pt` has the
+optimizer state, the gradient scaler, the position in the data and the random generators.
+`manifest.json` has the sha256 of both. Under FSDP each rank writes its parts of weights and
+optimizer state as one safetensors file (`sharded_state.py`).
 
-A state is written under a temporary name and renamed when it is complete (`files.py`). None of
-these formats detects a flipped bit, so the hashes are compared before anything is loaded.
+A state is written under a temporary name and renamed when complete (`files.py`). The hashes are
+compared before loading, because neither format detects a flipped bit.
 """
 
 import contextlib
@@ -31,22 +31,22 @@ from .model_file import on_cpu
 from .safe_load import torch_load
 from .write_errors import bytes_of, write_errors
 
-STATE_FORMAT = 2  # of a state's manifest; 1 had no sha256 of its own
+STATE_FORMAT = 2  # version of the manifest; version 1 lacks the manifest's own sha256
 MODEL_FILE, STATE_FILE, MANIFEST = "model.safetensors", "train_state.pt", "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
-PART_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # as DCP names them
+PART_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # named by DCP
 
 
 @dataclass
 class Resumed:
-    """The content of a state folder."""
+    """A training state in memory."""
 
     path: Path
     step: int
     config: GPT2Config
     model: dict[str, Tensor]  # empty if in_parts
     state: dict[str, Any]
-    in_parts: bool = False  # whether the tensors are FSDP parts, which `sharded_state` reads
+    in_parts: bool = False  # FSDP parts, read by `sharded_state.read`
 
 
 def write_state(
@@ -58,23 +58,23 @@ def write_state(
     *,
     keep_last: int,
 ) -> Path:
-    """Writes `out_dir/state/step_<step>/`, then deletes all but the last `keep_last` states.
+    """Writes `out_dir/state/step_<step>/`, then deletes all but the newest `keep_last` states.
 
-    Nobody may change the tensors during the write.
+    The tensors must not change during the write.
 
     Args:
         out_dir: the run's folder.
         step: optimizer steps done.
-        config: of the network.
+        config: the network's config.
         tensors: the model's state dict.
-        state: everything else, tensors and plain values only.
-        keep_last: how many states stay.
+        state: other tensors and plain values.
+        keep_last: number of newest states to keep.
 
     Returns:
         The new folder.
 
     Raises:
-        UserError: no space or no permission; older states are still there.
+        UserError: no space or no permission; older states stay.
     """
     with new_state(out_dir, step, keep_last, bytes_of(tensors) + bytes_of(state)) as temporary:
         save_file(on_cpu(tensors), temporary / MODEL_FILE)
@@ -84,27 +84,27 @@ def write_state(
 
 @contextlib.contextmanager
 def new_state(out_dir: Path, step: int, keep_last: int, needed: int = 0) -> Iterator[Path]:
-    """Gives a folder for the files of a state; renames it when the block ends, deletes old states.
+    """Yields a temporary folder for a state; renames it at the end and deletes the oldest states.
 
     Args:
         out_dir: the run's folder.
         step: optimizer steps done.
-        keep_last: how many states stay.
-        needed: bytes that will be written, as far as they are known; for the message.
+        keep_last: number of newest states to keep.
+        needed: bytes to write, for the error message; 0: unknown.
 
     Raises:
-        UserError: no space or no permission; older states are still there.
+        UserError: no space or no permission; older states stay.
     """
     final = out_dir / "state" / f"step_{step:08d}"
     with write_errors(final, needed), replacing_folder(final) as temporary:
         yield temporary
-    with contextlib.suppress(OSError):  # the next save tries again to delete them
+    with contextlib.suppress(OSError):  # the next save deletes them
         for old in state_folders(out_dir)[:-keep_last]:
             discard(old)
 
 
 def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any]) -> None:
-    """Writes `train_state.pt`, then the manifest of all files of the folder."""
+    """Writes `train_state.pt`, then the manifest of all files in the folder."""
     torch.save(state, folder / STATE_FILE)
     names = sorted(path.name for path in folder.iterdir())
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
@@ -120,11 +120,11 @@ def state_folders(out_dir: Path) -> list[Path]:
 
 
 def load_state(path: Path, verify: bool = True) -> Resumed:
-    """Reads one state, after comparing its files with the manifest. FSDP parts are not read.
+    """Reads a state after its files have been compared with the manifest. FSDP parts stay on disk.
 
     Args:
-        path: the folder.
-        verify: whether to compare the hashes of FSDP parts, which one rank does for all.
+        path: the state's folder.
+        verify: whether to compare the hashes of FSDP parts; one rank does it for all.
 
     Raises:
         UserError: a file is damaged or missing.
@@ -150,14 +150,14 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
 
     Args:
         out_dir: the run's folder.
-        resume: "auto" for the newest undamaged state of out_dir, "never" for none, or a folder.
+        resume: "auto" (the newest undamaged state of `out_dir`), "never", or a state's folder.
 
     Returns:
         (state or None, one line for each damaged state that was skipped).
 
     Raises:
-        UserError: the named folder is damaged, or all states are. A run that was there is never
-            silently started over.
+        UserError: the named state is damaged, or every state of `out_dir` is. A damaged run never
+            starts over silently.
     """
     if resume == "never":
         return None, []
@@ -185,18 +185,18 @@ def check_files(path: Path, files: dict[str, Any], names: list[str], verify: boo
     """Compares the files of a folder with its manifest.
 
     Args:
-        path: the folder.
-        files: the manifest's fingerprint of each file by name.
-        names: of the files that must be there. They are ours and not the manifest's, so that a
-            manifest cannot name a file outside of the folder.
-        verify: whether to read the files and compare their hashes.
+        path: the state's folder.
+        files: name -> fingerprint, from the manifest.
+        names: the required files. The caller chooses them, so that a manifest cannot name a file
+            outside the folder.
+        verify: whether to hash the files.
 
     Raises:
-        UserError: a file is damaged, or a safetensors file too many is there.
-        KeyError: a file is not in the manifest.
+        UserError: a file is damaged, or the folder has a safetensors file that `names` lacks.
+        KeyError: the manifest lacks a file.
         OSError: a file is missing.
     """
-    # Distributed Checkpoint reads every safetensors file that it finds in the folder.
+    # Distributed Checkpoint reads every safetensors file in the folder.
     odd = {p.name for p in path.glob("*.safetensors")} - set(names)
     if odd:
         raise UserError(f"{path}: {min(odd)} is not in its manifest")

@@ -1,4 +1,4 @@
-"""Weights from anywhere: a checkpoint, a folder in Hugging Face's layout, or the Hub."""
+"""Pretrained weights: from a checkpoint file, a Hugging Face folder, or the Hub."""
 
 import re
 from dataclasses import dataclass, replace
@@ -14,35 +14,36 @@ from ..huggingface import model_format
 from ..huggingface.model_download import download
 from . import model_file
 
-RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that mean OpenAI's weights
+RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names of OpenAI's weights on the Hub
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-BY_POSITION = ("transformer.wpe.",)  # names of tables with a row for each position,
-BY_TOKEN = ("transformer.wte.", "transformer.value_tables.", "head.")  # and for each token
+BY_POSITION = ("transformer.wpe.",)  # prefixes of tables with one row per position
+BY_TOKEN = ("transformer.wte.", "transformer.value_tables.", "head.")  # with one row per token
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's config and weights as read, and where they come from."""
+    """A model's config and weights, and their origin."""
 
     config: GPT2Config
-    state: dict[str, Tensor]  # under GPT-2's names, (out, in), on the CPU
-    origin: str  # where it is from, for people
-    notes: tuple[str, ...] = ()  # what had to be changed
-    step: int | None = None  # optimizer steps behind it, if known
+    state: dict[str, Tensor]  # GPT-2's names, (out, in) matrices, on the CPU
+    origin: str  # file, folder or repository, for messages
+    notes: tuple[str, ...] = ()  # a line for each change made while reading
+    step: int | None = None  # optimizer steps done, if known
     val_loss: float | None = None  # nats, if known
 
 
 def load(source: str | Path, revision: str = "") -> Weights:
-    """Reads weights: a file or folder that is there, else a name of the Hub.
+    """Reads weights from an existing file or folder, else from the Hub.
 
     Args:
-        source: gpt2, gpt2-medium, gpt2-large or gpt2-xl (always OpenAI's; `./gpt2` is a folder); a
-            path (a `Path` always is); or OWNER/NAME. `@REVISION` may follow a name of the Hub.
-        revision: commit, tag or branch of the Hub, given separately.
+        source: gpt2, gpt2-medium, gpt2-large or gpt2-xl (OpenAI's weights; write `./gpt2` for a
+            folder), a path, or OWNER/NAME. A name of the Hub may end in `@REVISION`. A `Path` is
+            never a name of the Hub.
+        revision: commit, tag or branch of the Hub.
 
     Raises:
-        UserError: nothing there, no access, damaged, or no GPT-2.
+        UserError: the source is missing, inaccessible, damaged, or not a GPT-2.
     """
     name, _, behind = str(source).partition("@")
     local = Path(source)
@@ -60,10 +61,10 @@ def load(source: str | Path, revision: str = "") -> Weights:
 
 
 def load_local(path: str | Path) -> Weights:
-    """Reads a checkpoint file of any kind that `checkpoint.load_model` knows, or a folder.
+    """Reads a checkpoint file (see `model_file.load_model`) or a Hugging Face folder.
 
     Raises:
-        UserError: as `load`.
+        UserError: the source is missing, damaged, or not a GPT-2.
     """
     path = Path(path)
     if path.is_dir():
@@ -85,10 +86,10 @@ def load_local(path: str | Path) -> Weights:
 
 
 def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:
-    """The options of a run with the sizes of the network that `options.init` names.
+    """Fills sizes and switches of the weights of `--init=` into a run's options.
 
     Raises:
-        UserError: options that contradict it.
+        UserError: an option contradicts the weights.
     """
     sizes = {name: getattr(found, name) for name in ("n_layer", "n_head", "n_embd")}
     switches = found.switches()
@@ -114,12 +115,12 @@ def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:
 
 
 def for_training(found: Weights, block_size: int) -> Weights:
-    """The weights cut to GPT-2's vocabulary and to `block_size` positions.
+    """Cuts the weights to GPT-2's vocabulary and to `block_size` positions.
 
-    Rows of positions and tokens that training cannot meet are cut off.
+    Training never reads the removed rows.
 
     Raises:
-        UserError: a vocabulary smaller than GPT-2's.
+        UserError: the vocabulary is smaller than GPT-2's.
     """
     config = found.config
     assert block_size <= config.block_size, (block_size, config.block_size)
@@ -141,7 +142,7 @@ def for_training(found: Weights, block_size: int) -> Weights:
 
 
 def check_vocabulary(config: GPT2Config, origin: str) -> None:
-    """Raises UserError for a vocabulary smaller than GPT-2's, whose ids mean something else."""
+    """Raises UserError for a vocabulary smaller than GPT-2's, because its ids mean other text."""
     if config.vocab_size < GPT2_VOCAB_SIZE:
         raise UserError(
             f"{origin} knows {config.vocab_size:,} tokens, text and shards are GPT-2's "

@@ -1,4 +1,4 @@
-"""A failed write of a checkpoint as one line: the reason, the bytes needed, the space left."""
+"""One-line errors for failed writes of checkpoints: reason, bytes needed, free space."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from ..errors import UserError, first_line
 
 @contextmanager
 def write_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns errors of the disk, and those of torch and safetensors about it, into a UserError.
+    """Converts disk errors, also those raised by torch and safetensors, into a UserError.
 
     Args:
         path: the file or folder that the block writes.
-        needed: bytes that it writes, as far as they are known.
+        needed: bytes to write; 0: unknown.
 
     Raises:
         UserError: no space or no permission.
@@ -38,7 +38,7 @@ def write_errors(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes of the tensors in nested dicts, lists and tuples."""
+    """Total bytes of the tensors in nested dicts, lists and tuples."""
     if isinstance(tree, Tensor):
         return tree.nbytes
     if isinstance(tree, dict):

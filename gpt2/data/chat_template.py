@@ -1,12 +1,12 @@
 """Conversations as tokens: a chat template that needs no token beyond GPT-2's vocabulary.
 
 A message is the token `<|endoftext|>`, the role, a line break and the text. One more
-`<|endoftext|>` ends the conversation. DialoGPT also ends its messages with this token, the only
-special one of GPT-2 (Zhang et al. 2020, arXiv:1911.00536).
+`<|endoftext|>` ends the conversation. DialoGPT also ends its messages with `<|endoftext|>`, GPT-2's
+only special token (Zhang et al. 2020, arXiv:1911.00536).
 
-A text cannot contain the special token, because the tokenizer encodes a literal `<|endoftext|>` as
-text. Nobody can therefore forge a message of another role. Role and text are encoded separately: a
-prompt at inference has, token for token, the form of the training data.
+The tokenizer encodes a literal `<|endoftext|>` as text, so a text cannot forge a message of another
+role. Role and text are encoded separately, so a prompt at inference has exactly the tokens of the
+training data.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ Message = dict[str, str]  # role, content
 
 
 def encode_conversation(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation, and which of them are learned.
+    """Token ids of a conversation, and a mask of the learned tokens.
 
-    The assistant's texts are learned, each with the end-of-text token behind it.
+    The assistant's texts are learned, each with its end-of-text token.
 
     Args:
         messages: as returned by `check_messages`.
 
     Returns:
-        (token ids, whether each of them is learned).
+        (token ids, True for each learned token).
     """
     ids: list[int] = []
     learned: list[bool] = []
-    own = False  # whether the message before is the assistant's: its end-of-text token comes next
+    own = False  # the next head begins with the end-of-text token of this assistant's message
     for message in messages:
         head, text = _head(message["role"]), gpt2_tokenizer().encode(message["content"])
         ids += head + text
@@ -45,7 +45,7 @@ def encode_conversation(messages: Sequence[Message]) -> tuple[list[int], list[bo
 
 
 def encode_prompt(messages: Sequence[Message]) -> list[int]:
-    """The tokens of a conversation up to where the assistant's next text begins."""
+    """Token ids of a conversation, ending with the head of the assistant's next message."""
     ids, _ = encode_conversation(messages)
     return ids[:-1] + _head("assistant")
 
@@ -53,17 +53,17 @@ def encode_prompt(messages: Sequence[Message]) -> list[int]:
 def fit(messages: Sequence[Message], room: int) -> list[Message]:
     """Drops the oldest messages until the prompt fits.
 
-    System messages and the last message stay.
+    System messages and the last message are never dropped.
 
     Args:
         messages: at least one.
-        room: most tokens of the prompt.
+        room: maximum number of prompt tokens.
 
     Raises:
-        UserError: the messages that must stay are too long.
+        UserError: system messages and the last message alone are too long.
     """
     kept, answer = list(messages), len(_head("assistant"))
-    lengths = [len(encode_prompt([message])) - answer for message in kept]  # each for itself
+    lengths = [len(encode_prompt([message])) - answer for message in kept]  # of each message
     while (length := sum(lengths) + answer) > room:
         oldest = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), None)
         if oldest is None:
@@ -76,15 +76,15 @@ def fit(messages: Sequence[Message], room: int) -> list[Message]:
 
 
 def _head(role: str) -> list[int]:
-    """The tokens of a message before its text."""
+    """Token ids of a message before its text: end of text, role, line break."""
     return [END_OF_TEXT, *gpt2_tokenizer().encode(f"{role}\n")]
 
 
 def messages_of(item: dict[str, Any]) -> list[Message]:
-    """The conversation of a row: OpenAI's `messages`, or Alpaca's `instruction` and `output`.
+    """The conversation in a row: OpenAI's `messages`, or Alpaca's `instruction` and `output`.
 
     Raises:
-        UserError: neither of the two, a missing key, an unknown role, a text that is no string.
+        UserError: a key is missing, a role is unknown, or a text is not a string.
     """
     if "messages" in item:
         return check_messages(item["messages"])
@@ -100,11 +100,11 @@ def messages_of(item: dict[str, Any]) -> list[Message]:
 def check_messages(value: Any) -> list[Message]:
     """Role and text of each message of a list in OpenAI's format.
 
-    A text may come in parts, `[{"type": "text", "text": …}]`. Other keys, such as `name`, are
+    A text may be split into parts, `[{"type": "text", "text": …}]`. Other keys, such as `name`, are
     dropped.
 
     Raises:
-        UserError: a key is missing or a role unknown; names the message by its number from 1.
+        UserError: a key is missing or a role unknown; messages are numbered from 1.
     """
     if not isinstance(value, list) or not value:
         raise UserError("`messages` must be a list of at least one message")

@@ -1,8 +1,8 @@
 """Files of conversations as training data: encoded, truncated to the context, packed.
 
-Packing puts as many whole conversations into a sequence of block_size tokens as fit. Attention
-stays within a conversation (`model/packed_documents.py`). The packed sequences of a file offer the
-interface of a shard, so that the order, the loader and the checkpoints need no code for them.
+Packing fills each sequence of block_size tokens with whole conversations. Attention stays within a
+conversation (`model/packed_documents.py`). Packed sequences have the interface of a shard, so that
+order, loader and checkpoints need no special case.
 
 Shapes: `T` block_size.
 """
@@ -33,23 +33,23 @@ TEXT_FILE = re.compile(r"\.txt(\.(gz|xz|zst))?$", re.IGNORECASE)
 
 @dataclass
 class ConversationCounts:
-    """How many conversations of a file were used, truncated and left out."""
+    """Number of conversations of a file: read, truncated, left out."""
 
     read: int = 0
-    truncated: int = 0  # longer than the context: the end is cut off
-    left_out: int = 0  # no text of the assistant, or none within the context
+    truncated: int = 0  # the end was cut off to fit the context
+    left_out: int = 0  # without a text of the assistant within the context
 
 
 class Conversations(SequenceReader):
     """Packed conversations, with the interface of a shard.
 
     Args:
-        path: a name for messages and checkpoints.
+        path: name in messages and checkpoints.
         encoded: (ids, learned) of each conversation, at most block_size + 1 tokens each.
         block_size: T.
 
     Attributes:
-        packed: numbers of the conversations in each sequence.
+        packed: indices of the conversations in each sequence.
     """
 
     def __init__(self, path: Path, encoded: list[tuple[list[int], list[bool]]], block_size: int):
@@ -64,8 +64,8 @@ class Conversations(SequenceReader):
     def sequence(self, start: int, count: int) -> tuple[np.ndarray, ...]:
         """(inputs, targets, begins) of the sequence at token `start`, each (count,) int64.
 
-        Targets are `IGNORE` except for the assistant's tokens. `begins` holds the position at which
-        the conversation of each token begins.
+        Only the assistant's tokens are targets; the rest is `IGNORE`. `begins` holds for each token
+        the position at which its conversation begins.
         """
         sequence, offset = divmod(start, self.block_size)
         assert not offset, start
@@ -89,22 +89,22 @@ class Conversations(SequenceReader):
         return digest.hexdigest()
 
     def shares(self) -> tuple[float, float]:
-        """(share of positions that hold tokens, share of these tokens that are learned)."""
+        """(share of positions that hold tokens, share of tokens that are learned)."""
         used = self._ends[-1] - (len(self._ends) - 1)
         return used / (self.tokens - 1), self._learned.sum() / used
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Bin packing by best fit decreasing: the longest first, each into the fullest bin it fits.
+    """Bin packing by best-fit decreasing: longest first, each into the fullest bin with room.
 
-    Needs at most 11/9 of the fewest possible bins (Johnson 1973).
+    At most 11/9 of the optimal number of bins are used (Johnson 1973).
 
     Args:
-        lengths: of the items, each from 1 to room.
+        lengths: length of each item, from 1 to `room`.
         room: capacity of a bin.
 
     Returns:
-        For each bin, the numbers of its items.
+        The indices of the items in each bin.
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (room left, bin), ascending
@@ -120,10 +120,10 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def is_chat(text: str) -> bool:
-    """Whether `--data=` names files of conversations, and not folders of shards.
+    """Whether `--data=` names files of conversations, not folders of shards.
 
     Raises:
-        UserError: a file of text, or folders beside files.
+        UserError: a name is a text file, or files and folders are mixed.
     """
     names = [name for name, _ in parse_mix(text)]
     if plain := [name for name in names if TEXT_FILE.search(name) and not Path(name).is_dir()]:
@@ -140,18 +140,18 @@ def is_chat(text: str) -> bool:
 def open_conversations(
     text: str, block_size: int, val_share: float
 ) -> tuple[list[Dataset], list[str]]:
-    """The files of conversations of `--data=`, one or several as `a.jsonl:0.8,b.jsonl:0.2`.
+    """Opens the files of conversations of `--data=`: one, or `a.jsonl:0.8,b.jsonl:0.2`.
 
     Args:
         text: value of the option.
-        block_size: tokens of a sequence.
-        val_share: share of the conversations of each file that is held out for validation.
+        block_size: tokens per sequence.
+        val_share: share of each file's conversations that is held out for validation.
 
     Returns:
-        (a dataset for each file, a line to print about each).
+        (a dataset per file, a line to print per file).
 
     Raises:
-        UserError: a row that is no conversation, a file with too few of them.
+        UserError: a row is not a conversation, or a file has too few conversations.
     """
     parts = parse_mix(text)
     total = sum(weight for _, weight in parts)
@@ -176,7 +176,7 @@ def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[
             f"{path} gives {len(encoded):,} conversations{left}; training and validation need at "
             "least one each: use a larger file, or a smaller --val_share"
         )
-    # Held out independently of the run's seed. numpy guarantees Philox's integers across versions.
+    # The validation set does not depend on the run's seed. numpy keeps Philox's integers stable.
     order = np.argsort(np.random.Philox(key=[0, 0]).random_raw(len(encoded)), kind="stable")
     train, val = (
         Conversations(path / split, [encoded[i] for i in sorted(numbers)], block_size)
@@ -193,7 +193,7 @@ def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[
 
 
 def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator[tuple[list, list]]:
-    """(ids, learned) of each conversation with a token to learn, at most block_size + 1 tokens."""
+    """Yields (ids, learned) of conversations with a target, cut to block_size + 1 tokens."""
     for number, item in _items(path):
         try:
             ids, learned = encode_conversation(messages_of(item))
@@ -202,7 +202,7 @@ def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator
         counts.read += 1
         short, mask = ids[: block_size + 1], learned[: block_size + 1]
         counts.truncated += len(short) < len(ids) and any(mask)
-        # An empty answer consists only of the token that ends it, and teaches nothing.
+        # An empty answer has only its end-of-text token and teaches nothing.
         teaches = any(a and b for a, b in pairwise(mask)) or (any(mask) and len(short) < len(ids))
         counts.left_out += not teaches
         if teaches:
@@ -210,8 +210,8 @@ def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator
 
 
 def _items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, fields) of each row of a file."""
-    if path.suffix.lower() == ".json" and path.is_file():  # Alpaca's own file is one list
+    """Yields (row number from 1, fields) of each row of a file."""
+    if path.suffix.lower() == ".json" and path.is_file():  # Alpaca's file is one JSON list
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
@@ -224,5 +224,5 @@ def _items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_eval_tokens(eval_tokens: int, datasets: list[Dataset], block_size: int) -> None:
-    """Raises UserError if an evaluation would not reach one whole sequence of each file."""
+    """Raises UserError if `eval_tokens` is too small for one whole sequence of each file."""
     at_least(int(block_size / min(d.share for d in datasets)), eval_tokens=eval_tokens)

@@ -1,7 +1,7 @@
-"""The datasets of a run: folders of shards, their shares, and how a resumed run finds them again.
+"""The datasets of a run: folders of shards, their shares in a mix, and their identity.
 
-A checkpoint stores the identity of every shard. A resumed run compares it with the folders of
-today, so that it continues on the data on which it began.
+A checkpoint stores the identity of every shard. A resumed run compares these identities with the
+shards on disk, so that it continues on unchanged data.
 """
 
 import math
@@ -23,42 +23,42 @@ Identity = list[list]  # [name, tokens, sha256 of samples] of each shard of a da
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of shards whose headers have been checked."""
+    """A folder of shards with checked headers."""
 
     folder: Path
-    share: float  # of the sequences of the run; the shares of all datasets sum to 1
+    share: float  # share of the run's sequences; shares sum to 1
     train: Sequence[SequenceReader]
     val: Sequence[SequenceReader]
     identity: Identity = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """Name of the folder, by which a dataset is known."""
+        """Name of the folder, which identifies the dataset."""
         return os.path.basename(os.path.abspath(self.folder))
 
     def name_of(self, shard: SequenceReader) -> str:
-        """Path of a shard, relative to the folder."""
+        """Path of a shard relative to the dataset's folder."""
         return Path(os.path.relpath(shard.path, self.folder)).as_posix()
 
 
 @dataclass(frozen=True)
 class MixStart:
-    """Where a mixture begins."""
+    """Position at which a mixture begins."""
 
-    began: int = 0  # sequences that the run had consumed
-    before: Sequence[int] = ()  # sequences of each dataset among those
+    began: int = 0  # sequences consumed before the mixture
+    before: Sequence[int] = ()  # sequences consumed before the mixture, per dataset
 
 
 def open_datasets(text: str, with_training: bool = True) -> list[Dataset]:
-    """The datasets of `--data_dir=`: one folder, or several as `folder:weight,folder:weight`.
+    """Opens the datasets of `--data_dir=`: one folder, or `folder:weight,folder:weight`.
 
     Args:
         text: value of the option.
-        with_training: False: the folders need no training shards.
+        with_training: whether the folders must have training shards.
 
     Raises:
-        UserError: a weight that is missing or not above 0, two folders of one name, a folder
-            without shards, a damaged header.
+        UserError: a weight is missing or not positive, two folders have one name, or a folder has
+            no shards or a damaged header.
     """
     parts = parse_mix(text)
     total = math.fsum(weight for _, weight in parts)
@@ -85,8 +85,8 @@ def open_datasets(text: str, with_training: bool = True) -> list[Dataset]:
 def parse_mix(text: str) -> list[tuple[str, float]]:
     """The (folder, weight) pairs of `folder:weight,folder:weight`.
 
-    If the whole text names a folder, it is that folder. Only a number after the last colon is a
-    weight: `C:\\data` is a folder.
+    An existing folder is taken whole, also with commas in its name. Only a number after the last
+    colon is a weight: `C:\\data` is a folder.
     """
     if os.path.isdir(text):
         return [(text, 1.0)]
@@ -113,7 +113,7 @@ def parse_mix(text: str) -> list[tuple[str, float]]:
 def build_mixture(
     datasets: list[Dataset], data: DataOptions, block_size: int, seed: int, start: MixStart
 ) -> Mixture:
-    """The order of the sequences of all datasets."""
+    """The mixture of the shuffled sequences of all datasets."""
     orders = [
         SequenceOrder(d.train, block_size, seed, data.shuffle, data.sequence_start)
         for d in datasets
@@ -122,27 +122,27 @@ def build_mixture(
 
 
 def split_eval_tokens(datasets: list[Dataset], eval_tokens: int) -> list[int]:
-    """Tokens of each dataset that validation predicts: its share, or all of a small dataset."""
+    """Validation tokens per dataset: the dataset's share, or all of a small dataset."""
     ends = [0, *(round(eval_tokens * upto) for upto in accumulate(d.share for d in datasets))]
     asked = [max(1, end - begin) for begin, end in pairwise(ends)]
     return [available_eval_tokens(d.val, n) for d, n in zip(datasets, asked, strict=True)]
 
 
-# ---- resuming: are these the shards of the checkpoint? -------------------------------------------
+# ---- resuming: compare the shards with the checkpoint --------------------------------------------
 
 
 def identify(dataset: Dataset) -> Identity:
-    """Name, size and fingerprint of each shard, without reading the shards in full.
+    """Name, size and sampled fingerprint of each shard.
 
     Raises:
-        UserError: a damaged shard.
+        UserError: a shard is damaged.
     """
     shards = [*dataset.train, *dataset.val]
     return sorted([dataset.name_of(s), s.tokens, s.fingerprint()] for s in shards)
 
 
 def remember(datasets: list[Dataset], mixture: Mixture, position: int) -> dict[str, Any]:
-    """The state of the datasets as plain values, which a checkpoint stores for `continue_mix`."""
+    """Plain values for a checkpoint, from which `continue_mix` restores the datasets."""
     consumed = mixture.consumed(position)
     described = [
         {
@@ -160,21 +160,21 @@ def remember(datasets: list[Dataset], mixture: Mixture, position: int) -> dict[s
 def continue_mix(
     datasets: list[Dataset], stored: dict[str, Any], position: int, path: Path
 ) -> tuple[list[Dataset], MixStart, list[str]]:
-    """Continues the datasets where a checkpoint left them.
+    """Continues the datasets at the position of a checkpoint.
 
-    A dataset is recognised by the name of its folder or, if the folder was renamed, by its shards.
-    Shards that were added since the checkpoint are left out, because they would change the order of
-    all sequences. If the datasets or their shares have changed, a new mixture begins here, and each
-    dataset continues at its own position.
+    A dataset is identified by the name of its folder, or by its shards if the folder was renamed.
+    Shards added since the checkpoint are left out, because they would change the order of all
+    sequences. Changed datasets or shares begin a new mixture, in which each dataset continues at
+    its own position.
 
     Args:
-        datasets: the datasets of `--data_dir=` today, with identities.
+        datasets: the datasets of `--data_dir=`, with identities.
         stored: the values of `remember` in the checkpoint.
         position: sequences that the run has consumed.
-        path: of the checkpoint, for messages.
+        path: the checkpoint, for messages.
 
     Returns:
-        (the datasets without added shards, where their mixture begins, notes to print).
+        (datasets without added shards, start of the mixture, notes to print).
 
     Raises:
         UserError: a shard of the checkpoint has changed or is missing.
@@ -203,7 +203,7 @@ def continue_mix(
 
 
 def _only_known(dataset: Dataset, shards: Identity, path: Path) -> Dataset:
-    """A dataset with only the shards that the checkpoint lists."""
+    """Restricts a dataset to the shards that the checkpoint lists."""
     now = {shard[0]: shard for shard in dataset.identity}
     for shard in shards:
         name = shard[0]

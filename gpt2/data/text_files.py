@@ -1,7 +1,7 @@
 """Documents from .txt, .jsonl and .parquet files, compressed or not, in constant memory.
 
-Every row of a file is yielded: None stands for a row without text (null, empty, not JSON). The
-number of a row is thus its place in the file.
+Every row of a file is yielded, so that counting rows gives row numbers. A row without text (null,
+empty, not JSON) is yielded as None.
 """
 
 import gzip
@@ -21,15 +21,15 @@ class Repaired(str):
     """A text in which U+FFFD replaces bytes that were not UTF-8, or a lone surrogate."""
 
 
-TextRow = tuple[str | None, int]  # (document or None, bytes of the file that were read so far)
+TextRow = tuple[str | None, int]  # (document or None, bytes of the file read so far)
 
 
 def read_rows(path: Path, start: int = 0) -> Iterator[TextRow]:
-    """The rows of one file from number `start` on. A .txt file is a single document.
+    """Yields the rows of a file from number `start` on. A .txt file is a single document.
 
     Raises:
-        DamagedFile: the file cannot be read to its end; names the row.
-        UserError: no row of the file has a text.
+        DamagedFile: the file cannot be read to its end; the message names the row.
+        UserError: no row has a text.
     """
     import pyarrow as pa
 
@@ -52,10 +52,11 @@ def read_rows(path: Path, start: int = 0) -> Iterator[TextRow]:
 
 
 def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, fields) of the rows of a .jsonl (also .gz, .xz, .zst) or .parquet file.
+    """Yields (row number from 1, fields) of a .jsonl (also .gz, .xz, .zst) or .parquet file.
 
     Raises:
-        UserError: no such file, damaged, or a row that is not an object; names the row.
+        UserError: the file is missing or damaged, or a row is not an object; the message names
+            the row.
     """
     import pyarrow as pa
 
@@ -88,7 +89,7 @@ def _items(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yields (the file, its uncompressed bytes)."""
+    """Yields (the raw file, a file of its decompressed bytes)."""
     import pyarrow as pa
 
     decompressors: dict[str, Callable[[Any], Any]] = {
@@ -121,7 +122,7 @@ def _jsonl_rows(path: Path, start: int) -> Iterator[TextRow]:
 
 
 def _text_of_json(line: bytes) -> tuple[bool, str | None]:
-    """(whether a line is an object with a `text`, that text or None)."""
+    """(whether a line is a JSON object with a `text`, the text or None)."""
     try:
         decoded = _decode(line)
         value = json.loads(decoded)
@@ -134,7 +135,7 @@ def _text_of_json(line: bytes) -> tuple[bool, str | None]:
         return True, None
     try:
         text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell but UTF-8 cannot
+    except UnicodeEncodeError:  # JSON can spell a lone surrogate, UTF-8 cannot
         text = Repaired(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     if isinstance(decoded, Repaired) and "\ufffd" in text:
         text = Repaired(text)
@@ -153,7 +154,7 @@ def _parquet_rows(path: Path, start: int) -> Iterator[TextRow]:
     import pyarrow.parquet as pq
 
     size_bytes, number = path.stat().st_size, 0
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # if it has any
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # if there are any
         if "text" not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise UserError(f"{path}: no column `text`; its columns are {names}")
@@ -164,7 +165,7 @@ def _parquet_rows(path: Path, start: int) -> Iterator[TextRow]:
             if number + len(batch) <= start:
                 number += len(batch)
                 continue
-            # As bytes, because Arrow raises for a string that is not UTF-8; ours is repaired.
+            # As bytes: Arrow raises for invalid UTF-8, which `_decode` repairs.
             for value in batch.column(0).cast(pa.large_binary()).to_pylist():
                 number += 1
                 if number > start:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,12 +46,13 @@ class Check:
     after: str = ""  # the check whose output it needs
     alone: bool = False  # whether it wants a card for itself
     seconds: int = 150  # limit
+    keeps_state: bool = False  # else a run's training state is deleted: gigabytes, of every check
 
 
-def train(name: str, *arguments: str, after: str = "", steps: list[str] = STEPS) -> Check:
+def train(name: str, *arguments: str, steps: list[str] = STEPS, **more: Any) -> Check:
     """A training run on one GPU."""
     out = "--out_dir={work}/" + re.sub(r"\W+", "_", name)
-    return Check(name, ["train_gpt2.py", *steps, out, *arguments], after=after)
+    return Check(name, ["train_gpt2.py", *steps, out, *arguments], **more)
 
 
 def ranks(name: str, *arguments: str) -> Check:
@@ -92,8 +95,14 @@ CHECKS = [
         ],
         seconds=420,
     ),
-    train("train", "--compile_model=True", "--dtype=bfloat16", "--grad_accum_steps=8"),
-    train("xl, activation checkpointing", *XL, "--batch_size=4"),
+    train(
+        "train",
+        "--compile_model=True",
+        "--dtype=bfloat16",
+        "--grad_accum_steps=8",
+        keeps_state=True,
+    ),
+    train("xl, activation checkpointing", *XL, "--batch_size=4", alone=True),
     train("large", "--size=gpt2-large", LARGE, "--batch_size=4"),
     train(
         "large, uncompiled",
@@ -276,6 +285,10 @@ def run(check: Check, work: Path, cards: list[int]) -> str:
             os.killpg(process.pid, 9)
             process.wait()
             return f"FAILED: not over after {check.seconds} s"
+    if not check.keeps_state:
+        for state in work.glob("*/state"):
+            if state.parent.name in {word.rpartition("/")[2] for word in command}:
+                shutil.rmtree(state)
     text = log.read_text("utf-8", errors="replace")
     seconds = time.monotonic() - started
     if code:
@@ -464,7 +477,9 @@ def sanitizer(tool: str) -> int:
         "_cross_entropy",
         "_gradient_fp8",
     ]
-    filters = [f"--kernel-name=kernel_substring={name}" for name in names]
+    # A filter hides what other kernels write, which initcheck must see.
+    used = [] if tool == "initcheck" else names
+    filters = ["--show-backtrace=no", *(f"--kernel-name=kernel_substring={name}" for name in used)]
     command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", *filters]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return subprocess.run(

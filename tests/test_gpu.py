@@ -384,6 +384,7 @@ def test_out_of_memory_names_the_next_batch_size(data_dir, tmp_path):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.mark.alone
 def test_no_lap_reports_more_tokens_than_the_gpu_computed(data_dir, tmp_path):
     """The last losses are read together, and the CPU may read the others a step late."""
     arguments = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=64"]

@@ -100,6 +100,7 @@ def test_wrong_input_is_one_line(argument, message, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.timeout(600)
+@pytest.mark.alone
 def test_profile_on_a_gpu(tmp_path, capsys):
     # with a smaller batch the GPU waits for Python, which the profiler slows down
     argv = ["--batch_size=64", "--grad_accum_steps=1", f"--trace={tmp_path / 't.json'}"]

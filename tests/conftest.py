@@ -17,6 +17,8 @@ import torch
 from gpt2.data.shards import write_shard
 from gpt2.tokenizer import gpt2_tokenizer
 
+from . import forks
+
 ROOT = Path(__file__).parent.parent
 TINY = [
     "--n_layer=2",
@@ -79,18 +81,33 @@ def data_dir(tmp_path_factory, text) -> Path:
     return folder
 
 
-def run_python(*arguments, timeout=170, check=True, **kwargs) -> subprocess.CompletedProcess:
-    """Runs Python in the repository; fails the test with its output if it fails."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=kwargs.pop("cwd", ROOT),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=timeout,
-        check=False,
-        **kwargs,
-    )
+@pytest.fixture(scope="session", autouse=True)
+def _forks_end_with_the_tests():
+    yield
+    forks.close()
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+
+
+def run_python(
+    *arguments, timeout=170, check=True, real=False, **kwargs
+) -> subprocess.CompletedProcess:
+    """Runs `python ARGUMENTS` in the repository; fails the test with its output if it fails.
+
+    By a fork (tests/forks.py), and torchrun by one for each rank, unless it is to be `real`.
+    """
+    words = [str(argument) for argument in arguments]
+    kwargs = {"cwd": ROOT, "timeout": timeout, **kwargs}
+    if real or not forks.AVAILABLE:
+        command = [sys.executable, *words]
+        kwargs |= {"capture_output": True, "text": True, "encoding": "utf-8"}
+        done = subprocess.run(command, check=False, **kwargs)
+    else:
+        if words[:3] == TORCHRUN:
+            kwargs["ranks"] = int(words[3].removeprefix("--nproc_per_node="))
+            del words[:4]
+        done = forks.run(words, package=ROOT, **kwargs)
     if check and done.returncode:
         pytest.fail(f"{arguments} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

@@ -1,4 +1,7 @@
-"""torchrun on two CPU processes (gloo): the same run, cut in another way."""
+"""torchrun on two CPU processes (gloo): the same run, cut in another way.
+
+Ranks are forks with the variables of torchrun, but in `two_ranks` and where processes are stopped.
+"""
 
 import os
 import re
@@ -16,11 +19,10 @@ from gpt2 import files
 from gpt2.checkpoint import training_state
 from gpt2.data.shards import SAMPLE_TOKENS, write_shard
 
-from .conftest import ROOT, TINY, run_python
+from .conftest import ROOT, TINY, TORCHRUN, run_python
 from .models import reference, write_nanogpt
 from .train.test_loop import metrics, same, weights
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv on Windows"),
@@ -42,7 +44,7 @@ def command(ranks: int, data_dir, out, *arguments) -> list[str]:
 @pytest.fixture(scope="module")
 def two_ranks(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    done = run_python(*command(2, data_dir, out, "--max_steps=10", "--eval_every=5"))
+    done = run_python(*command(2, data_dir, out, "--max_steps=10", "--eval_every=5"), real=True)
     return out, done.stdout
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from .conftest import ROOT, TINY, run_python
+from .conftest import ROOT, TINY, TORCHRUN, run_python
 from .test_distributed import _children, command
 from .train.test_loop import metrics, same, weights
 
@@ -67,7 +67,7 @@ def test_two_ranks_then_one_then_two(data_dir, tmp_path):
     options = ["--max_steps=9", "--save_every=3", "--keep_last=9", "--parallel=fsdp"]
     out, states = tmp_path / "out", tmp_path / "out/state"
     for ranks, done in ((2, 3), (1, 6), (2, 9)):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        torchrun = [*TORCHRUN, f"--nproc_per_node={ranks}"]
         text = run_python(*torchrun, *arguments(data_dir, out, *options)).stdout
         assert "512 tokens per step" in text
         for folder in states.iterdir():

@@ -26,7 +26,7 @@ from gpt2.report import metrics as metrics_module
 from gpt2.train import loop
 from gpt2.train import step as step_module
 
-from .conftest import ROOT, TINY, run_python
+from .conftest import ROOT, TINY, TORCHRUN, run_python
 from .models import reference
 from .states import save_state
 from .train.test_loop import config, metrics, same, weights
@@ -439,7 +439,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 def test_nan_on_one_rank_is_skipped_on_both(data_dir, tmp_path):
     (tmp_path / "poisoned.py").write_text(POISONED)
     done = run_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        *TORCHRUN, "--nproc_per_node=2",
         tmp_path / "poisoned.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", *TINY,
         "--max_steps=4", env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -11,8 +11,7 @@ from gpt2.config.train import TrainConfig
 from gpt2.errors import UserError
 from gpt2.train import loop
 
-from .conftest import ROOT, TINY, run_python
-from .test_distributed import TORCHRUN
+from .conftest import ROOT, TINY, TORCHRUN, run_python
 from .train.test_loop import metrics, same, weights
 
 RECIPES = sorted((ROOT / "configs").glob("*.toml"))

@@ -29,7 +29,7 @@ def wheel(tmp_path_factory) -> Path:
     pip = ["-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--wheel-dir", folder]
     if importlib.util.find_spec("hatchling"):  # else pip downloads it
         pip.append("--no-build-isolation")
-    run_python(*pip, ROOT)
+    run_python(*pip, ROOT, real=True)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -49,7 +49,7 @@ def place(wheel, tmp_path_factory) -> tuple[Path, Path]:
     folder = environment / ("Scripts" if os.name == "nt" else "bin")
     python = folder / ("python.exe" if os.name == "nt" else "python")
     run_python("-m", "pip", "--disable-pip-version-check", "--python", python, "install",
-               "--no-deps", "--no-index", "--ignore-installed", wheel)  # fmt: skip
+               "--no-deps", "--no-index", "--ignore-installed", wheel, real=True)  # fmt: skip
     return folder, tmp_path_factory.mktemp("elsewhere")
 
 

@@ -19,9 +19,8 @@ from gpt2.data.shards import find_shards
 from gpt2.evaluate.loss import evaluate
 from gpt2.prepare.run import run as prepare
 
-from ..conftest import ROOT, TINY, run_python
+from ..conftest import ROOT, TINY, TORCHRUN, run_python
 from ..evaluate.test_tasks import RT, hellaswag_items, lambada_items, write_jsonl
-from ..test_distributed import TORCHRUN
 from ..train.test_loop import metrics
 
 

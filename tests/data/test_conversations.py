@@ -24,9 +24,8 @@ from gpt2.model.packed_documents import packed
 from gpt2.report import metrics
 from gpt2.train import loop
 
-from ..conftest import run_python
+from ..conftest import TORCHRUN, run_python
 from ..models import reference
-from ..test_distributed import TORCHRUN
 
 T = 48
 

@@ -16,8 +16,8 @@ from gpt2.config.train import SystemOptions
 from gpt2.distributed import runtime
 from gpt2.errors import UserError
 
-from ..conftest import ROOT, TINY, run_python
-from ..test_distributed import TORCHRUN, command
+from ..conftest import ROOT, TINY, TORCHRUN, run_python
+from ..test_distributed import command
 from ..train.test_loop import metrics, same, weights
 
 pytestmark = [

@@ -1,0 +1,291 @@
+"""`python …` and `torchrun …` by forks of one process that has imported torch already.
+
+Importing torch takes three seconds of a core; a fork takes milliseconds, and it has everything that
+a process has: working directory, environment, exit code, output, signals. Ranks find each other by
+the variables that torchrun sets. tests/test_forks.py compares forks with real processes.
+
+A fork is no test of start-up: imports, encodings of the console and `python -X …` need a real
+process. One server runs for each pytest process, from the first use to the end of pytest:
+
+    tests ── job, stdin, stdout, stderr ──> server ── fork ──> keeper ── fork ──> the program
+      ^──────────────── pid, exit code ───────────────────────────┘
+"""
+
+import atexit
+import contextlib
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+AVAILABLE = sys.platform == "linux"
+PRELOADED = (
+    "torch.distributed.fsdp",
+    "torch.optim",
+    "torch._dynamo",  # optimizers import it at their first step
+    "gpt2.api",
+    "gpt2.commands.evaluate",
+    "gpt2.commands.profile_step",
+    "gpt2.prepare.run",
+    "gpt2.report.plot",
+    "gpt2.train.loop",
+)
+LARGEST_JOB = 1 << 17  # bytes
+
+
+# ---- the server ---------------------------------------------------------------------------------
+
+
+def main():
+    """Serves until the tests end; returns in each fork, to run its program as the main one."""
+    sys.path[0] = ""  # not tests/
+    for name in PRELOADED:
+        __import__(name)
+    threads = len(os.listdir("/proc/self/task"))
+    assert threads == 1, f"a fork would lose {threads - 1} threads"
+    gc.freeze()  # no collection in a fork looks at, so copies, what the server imported
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # of a terminal: the programs get them, too
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
+    tests = socket.socket(fileno=0)
+    while True:
+        message, files, *_ = socket.recv_fds(tests, LARGEST_JOB, 4)
+        if not message:
+            return None
+        if os.fork() == 0:
+            tests.detach()
+            return keep(json.loads(message), *files)
+        for file in files:
+            os.close(file)
+
+
+def keep(job: dict, report: int, *streams: int) -> list[str]:
+    """Forks the program, in which this returns its arguments; reports how it ended."""
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        os.close(report)
+        become(job, streams)
+        return job["arguments"]
+    for file in (0, 1, 2, *streams):
+        os.close(file)
+    os.write(report, b"%d\n" % pid)
+    os.write(report, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    os._exit(0)
+
+
+def become(job: dict, streams: tuple[int, ...]):
+    """Takes over streams, environment and folder of the job."""
+    for target, file in enumerate(streams):
+        os.dup2(file, target)
+        os.close(file)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    os.chdir(job["folder"])
+    tempfile.tempdir = None  # the environment may name another
+    sys.stdin, sys.stdout = (os.fdopen(n, mode, encoding="utf-8") for n, mode in enumerate("rw"))
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    places = job["environment"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [place for place in places if place]
+
+
+def execute(arguments: list[str]):
+    """As `python ARGUMENTS`: `-c CODE …`, `-m MODULE …` or `FILE …`."""
+    first, *rest = arguments
+    if first == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        module = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(module))
+    elif first == "-m":
+        sys.argv, sys.path[0] = rest, os.getcwd()
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = arguments, str(Path(first).resolve().parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+def execute_and_exit(arguments: list[str]):
+    """Ends as Python does, but frees nothing: that would copy all pages of the server."""
+    code: object = 0
+    try:
+        execute(arguments)
+    except SystemExit as error:
+        code = error.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:  # noqa: BLE001 - as Python does at its top level
+        traceback.print_exc()
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+    threading._shutdown()  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ---- the tests' side ----------------------------------------------------------------------------
+
+
+class Server:
+    """The process that is forked; starts at once, with the environment of the tests."""
+
+    def __init__(self, folder: Path):
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        places = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+        command = [sys.executable, str(Path(__file__).resolve())]
+        self._process = subprocess.Popen(command, cwd=folder, env=environment, stdin=theirs)
+        theirs.close()
+
+    def start(self, arguments, folder, environment, streams) -> "Fork":
+        """A program that runs; `streams` are its stdin, stdout and stderr."""
+        job = {"arguments": arguments, "folder": str(folder), "environment": environment}
+        message = json.dumps(job).encode()
+        assert len(message) < LARGEST_JOB
+        reader, writer = os.pipe()
+        try:
+            files = [writer, *(stream.fileno() for stream in streams)]
+            socket.send_fds(self._socket, [message], files)
+        finally:
+            os.close(writer)
+        return Fork(reader)
+
+    def close(self):
+        """Ends the server; its forks run on."""
+        self._socket.close()
+        self._process.wait()
+
+
+class Fork:
+    """A program that runs, with the names of subprocess.Popen."""
+
+    def __init__(self, report: int):
+        self._report = os.fdopen(report, "rb", buffering=0)
+        self.pid = int(self._report.readline())
+        self.returncode: int | None = None
+
+    def fileno(self) -> int:
+        """What `select` finds readable when the program has ended."""
+        return self._report.fileno()
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self.returncode is None and select.select([self], [], [], 0)[0]:
+            self.returncode = int(self._report.readline())
+            self._report.close()
+        return self.returncode
+
+    def send_signal(self, number: int):
+        """Sends a signal, if it still runs."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+_servers: dict[Path, Server] = {}
+
+
+def server(folder: Path) -> Server:
+    """The server of the package in that folder."""
+    if folder not in _servers:
+        _servers[folder] = Server(folder)
+    return _servers[folder]
+
+
+def close():
+    """Ends all servers."""
+    while _servers:
+        _servers.popitem()[1].close()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """The variables by which torchrun numbers its processes."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def run(
+    arguments: list[str],
+    *,
+    package: Path,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    ranks: int = 0,
+    input: str = "",
+    timeout: float = 170,
+) -> subprocess.CompletedProcess:
+    """As subprocess.run(["python", *arguments]) with captured text.
+
+    With `ranks`, as torchrun: so many processes, of which all end when one fails.
+    """
+    extra = rank_environments(ranks) if ranks else [{}]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as given,
+        tempfile.TemporaryFile("a+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("a+", encoding="utf-8") as err,
+    ):
+        given.write(input)
+        given.seek(0)
+        started = [
+            server(package).start(
+                arguments, cwd, {**(os.environ if env is None else env), **more}, (given, out, err)
+            )
+            for more in extra
+        ]
+        try:
+            code = wait_for_all(started, time.monotonic() + timeout)
+        finally:
+            for fork in started:
+                fork.send_signal(signal.SIGKILL)
+            out.seek(0)
+            err.seek(0)
+            said = out.read(), err.read()
+        if code is None:
+            raise subprocess.TimeoutExpired(arguments, timeout, *said)
+    return subprocess.CompletedProcess(arguments, code, *said)
+
+
+def wait_for_all(forks: list[Fork], deadline: float) -> int | None:
+    """The exit code of the first that fails, or 0; None after the deadline."""
+    failed = 0
+    while running := [fork for fork in forks if fork.returncode is None]:
+        ended = select.select(running, [], [], max(0, deadline - time.monotonic()))[0]
+        if not ended:
+            return None
+        for fork in ended:
+            if fork.poll() and not failed:
+                failed = fork.returncode
+                for other in running:
+                    other.send_signal(signal.SIGTERM)
+    return failed
+
+
+if __name__ == "__main__":
+    program = main()
+    if program is not None:
+        execute_and_exit(program)

@@ -55,7 +55,7 @@ from .sprint_report import draw, table
 from .throughput import _late, synchronize
 
 FAR = 10**9  # steps, while the speed is measured
-STRETCH_SECONDS = 2.0  # of each of three measurements of the speed
+STRETCH_SECONDS = 2.0  # of each of three measurements of the speed; no longer than the sprint
 SLOWER = 0.015  # by which cards get slower as they warm up; H100s did by 0.2 to 1.8 %
 TOGETHER = {  # switched off with the switch that they belong to
     "window_pattern": ("window", "window_warmup"),
@@ -145,7 +145,7 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
     for width, share in shares_of_ends(many, full).items():
         if options.window_warmup:
             state.model.limit_attention_window(width)
-        cost += share * seconds_per_token(state, compiling, rt)
+        cost += share * seconds_per_token(state, compiling, rt, min(STRETCH_SECONDS, seconds))
     # while the batch grows, a step has fewer tokens
     average = sequences_left(0, many, state.plan) / many.max_steps * full
     steps = max(1, int((1 - SLOWER) * seconds / cost / average))
@@ -166,11 +166,11 @@ def shares_of_ends(options: OptimOptions, full: int) -> dict[int, float]:
     return {first: 1 - of_last} | ({full: of_last} if of_last else {})
 
 
-def seconds_per_token(state: TrainState, config: TrainConfig, rt: Runtime) -> float:
-    """As the median of some stretches, after what the first steps compile."""
+def seconds_per_token(state: TrainState, config: TrainConfig, rt: Runtime, stretch: float) -> float:
+    """As the median of stretches of so many seconds, after what the first steps compile."""
     for _ in range(3):
         step_module.train_step(state, config, rt).read()
-    steps = 1 + int(STRETCH_SECONDS * speed(state, config, rt, 3) / state.plan.tokens_per_step)
+    steps = 1 + int(stretch * speed(state, config, rt, 3) / state.plan.tokens_per_step)
     return 1 / statistics.median(speed(state, config, rt, steps) for _ in range(3))
 
 

@@ -91,23 +91,23 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
 def run_python(
-    *arguments, timeout=170, check=True, real=False, **kwargs
+    *arguments, timeout=170, check=True, real=False, package=ROOT, **kwargs
 ) -> subprocess.CompletedProcess:
     """Runs `python ARGUMENTS` in the repository; fails the test with its output if it fails.
 
-    By a fork (tests/forks.py), and torchrun by one for each rank, unless it is to be `real`.
+    By a fork (tests/forks.py) of the folder `package`, and torchrun on one machine by one for each
+    rank, unless it is to be `real`.
     """
     words = [str(argument) for argument in arguments]
     kwargs = {"cwd": ROOT, "timeout": timeout, **kwargs}
-    if real or not forks.AVAILABLE:
-        command = [sys.executable, *words]
+    if words[:3] == TORCHRUN and forks.AVAILABLE and not real:
+        kwargs["ranks"] = int(words[3].removeprefix("--nproc_per_node="))
+        del words[:4]
+    if real or not forks.AVAILABLE or words[:2] == TORCHRUN[:2]:
         kwargs |= {"capture_output": True, "text": True, "encoding": "utf-8"}
-        done = subprocess.run(command, check=False, **kwargs)
+        done = subprocess.run([sys.executable, *words], check=False, **kwargs)
     else:
-        if words[:3] == TORCHRUN:
-            kwargs["ranks"] = int(words[3].removeprefix("--nproc_per_node="))
-            del words[:4]
-        done = forks.run(words, package=ROOT, **kwargs)
+        done = forks.run(words, package=package, **kwargs)
     if check and done.returncode:
         pytest.fail(f"{arguments} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

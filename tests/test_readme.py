@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from gpt2 import cli
 from gpt2.prepare.sources import FINEWEB_FOLDER
 
-from .conftest import ROOT, TINY
+from .conftest import ROOT, TINY, TORCHRUN, run_python
 from .evaluate.test_tasks import hellaswag_items, lambada_items, write_jsonl
 from .fake_hub import fake_hub, parquet_bytes
 from .models import reference
@@ -36,7 +35,7 @@ ADDED: dict[str, list[str]] = {
     "python train_gpt2.py": SMALL,
     "python train_gpt2.py --compile_model=True --dtype=bfloat16 --grad_accum_steps=8": [
         a for a in SMALL if not a.startswith(("--grad_accum", "--dtype"))
-    ] + ["--out_dir=out/compiled"],
+    ] + ["--n_layer=1", "--out_dir=out/compiled"],
     "python train_gpt2.py --config=configs/gpt2_124m.toml --learning_rate=1e-3": [
         *NO_BATCH, "--total_batch_tokens=2048", "--out_dir=out/recipe",
     ],
@@ -203,13 +202,11 @@ def clone(tmp_path_factory, text) -> Path:
 
 
 def run(command: list[str], folder: Path, **environment):
-    words = {"python": [sys.executable], "gpt2": [sys.executable, "-m", "gpt2"]}
-    words["torchrun"] = [sys.executable, "-m", "torch.distributed.run"]
-    env = {**os.environ, "PYTHONPATH": str(folder), **environment}
-    done = subprocess.run([*words[command[0]], *command[1:]], cwd=folder, env=env, timeout=300,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    """Runs the package of the clone, by forks; torchrun itself where it is more than some ranks."""
+    words = {"python": [], "gpt2": ["-m", "gpt2"], "torchrun": TORCHRUN[:2]}
+    program, *arguments = command
+    run_python(*words[program], *arguments, package=folder, cwd=folder, timeout=300,
+               env={**os.environ, "PYTHONPATH": str(folder), **environment})  # fmt: skip
 
 
 def test_every_command_of_the_text_is_known():
@@ -226,7 +223,7 @@ def test_commands_that_other_tests_run_are_there(command, place):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # forty processes, most of which import torch
+@pytest.mark.timeout(900)  # forty commands
 def test_commands_and_python_of_the_text(clone, text, tmp_path):
     """In one test, since they build on one another."""
     texts = [text[i : i + 4000] for i in range(0, 40_000, 4000)]

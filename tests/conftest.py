@@ -94,6 +94,14 @@ def _forks_end_with_the_tests():
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
+def start_python(*arguments) -> subprocess.Popen | forks.Fork:
+    """Starts `python ARGUMENTS` in the repository, by a fork; its stdout is read by the test."""
+    words = [str(argument) for argument in arguments]
+    if forks.AVAILABLE:
+        return forks.popen(words, package=ROOT, cwd=ROOT)
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
 def run_python(
     *arguments, timeout=170, check=True, real=False, package=ROOT, **kwargs
 ) -> subprocess.CompletedProcess:

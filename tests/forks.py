@@ -28,6 +28,7 @@ import time
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 AVAILABLE = sys.platform == "linux"
 PRELOADED = (
@@ -155,14 +156,13 @@ class Server:
         theirs.close()
 
     def start(self, arguments, folder, environment, streams) -> "Fork":
-        """A program that runs; `streams` are its stdin, stdout and stderr."""
+        """A program that runs; `streams` are the numbers of its stdin, stdout and stderr."""
         job = {"arguments": arguments, "folder": str(folder), "environment": environment}
         message = json.dumps(job).encode()
         assert len(message) < LARGEST_JOB
         reader, writer = os.pipe()
         try:
-            files = [writer, *(stream.fileno() for stream in streams)]
-            socket.send_fds(self._socket, [message], files)
+            socket.send_fds(self._socket, [message], [writer, *streams])
         finally:
             os.close(writer)
         return Fork(reader)
@@ -180,6 +180,7 @@ class Fork:
         self._report = os.fdopen(report, "rb", buffering=0)
         self.pid = int(self._report.readline())
         self.returncode: int | None = None
+        self.stdout: TextIO | None = None  # of `popen`
 
     def fileno(self) -> int:
         """What `select` finds readable when the program has ended."""
@@ -197,6 +198,14 @@ class Fork:
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 170) -> str:
+        """What else it says until it ends."""
+        assert self.stdout
+        with self.stdout:
+            rest = self.stdout.read()
+        assert wait_for_all([self], time.monotonic() + timeout) is not None
+        return rest
 
 
 _servers: dict[Path, Server] = {}
@@ -229,6 +238,17 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
+def popen(arguments: list[str], *, package: Path, cwd: Path) -> Fork:
+    """As subprocess.Popen(["python", *arguments], stdout=PIPE, text=True)."""
+    reader, writer = os.pipe()
+    with open(os.devnull) as nothing:
+        streams = (nothing.fileno(), writer, 2)
+        fork = server(package).start(arguments, cwd, dict(os.environ), streams)
+    os.close(writer)
+    fork.stdout = os.fdopen(reader, encoding="utf-8")
+    return fork
+
+
 def run(
     arguments: list[str],
     *,
@@ -251,11 +271,10 @@ def run(
     ):
         given.write(input)
         given.seek(0)
+        streams = (given.fileno(), out.fileno(), err.fileno())
+        environment = dict(os.environ if env is None else env)
         started = [
-            server(package).start(
-                arguments, cwd, {**(os.environ if env is None else env), **more}, (given, out, err)
-            )
-            for more in extra
+            server(package).start(arguments, cwd, environment | more, streams) for more in extra
         ]
         try:
             code = wait_for_all(started, time.monotonic() + timeout)

@@ -14,7 +14,7 @@ import pytest
 from gpt2 import cli
 from gpt2.data.shards import write_shard
 
-from .conftest import ROOT, TINY, run_python
+from .conftest import ROOT, TINY, run_python, start_python
 from .train.test_loop import metrics, same, weights
 
 
@@ -168,18 +168,15 @@ def test_signal_saves_and_the_same_command_goes_on(data_dir, tmp_path, number, c
 def test_kill_9_and_the_same_command(data_dir, tmp_path):
     """Killed three times at moments nobody chose, the run ends with the undisturbed one's bits."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    command = ["train_gpt2.py", f"--data_dir={data_dir}", *TINY, "--max_steps=60", "--save_every=5"]
+    command = ["train_gpt2.py", f"--data_dir={data_dir}", *TINY, "--max_steps=30", "--save_every=5"]
     run_python(*command, f"--out_dir={whole}")
     kills = 0
     for delay in (0.3, 0.75, 0.5, 0.0):
-        process = subprocess.Popen(
-            [sys.executable, *command, f"--out_dir={out}"], stdout=subprocess.PIPE, text=True,
-            cwd=ROOT,
-        )  # fmt: skip
+        process = start_python(*command, f"--out_dir={out}")
         for line in process.stdout:
             if delay and line.startswith("step"):
                 time.sleep(delay)
-                process.kill()
+                process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
         process.communicate(timeout=100)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from . import forks
-from .conftest import ROOT, TORCHRUN, run_python
+from .conftest import TORCHRUN, run_python, start_python
 
 pytestmark = pytest.mark.skipif(not forks.AVAILABLE, reason="forks are used on Linux only")
 PROGRAMS = {
@@ -90,20 +90,20 @@ def test_ranks_end_when_one_fails():
     assert time.monotonic() - began < 60
 
 
-def test_a_running_fork_takes_signals(tmp_path):
-    with open(tmp_path / "out", "w+") as out:
-        code = (
-            "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(9))\n"
-            "print('ready', flush=True); time.sleep(99)"
-        )
-        fork = forks.server(ROOT).start(["-c", code], tmp_path, dict(os.environ), (out,) * 3)
-        assert fork.poll() is None
-        while "ready" not in (tmp_path / "out").read_text():
-            time.sleep(0.01)
-        fork.send_signal(signal.SIGTERM)
-        assert forks.wait_for_all([fork], time.monotonic() + 60) == 9
-        assert fork.poll() == 9
-        fork.send_signal(signal.SIGTERM)  # to one that has ended: nothing
+def test_a_running_fork_takes_signals_and_is_read():
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(9))\n"
+        "print('ready', flush=True)\n"
+        "try: time.sleep(99)\n"
+        "finally: print('rest')"
+    )
+    fork = start_python("-c", code)
+    assert fork.stdout.readline() == "ready\n"
+    assert fork.poll() is None
+    fork.send_signal(signal.SIGTERM)
+    assert fork.communicate() == "rest\n"
+    assert fork.poll() == fork.returncode == 9
+    fork.send_signal(signal.SIGTERM)  # to one that has ended: nothing
 
 
 def test_torch_is_there_before_the_program_begins():

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 
@@ -18,7 +17,7 @@ from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.train import run_folder
 
-from ..conftest import ROOT
+from ..conftest import start_python
 from ..states import save_state
 
 SHAPE = GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=50)
@@ -267,13 +266,11 @@ def test_kill_while_saving_loses_no_acknowledged_step(tmp_path):
     """Ten kills at odd moments: what was announced is there, whole, and of one step."""
     for attempt in range(10):
         out = tmp_path / str(attempt)
-        child = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
+        child = start_python("-c", KILLED, out)
         child.stdout.readline()
         time.sleep(0.013 * attempt)
         child.send_signal(signal.SIGKILL)
-        announced = [1, *map(int, child.communicate()[0].split())][-1]
+        announced = [1, *map(int, child.stdout.read().split())][-1]
         found, damaged = training_state.find_state(out, "auto")
         assert not damaged
         assert found.step >= announced

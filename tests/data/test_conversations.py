@@ -195,21 +195,21 @@ def test_files_folders_and_texts_are_told_apart(tmp_path):
 
 
 def test_it_learns_and_epochs_become_steps(chats, base, tmp_path, capsys):
-    assert finetune(base, chats, tmp_path, "--epochs=10") == 0
+    assert finetune(base, chats, tmp_path, "--epochs=5") == 0
     said = capsys.readouterr().out
     assert "57 conversations in" in said
-    assert "10.0" in said.split("steps are ")[1][:5]
+    assert 5 <= float(said.split("steps are ")[1].split()[0]) < 5.1
     falling = losses(tmp_path)
     assert falling[-1] < 0.5 * falling[0]
 
 
 def test_epochs_count_the_smaller_steps_at_first(chats, base, tmp_path, capsys):
     more = ["--grad_accum_steps=8", "--batch_warmup=0.9"]
-    assert finetune(base, chats, tmp_path, "--epochs=10", *more) == 0
+    assert finetune(base, chats, tmp_path, "--epochs=5", *more) == 0
     said = capsys.readouterr().out
     epochs = float(said.split("steps are ")[1].split()[0])
-    assert 10 <= epochs < 12.5  # 11 rows, and steps of up to 16
-    assert len(losses(tmp_path)) > 7  # which would do without the warm-up
+    assert 5 <= epochs < 7.5  # 11 rows, and steps of up to 16
+    assert len(losses(tmp_path)) > 4  # which would do without the warm-up
 
 
 def test_a_continued_run_is_the_same_bit_for_bit(chats, base, tmp_path):

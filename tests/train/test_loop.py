@@ -457,7 +457,8 @@ def test_changed_optimizer_options_take_effect(data_dir, tmp_path):
 @pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32")])
 def test_run_goes_on_in_another_precision(data_dir, tmp_path, dtypes):
     for steps, dtype in zip((2, 3), dtypes, strict=True):
-        assert loop.run(config(data_dir, tmp_path, f"--max_steps={steps}", f"--dtype={dtype}")) == 0
+        arguments = [*FP16, f"--max_steps={steps}", f"--dtype={dtype}"]
+        assert loop.run(config(data_dir, tmp_path, *arguments)) == 0
 
 
 def test_going_back_keeps_a_copy_of_what_it_writes_anew(data_dir, tmp_path):
@@ -531,7 +532,7 @@ def test_token_outside_the_vocabulary(data_dir, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_bf16_and_fp16_train_on_a_cpu(data_dir, tmp_path, optimizer):
     for dtype in ("bfloat16", "float16"):
-        out, recipe = tmp_path / dtype, [f"--dtype={dtype}", f"--optimizer={optimizer}"]
+        out, recipe = tmp_path / dtype, [*FP16, f"--dtype={dtype}", f"--optimizer={optimizer}"]
         loop.run(config(data_dir, out, "--max_steps=8", *recipe))
         losses = metrics(out)
         assert losses[8] < losses[1] - 0.1

@@ -2,7 +2,8 @@
 
 A result is written under a temporary name, synced to disk and renamed. A process that is killed at
 any moment therefore leaves the old file or the new one. It may also leave something whose name ends
-in `.tmp`, which no reader takes for a result.
+in `.tmp`, which no reader takes for a result. Temporary names are random, and an existing file or
+link of such a name is never opened. A rename replaces a link itself, never the file behind it.
 
 The lock of a folder is a lock of the operating system on the file `.lock` in it. The system
 releases it when the process ends, however it ends: a `.lock` file that a crash left locks nothing.
@@ -13,6 +14,7 @@ another process of this machine is noticed, by the process number in the file.
 
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -21,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .paths import check_unlinked, no_follow
 
 LOCK = ".lock"
+TEMPORARY_DIGITS = 8  # of the random number in a temporary name, in hexadecimal
 # filelock locks byte 0, which no other handle can then read on Windows.
 HOLDER_AT = 1 if os.name == "nt" else 0
 
@@ -39,7 +43,9 @@ def replacing_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file could not be written, synced or renamed.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
+    # Not by tempfile, which gives its files to their owner alone.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         sync(temporary)
@@ -62,7 +68,7 @@ def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
 
 
 @contextmanager
-def replacing_folder(final: Path, suffix: str = ".tmp") -> Iterator[Path]:
+def replacing_folder(final: Path) -> Iterator[Path]:
     """Gives an empty folder to write into; renames it to `final` when the block ends.
 
     An old `final` is deleted just before. If the block raises, the new folder is deleted and the
@@ -70,15 +76,13 @@ def replacing_folder(final: Path, suffix: str = ".tmp") -> Iterator[Path]:
 
     Args:
         final: the folder's name; its parents are made.
-        suffix: of the temporary name.
 
     Raises:
         OSError: the folder could not be written, synced or renamed.
     """
-    temporary = final.with_name(final.name + suffix)
+    temporary = _temporary(final)
+    temporary.mkdir(parents=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         yield temporary
         for path in temporary.rglob("*"):
             sync(path)
@@ -100,12 +104,43 @@ def move(source: Path, target: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Deletes a folder. It is renamed first, so that a half-deleted folder never looks whole."""
-    if folder.exists():
-        doomed = folder.with_name(folder.name + ".old.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
+    """Deletes a folder. It is renamed first, so that a half-deleted folder never looks whole.
+
+    Of a symbolic link, the link is deleted and the folder behind it stays.
+    """
+    if os.path.lexists(folder):
+        doomed = _temporary(folder)
         os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(OSError):
+            delete(doomed)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, a folder, or a symbolic link without what is behind it.
+
+    Raises:
+        OSError: the system refused.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def leftovers(folder: Path, name: str) -> list[Path]:
+    """Temporary files and folders that a killed process left in the place of a result.
+
+    Args:
+        folder: of the result.
+        name: of the result, or a pattern of `glob`.
+    """
+    ends = (".tmp", f".{'[0-9a-f]' * TEMPORARY_DIGITS}.tmp")  # the first is of older versions
+    return sorted(path for end in ends for path in folder.glob(name + end))
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside a path that nothing has: 2**32 of them leave no room for chance."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(TEMPORARY_DIGITS // 2)}.tmp")
 
 
 def sync(path: Path) -> None:
@@ -117,6 +152,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_replaceable(path: Path, begin: bytes, what: str) -> None:
+    """Raises UserError where a result would replace something else than an earlier result.
+
+    Args:
+        path: of the result that will be written.
+        begin: bytes with which every result of the command begins.
+        what: such a result in words, for the message.
+    """
+    if not path.exists():
+        return
+    found = None
+    if path.is_file():  # reading a pipe or a device could wait for ever
+        try:
+            with open(path, "rb") as file:
+                found = file.read(len(begin))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+    if found not in (begin, b""):
+        raise UserError(f"{path} is there and no {what}; move it away, or name another file")
 
 
 # ---- sha256 -------------------------------------------------------------------------------------
@@ -156,13 +212,14 @@ def locked(
     lock = filelock.FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_unlinked(folder, path)  # filelock would empty the file behind a link
         while not _acquire(lock, path):
             if holder := _holder(path):
                 raise UserError(
                     f"{busy.format(holder=holder, folder=folder)}; wait for it to end, or use "
                     "another --out_dir="
                 )
-        with open(path, "r+b") as file:
+        with open(path, "r+b", opener=no_follow) as file:
             file.seek(HOLDER_AT)
             file.write(f"{os.getpid()} {socket.gethostname()}".encode())
             file.truncate()
@@ -194,7 +251,8 @@ def _acquire(lock: Any, path: Path) -> bool:
     except filelock.Timeout:
         return False
     except (OSError, NotImplementedError):  # flock fails on some network file systems
-        path.touch()  # fails here, and not above, if it is the folder that cannot be written to
+        # Fails here, and not above, if it is the folder that cannot be written to.
+        os.close(no_follow(str(path), os.O_CREAT | os.O_WRONLY))
         pid, host = _read_holder(path)
         return host != socket.gethostname() or not _lives(pid)
     return True

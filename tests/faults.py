@@ -53,6 +53,8 @@ CASES = {
          "counted; a text is never taken for a special token"),
     26: ("two runs in a folder, lost log, no HOME, C locale, jumping clock", "the second run is "
          "refused; the others go on"),
+    27: ("symbolic links in the place of files and folders", "replaced, or refused in one line; "
+         "the file or folder behind the link is unchanged"),
     31: ("server: clients that are silent, slow or gone", "they are closed at a time limit, with a "
          "line in the log; others are answered meanwhile; no traceback"),
 }  # fmt: skip

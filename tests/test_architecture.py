@@ -43,7 +43,7 @@ ORDER = (
     "checkpoint evaluate prepare generate interpret",
     "model data huggingface report",
     "kernels distributed tokenizer files",
-    "config",
+    "config paths",
     "errors",
 )
 OWNERS = {  # pattern in the code -> the modules that may hold it

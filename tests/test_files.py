@@ -9,7 +9,10 @@ import pytest
 
 from gpt2.errors import UserError, first_line
 from gpt2.files import (
+    check_replaceable,
+    discard,
     fingerprint,
+    leftovers,
     locked,
     replacing_file,
     replacing_folder,
@@ -154,6 +157,81 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         raise OSError("full")
     assert [p.name for p in final.iterdir()] == ["two"]
     assert [p.name for p in final.parent.iterdir()] == ["folder"]
+
+
+def test_temporary_names_of_others_stay(tmp_path):
+    """Earlier versions opened, emptied and deleted whatever had the name."""
+    for name in ("a.json.tmp", "folder.tmp", "folder.old.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    for _ in range(2):
+        write_atomically(tmp_path / "a.json", b"text")
+        with replacing_folder(tmp_path / "folder") as temporary:
+            (temporary / "one").write_text("one")
+    assert [p.read_text() for p in sorted(tmp_path.rglob("mine"))] == ["mine"] * 3
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_results_may_be_read_by_those_that_may_read_other_files(tmp_path):
+    """Unlike files and folders of tempfile, which belong to their owner alone."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    write_atomically(tmp_path / "new", b"x")
+    with replacing_folder(tmp_path / "new_folder"):
+        pass
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert (modes["new"], modes["new_folder"]) == (modes["file"], modes["folder"])
+
+
+def test_leftovers_are_those_of_one_result(tmp_path):
+    ours = ["a.json.tmp", "a.json.0123abcd.tmp"]
+    for name in (
+        *ours,
+        "a.json",
+        "b.json.tmp",
+        "a.json.mine.tmp",
+        "a.json.0123abcd",
+        "xa.json.tmp",
+    ):
+        (tmp_path / name).write_text("x")
+    assert sorted(path.name for path in leftovers(tmp_path, "a.json")) == sorted(ours)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_of_a_link_only_the_link_is_deleted_or_replaced(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/mine").write_text("mine")
+    for name in ("old", "folder", "a.json", "nowhere"):
+        (tmp_path / name).symlink_to(tmp_path / ("target/mine" if name == "a.json" else "target"))
+    (tmp_path / "nowhere").unlink()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "new")
+    discard(tmp_path / "old")
+    with replacing_folder(tmp_path / "folder"):
+        pass
+    write_atomically(tmp_path / "a.json", b"text")
+    write_atomically(tmp_path / "nowhere", b"text")
+    assert (tmp_path / "target/mine").read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "folder", "a.json", "nowhere"}
+    assert not any(path.is_symlink() for path in tmp_path.iterdir())
+
+
+def test_only_earlier_results_are_replaced(tmp_path):
+    path = tmp_path / "result.json"
+    check_replaceable(path, b"{", "result")
+    for content in (b"", b"{", b'{"a": 1}'):
+        path.write_bytes(content)
+        check_replaceable(path, b"{", "result")
+    for content in (b"x", b" {", b"PK\x03\x04"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"result\.json is there and no result; move it away"):
+            check_replaceable(path, b"{", "result")
+    with pytest.raises(UserError, match="is there and no result"):
+        check_replaceable(tmp_path, b"{", "result")
+    if hasattr(os, "mkfifo"):  # nobody writes into it: reading it would wait for ever
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(UserError, match="is there and no result"):
+            check_replaceable(tmp_path / "pipe", b"{", "result")
 
 
 def test_sha256_and_the_first_line_of_an_error(tmp_path):

@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..evaluate.loss import Evaluation, combine, evaluate
 from ..evaluate.scoring import BATCH_TOKENS
 from ..evaluate.tasks import HELLASWAG, LAMBADA, Task, load_items
-from ..files import write_atomically
+from ..files import check_replaceable, write_atomically
 from ..report import console
 from ..tokenizer import gpt2_tokenizer
 
@@ -71,6 +71,8 @@ def run(checkpoint: str, config: EvalConfig) -> int:
     started = time.perf_counter()
     if config.json and not Path(config.json).resolve().parent.is_dir():
         raise UserError(f"--json={config.json}: no such folder; make it, or name another file")
+    if config.json:
+        check_replaceable(Path(config.json), b'{\n  "checkpoint"', "result of `gpt2 eval`")
     with runtime.start(SystemOptions(device=config.device, dtype=config.dtype)) as rt:
         measurements = list(_measurements(Path(checkpoint), config, rt))
         found = weights.load(checkpoint)

@@ -68,6 +68,8 @@ USE_IDS = "# its vocabulary is not GPT-2's: it takes and gives token ids, withou
 
 def check_export_folder(folder: Path) -> None:
     """Raises UserError, before the work, unless a folder is new or empty."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a symbolic link; name the folder itself")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name a new folder, or delete it first")
 
@@ -90,7 +92,7 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
         console.log(f"{weights.origin}: {note}")
     folder = folder.absolute()
     try:
-        with replacing_folder(folder, ".export.tmp") as temporary:
+        with replacing_folder(folder) as temporary:
             tensors = model_format.to_hf(model.state_dict())
             del tensors["lm_head.weight"]  # the readers tie it themselves
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -11,6 +11,7 @@ from ..checkpoint.weights import check_vocabulary
 from ..config.commands import ChatConfig, SampleConfig, WritingConfig
 from ..data.chat_template import Message, encode_prompt, fit
 from ..errors import UserError
+from ..files import check_replaceable
 from ..generate.sampling import check_sampling
 from ..generate.stream import TextWriter, stream
 from ..report import console
@@ -91,6 +92,7 @@ class Chat:
 
     def save(self, path: str) -> None:
         """Appends the conversation to a .jsonl file; raises UserError when that is impossible."""
+        check_replaceable(Path(path), b"{", ".jsonl file of conversations")
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")

@@ -82,13 +82,8 @@ def parse_with_positional(
     return _instantiate(cls, given), [given[name] for name in positional]
 
 
-def write_toml(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes settings as a TOML file from which `--config=` reads equal values."""
-    path.write_text(to_toml(settings), encoding="utf-8", errors=SURROGATES)
-
-
 def read_toml(path: Path) -> dict[str, Any]:
-    """The values of a TOML file; see `write_toml`.
+    """The values of a TOML file; see `to_toml`.
 
     Raises:
         OSError: a file that cannot be read.

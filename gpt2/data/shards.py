@@ -19,6 +19,7 @@ import numpy as np
 from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError
 from ..files import write_atomically
+from ..paths import is_below
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -26,6 +27,7 @@ TOKEN_BYTES = 2
 CHUNK_TOKENS = 2**22  # read at once by `Shard.chunks`: 8 MB
 SHARD_MANIFEST = "manifest.json"
 SAMPLE_TOKENS = 2**12  # hashed by `SequenceReader.fingerprint`, at each of three places
+PREFIX = re.compile(r"[A-Za-z0-9.-]+")  # of the names that `gpt2 prepare` gives
 SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
 
 
@@ -218,24 +220,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete its folder and start over") from None
+    entries = manifest.get("shards") if isinstance(manifest, dict) else None
     if (
-        not isinstance(manifest, dict)
-        or not isinstance(manifest.get("shards"), list)
-        or not all(map(_is_entry, manifest["shards"]))
+        not (isinstance(entries, list) and all(map(_is_entry, entries)))
+        or len({entry["name"] for entry in entries}) < len(entries)
+        or not PREFIX.fullmatch(str(manifest.get("prefix", "x")))
     ):
         raise UserError(f"{path} is not a manifest of shards; use another --out_dir=")
     return manifest
 
 
-def _is_entry(entry: object) -> bool:
+def _is_entry(entry: Any) -> bool:
     """Whether an entry of a manifest describes a shard in the manifest's own folder."""
-    if not isinstance(entry, dict):
-        return False
-    name = str(entry.get("name"))
-    match = SHARD_NAME.fullmatch(name)
+    name = entry.get("name") if isinstance(entry, dict) else None
+    match = SHARD_NAME.fullmatch(name) if is_below(name) and "/" not in name else None
     return (
         match is not None
-        and not set(name) & {"/", "\\"}
         and entry.get("split") == match["split"]
         and isinstance(entry.get("sha256"), str)
         and all(isinstance(entry.get(key), int) for key in ("tokens", "documents"))

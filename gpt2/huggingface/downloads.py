@@ -5,14 +5,16 @@ name.
 """
 
 import errno
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
 from ..files import move, sha256_of
+from ..paths import below, check_unlinked, no_follow
 from .hub import File, HubDataset, bytes_of_file
 
 POLL_SECONDS = 0.1  # latency of Ctrl-C: Windows cannot interrupt a longer wait
@@ -35,7 +37,7 @@ class Downloads:
 
     def local(self, file: File) -> Path | None:
         """Path of a copy in the Hub's cache or the folder, or None. Checks the size only."""
-        for path in (self.dataset.cached(file), self._folder / file.name):
+        for path in (self.dataset.cached(file), self._path(file)):
             if path and path.is_file() and bytes_of_file(path) == file.size_bytes:
                 return path
         return None
@@ -54,7 +56,7 @@ class Downloads:
         path = self._wait_for(file)
         if following:
             self._begin(following)
-        ours = path == self._folder / file.name
+        ours = path == self._path(file)
         try:
             yield path
         except UserError:  # damaged: the next run must download it again
@@ -69,12 +71,24 @@ class Downloads:
         self.dataset.stop()
         wait(self._begun.values(), timeout=1)
 
+    def clear(self, files: Iterable[File]) -> None:
+        """Deletes these files, whole or incomplete, and folders that are empty then."""
+        folders = {self._folder}
+        with suppress(OSError):
+            for file in files:
+                for path in (self._path(file), self._path(file, ".part")):
+                    path.unlink(missing_ok=True)
+                    folders |= {p for p in path.parents if self._folder in p.parents}
+        for folder in sorted(folders, reverse=True):
+            with suppress(OSError):  # not empty, or not there
+                folder.rmdir()
+
     def _wait_for(self, file: File) -> Path:
         future = self._begin(file)
         if not wait([future], POLL_SECONDS).done:
             from tqdm import tqdm
 
-            part = self._part(file)
+            part = self._path(file, ".part")
             with tqdm(
                 total=file.size_bytes,
                 unit="B",
@@ -121,11 +135,11 @@ class Downloads:
         found = self.local(file)
         if found and not _problem(found, file):
             return found
-        path, part = self._folder / file.name, self._part(file)
+        path, part = self._path(file), self._path(file, ".part")
         part.parent.mkdir(parents=True, exist_ok=True)
         self._log(f"downloading {file.name}, {file.size_bytes / 1e9:.2f} GB")
         for last in (False, True):
-            part.touch()
+            os.close(no_follow(str(part), os.O_CREAT | os.O_WRONLY))
             self.dataset.download(file, part)
             problem = _problem(part, file)
             if not problem:
@@ -139,8 +153,10 @@ class Downloads:
             "again later, or ask the dataset's owner"
         )
 
-    def _part(self, file: File) -> Path:
-        return self._folder / f"{file.name}.part"
+    def _path(self, file: File, suffix: str = "") -> Path:
+        path = below(self._folder, file.name + suffix)
+        check_unlinked(self._folder, path)
+        return path
 
 
 def _problem(path: Path, file: File) -> str:

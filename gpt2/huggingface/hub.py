@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, first_line
+from ..paths import below, is_below, no_follow
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0  # before a request is made again
 TRIES = 8  # requests in a row without progress, with about two minutes of waiting in between
@@ -31,11 +32,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class File:
-    """A file of a dataset: its path in the repository, with forward slashes."""
+    """A file of a dataset: its path in the repository, with forward slashes.
+
+    Raises:
+        UserError: a listing or a manifest names a file outside of its folder.
+    """
 
     name: str
     size_bytes: int
     sha256: str = ""  # empty for small files outside git LFS: of those only the size is known
+
+    def __post_init__(self) -> None:
+        if not is_below(self.name):
+            raise UserError(
+                f"the source lists a file {str(self.name)[:200]!r}, outside its folder; "
+                "use another source, or a new --out_dir= if a manifest.json there lists it"
+            )
 
 
 class _TemporaryError(Exception):
@@ -118,9 +130,6 @@ class HubDataset:
 
     def _file(self, path: str, size: int | None, lfs: Any) -> File:
         """From an entry of a listing; `lfs` is None outside git LFS."""
-        name = PurePosixPath(path)
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{self.repository} holds a file {name}, outside its folder")
         if size is None:
             raise UserError(self._not_the_hub())
         return File(path, size, lfs.sha256 if lfs else "")
@@ -165,7 +174,7 @@ class HubDataset:
                 raise self._refusal(response)
             place = response.headers.get("Content-Range", "")
             goes_on = response.status_code == 206 and place.startswith(f"bytes {have}-")
-            with open(target, "ab" if goes_on else "wb") as out:
+            with open(target, "ab" if goes_on else "wb", opener=no_follow) as out:
                 for chunk in response.iter_bytes():
                     if self._stop.is_set():
                         raise Stopped
@@ -288,7 +297,7 @@ class HubDataset:
                 f"{self.revision}; unset it, or download it first"
             ) from None
         self.revision = root.name
-        found = [p for p in (root / path).rglob("*") if p.is_file()]
+        found = [p for p in (below(root, path) if path else root).rglob("*") if p.is_file()]
         self._log(
             f"HF_HUB_OFFLINE is set: taking the {len(found)} files of {self.repository} that the "
             "cache holds; whether these are all of them cannot be known"

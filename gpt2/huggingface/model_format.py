@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config.model import GPT2Config
 from ..errors import UserError
+from ..paths import below, is_below
 from ..tokenizer import END_OF_TEXT
 
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
@@ -141,7 +142,7 @@ def read_folder(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
     state: dict[str, Tensor] = {}
     for name in weight_files(folder):
         try:
-            state |= load_file(folder / name)
+            state |= load_file(below(folder, name))
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{folder / name}: missing or damaged ({error})") from None
     whole = [n for n, t in state.items() if not (t.is_floating_point() or is_mask(n))]
@@ -172,10 +173,10 @@ def weight_files(folder: Path) -> list[str]:
 def index_files(path: Path) -> list[str]:
     """Names of the files that an index lists; raises UserError for a damaged index."""
     table = read_json(path).get("weight_map")
-    names = sorted(set(table.values())) if isinstance(table, dict) else []
-    if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(is_below(name) and "/" not in name for name in names):
         raise UserError(f"{path}: its weight_map is not a table of files beside it")
-    return names
+    return sorted(set(names))
 
 
 def read_json(path: Path) -> dict[str, Any]:

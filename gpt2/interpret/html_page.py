@@ -121,6 +121,8 @@ def check_page_path(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"--out={path} is a folder; name a file, as in {path / 'inspect.html'}")
     if path.exists():
+        if not path.is_file():  # reading a pipe or a device could wait for ever
+            raise UserError(f"--out={path} is no file; name another")
         with open(path, "rb") as file:
             if MARK.encode() not in file.read(2000):
                 raise UserError(

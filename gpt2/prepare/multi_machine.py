@@ -12,9 +12,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..data.shards import SHARD_MANIFEST, open_shard, read_manifest, shard_paths, write_manifest
+from ..data.shards import (
+    SHARD_MANIFEST,
+    SHARD_NAME,
+    open_shard,
+    read_manifest,
+    shard_paths,
+    write_manifest,
+)
 from ..errors import UserError
-from ..files import move, sha256_of
+from ..files import leftovers, move, sha256_of
+from ..paths import below, check_unlinked
 from ..report.console import log
 from .sources import Source
 
@@ -168,7 +176,14 @@ def merge(out_dir: Path) -> int:
         for worker, manifest in manifests.items()
         for item in [*manifest["files"].items()][worker.span(manifest["cuts"])]
     )
-    write_manifest(out_dir, merged | {"shards": [entry for _, _, entry in moves]})
+    try:
+        for path in leftovers(out_dir, SHARD_MANIFEST):
+            path.unlink()
+        write_manifest(out_dir, merged | {"shards": [entry for _, _, entry in moves]})
+    except OSError as error:
+        raise UserError(
+            f"{out_dir / SHARD_MANIFEST}: {error.strerror or error}; merge again to finish"
+        ) from None
     log(
         f"{out_dir}: {len(moves)} shards of {len(manifests)} workers, {merged['tokens']:,} tokens, "
         f"{merged['documents']:,} documents\n"
@@ -206,12 +221,18 @@ def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
     for number in range(1, counts[0] + 1):
         worker = Worker(number, counts[0])
         folder = worker.folder(out_dir)
+        check_unlinked(out_dir, folder)  # its shards are moved out of it
         manifest = read_manifest(folder)
         if manifest is None or not manifest.get("complete"):
             state = "missing" if manifest is None else "unfinished"
             raise UserError(
                 f"{folder} is {state}; run `gpt2 prepare --worker={worker}` with the options of "
                 "the other workers, without --max_tokens= and --max_shards=, and merge again"
+            )
+        if not _is_of(worker, manifest):
+            raise UserError(
+                f"{folder / SHARD_MANIFEST} is not the manifest of a worker; delete the folder "
+                f"and run `gpt2 prepare --worker={worker}` again"
             )
         manifests[worker] = manifest
         first = manifests[Worker(1, counts[0])]
@@ -228,21 +249,49 @@ def _finished_manifests(out_dir: Path) -> dict[Worker, dict]:
     return manifests
 
 
+def _is_of(worker: Worker, manifest: dict) -> bool:
+    """Whether a manifest has all that a merge needs of a worker's."""
+    files, cuts = manifest.get("files"), manifest.get("cuts")
+    return (
+        isinstance(manifest.get("prefix"), str)
+        and isinstance(files, dict)
+        and isinstance(cuts, list)
+        and len(cuts) == worker.count + 1
+        and all(type(number) is int for number in [*cuts, *(manifest.get(t, 0) for t in TOTALS)])
+    )
+
+
 def _plan(out_dir: Path, manifests: dict[Worker, dict]) -> list[tuple[Path, Path, dict]]:
-    """(current path, merged path, new manifest entry) of every shard."""
-    moves, trained = [], 0  # shard 0 is for validation
+    """(current path, merged path, new manifest entry) of every shard.
+
+    Raises:
+        UserError: two shards would get one name.
+    """
+    moves: list[tuple[Path, Path, dict]] = []
+    taken: set[Path] = set()
+    trained = 0  # shard 0 is for validation
     for worker, manifest in manifests.items():
         for entry in manifest["shards"]:
             trained += entry["split"] == "train"
             name = f"{manifest['prefix']}_{entry['split']}_{trained:06d}.bin"
+            assert SHARD_NAME.fullmatch(name), name  # `read_manifest` checks prefix and split
             new = entry | {"name": name, "next": None, "worker": str(worker)}
-            moves.append((worker.folder(out_dir) / entry["name"], out_dir / name, new))
+            source, target = below(worker.folder(out_dir), entry["name"]), below(out_dir, name)
+            if target in taken:
+                raise UserError(
+                    f"{source.parent} lists a second shard for validation, {source.name}; delete "
+                    f"the folder and run `gpt2 prepare --worker={worker}` again"
+                )
+            taken.add(target)
+            moves.append((source, target, new))
     return moves
 
 
 def _check(out_dir: Path, moves: list[tuple[Path, Path, dict]]) -> None:
     """Raises UserError for a shard that is damaged or in the way. Called before any move."""
     for source, target, entry in moves:
+        if target.is_symlink() or (target.exists() and not target.is_file()):
+            raise UserError(f"{target} is no shard; move it away and merge again")
         if not source.exists() and not target.exists():
             raise UserError(
                 f"{source} is missing; run `gpt2 prepare --worker={entry['worker']}` again"

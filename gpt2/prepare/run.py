@@ -7,7 +7,6 @@ the position at which the next shard begins.
 """
 
 import math
-import shutil
 from contextlib import closing
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..report.console import log
 from ..tokenizer import Tokenizer
 from .estimate import forecast, limit_name, limit_text
 from .fast_tokenizer import tokenizer_class
-from .shard_job import DOWNLOADS, ShardJob, open_job, started
+from .shard_job import ShardJob, open_job, started
 from .tokenize_rows import Position, RowBatch, encode_rows
 
 VAL_EVERY = 20  # in a small source every 20th document (5 %) is for validation
@@ -53,8 +52,8 @@ def run(config: PrepareConfig) -> int:
                     raise
                 finally:
                     job.source.close()
-                if not config.keep_downloads:
-                    shutil.rmtree(job.out_dir / DOWNLOADS, ignore_errors=True)
+                if job.source.downloads and not config.keep_downloads:
+                    job.source.downloads.clear(job.source.parts)
     except KeyboardInterrupt:
         finished = f": {len(job.shards)} shards are finished" if job else ""
         log(f"interrupted{finished}; run the same command to continue")

@@ -22,7 +22,8 @@ from ..data.shards import (
     write_shard,
 )
 from ..errors import UserError
-from ..files import locked
+from ..files import leftovers, locked
+from ..paths import below, check_unlinked
 from ..report.console import log
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from .estimate import check_room, make_plan
@@ -91,8 +92,9 @@ class ShardJob:
         split = "train" if number else "val"
         name = f"{self.manifest['prefix']}_{split}_{number:06d}.bin"
         documents = int(np.count_nonzero(tokens == END_OF_TEXT))
-        with _writing(self.out_dir / name):
-            sha256 = write_shard(self.out_dir / name, tokens)
+        path = below(self.out_dir, name)
+        with _writing(path):
+            sha256 = write_shard(path, tokens)
         entry = {"name": name, "split": split, "tokens": len(tokens), "documents": documents}
         self.shards.append(entry | {"sha256": sha256, "next": following and asdict(following)})
         self.save(following.odd if following else None)
@@ -116,6 +118,7 @@ def open_job(config: PrepareConfig) -> ShardJob:
         _check_same(old, names, out_dir)
     known = old or begun_by_others(shared, worker, names["source"])
     downloads = out_dir / DOWNLOADS
+    check_unlinked(shared, out_dir, downloads)
     source = find_source(config.source, downloads, known, config.keep_downloads, _announce)
     manifest = {
         "format": FORMAT,
@@ -150,10 +153,11 @@ def started(job: ShardJob) -> Iterator[None]:
         if read_manifest(job.out_dir) != job.found:
             raise UserError(f"another process has just made shards in {job.out_dir}; run it again")
         with _writing(job.out_dir):
-            for leftover in job.out_dir.glob(f"{job.manifest['prefix']}_*.bin.tmp"):
-                leftover.unlink()
+            for name in (f"{job.manifest['prefix']}_*.bin", SHARD_MANIFEST):
+                for path in leftovers(job.out_dir, name):
+                    path.unlink()
             for entry in job.dropped:  # training would read them
-                (job.out_dir / entry["name"]).unlink(missing_ok=True)
+                below(job.out_dir, entry["name"]).unlink(missing_ok=True)
         job.save()
         yield
 
@@ -167,9 +171,10 @@ def _keep_intact(job: ShardJob) -> None:
     for number, entry in enumerate(job.shards):
         intact = False
         with suppress(UserError):
-            intact = open_shard(job.out_dir / entry["name"]).tokens == entry["tokens"]
+            path = below(job.out_dir, entry["name"])
+            intact = open_shard(path).tokens == entry["tokens"]
         if not intact and "worker" in entry:
-            raise UserError(f"{job.out_dir / entry['name']} is missing or damaged: {redo(entry)}")
+            raise UserError(f"{entry['name']} is missing or damaged: {redo(entry)}")
         if not intact:
             log(f"{entry['name']} is missing or damaged: making the shards from there again")
             job.dropped += job.shards[number:]
@@ -254,7 +259,6 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
             f"{'disk full' if full else error.strerror} while writing {path}; finished shards are "

@@ -25,6 +25,7 @@ from ..huggingface.hub import File, HubDataset
 FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"
 FINEWEB_REPOSITORY, FINEWEB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
 FINEWEB_REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 FINEWEB_FOLDERS = {
     FINEWEB_EDU: FINEWEB_FOLDER,
     f"{FINEWEB_EDU}/sample-100BT": "sample/100BT",
@@ -55,6 +56,10 @@ class Part(File):
 
     path: Path | None = None
     text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.path is None and not self.text:  # a local file may have any name
+            super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -261,9 +266,7 @@ def _hub_files(
     else:
         repository, revision, path = _hub_spec(spec)
     if known and known.get("files"):
-        hashes = known.get("files_sha256", {})
-        files = [File(name, size, hashes.get(name, "")) for name, size in known["files"].items()]
-        return HubDataset(repository, known["revision"], log), files
+        return HubDataset(repository, _known_commit(known), log), _known_files(known)
     dataset = HubDataset(repository, revision, log)
     folder, pattern = path, "*"
     if glob.has_magic(path) or ENDING.search(path):
@@ -278,3 +281,34 @@ def _hub_files(
         f"--source={spec}: no parquet files and no .jsonl files in {path or repository}; see "
         f"{dataset.page}"
     )
+
+
+def _known_commit(known: dict) -> str:
+    """The commit in a manifest; raises UserError for anything else than 40 hexadecimal digits."""
+    commit = known.get("revision")
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+        raise UserError(
+            f"the manifest.json in --out_dir= has the revision {str(commit)[:200]!r}, which is no "
+            "commit of 40 hexadecimal digits; use a new --out_dir="
+        )
+    return commit
+
+
+def _known_files(known: dict) -> list[File]:
+    """The files in a manifest, with their sizes and hashes.
+
+    Raises:
+        UserError: values of other types, or a file outside of its folder.
+    """
+    sizes, hashes = known["files"], known.get("files_sha256", {})
+    if (
+        not isinstance(sizes, dict)
+        or not isinstance(hashes, dict)
+        or not all(type(size) is int and size >= 0 for size in sizes.values())
+        or not all(isinstance(value, str) for value in hashes.values())
+    ):
+        raise UserError(
+            "the manifest.json in --out_dir= has no sizes of files and their sha256; "
+            "use a new --out_dir="
+        )
+    return [File(name, size, hashes.get(name, "")) for name, size in sizes.items()]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_atomically
+from ..paths import no_follow
 from . import console
 from .trackers import Sink, check_names, open_sink
 
@@ -73,7 +74,7 @@ class RunLog:
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a", encoding="utf-8", newline="\n") as file:
+            with open(self._path, "a", encoding="utf-8", newline="\n", opener=no_follow) as file:
                 file.write(text)
         except OSError as problem:  # a full disk costs a line of the log, not the run
             if not self._warned:

@@ -13,13 +13,14 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from ..config.model import GPT2Config
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import check_replaceable, write_atomically
 from .console import format_count, format_seconds
 from .metrics import METRICS, read_metrics
 
 # Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
 BLUE, SKY, ORANGE, GREEN, PURPLE = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"
 WIDTH, HEIGHT, DPI = 1500, 1000, 125  # pixels
+PNG = b"\x89PNG"  # the first bytes of such a file
 BLOCK_SIZE = GPT2Config.block_size  # GPT-2's context, marked among the lengths of documents
 
 
@@ -93,6 +94,7 @@ def plot_lengths(
 
 
 def _save(figure: Figure, target: Path) -> Path:
+    check_replaceable(target, PNG, "picture")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)
     try:

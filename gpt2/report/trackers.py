@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ..errors import UserError
+from ..files import write_atomically
 
 PROJECT = "gpt2"
 
@@ -52,7 +53,7 @@ class Wandb:
             mode=mode,
         )
         if not self._run.disabled:
-            id_file.write_text(self._run.id, encoding="utf-8")
+            write_atomically(id_file, self._run.id.encode())
         # As an x axis of our own the step may go back; wandb's step would drop repeated ones.
         self._run.define_metric("*", step_metric="step")
 

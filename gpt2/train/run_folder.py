@@ -4,7 +4,9 @@ Nothing that a person may want is deleted here; it moves to `archive_1`, `archiv
 """
 
 import contextlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +16,18 @@ from ..config.options import flatten
 from ..config.train import TrainConfig
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..files import locked, move
+from ..files import LOCK, delete, leftovers, locked, move, write_atomically
+from ..paths import check_unlinked
 from ..report import metrics
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
 BUSY = "run folder {folder} is in use by {holder}"
 RUN_FILES = (  # and folders, of a run, besides its states
     *("metrics.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png"),
-    *("tensorboard", "wandb", "wandb_id.txt"),
+    *("tensorboard", "wandb", "wandb_id.txt", "out_adapter", "best_adapter", "nonfinite.json"),
 )
+# Opened in place, or written into: none of them may be a symbolic link.
+IN_PLACE = ("state", "metrics.jsonl", "tensorboard", "wandb", LOCK)
 
 
 def out_dir(config: TrainConfig) -> Path:
@@ -48,7 +53,7 @@ def archive(out_dir: Path, after_step: int, going_back: bool = False) -> Path | 
     if not moved:
         return None
     number = 1
-    while (folder := out_dir / f"archive_{number}").exists():
+    while os.path.lexists(folder := out_dir / f"archive_{number}"):
         number += 1
     (folder / "state").mkdir(parents=True)
     if going_back and after_step >= 0:
@@ -62,10 +67,12 @@ def archive(out_dir: Path, after_step: int, going_back: bool = False) -> Path | 
 
 def clean(out_dir: Path) -> list[str]:
     """Deletes files that a crash left half written; returns their names."""
-    leftovers = [*out_dir.glob("state/step_*.tmp"), *out_dir.glob("*_ckpt.pt.tmp")]
-    for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return [path.name for path in leftovers]
+    found = leftovers(out_dir / "state", "step_*")
+    for name in RUN_FILES:
+        found += leftovers(out_dir, name)
+    for path in found:
+        delete(path)
+    return [path.name for path in found]
 
 
 def check_writable(out_dir: Path) -> None:
@@ -76,9 +83,8 @@ def check_writable(out_dir: Path) -> None:
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        probe = out_dir / "write_test.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to out_dir={out_dir}: {reason}; use another") from None
@@ -90,8 +96,10 @@ def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def reserve() -> None:
-            check_writable(out_dir(config))
-            stack.enter_context(locked(out_dir(config), BUSY))
+            folder = out_dir(config)
+            check_writable(folder)
+            check_unlinked(folder, *(folder / name for name in IN_PLACE))
+            stack.enter_context(locked(folder, BUSY))
 
         rt.on_main(reserve)
         yield
@@ -104,7 +112,8 @@ def open_log(
     settings = flatten(config)
     if rt.is_main:
         own = {name: value for name, value in settings.items() if name != "resume"}
-        command_line.write_toml(out_dir(config) / "config.toml", own)
+        content = command_line.to_toml(own).encode("utf-8", command_line.SURROGATES)
+        write_atomically(out_dir(config) / "config.toml", content)
     return metrics.open_run(
         out_dir(config),
         config=settings,

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpt2.config.command_line import parse, parse_with_positional, read_toml, to_toml, write_toml
+from gpt2.config.command_line import (
+    SURROGATES,
+    parse,
+    parse_with_positional,
+    read_toml,
+    to_toml,
+)
 from gpt2.config.commands import (
     ChatConfig,
     EvalConfig,
@@ -138,7 +144,7 @@ def written_and_read(config):
     """The config that `--config=` reads from the file which a run writes about its config."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.toml"
-        write_toml(file, flatten(config))
+        file.write_bytes(to_toml(flatten(config)).encode("utf-8", SURROGATES))
         assert read_toml(file) == flatten(config)
         return parse(type(config), [f"--config={file}"], "gpt2 x")
 

@@ -9,6 +9,10 @@ import time
 
 import pytest
 
+from gpt2.errors import UserError
+from gpt2.huggingface.downloads import Downloads
+from gpt2.huggingface.hub import File, HubDataset
+
 from ..conftest import ROOT, run_python
 from ..fake_hub import Trouble, fake_hub, sha256
 
@@ -143,13 +147,10 @@ def test_damaged_file_is_not_found_again(hub, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk(hub, tmp_path):
-    (tmp_path / "downloads/data").mkdir(parents=True)
-    part = tmp_path / "downloads/data/a.bin.part"
-    part.symlink_to("/dev/full")
-    error = child(hub, tmp_path, READ_ONE)["error"]
+    full = "    import os; hub.no_follow = lambda path, flags: os.open('/dev/full', flags)"
+    error = child(hub, tmp_path, full + READ_ONE)["error"]
     assert error.startswith("disk full while downloading data/a.bin to ")
     assert "finished shards are kept" in error
-    part.unlink()
     assert child(hub, tmp_path, READ_ONE)["result"] == "00"
 
 
@@ -192,3 +193,52 @@ def test_ctrl_c_in_a_stalled_download(hub, tmp_path):
     assert time.monotonic() - began < 4
     assert json.loads(out)["result"] == "interrupted"
     assert err == ""
+
+
+@pytest.fixture
+def downloads(tmp_path):
+    """Downloads into a folder, of a dataset whose cache is empty."""
+    dataset = HubDataset("owner/name", COMMIT, print)
+    dataset.cached = lambda file: None
+    return Downloads(dataset, tmp_path / "downloads", False, print)
+
+
+def test_clearing_deletes_only_what_was_downloaded(downloads, tmp_path):
+    folder = tmp_path / "downloads"
+    for name in ("data/a.bin", "data/b.bin.part", "data/mine.bin", "other/b.bin", "b.bin"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    files = [File(f"{name}.bin", 1) for name in ("data/a", "data/b", "data/deep/c")]
+    downloads.clear(files)
+    assert left(tmp_path) == ["b.bin", "b.bin", "mine.bin"]
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        path.unlink()
+    (folder / "other").rmdir()
+    downloads.clear(files)
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+@pytest.mark.fault(27, "links in the place of files and folders of a download")
+@pytest.mark.parametrize("link", ["data", "data/a.bin", "data/a.bin.part"])
+def test_links_are_neither_followed_nor_deleted(downloads, hub, tmp_path, link):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("a.bin", "a.bin.part"):
+        (outside / name).write_bytes(FILES["data/a.bin"])  # as if it had been downloaded
+    place = tmp_path / "downloads" / link
+    place.parent.mkdir(parents=True)
+    place.symlink_to(outside if link == "data" else outside / place.name)
+    file = File("data/a.bin", 500_000, sha256(FILES["data/a.bin"]))
+    for use in (lambda: downloads.open(file).__enter__(), lambda: downloads.clear([file])):
+        with pytest.raises(UserError, match="is a symbolic link and may lead out of"):
+            use()
+    assert "is a symbolic link" in child(hub, tmp_path, READ_ONE)["error"]
+    assert place.is_symlink()
+    assert [p.read_bytes() for p in outside.iterdir()] == [FILES["data/a.bin"]] * 2
+
+
+@pytest.mark.parametrize("name", ["../a.bin", "/a.bin", "C:\\a.bin", ""])
+def test_a_file_cannot_have_a_name_outside(name):
+    with pytest.raises(UserError, match="outside its folder"):
+        File(name, 1)

@@ -297,6 +297,62 @@ def test_somebody_elses_shard_is_in_the_way(copy, number):
     assert content_of_files(copy) == before
 
 
+def change_manifest(folder: Path, change) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def second_val(manifest: dict) -> None:
+    """Makes the second shard one for validation, which would replace the first."""
+    first, second = manifest["shards"][:2]
+    second |= {"split": "val", "name": first["name"].replace("000000", "000009")}
+
+
+@pytest.mark.fault(13, "a prefix, names and numbers in the manifest of a worker")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.update(prefix="../../x"), "is not a manifest of shards"),
+        (lambda m: m.update(prefix="/tmp/x"), "is not a manifest of shards"),
+        (lambda m: m.update(prefix="C:x"), "is not a manifest of shards"),
+        (lambda m: m.update(prefix="a_b"), "is not a manifest of shards"),
+        (lambda m: m.update(prefix=""), "is not a manifest of shards"),
+        (lambda m: m.update(prefix=3), "is not the manifest of a worker"),
+        (lambda m: m.pop("prefix"), "is not the manifest of a worker"),
+        (lambda m: m.update(files=["a"]), "is not the manifest of a worker"),
+        (lambda m: m.update(cuts=[0, "1", 2, 7]), "is not the manifest of a worker"),
+        (lambda m: m.update(cuts=[0, 7]), "is not the manifest of a worker"),
+        (lambda m: m.update(tokens="many"), "is not the manifest of a worker"),
+        (lambda m: m["shards"].append(m["shards"][0]), "is not a manifest of shards"),
+        (second_val, "a second shard for validation"),
+    ],
+)
+def test_manifest_of_a_worker_that_leads_elsewhere(copy, change, said):
+    first = Worker(1, 3).folder(copy)
+    if change is second_val:
+        shard = json.loads((first / "manifest.json").read_text())["shards"][1]["name"]
+        (first / shard).rename(first / shard.replace("train_000001", "val_000009"))
+    change_manifest(first, change)
+    victim = copy.parent / "x_train_000001.bin"
+    victim.write_text("mine")
+    before = content_of_files(copy.parent)
+    with pytest.raises(UserError, match=said):
+        merge(copy)
+    assert content_of_files(copy.parent) == before
+
+
+def test_a_shard_with_equal_bytes_is_no_obstacle(copy):
+    """A worker that was run again makes shards that were joined before."""
+    whole = Path(shutil.copytree(copy, copy.parent / "whole"))
+    merge(whole)
+    name = next(whole.glob("*_train_000001.bin")).name
+    shutil.copy(whole / name, copy)
+    merge(copy)
+    assert content_of_files(copy) == content_of_files(whole)
+
+
 def test_damaged_shard_is_not_joined(copy):
     before = sorted(content_of_files(copy))
     shard = next(Worker(2, 3).folder(copy).glob("*_train_*.bin"))

@@ -494,12 +494,14 @@ def test_full_disk_keeps_finished_shards(tmp_path, corpus, undisturbed, monkeypa
     assert content(tmp_path / "out") == content(undisturbed)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_at_the_manifest(tmp_path, corpus, undisturbed):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "manifest.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"disk full while writing .*run the same command again"):
-        run(corpus, tmp_path / "out", shard_tokens=1500)
+def test_full_disk_at_the_manifest(tmp_path, corpus, undisturbed, monkeypatch):
+    def full(folder, manifest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_job, "write_manifest", full)
+        with pytest.raises(UserError, match=r"disk full while writing .*run the same command aga"):
+            run(corpus, tmp_path / "out", shard_tokens=1500)
     run(corpus, tmp_path / "out", shard_tokens=1500)
     assert content(tmp_path / "out") == content(undisturbed)
 
@@ -694,6 +696,21 @@ def test_ended_in_a_stalled_download(tmp_path, hub_files, number):
         assert hub.downloads()[-1].endswith("002_00000.parquet+3000")
     stream = tokens(tmp_path / "out", "val") + tokens(tmp_path / "out", "train")
     assert stream == ids(texts)
+
+
+def test_a_folder_of_the_users_own_downloads_stays(tmp_path, corpus):
+    """And so does a file beside the folder of shards, whatever fails."""
+    mine = tmp_path / "out/downloads/mine"
+    mine.parent.mkdir(parents=True)
+    for path in (mine, tmp_path / "out.tmp", tmp_path / "out/mine.tmp"):
+        path.write_text("mine")
+    (tmp_path / "out/manifest.json.tmp").mkdir()  # cannot be deleted as a file
+    with pytest.raises(UserError, match="while writing"):
+        run(corpus, tmp_path / "out", shard_tokens=1500)
+    (tmp_path / "out/manifest.json.tmp").rmdir()
+    run(corpus, tmp_path / "out", shard_tokens=1500)
+    for path in (mine, tmp_path / "out.tmp", tmp_path / "out/mine.tmp"):
+        assert path.read_text() == "mine"
 
 
 def test_another_dataset(tmp_path, hub_files):

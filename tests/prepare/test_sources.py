@@ -315,3 +315,39 @@ def test_standard_library(tmp_path):
     assert not any("\n    def " in text for text in sources)
     assert "Return the absolute value" in texts[names.index("builtin/builtins")]
     assert list(source.rows(0, 1)) == []
+
+
+KNOWN = {"revision": "c" * 40, "files": {"data/a.parquet": 3}, "files_sha256": {}}
+
+
+@pytest.mark.fault(13, "files and revisions of a dataset in a manifest")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {"../../a.parquet": 3}}, "outside its folder"),
+        ({"files": {"/etc/passwd": 3}}, "outside its folder"),
+        ({"files": {"C:\\a.parquet": 3}}, "outside its folder"),
+        ({"files": {"a.parquet": "3"}}, "no sizes of files"),
+        ({"files": {"a.parquet": -3}}, "no sizes of files"),
+        ({"files": ["a.parquet"]}, "no sizes of files"),
+        ({"files_sha256": {"a": 3}}, "no sizes of files"),
+        ({"files_sha256": "a"}, "no sizes of files"),
+        ({"revision": "main"}, "no commit of 40 hexadecimal digits"),
+        ({"revision": "../" * 10}, "no commit of 40 hexadecimal digits"),
+        ({"revision": "C" * 40}, "no commit of 40 hexadecimal digits"),
+        ({"revision": None}, "no commit of 40 hexadecimal digits"),
+    ],
+)
+def test_manifest_of_a_dataset_that_cannot_be(tmp_path, change, said):
+    for spec in ("fineweb-edu", "hf:owner/name/data"):
+        found = find_source(spec, tmp_path, KNOWN)
+        assert (found.parts[0].name, found.revision) == ("data/a.parquet", "c" * 40)
+        with pytest.raises(UserError, match=said):
+            find_source(spec, tmp_path, KNOWN | change)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="not a name there")
+def test_local_files_may_have_any_name(tmp_path):
+    (tmp_path / "C:\\a ..\n.txt").write_text("text")
+    (part,) = find(tmp_path, tmp_path).parts
+    assert part.path.read_text() == "text"

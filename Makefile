@@ -1,5 +1,6 @@
 # make demo    installs, prepares Python's own sources, trains a small GPT, plots and writes text
 # make test    installs what the tests need and runs them, but for the slow ones of make faults
+# make test-fast  the tests without processes, training and compilation: a minute
 # make faults  breaks everything on purpose and writes docs/reliability.md (half an hour)
 # make gpu-check  runs everything that needs a GPU at its true size and writes docs/gpu.md
 # make lint    style, format and types
@@ -7,13 +8,16 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test faults gpu-check lint clean
+.PHONY: demo test test-fast faults gpu-check lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n auto -m "not (slow and fault)"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not (slow and fault)" $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long" $(PYTEST_FLAGS)
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults

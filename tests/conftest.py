@@ -23,7 +23,8 @@ from gpt2.tokenizer import gpt2_tokenizer
 
 from . import forks
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 TINY = [
     "--n_layer=2",
     "--n_head=2",
@@ -57,11 +58,60 @@ def _precision_of_its_own():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
+# Files whose tests train, compile or start processes, nearly all of them; `make test-fast` leaves
+# them out, with the slow ones of other files.
+LONG = {
+    "checkpoint/test_async_writer",
+    "checkpoint/test_weights",
+    "commands/test_evaluate",
+    "commands/test_export",
+    "commands/test_profile_step",
+    "data/test_conversations",
+    "data/test_datasets",
+    "evaluate/test_tasks",
+    "huggingface/test_downloads",
+    "huggingface/test_hub",
+    "interpret/test_html_page_browser",
+    "prepare/test_multi_machine",
+    "prepare/test_run",
+    "prepare/test_run_exact",
+    "prepare/test_run_faults",
+    "prepare/test_tokenize_rows",
+    "serve/test_server",
+    "serve/test_server_page",
+    "test_benchmark_libraries",
+    "test_benchmarks",
+    "test_cli",
+    "test_cluster",
+    "test_compat",
+    "test_faults",
+    "test_files",
+    "test_forks",
+    "test_recipes",
+    "train/test_loop",
+    "train/test_loop_hellaswag",
+    "train/test_save",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Marks tests by file and by device; those with a time limit of their own begin.
+
+    They are the longest, and no worker is to end with one.
+    """
+    for item in items:
+        if item.path.relative_to(TESTS).with_suffix("").as_posix() in LONG:
+            item.add_marker(pytest.mark.long)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    items.sort(key=lambda item: -limit(item))
+
+
+def limit(item: pytest.Item) -> float:
+    """The seconds of a test's own time limit; 0 without one."""
+    marker = item.get_closest_marker("timeout")
+    return marker.args[0] if marker else 0
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +153,7 @@ def start_python(*arguments) -> subprocess.Popen | forks.Fork:
 
 
 def run_python(
-    *arguments, timeout=170, check=True, real=False, package=ROOT, **kwargs
+    *arguments, timeout=280, check=True, real=False, package=ROOT, **kwargs
 ) -> subprocess.CompletedProcess:
     """Runs `python ARGUMENTS` in the repository; fails the test with its output if it fails.
 

@@ -199,7 +199,7 @@ class Fork:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def communicate(self, timeout: float = 170) -> str:
+    def communicate(self, timeout: float = 280) -> str:
         """What else it says until it ends."""
         assert self.stdout
         with self.stdout:
@@ -257,7 +257,7 @@ def run(
     env: dict[str, str] | None = None,
     ranks: int = 0,
     input: str = "",
-    timeout: float = 170,
+    timeout: float = 280,
 ) -> subprocess.CompletedProcess:
     """As subprocess.run(["python", *arguments]) with captured text.
 

@@ -404,6 +404,7 @@ WITHOUT_TORCH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", WITHOUT_TORCH, ids=" ".join)
 def test_help_and_typos_are_answered_fast_and_without_torch(arguments):
     heavy = run_python("-X", "importtime", *arguments, check=False, real=True).stderr
@@ -421,6 +422,7 @@ def test_help_and_typos_are_answered_fast_and_without_torch(arguments):
     assert best < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [
     "import gpt2.train.loop",
     "from gpt2 import GPT2; GPT2(n_layer=1, n_head=2, n_embd=8, block_size=8).generate([1], 2)",

@@ -6,7 +6,7 @@ import tomllib
 import pytest
 import yaml
 
-from .conftest import ROOT
+from .conftest import LONG, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 SYSTEMS = {"ubuntu-latest": "Linux", "macos-latest": "MacOS", "windows-latest": "Windows"}
@@ -122,3 +122,7 @@ def test_paths_in_contributing_exist():
         assert list(ROOT.glob(name.rstrip("/"))), name
     packages = {p.parent.name for p in (ROOT / "gpt2").glob("*/__init__.py")}
     assert packages == set(re.findall(r"^\| `gpt2/(\w+)/` \|", text, re.MULTILINE))
+
+
+def test_files_of_long_tests_are_there():
+    assert all((ROOT / f"tests/{name}.py").exists() for name in LONG)

@@ -78,6 +78,7 @@ def hugging_face(model) -> transformers.GPT2LMHeadModel:
 PROMPTS = [[4, 5, 6], [7], list(range(20, 70)), [250, 3, 250, 3], [100] * 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}])
 @pytest.mark.parametrize("weights", ["random", "trained"])
 def test_greedy_equals_hugging_face(model, trained, weights, settings, monkeypatch):

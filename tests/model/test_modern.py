@@ -189,6 +189,7 @@ def test_what_does_not_fit_is_refused_by_name(switches, message):
         ModernConfig(**BASE, **switches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "normuon"])
 def test_interrupted_run_gives_the_same_bits(data_dir, tmp_path, optimizer):
     arguments = [*OPTIONS, "--n_layer=4", "--max_steps=8", "--save_every=3", "--schedule=wsd",

@@ -3,12 +3,13 @@
 # make test-fast  the tests without processes, training and compilation: a minute
 # make faults  breaks everything on purpose and writes docs/reliability.md (half an hour)
 # make gpu-check  runs everything that needs a GPU at its true size and writes docs/gpu.md
+# make soak    asks `gpt2 serve` with 64 clients for a minute, some of which hang up or read slowly
 # make lint    style, format and types
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-fast faults gpu-check lint clean
+.PHONY: demo test test-fast faults gpu-check soak lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
@@ -24,6 +25,9 @@ faults: $(VENV)/installed-dev
 
 gpu-check: $(VENV)/installed-dev
 	$(BIN)/python -m tests.gpu_check
+
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m tests.serve.soak
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

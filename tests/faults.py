@@ -57,6 +57,8 @@ CASES = {
          "the file or folder behind the link is unchanged"),
     31: ("server: clients that are silent, slow or gone", "they are closed at a time limit, with a "
          "line in the log; others are answered meanwhile; no traceback"),
+    32: ("server: many clients at once", "every text is the one that its request gets alone, up to "
+         "rounding; the memory stays level"),
 }  # fmt: skip
 
 

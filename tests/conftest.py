@@ -77,6 +77,7 @@ LONG = {
     "prepare/test_run_exact",
     "prepare/test_run_faults",
     "prepare/test_tokenize_rows",
+    "serve/test_connections",
     "serve/test_server",
     "serve/test_server_page",
     "test_benchmark_libraries",

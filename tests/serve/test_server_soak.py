@@ -12,7 +12,9 @@ from ..conftest import run_python
 @pytest.mark.fault(32, "64 clients for 60 s, of which a fifth hangs up and a fifth reads slowly")
 def test_a_minute_of_64_clients(record_property):
     """Nothing is lost or mixed up, and the memory stays level."""
-    done = run_python("-m", "tests.serve.soak", "--seconds=60", "--clients=64", timeout=550)
+    done = run_python(
+        "-m", "tests.serve.soak", "--seconds=60", "--clients=64", timeout=550, real=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["lost"], found["mixed"], found["tracebacks"]) == (0, 0, 0), found
     assert found["equal"] + found["rounded"] == found["sent"] > 200

@@ -163,13 +163,13 @@ def run_python(
     """
     words = [str(argument) for argument in arguments]
     kwargs = {"cwd": ROOT, "timeout": timeout, **kwargs}
-    if words[:3] == TORCHRUN and forks.AVAILABLE and not real:
-        kwargs["ranks"] = int(words[3].removeprefix("--nproc_per_node="))
-        del words[:4]
-    if real or not forks.AVAILABLE or words[:2] == TORCHRUN[:2]:
+    if real or not forks.AVAILABLE:
         kwargs |= {"capture_output": True, "text": True, "encoding": "utf-8"}
         done = subprocess.run([sys.executable, *words], check=False, **kwargs)
     else:
+        if words[:3] == TORCHRUN:
+            kwargs["ranks"] = int(words[3].removeprefix("--nproc_per_node="))
+            del words[:4]
         done = forks.run(words, package=package, **kwargs)
     if check and done.returncode:
         pytest.fail(f"{arguments} exited {done.returncode}\n{done.stdout}\n{done.stderr}")

@@ -9,12 +9,16 @@ process. One server runs for each pytest process, from the first use to the end 
 
     tests ── job, stdin, stdout, stderr ──> server ── fork ──> keeper ── fork ──> the program
       ^──────────────── pid, exit code ───────────────────────────┘
+
+The keeper kills the program when the connection ends. `sys.executable` of a fork is a command of a
+few milliseconds that asks the server for another fork, if it is to run a program of this project.
 """
 
 import atexit
 import contextlib
 import gc
 import json
+import math
 import os
 import runpy
 import select
@@ -48,9 +52,12 @@ LARGEST_JOB = 1 << 17  # bytes
 # ---- the server ---------------------------------------------------------------------------------
 
 
-def main():
-    """Serves until the tests end; returns in each fork, to run its program as the main one."""
+def main(place: Path):
+    """Serves until stdin ends; returns in each fork, to run its program as the main one."""
     sys.path[0] = ""  # not tests/
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(place / "socket"))
+    listener.listen()
     for name in PRELOADED:
         __import__(name)
     threads = len(os.listdir("/proc/self/task"))
@@ -59,47 +66,54 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # of a terminal: the programs get them, too
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
-    tests = socket.socket(fileno=0)
-    while True:
-        message, files, *_ = socket.recv_fds(tests, LARGEST_JOB, 4)
-        if not message:
-            return None
+    sys.executable = str(place / "python")
+    while listener in select.select([listener, 0], [], [])[0]:
+        asking, _ = listener.accept()
         if os.fork() == 0:
-            tests.detach()
-            return keep(json.loads(message), *files)
-        for file in files:
-            os.close(file)
+            listener.close()
+            return keep(asking)
+        asking.close()
+    return None
 
 
-def keep(job: dict, report: int, *streams: int) -> list[str]:
-    """Forks the program, in which this returns its arguments; reports how it ended."""
+def keep(asking: socket.socket) -> list[str]:
+    """Forks the program, in which this returns its arguments; tells how it ended."""
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
+    message, streams, *_ = socket.recv_fds(asking, LARGEST_JOB, 3)
+    job = json.loads(message)
     pid = os.fork()
     if pid == 0:
-        os.close(report)
+        asking.close()
         become(job, streams)
         return job["arguments"]
     for file in (0, 1, 2, *streams):
         os.close(file)
-    os.write(report, b"%d\n" % pid)
-    os.write(report, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    asking.send(b"%d" % pid)
+    if asking in select.select([asking, os.pidfd_open(pid)], [], [])[0]:  # nobody waits any more
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(OSError):
+        asking.send(b"%d" % code)
     os._exit(0)
 
 
-def become(job: dict, streams: tuple[int, ...]):
+def become(job: dict, streams: list[int]):
     """Takes over streams, environment and folder of the job."""
     for target, file in enumerate(streams):
         os.dup2(file, target)
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    environment = job["environment"]
     os.environ.clear()
-    os.environ.update(job["environment"])
+    os.environ.update(environment)
     os.chdir(job["folder"])
     tempfile.tempdir = None  # the environment may name another
-    sys.stdin, sys.stdout = (os.fdopen(n, mode, encoding="utf-8") for n, mode in enumerate("rw"))
+    lines = 1 if environment.get("PYTHONUNBUFFERED") else -1
+    sys.stdin = os.fdopen(0, encoding="utf-8")
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=lines)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
-    places = job["environment"].get("PYTHONPATH", "").split(os.pathsep)
+    places = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place]
 
 
@@ -147,50 +161,55 @@ def execute_and_exit(arguments: list[str]):
 class Server:
     """The process that is forked; starts at once, with the environment of the tests."""
 
-    def __init__(self, folder: Path):
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        places = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    def __init__(self, package: Path):
+        self._folder = tempfile.TemporaryDirectory()
+        place = Path(self._folder.name)
+        self.socket, self.python = place / "socket", place / "python"
+        self.python.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" -SE "{__file__}" relay "{self.socket}" '
+            f'"{sys.executable}" "$@"\n'
+        )
+        self.python.chmod(0o755)
+        places = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-        command = [sys.executable, str(Path(__file__).resolve())]
-        self._process = subprocess.Popen(command, cwd=folder, env=environment, stdin=theirs)
-        theirs.close()
-
-    def start(self, arguments, folder, environment, streams) -> "Fork":
-        """A program that runs; `streams` are the numbers of its stdin, stdout and stderr."""
-        job = {"arguments": arguments, "folder": str(folder), "environment": environment}
-        message = json.dumps(job).encode()
-        assert len(message) < LARGEST_JOB
-        reader, writer = os.pipe()
-        try:
-            socket.send_fds(self._socket, [message], [writer, *streams])
-        finally:
-            os.close(writer)
-        return Fork(reader)
+        command = [sys.executable, __file__, "serve", str(place)]
+        self._process = subprocess.Popen(
+            command, cwd=package, env=environment, stdin=subprocess.PIPE
+        )
+        while not self.socket.exists():
+            assert self._process.poll() is None, "the server of forks did not start"
+            time.sleep(0.01)
 
     def close(self):
         """Ends the server; its forks run on."""
-        self._socket.close()
-        self._process.wait()
+        self._process.communicate()
+        self._folder.cleanup()
 
 
 class Fork:
     """A program that runs, with the names of subprocess.Popen."""
 
-    def __init__(self, report: int):
-        self._report = os.fdopen(report, "rb", buffering=0)
-        self.pid = int(self._report.readline())
+    def __init__(self, server: Path, arguments, folder, environment, streams):
+        """`streams` are the numbers of its stdin, stdout and stderr."""
+        job = {"arguments": arguments, "folder": str(folder), "environment": environment}
+        message = json.dumps(job).encode()
+        assert len(message) < LARGEST_JOB
+        self._keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._keeper.connect(str(server))
+        socket.send_fds(self._keeper, [message], streams)
+        self.pid = int(self._keeper.recv(99))
         self.returncode: int | None = None
         self.stdout: TextIO | None = None  # of `popen`
 
     def fileno(self) -> int:
         """What `select` finds readable when the program has ended."""
-        return self._report.fileno()
+        return self._keeper.fileno()
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
         if self.returncode is None and select.select([self], [], [], 0)[0]:
-            self.returncode = int(self._report.readline())
-            self._report.close()
+            self.returncode = int(self._keeper.recv(99))
+            self._keeper.close()
         return self.returncode
 
     def send_signal(self, number: int):
@@ -243,7 +262,7 @@ def popen(arguments: list[str], *, package: Path, cwd: Path) -> Fork:
     reader, writer = os.pipe()
     with open(os.devnull) as nothing:
         streams = (nothing.fileno(), writer, 2)
-        fork = server(package).start(arguments, cwd, dict(os.environ), streams)
+        fork = Fork(server(package).socket, arguments, cwd, dict(os.environ), streams)
     os.close(writer)
     fork.stdout = os.fdopen(reader, encoding="utf-8")
     return fork
@@ -273,9 +292,8 @@ def run(
         given.seek(0)
         streams = (given.fileno(), out.fileno(), err.fileno())
         environment = dict(os.environ if env is None else env)
-        started = [
-            server(package).start(arguments, cwd, environment | more, streams) for more in extra
-        ]
+        place = server(package).socket
+        started = [Fork(place, arguments, cwd, environment | more, streams) for more in extra]
         try:
             code = wait_for_all(started, time.monotonic() + timeout)
         finally:
@@ -289,11 +307,12 @@ def run(
     return subprocess.CompletedProcess(arguments, code, *said)
 
 
-def wait_for_all(forks: list[Fork], deadline: float) -> int | None:
+def wait_for_all(forks: list[Fork], deadline: float = math.inf) -> int | None:
     """The exit code of the first that fails, or 0; None after the deadline."""
     failed = 0
     while running := [fork for fork in forks if fork.returncode is None]:
-        ended = select.select(running, [], [], max(0, deadline - time.monotonic()))[0]
+        left = None if deadline == math.inf else max(0, deadline - time.monotonic())
+        ended = select.select(running, [], [], left)[0]
         if not ended:
             return None
         for fork in ended:
@@ -304,7 +323,33 @@ def wait_for_all(forks: list[Fork], deadline: float) -> int | None:
     return failed
 
 
+# ---- `sys.executable` of a fork -----------------------------------------------------------------
+
+
+def relay(server: Path, python: str, arguments: list[str]):
+    """Runs a program of this project as a fork, and passes signals and the exit code on."""
+    environment = dict(os.environ)
+    words = list(arguments)
+    if words[:1] == ["-u"]:  # as torchrun starts its ranks
+        environment["PYTHONUNBUFFERED"] = words.pop(0)
+    module = words[1] if words[:1] == ["-m"] else ""
+    ours = module.split(".")[0] in ("gpt2", "benchmarks") or module == "torch.distributed.run"
+    if not ours and not (words and Path(words[0]).name == "train_gpt2.py"):
+        os.execv(python, [python, *arguments])
+    fork = Fork(server, words, os.getcwd(), environment, (0, 1, 2))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda n, _: fork.send_signal(n))
+    code = wait_for_all([fork]) or 0
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    program = main()
+    role, where, *more = sys.argv[1:]
+    if role == "relay":
+        relay(Path(where), more[0], more[1:])
+    program = main(Path(where))
     if program is not None:
         execute_and_exit(program)

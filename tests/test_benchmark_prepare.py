@@ -10,7 +10,7 @@ from .conftest import run_python
 @pytest.mark.slow
 def test_a_small_comparison(tmp_path):
     done = run_python("-m", "benchmarks.prepare", f"--out_dir={tmp_path}", "--megabytes=2",
-                      "--repeats=1", "--shard_tokens=100000")  # fmt: skip
+                      "--repeats=1", "--shard_tokens=100000", real=True)  # fmt: skip
     assert "same shards: True" in done.stdout
     assert len(done.stdout.splitlines()) == 3 + 2 + 3
     summary, *rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())

@@ -1,6 +1,7 @@
 """The cluster files for training: checked by the launchers' own schemas, their commands run here.
 
-`srun` and `scontrol` are stand-ins of a line each; torchrun, bash and the training are real.
+`srun` and `scontrol` are stand-ins of a line each; torchrun, bash and the training are real, but
+Python is forked (tests/forks.py), by torchrun as well.
 """
 
 import os
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+from . import forks
 from .conftest import ROOT
 from .test_elastic import BATCH
 from .train.test_loop import metrics
@@ -19,7 +21,7 @@ from .train.test_loop import metrics
 CLUSTER = ROOT / "configs/cluster"
 SMALL = [*BATCH, "--eval_every=0", "--save_every=2"]
 COMMANDS = {
-    "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"',
+    "torchrun": 'exec "$PYTHON" -m torch.distributed.run "$@"',
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "scontrol": 'if [[ $1 == show ]]; then echo localhost; else echo "$@" >> scontrol.log; fi',
 }
@@ -39,7 +41,8 @@ def place(tmp_path, data_dir):
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return tmp_path, {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    python = str(forks.server(ROOT).python) if forks.AVAILABLE else sys.executable
+    return tmp_path, {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHON": python}
 
 
 def read_yaml(name):

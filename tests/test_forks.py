@@ -31,6 +31,14 @@ PROGRAMS = {
         "import signal; print([signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGCHLD)])"
     ),
     "child": "import subprocess; print(subprocess.run(['sh', '-c', 'echo $X; exit 3']))",
+    "child of ours": (
+        "import subprocess, sys; print(subprocess.run([sys.executable, '-m', 'gpt2', 'trian'],"
+        "stderr=subprocess.PIPE, text=True).stderr)"
+    ),
+    "child that is killed": (
+        "import subprocess, sys; print(subprocess.run([sys.executable, '-c',"
+        "'import os; os.kill(os.getpid(), 9)']).returncode)"
+    ),
     "environment": "import os; print(sorted(os.environ.items()))",
     "folder": "import os, sys; print(os.getcwd(), sys.path[0] == '')",
 }
@@ -93,8 +101,7 @@ def test_ranks_end_when_one_fails():
 def test_a_running_fork_takes_signals_and_is_read():
     code = (
         "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(9))\n"
-        "print('ready', flush=True)\n"
-        "try: time.sleep(99)\n"
+        "try: print('ready', flush=True); time.sleep(99)\n"
         "finally: print('rest')"
     )
     fork = start_python("-c", code)
@@ -104,6 +111,34 @@ def test_a_running_fork_takes_signals_and_is_read():
     assert fork.communicate() == "rest\n"
     assert fork.poll() == fork.returncode == 9
     fork.send_signal(signal.SIGTERM)  # to one that has ended: nothing
+
+
+STARTER = """
+import signal, subprocess, sys, time
+command = [sys.executable, "-u", "-m", "benchmarks.waiting", *sys.argv[1:]]
+child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+print(child.stdout.readline(), child.stdout.readline(), sep="", end="", flush=True)
+child.send_signal(signal.Signals[sys.argv[1]])
+print(child.wait(), child.stdout.read())
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 7), ("SIGKILL", -9)])
+def test_a_program_that_a_fork_starts_is_a_fork_too(name, code, tmp_path):
+    """It has torch without an import, gets signals, and ends with its stand-in."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/waiting.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: exit(7))\n"
+        "print('torch' in sys.modules)\nprint(os.getpid())\ntime.sleep(99)\n"
+    )
+    done = run_python("-c", STARTER, name, cwd=tmp_path)
+    imported, pid, result = done.stdout.split()
+    assert (imported, result) == ("True", str(code))
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_torch_is_there_before_the_program_begins():

@@ -19,6 +19,7 @@ from gpt2.api import GPT2
 from gpt2.config.model import GPT2Config
 from gpt2.train.setup import network
 
+from .. import forks
 from ..conftest import ROOT
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 128}
@@ -54,12 +55,16 @@ class Server:
         options: of `gpt2 serve`.
         key: the API key.
         seconds: time limit of headers, bodies and unread answers, instead of the real ones.
+        fork: by tests/forks.py, which is faster; not where the end of a process is tested.
     """
 
-    def __init__(self, path: Path, *options: str, key: str = "", seconds: float = 0):
+    def __init__(
+        self, path: Path, *options: str, key: str = "", seconds: float = 0, fork: bool = False
+    ):
         env = {**os.environ, "PYTHONPATH": str(ROOT), "GPT2_API_KEY": key}
         gpt2 = ["-c", LOWERED, str(seconds)] if seconds else ["-m", "gpt2"]
-        command = [sys.executable, *gpt2, "serve", str(path), "--port=0", "--device=cpu", *options]
+        python = forks.server(ROOT).python if fork and forks.AVAILABLE else sys.executable
+        command = [python, *gpt2, "serve", str(path), "--port=0", "--device=cpu", *options]
         self.process = subprocess.Popen(
             command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

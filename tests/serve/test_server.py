@@ -40,7 +40,7 @@ def model(tmp_path_factory) -> GPT2:
 
 @pytest.fixture(scope="module")
 def server(model):
-    running = Server(model.path, "--name=tiny", "--slots=8", "--max_queue=100")
+    running = Server(model.path, "--name=tiny", "--slots=8", "--max_queue=100", fork=True)
     yield running
     running.stop()
 
@@ -225,7 +225,7 @@ def test_old_messages_are_left_out_on_demand(server):
 
 def test_a_client_that_goes_away_frees_its_slot(tmp_path):
     save_model(tmp_path / "long.pt", GPT2Config(**{**SHAPE, "block_size": 8192}))
-    server = Server(tmp_path / "long.pt", "--name=tiny", "--slots=1", "--max_queue=1")
+    server = Server(tmp_path / "long.pt", "--name=tiny", "--slots=1", "--max_queue=1", fork=True)
     try:  # an answer of 8,000 tokens takes seconds: nothing below comes too late
         given = {"model": "tiny", "prompt": "a", "max_tokens": 8000, "temperature": 0}
         slow = [{**given, "n": 2}]  # one is written, one waits: nothing else fits
@@ -286,7 +286,7 @@ def test_a_port_in_use_and_a_missing_package_are_one_line(model, capsys, monkeyp
 def test_a_model_with_switches_is_served_and_one_with_documents_only_completes(tmp_path):
     modern = ModernConfig(**SHAPE, positions="rotary", norm="rmsnorm", document_mask=True)
     model = save_model(tmp_path / "m.pt", modern)
-    server = Server(tmp_path / "m.pt")
+    server = Server(tmp_path / "m.pt", fork=True)
     try:
         done = server.client.completions.create(
             model="m", prompt="Once", max_tokens=12, temperature=0

@@ -21,7 +21,7 @@ EVIL = '<img src=x onerror="window.harmed=1"><script>window.harmed=1</script>&am
 def server(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "m.pt"
     save_model(path, GPT2Config(**{**SHAPE, "block_size": 8192}))
-    running = Server(path, "--name=tiny", "--chat=True")
+    running = Server(path, "--name=tiny", "--chat=True", fork=True)
     yield running
     running.stop()
 
@@ -202,7 +202,7 @@ def test_errors_are_said_and_tried_again(page):
 
 def test_the_page_asks_for_a_key_and_says_that_a_model_cannot_chat(browser, server, tmp_path):
     save_model(tmp_path / "base.pt")
-    other = Server(tmp_path / "base.pt", key="secret")
+    other = Server(tmp_path / "base.pt", key="secret", fork=True)
     try:
         page = browser.new_page()
         page.goto(other.url)

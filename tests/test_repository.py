@@ -78,8 +78,11 @@ def test_workflow_runs_what_make_runs():
     assert set(found[True]) == {"push", "pull_request"}
     steps = [step.get("run", "") for job in found["jobs"].values() for step in job["steps"]]
     assert "make lint" in steps
-    (pytest_of_make,) = re.findall(r"\$\(BIN\)/python (-m pytest .*)", read("Makefile"))
-    assert f"python {pytest_of_make}" in steps
+    makefile = read("Makefile").replace("$(PYTEST_FLAGS)", "--durations=20")
+    pytest_of_make = re.search(
+        r"^test:.*\n\t\$\(BIN\)/python (-m pytest .*)", makefile, re.MULTILINE
+    )
+    assert f"python {pytest_of_make[1]}" in steps
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])

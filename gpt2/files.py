@@ -135,7 +135,8 @@ def leftovers(folder: Path, name: str) -> list[Path]:
         name: of the result, or a pattern of `glob`.
     """
     ends = (".tmp", f".{'[0-9a-f]' * TEMPORARY_DIGITS}.tmp")  # the first is of older versions
-    return sorted(path for end in ends for path in folder.glob(name + end))
+    # A set: `step_*.tmp` also finds names that have digits before the end.
+    return sorted({path for end in ends for path in folder.glob(name + end)})
 
 
 def _temporary(path: Path) -> Path:

@@ -236,9 +236,13 @@ def test_hostile_state_is_refused(model, tmp_path, monkeypatch):
 
 def test_clean_removes_what_a_crash_left(model, tmp_path):
     save(tmp_path, model, 1)
-    (tmp_path / "state/step_00000002.tmp").mkdir()
+    for name in ("step_00000002.tmp", "step_00000003.0123abcd.tmp"):  # older versions', and ours
+        (tmp_path / "state" / name).mkdir()
+        (tmp_path / "state" / name / "half").touch()
     (tmp_path / "out_ckpt.pt.tmp").write_bytes(b"half")
-    assert sorted(run_folder.clean(tmp_path)) == ["out_ckpt.pt.tmp", "step_00000002.tmp"]
+    assert sorted(run_folder.clean(tmp_path)) == [
+        "out_ckpt.pt.tmp", "step_00000002.tmp", "step_00000003.0123abcd.tmp",
+    ]  # fmt: skip
     assert training_state.find_state(tmp_path, "auto")[0].step == 1
 
 

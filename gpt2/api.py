@@ -80,8 +80,10 @@ class TextModel(LanguageModel):
         for note in found.notes:
             console.warn(f"{found.origin}: {note}")
         fitting = model_class(found.config)
+        # A subclass is kept. `SwitchedGPT2` refuses GPT-2's config by itself.
+        kind = cls if fitting is GPT2 or fitting in cls.__mro__ else fitting
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
-            model = (cls if fitting is GPT2 or fitting in cls.__mro__ else fitting)(found.config)
+            model = kind(found.config)
         model_file.load_into(model, found.state, found.origin)
         return cast(Self, model.to(choose_device(device)).eval())
 

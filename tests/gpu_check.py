@@ -72,29 +72,20 @@ def benchmark(name: str, *arguments: str) -> Check:
     return Check(name, ["-m", f"benchmarks.{name}", *arguments], alone=True)
 
 
+def pytest(name: str, marked: str, *arguments: str, **more: Any) -> Check:
+    """Tests with these marks."""
+    quiet = ["-q", "-p", "no:cacheprovider"]
+    return Check(name, ["-m", "pytest", *quiet, "-m", marked, *arguments], **more)
+
+
+PARALLEL = "tests/test_gpu_parallel.py"
+ONE_GPU = ["tests", f"--ignore={PARALLEL}", "--continue-on-collection-errors"]
 MODEL = "{work}/train/out_ckpt.pt"
 AGAIN, LARGE = "--activation_checkpointing=True", "--grad_accum_steps=2"
 MODERN, FP8 = "--config=configs/speedrun.toml", "--fp8=head"
 XL = ["--size=gpt2-xl", AGAIN, LARGE]
 CHECKS = [
-    Check(
-        "pytest -m gpu -n 4",
-        [
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "gpu and not alone",
-            "-n",
-            "4",
-            "tests",
-            "--ignore=tests/test_gpu_parallel.py",
-            "--continue-on-collection-errors",
-        ],
-        seconds=420,
-    ),
+    pytest("pytest -m gpu -n 4", "gpu and not alone", *ONE_GPU, "-n", "4", seconds=420),
     train(
         "train",
         "--compile_model=True",
@@ -178,20 +169,10 @@ CHECKS = [
     gpt2("inspect", "inspect", MODEL, "The cat sat", "--out={work}/inspect.html"),
     gpt2("profile", "profile", "--batch_size=64", "--grad_accum_steps=1", after=""),
     Check("serve", ["-m", "tests.gpu_check", "--serve={work}/train/out_ckpt.pt"], after="train"),
-    Check(
+    pytest(
         "pytest -m gpu, tests that want the card for themselves",
-        [
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "gpu and alone",
-            "tests",
-            "--ignore=tests/test_gpu_parallel.py",
-            "--continue-on-collection-errors",
-        ],
+        "gpu and alone",
+        *ONE_GPU,
         alone=True,
     ),
     benchmark("throughput", "--steps=10", "--warmup=5"),
@@ -230,21 +211,7 @@ CHECKS = [
         FP8,
     ),
     ranks("ranks: fsdp, speedrun.toml", MODERN, "--parallel=fsdp", "--total_batch_tokens=0", LARGE),
-    Check(
-        "ranks: pytest tests/test_gpu_parallel.py",
-        [
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "gpu",
-            "tests/test_gpu_parallel.py",
-        ],
-        ranks=True,
-        seconds=600,
-    ),
+    pytest("ranks: pytest tests/test_gpu_parallel.py", "gpu", PARALLEL, ranks=True, seconds=600),
 ]
 
 

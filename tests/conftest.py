@@ -58,8 +58,8 @@ def _precision_of_its_own():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-# Files whose tests train, compile or start processes, nearly all of them; `make test-fast` leaves
-# them out, with the slow ones of other files.
+# Files most of whose tests train, compile, start processes or try many inputs; `make test-fast`
+# leaves them out, with the slow tests of other files.
 LONG = {
     "checkpoint/test_async_writer",
     "checkpoint/test_weights",
@@ -72,11 +72,14 @@ LONG = {
     "huggingface/test_downloads",
     "huggingface/test_hub",
     "interpret/test_html_page_browser",
+    "model/test_modern_cache",
+    "prepare/test_fast_tokenizer",
     "prepare/test_multi_machine",
     "prepare/test_run",
     "prepare/test_run_exact",
     "prepare/test_run_faults",
     "prepare/test_tokenize_rows",
+    "report/test_plot",
     "serve/test_connections",
     "serve/test_server",
     "serve/test_server_page",
@@ -88,6 +91,7 @@ LONG = {
     "test_faults",
     "test_files",
     "test_forks",
+    "test_fuzz",
     "test_recipes",
     "train/test_loop",
     "train/test_loop_hellaswag",

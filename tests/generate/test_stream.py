@@ -268,6 +268,7 @@ def test_padded_ids_are_never_written(gpt2):
     assert max(max(row) for row in out) < 50257
 
 
+@pytest.mark.slow
 def test_default_is_gpt2():
     with torch.device("meta"):
         assert GPT2().num_parameters() == 124_439_808

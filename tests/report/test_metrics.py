@@ -267,6 +267,7 @@ for resume, steps in ((None, (1, 2)), (1, (2,))):
     return process.stdout
 
 
+@pytest.mark.slow
 def test_wandb_without_an_account_stays_offline_and_resumes(tmp_path):
     pytest.importorskip("wandb")
     out = run_apart(tmp_path, "wandb")
@@ -278,6 +279,7 @@ def test_wandb_without_an_account_stays_offline_and_resumes(tmp_path):
     assert all(b"loss" in file.read_bytes() for file in files)
 
 
+@pytest.mark.slow
 def test_wandb_mode_of_the_user_counts(tmp_path):
     pytest.importorskip("wandb")
     assert "no API key" not in run_apart(tmp_path, "wandb", WANDB_MODE="disabled")
@@ -285,6 +287,7 @@ def test_wandb_mode_of_the_user_counts(tmp_path):
     assert not (tmp_path / "wandb_id.txt").exists()
 
 
+@pytest.mark.slow
 def test_trackio_keeps_one_local_run(tmp_path):
     pytest.importorskip("trackio")
     run_apart(tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "db"))

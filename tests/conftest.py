@@ -69,6 +69,7 @@ LONG = {
     "data/test_conversations",
     "data/test_datasets",
     "evaluate/test_tasks",
+    "generate/test_stream",
     "huggingface/test_downloads",
     "huggingface/test_hub",
     "interpret/test_html_page_browser",
@@ -92,11 +93,22 @@ LONG = {
     "test_files",
     "test_forks",
     "test_fuzz",
+    "test_links",
     "test_recipes",
     "train/test_loop",
     "train/test_loop_hellaswag",
     "train/test_save",
 }
+
+
+def is_long(path: Path) -> bool:
+    """Whether a file of tests is in LONG."""
+    return path.relative_to(TESTS).with_suffix("").as_posix() in LONG
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Without long tests their files are not imported: openai and others take seconds."""
+    return True if "not long" in config.option.markexpr and is_long(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
@@ -106,7 +118,7 @@ def pytest_collection_modifyitems(items):
     They are the longest, and no worker is to end with one.
     """
     for item in items:
-        if item.path.relative_to(TESTS).with_suffix("").as_posix() in LONG:
+        if is_long(item.path):
             item.add_marker(pytest.mark.long)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

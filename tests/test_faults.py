@@ -322,7 +322,7 @@ def test_other_locale_and_no_home(data_dir, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "PYTHONUTF8")}
     environment |= {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0"}
     argv = [f"--data_dir={folder}", f"--out_dir={folder}/out", *TINY, "--max_steps=2"]
-    run_python("train_gpt2.py", *argv, env=environment)
+    run_python("train_gpt2.py", *argv, env=environment, real=True)
     assert sorted(metrics(folder / "out")) == [1, 2]
 
 
@@ -370,7 +370,16 @@ def test_signal_in_any_phase(phase, data_dir, tmp_path):
     out = f"--out_dir={tmp_path / 'out'}"
     module, function, call = PHASES[phase]
     done = run_python(
-        "-c", SIGNALLED, module, function, str(call), str(int(sent)), *argv, out, check=False
+        "-c",
+        SIGNALLED,
+        module,
+        function,
+        str(call),
+        str(int(sent)),
+        *argv,
+        out,
+        check=False,
+        real=True,
     )
     assert done.returncode == 128 + sent, done.stderr
     stopped = int(done.stdout.split("stopped at step ")[1].split(";")[0])

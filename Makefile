@@ -5,11 +5,12 @@
 # make gpu-check  runs everything that needs a GPU at its true size and writes docs/gpu.md
 # make soak    asks `gpt2 serve` with 64 clients for a minute, some of which hang up or read slowly
 # make lint    style, format and types
+# make lock    pins all packages by sha256 in requirements/ (needs uv)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-fast faults gpu-check soak lint clean
+.PHONY: demo test test-fast faults gpu-check soak lint lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
@@ -33,6 +34,13 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate
+LOCK += --custom-compile-command "make lock" --upgrade pyproject.toml requirements/build.in
+
+lock:
+	$(LOCK) -o requirements/run.txt
+	$(LOCK) --extra dev -o requirements/dev.txt
 
 clean:
 	rm -rf $(VENV) out data .pytest_cache .ruff_cache .mypy_cache

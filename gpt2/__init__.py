@@ -19,8 +19,10 @@ def _version() -> str:
     from importlib import metadata
     from pathlib import Path
 
+    from .errors import DISTRIBUTION
+
     try:
-        return metadata.version("gpt2")
+        return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         project = Path(__file__).parent.parent / "pyproject.toml"
         return tomllib.loads(project.read_text("utf-8"))["project"]["version"]

@@ -26,7 +26,7 @@ from .config.commands import (
 )
 from .config.finetune import FinetuneConfig
 from .config.train import TrainConfig
-from .errors import UserError
+from .errors import UserError, install_command
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
@@ -199,7 +199,8 @@ def serve(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
             raise
-        raise UserError(f'{error.name} is not installed; run: pip install -e ".[serve]"') from None
+        way_out = install_command("serve")
+        raise UserError(f"{error.name} is not installed; run: {way_out}") from None
     return run(path, config)
 
 
@@ -236,7 +237,7 @@ def lm_eval(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "lm_eval":
             raise
-        raise UserError('lm_eval is not installed; run: pip install -e ".[eval]"') from None
+        raise UserError(f"lm_eval is not installed; run: {install_command('eval')}") from None
     return main(argv[0], argv[1:])
 
 

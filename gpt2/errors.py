@@ -1,5 +1,16 @@
 """Errors that a person can correct, and how an outside error becomes one line."""
 
+from pathlib import Path
+
+DISTRIBUTION = "gpt2-from-scratch"  # the package index has another project under the name gpt2
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra, in a clone or beside a wheel."""
+    if (Path(__file__).parent.parent / "pyproject.toml").is_file():
+        return f'pip install -e ".[{extra}]"'
+    return f'pip install "{DISTRIBUTION}[{extra}]"'
+
 
 def first_line(error: BaseException, silent: str = "") -> str:
     """The first line of an error's text, at most 200 characters.

@@ -5,6 +5,11 @@ import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from gpt2 import errors
+from gpt2.errors import install_command
 
 from .conftest import LONG, ROOT
 
@@ -129,3 +134,79 @@ def test_paths_in_contributing_exist():
 
 def test_files_of_long_tests_are_there():
     assert all((ROOT / f"tests/{name}.py").exists() for name in LONG)
+
+
+# ---- what is installed ---------------------------------------------------------------------------
+
+
+def loose_actions(text: str) -> list[str]:
+    """Actions of a workflow that are not pinned to a commit, with the version in a comment."""
+    uses = re.findall(r"^\s*-? *uses: *(.*)$", text, re.MULTILINE)
+    assert uses
+    return [line for line in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}  # v\d[\d.]*", line)]
+
+
+def test_actions_are_pinned_to_commits():
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        assert loose_actions(path.read_text("utf-8")) == []
+    assert loose_actions("- uses: actions/checkout@v4\n") == ["actions/checkout@v4"]
+
+
+def loose_pins(text: str, wanted: list[str]) -> list[str]:
+    """What is wrong with a file of pinned packages, for these requirements of pyproject.toml."""
+    pins: dict[str, list[str]] = {}
+    wrong = []
+    for block in re.split(r"\n(?=[^\s])", text):
+        if block.startswith("#"):
+            continue
+        first, _, rest = block.partition("\n")
+        match = re.fullmatch(r"([\w.-]+)==([\w.+!-]+)( ; [^\\]+)? \\", first)
+        hashes = re.findall(r"--hash=sha256:[0-9a-f]{64}\b", rest)
+        if not match or not hashes or rest.count("--hash") != len(hashes):
+            wrong.append(f"not pinned by sha256: {first}")
+        else:
+            pins.setdefault(canonicalize_name(match[1]), []).append(match[2])
+    for requirement in map(Requirement, wanted):
+        found = pins.get(canonicalize_name(requirement.name), [])
+        if not found or not all(requirement.specifier.contains(version) for version in found):
+            wrong.append(f"{requirement} is pinned to {found}")
+    return wrong
+
+
+def wanted_by(extras: list[str]) -> list[str]:
+    found = list(PROJECT["dependencies"])
+    for extra in extras:
+        found += PROJECT["optional-dependencies"][extra]
+    return [line for line in found if not line.startswith(PROJECT["name"])]
+
+
+@pytest.mark.parametrize(("name", "extras"), [
+    ("run", []), ("dev", ["dev", "eval", "fast", "serve", "track"]),
+])  # fmt: skip
+def test_every_package_is_pinned_by_hash(name, extras):
+    text, wanted = read(f"requirements/{name}.txt"), wanted_by(extras)
+    assert loose_pins(text, wanted) == []
+    assert "://" not in text
+    assert f"requirements/{name}.txt" in read("CONTRIBUTING.md") + read("README.md")
+    torch = re.search(r"^torch==.*\n", text, re.MULTILINE)[0]
+    assert loose_pins(text.replace(torch, "torch==2.0.0 \\\n"), wanted)
+    assert loose_pins(text.replace(torch, "torch>=2.0 \\\n"), wanted)
+    assert loose_pins(text.replace("    --hash=sha256:", "    --hash=md5:", 1), wanted)
+    assert loose_pins(text, [*wanted, "nobody-has-this>=1"])
+
+
+def test_hints_name_our_own_package(tmp_path, monkeypatch):
+    """And not gpt2, which is another project on the package index."""
+    assert PROJECT["name"] == errors.DISTRIBUTION
+    assert install_command("track") == 'pip install -e ".[track]"'
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "gpt2/errors.py"))  # as in a wheel
+    assert install_command("track") == f'pip install "{PROJECT["name"]}[track]"'
+    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "gpt2").rglob("*.py"))
+    for extra in re.findall(r"install_command\(['\"](\w+)['\"]\)", sources):
+        assert extra in PROJECT["optional-dependencies"]
+    documents = [read("README.md"), *(p.read_text("utf-8") for p in (ROOT / "docs").glob("*.md"))]
+    for text in (sources, *documents):
+        assert not re.search(r"pip install ['\"]?gpt2\b(?!-)", text)
+    for text in documents:
+        for extra in re.findall(r'pip install -e "\.\[(\w+)\]"', text):
+            assert extra in PROJECT["optional-dependencies"]

@@ -92,6 +92,11 @@ def test_version_is_that_of_the_wheel(place, wheel):
     assert call(place, "gpt2", "--version") == f"gpt2 {wheel.name.split('-')[1]}\n"
 
 
+def test_hints_fit_a_wheel(place):
+    code = "from gpt2.errors import install_command; print(install_command('track'))"
+    assert call(place, "python", "-c", code) == 'pip install "gpt2-from-scratch[track]"\n'
+
+
 def test_the_clone_is_not_seen(place):
     found = Path(call(place, "python", "-c", "import gpt2; print(gpt2.__file__)").strip())
     assert found.is_relative_to(place[0].parent)

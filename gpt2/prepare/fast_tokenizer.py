@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..huggingface.tokenizer_files import tokenizer_json
 from ..tokenizer import END_OF_TEXT, Tokenizer
 
@@ -72,8 +72,8 @@ def tokenizer_class(choice: str) -> type[Tokenizer]:
     except ImportError as error:
         if choice == "gigatoken":
             raise UserError(
-                f"--tokenizer=gigatoken: cannot be loaded ({error}); run: pip install gigatoken, "
-                "or use --tokenizer=tiktoken"
+                f"--tokenizer=gigatoken: cannot be loaded ({error}); run: "
+                f"{install_command('fast')}, or use --tokenizer=tiktoken"
             ) from None
         return Tokenizer
     return FastTokenizer

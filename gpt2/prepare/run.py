@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config.commands import PrepareConfig
-from ..errors import DamagedFile, UserError
+from ..errors import DamagedFile, UserError, install_command
 from ..report.console import log
 from ..tokenizer import Tokenizer
 from .estimate import forecast, limit_name, limit_text
@@ -69,7 +69,7 @@ def make_shards(job: ShardJob) -> None:
     limit = job.config.shard_limit * job.manifest["shard_tokens"] or math.inf
     done = job.manifest["tokens"]
     if job.config.tokenizer == "auto" and tokenizer_class("auto") is Tokenizer:
-        log('tokenising with tiktoken; faster with gigatoken: pip install -e ".[fast]"')
+        log(f"tokenising with tiktoken; faster with gigatoken: {install_command('fast')}")
     bar = tqdm(unit=" tokens", unit_scale=True, initial=done, disable=None, dynamic_ncols=True)
     rows = encode_rows(job.source, cutter.start, job.config.num_workers, job.config.tokenizer)
     with bar, closing(rows) as stream:

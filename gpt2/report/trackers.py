@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ..errors import UserError
+from ..errors import UserError, install_command
 from ..files import write_atomically
 
 PROJECT = "gpt2"
@@ -136,7 +136,8 @@ def check_names(text: str) -> list[str]:
             hint = f"did you mean {close[0]}?" if close else f"use {', '.join(SINKS)}"
             raise UserError(f"--log_to={name}: unknown; {hint}")
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--log_to={name} needs the package {name}; pip install 'gpt2[track]'")
+            way_out = install_command("track")
+            raise UserError(f"--log_to={name} needs the package {name}; run: {way_out}")
     return names
 
 

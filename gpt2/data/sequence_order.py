@@ -145,7 +145,7 @@ class SequenceOrder:
         if epoch == 0 or not self.shuffle:
             return 0
         left_over = (self.shards[shard].tokens - 1) % self.block_size
-        return int(self._random(1, epoch, len(self.shards) + 1 + shard)[0] % (left_over + 1))
+        return int(self._random(1, epoch, len(self.shards) + 1 + shard)[0]) % (left_over + 1)
 
     def _permutation(self, count: int, epoch: int, stream: int) -> np.ndarray:
         """A permutation of 0 … count - 1 that is equal on every machine and numpy version.

@@ -16,11 +16,14 @@ few milliseconds that asks the server for another fork, if it is to run a progra
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import json
 import math
 import os
+import random
 import runpy
+import secrets
 import select
 import signal
 import socket
@@ -47,6 +50,7 @@ PRELOADED = (
     "gpt2.train.loop",
 )
 LARGEST_JOB = 1 << 17  # bytes
+GRACE = 30  # seconds from SIGTERM to SIGKILL, as torchrun gives its ranks
 
 
 # ---- the server ---------------------------------------------------------------------------------
@@ -56,8 +60,9 @@ def main(place: Path):
     """Serves until stdin ends; returns in each fork, to run its program as the main one."""
     sys.path[0] = ""  # not tests/
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(place / "socket"))
+    listener.bind(str(place / "bound"))
     listener.listen()
+    (place / "bound").rename(place / "socket")  # what is there can be connected to
     for name in PRELOADED:
         __import__(name)
     threads = len(os.listdir("/proc/self/task"))
@@ -109,10 +114,12 @@ def become(job: dict, streams: list[int]):
     os.environ.update(environment)
     os.chdir(job["folder"])
     tempfile.tempdir = None  # the environment may name another
+    random.seed()  # not the numbers of all other forks
     lines = 1 if environment.get("PYTHONUNBUFFERED") else -1
     sys.stdin = os.fdopen(0, encoding="utf-8")
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=lines)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    faulthandler.register(signal.SIGUSR2)  # a test that waits too long sees where its forks stand
     places = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place]
 
@@ -244,10 +251,15 @@ def close():
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nobody listens at.
+
+    Below those that the system gives to connections: one of them could take the port before rank 0.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = 10_000 + secrets.randbelow(22_000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def rank_environments(ranks: int) -> list[dict[str, str]]:
@@ -296,6 +308,10 @@ def run(
         started = [Fork(place, arguments, cwd, environment | more, streams) for more in extra]
         try:
             code = wait_for_all(started, time.monotonic() + timeout)
+            if code is None:
+                for fork in started:
+                    fork.send_signal(signal.SIGUSR2)
+                time.sleep(1)
         finally:
             for fork in started:
                 fork.send_signal(signal.SIGKILL)
@@ -303,21 +319,31 @@ def run(
             err.seek(0)
             said = out.read(), err.read()
         if code is None:
-            raise subprocess.TimeoutExpired(arguments, timeout, *said)
+            raise TimeoutError(f"{arguments} runs for {timeout} s\n{said[0]}\n{said[1]}")
     return subprocess.CompletedProcess(arguments, code, *said)
 
 
 def wait_for_all(forks: list[Fork], deadline: float = math.inf) -> int | None:
-    """The exit code of the first that fails, or 0; None after the deadline."""
+    """The exit code of the first that fails, or 0; None after the deadline.
+
+    When one fails, the others get SIGTERM, and SIGKILL after `GRACE`.
+    """
     failed = 0
+    patience = math.inf
     while running := [fork for fork in forks if fork.returncode is None]:
-        left = None if deadline == math.inf else max(0, deadline - time.monotonic())
+        until = min(deadline, patience)
+        left = None if until == math.inf else max(0, until - time.monotonic())
         ended = select.select(running, [], [], left)[0]
-        if not ended:
+        if not ended and time.monotonic() >= deadline:
             return None
+        if not ended:
+            for fork in running:
+                fork.send_signal(signal.SIGKILL)
+            patience = math.inf
         for fork in ended:
             if fork.poll() and not failed:
                 failed = fork.returncode
+                patience = time.monotonic() + GRACE
                 for other in running:
                     other.send_signal(signal.SIGTERM)
     return failed

@@ -41,6 +41,29 @@ def command(ranks: int, data_dir, out, *arguments) -> list[str]:
     ]
 
 
+THREAD_IN_PYTHON = """
+import time, torch
+import torch.distributed as dist
+from gpt2.config.train import SystemOptions
+from gpt2.distributed.environment import leave
+from gpt2.distributed.runtime import start
+
+def run():
+    with start(SystemOptions(device="cpu", dtype="float32")) as rt:
+        model = rt.wrap(torch.nn.Linear(1, 1))  # DDP holds the process group
+        work = dist.all_reduce(torch.ones(1), async_op=True)
+        work.get_future().then(lambda _: time.sleep(2))  # in a thread of gloo
+    return 0
+
+leave(run())
+"""
+
+
+def test_a_run_ends_while_a_thread_of_gloo_is_in_python():
+    """It hung where the last reference to the process group was dropped: see runtime.py."""
+    run_python(*TORCHRUN, "--nproc_per_node=2", "-c", THREAD_IN_PYTHON, timeout=60)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -71,9 +70,9 @@ def test_modules_and_files_are_run_as_main(tmp_path):
 
 def test_time_limit_ends_the_program(tmp_path):
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
-    with pytest.raises(subprocess.TimeoutExpired) as caught:
-        run_python("-c", code + "print('begun', flush=True); time.sleep(99)", timeout=2)
-    assert caught.value.output == "begun\n"
+    code += "def wait(): time.sleep(99)\nprint('begun', flush=True); wait()"
+    with pytest.raises(TimeoutError, match=r"runs for 2 s\nbegun\n(?s:.*) in wait\n"):
+        run_python("-c", code, timeout=2)
     pid = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10
     while os.path.exists(f"/proc/{pid}"):
@@ -95,6 +94,19 @@ def test_ranks_end_when_one_fails():
     began = time.monotonic()
     done = run_python(*TORCHRUN, "--nproc_per_node=2", "-c", code, check=False)
     assert done.returncode == 3
+    assert time.monotonic() - began < 60
+
+
+def test_a_rank_that_does_not_heed_sigterm_is_killed(monkeypatch):
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "print('on', flush=True); time.sleep(3); os.environ['RANK'] == '1' and exit(3);"
+        "time.sleep(99)"
+    )
+    monkeypatch.setattr(forks, "GRACE", 0.5)
+    began = time.monotonic()
+    done = run_python(*TORCHRUN, "--nproc_per_node=2", "-c", code, check=False)
+    assert (done.returncode, done.stdout) == (3, "on\non\n")
     assert time.monotonic() - began < 60
 
 

@@ -241,7 +241,14 @@ def start(
         if rt.watchdog:
             rt.watchdog.close()
         if world_size > 1:
+            _groups_left.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+# Groups whose runs are over. The destructor of a group waits for gloo's threads while it holds the
+# GIL. A thread that waits for the GIL at that moment would stop the process for ever (seen in one
+# of 30 runs on a busy machine), so groups live as long as the process.
+_groups_left: list[Any] = []
 
 
 def average(tensors: list[Tensor]) -> None:

@@ -30,7 +30,7 @@ TINY = [
     "--n_head=2",
     "--n_embd=32",
     "--block_size=32",
-    "--batch_size=4",
+    "--batch_size=2",  # with GPT-2's vocabulary a step takes its time for the logits
     "--grad_accum_steps=2",
     "--eval_tokens=500",
     "--dtype=float32",
@@ -38,6 +38,15 @@ TINY = [
     "--learning_rate=1e-3",
     "--warmup_steps=2",
 ]
+
+
+os.fsync = forks.no_fsync  # type: ignore[assignment]
+
+
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed
+def pytest_xdist_auto_num_workers():
+    """One more than cores: many tests wait for a server, a time limit or a process."""
+    return (os.cpu_count() or 1) + 1
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -53,6 +53,10 @@ LARGEST_JOB = 1 << 17  # bytes
 GRACE = 30  # seconds from SIGTERM to SIGKILL, as torchrun gives its ranks
 
 
+def no_fsync(_: int) -> None:
+    """In the place of os.fsync, which keeps files in a power cut; a kill takes none away."""
+
+
 # ---- the server ---------------------------------------------------------------------------------
 
 
@@ -67,6 +71,7 @@ def main(place: Path):
         __import__(name)
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a fork would lose {threads - 1} threads"
+    os.fsync = no_fsync
     gc.freeze()  # no collection in a fork looks at, so copies, what the server imported
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # of a terminal: the programs get them, too

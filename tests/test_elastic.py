@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="pgrep and network namespaces"),
 ]
-BATCH = [a for a in TINY if not a.startswith("--grad_accum")] + ["--total_batch_tokens=512"]
+BATCH = [a for a in TINY if not a.startswith("--grad_accum")] + ["--total_batch_tokens=256"]
 ELASTIC = ["--rdzv_backend=c10d", "--max_restarts=3"]
 
 
@@ -69,7 +69,7 @@ def test_two_ranks_then_one_then_two(data_dir, tmp_path):
     for ranks, done in ((2, 3), (1, 6), (2, 9)):
         torchrun = [*TORCHRUN, f"--nproc_per_node={ranks}"]
         text = run_python(*torchrun, *arguments(data_dir, out, *options)).stdout
-        assert "512 tokens per step" in text
+        assert "256 tokens per step" in text
         for folder in states.iterdir():
             if int(folder.name[-8:]) > done:
                 shutil.rmtree(folder)

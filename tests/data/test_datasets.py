@@ -119,7 +119,7 @@ def test_training_on_a_mix(folders, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "real: 75.0% of the tokens; " in out
     sequences = len(range(0, 19_400 - 32, 32))
-    epochs = 6 * 8 * 0.25 / sequences
+    epochs = 6 * 4 * 0.25 / sequences
     assert f"numbers: 25.0% of the tokens; {sequences * 32:,} training tokens per epoch" in out
     assert f"6 steps are {epochs:.2f} epochs" in out
     row = metrics_module.read_metrics(tmp_path / "out/metrics.jsonl")[-1]
@@ -149,9 +149,9 @@ def test_weights_may_change_on_the_way(folders, tmp_path):
     run(f"{real}:1,{numbers}:1", out, steps=4)
     run(f"{real}:1,{numbers}:3", out, steps=6)
     data = training_state.load_state(training_state.state_folders(out)[-1]).state["data"]
-    assert data["began"] == 4 * 8
-    assert [d["before"] for d in data["datasets"]] == [2 * 8 + 8, 8]
-    assert [d["consumed"] for d in data["datasets"]] == [2 * 8 + 8 + 4, 8 + 12]
+    assert data["began"] == 4 * 4
+    assert [d["before"] for d in data["datasets"]] == [2 * 4 + 4, 4]
+    assert [d["consumed"] for d in data["datasets"]] == [2 * 4 + 4 + 2, 4 + 6]
 
 
 # ---- shards that changed ------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_changed_text_under_another_name_is_new_text(folders, tmp_path, capsys):
     data = training_state.load_state(training_state.state_folders(tmp_path / "out")[-1]).state[
         "data"
     ]
-    assert (data["began"], data["datasets"][0]["before"]) == (16, 0)
+    assert (data["began"], data["datasets"][0]["before"]) == (8, 0)
 
 
 def test_a_checkpoint_that_does_not_know_its_shards(folders, tmp_path, capsys):
@@ -217,4 +217,4 @@ def test_a_checkpoint_that_does_not_know_its_shards(folders, tmp_path, capsys):
     assert run(folders[0], out, steps=4) == 0
     assert "does not say which shards it was trained on" in capsys.readouterr().out
     rows = (out / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(rows[-1])["tokens"] == 4 * 8 * 32
+    assert json.loads(rows[-1])["tokens"] == 4 * 4 * 32

@@ -687,7 +687,7 @@ def test_ended_in_a_stalled_download(tmp_path, hub_files, number):
         began = time.monotonic()
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=30)
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15  # the download waits for 60
         if number == signal.SIGINT:
             assert (process.returncode, err) == (130, "")
             assert out.splitlines()[-1].startswith("interrupted: ")

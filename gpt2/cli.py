@@ -27,6 +27,8 @@ from .config.commands import (
 from .config.finetune import FinetuneConfig
 from .config.train import TrainConfig
 from .errors import UserError
+from .report.console import one_line
+from .untrusted import shown
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
@@ -247,7 +249,7 @@ def plot(argv: list[str]) -> int:
     )
     from .report.plot import plot_run
 
-    print(plot_run(Path(folder)))
+    print(shown(plot_run(Path(folder)), limit=0))
     return 0
 
 
@@ -260,7 +262,7 @@ def export(argv: list[str]) -> int:
     from .commands.export import check_export_folder, export_hf
 
     check_export_folder(Path(folder))
-    print(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}")
+    print(shown(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}", limit=0))
     return 0
 
 
@@ -337,7 +339,7 @@ def _complain(text: str) -> int:
     from .distributed.environment import is_first_rank
 
     if is_first_rank():
-        print(f"gpt2: error: {text}", file=sys.stderr, flush=True)
+        print(f"gpt2: error: {one_line(text)}", file=sys.stderr, flush=True)
     return 2
 
 

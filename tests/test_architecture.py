@@ -44,6 +44,7 @@ ORDER = (
     "model data huggingface report",
     "kernels distributed tokenizer files",
     "config paths",
+    "untrusted",
     "errors",
 )
 OWNERS = {  # pattern in the code -> the modules that may hold it

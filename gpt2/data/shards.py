@@ -20,6 +20,7 @@ from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError
 from ..files import write_atomically
 from ..paths import is_below
+from ..untrusted import read_json
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -216,10 +217,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / SHARD_MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete its folder and start over") from None
+    manifest = read_json(path, object, "delete its folder and start over")
     entries = manifest.get("shards") if isinstance(manifest, dict) else None
     if (
         not (isinstance(entries, list) and all(map(_is_entry, entries)))
@@ -238,5 +236,6 @@ def _is_entry(entry: Any) -> bool:
         match is not None
         and entry.get("split") == match["split"]
         and isinstance(entry.get("sha256"), str)
-        and all(isinstance(entry.get(key), int) for key in ("tokens", "documents"))
+        and all(type(entry.get(key)) is int and entry[key] >= 0 for key in ("tokens", "documents"))
+        and isinstance(entry.get("worker", ""), str)
     )

@@ -1,0 +1,168 @@
+"""Text from outside the project: JSON, TOML, and control characters. No other module parses either.
+
+JSON and TOML of strangers can be too large, too deep, or of another shape than expected.
+`load_json` and `load_toml` then raise a UserError that names the file. The limits bound the memory
+before anything is parsed: an empty list takes 3 bytes in JSON and 64 in Python.
+
+`shown` makes text from outside safe for a terminal, which obeys escape codes.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+MAX_FILE_BYTES = 2**24  # of a JSON or TOML file; the manifest of 40,000 shards is smaller
+MAX_VALUES = 500_000  # numbers, strings, lists and objects of a JSON text
+MAX_DIGITS = 300  # of a number in JSON, so that `float` takes it
+MAX_BITS = 1000  # of a number in TOML, as many
+MAX_SHOWN = 500  # characters of a name or value in a message
+KINDS: dict[type, str] = {dict: "object", list: "list"}
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+# Control characters (C0, DEL, C1), line and paragraph separators, and marks of writing direction,
+# which reorder the rest of a line. Lone surrogates have no UTF-8.
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Python keeps the bytes of a file name that are not UTF-8 as lone surrogates. A setting that names
+# such a file is written and read with these surrogates.
+SURROGATES = "surrogatepass"
+
+
+def shown(text: object, limit: int = MAX_SHOWN, keep: str = "") -> str:
+    """Text from outside for a terminal: control characters as `\\x1b`, long text cut in the middle.
+
+    Args:
+        text: any value; its `str` is shown.
+        limit: most characters; 0: no limit.
+        keep: control characters that stay, such as line breaks of a generated text.
+    """
+    plain = str(text)
+    if 0 < limit < len(plain):
+        end = limit // 4
+        plain = f"{plain[: limit - end]} … {plain[-end:]}"
+    return CONTROL.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), plain)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if character in "\n\r\t":
+        return repr(character)[1:-1]
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def read_bytes(path: Path, advice: str = "", limit: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a small file.
+
+    Args:
+        path: the file.
+        advice: how to go on, for the error message.
+        limit: most bytes.
+
+    Raises:
+        UserError: the file is missing, unreadable, or larger than `limit`.
+    """
+    try:
+        if not path.is_file() and path.exists():  # reading a FIFO would wait for ever
+            raise UserError(_because(f"{path}:", "not a file", advice))
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(_because(f"{path}:", str(reason), advice)) from None
+    if len(data) > limit:
+        raise UserError(_because(path, f"is larger than {limit:,} bytes", advice))
+    return data
+
+
+def read_json(path: Path, kind: type = dict, advice: str = "") -> Any:
+    """The value of a JSON file in UTF-8, which must be of this kind.
+
+    Raises:
+        UserError: the file is missing, too large, or not JSON of this kind.
+    """
+    return load_json(read_bytes(path, advice), path, kind, advice)
+
+
+def load_json(
+    data: bytes, where: object, kind: type = object, advice: str = "", max_values: int = MAX_VALUES
+) -> Any:
+    """The value of a JSON text in UTF-8, which must be of this kind.
+
+    Args:
+        data: the text.
+        where: file, or file and row, for the error message.
+        kind: dict, list, or object for any value.
+        advice: how to go on, for the error message.
+        max_values: most numbers, strings, lists and objects.
+
+    Raises:
+        UserError: not JSON, too many values, too deeply nested, or of another kind.
+    """
+    if _marks(data) > max_values and _marks(STRING.sub(b"", data)) > max_values:
+        raise UserError(_because(where, f"has more than {max_values:,} values of JSON", advice))
+    try:
+        value = json.loads(data.decode("utf-8-sig"), parse_int=_whole_number)
+    except RecursionError:
+        raise UserError(_because(where, "is JSON that is nested too deeply", advice)) from None
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise UserError(_because(where, f"is not JSON in UTF-8 ({error})", advice)) from None
+    if not isinstance(value, kind):
+        raise UserError(_because(where, f"is not a JSON {KINDS[kind]}", advice))
+    return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table of a TOML file in UTF-8.
+
+    Raises:
+        UserError: the file is missing, too large, or not TOML.
+    """
+    return load_toml(read_bytes(path, limit=2**20), path)
+
+
+def load_toml(data: bytes, where: object) -> dict[str, Any]:
+    """The table of a TOML text in UTF-8.
+
+    Raises:
+        UserError: not TOML, or too deeply nested.
+    """
+    try:
+        table = tomllib.loads(data.decode("utf-8-sig", SURROGATES))
+    except RecursionError:
+        raise UserError(_because(where, "is TOML that is nested too deeply")) from None
+    except ValueError as error:
+        raise UserError(f"{where} is not a TOML file: {shown(error)}") from None
+    for name, value in table.items():
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise UserError(_because(f"{where}:", f"{shown(name)} has too many digits"))
+    return table
+
+
+@contextmanager
+def named(where: object) -> Iterator[None]:
+    """Puts the name of a file in front of a UserError about what it says."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of more than {MAX_DIGITS} digits")
+    return int(digits)
+
+
+def _because(where: object, reason: str, advice: str = "") -> str:
+    return f"{where} {shown(reason)}{advice and f'; {advice}'}"
+
+
+def _marks(data: bytes) -> int:
+    """Marks in front of values of a JSON text: more than it has values, or as many."""
+    return sum(data.count(mark) for mark in (b",", b"[", b"{", b":"))

@@ -112,7 +112,7 @@ def open_log(
     settings = flatten(config)
     if rt.is_main:
         own = {name: value for name, value in settings.items() if name != "resume"}
-        content = command_line.to_toml(own).encode("utf-8", command_line.SURROGATES)
+        content = command_line.to_toml(own).encode("utf-8", SURROGATES)
         write_atomically(out_dir(config) / "config.toml", content)
     return metrics.open_run(
         out_dir(config),

@@ -27,7 +27,10 @@ from ..report.console import log
 from .sources import Source
 
 FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
-TOTALS = ("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows")
+TOTALS = (
+    *("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows"),
+    "too_long_rows",
+)
 OWN = {*TOTALS, "complete", "shards", "worker", "damaged"}  # all other keys agree
 
 

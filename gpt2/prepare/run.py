@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..config.commands import PrepareConfig
 from ..errors import DamagedFile, UserError
 from ..report.console import log
+from ..text_pieces import PIECE
 from ..tokenizer import Tokenizer
 from .estimate import forecast, limit_name, limit_text
 from .fast_tokenizer import tokenizer_class
@@ -190,6 +191,11 @@ def _summary(job: ShardJob) -> str:
         odd += f", {done['repaired_rows']:,} with invalid UTF-8 were repaired"
     if done.get("literal_rows"):
         odd += f", {done['literal_rows']:,} hold a literal <|endoftext|>, which stays text"
+    if done.get("too_long_rows"):
+        odd += (
+            f", {done['too_long_rows']:,} of over {job.config.max_document_mb} MB, or with a word "
+            f"of over {PIECE:,} characters, were left out"
+        )
     if not done["complete"]:
         note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
     elif job.shards and job.shards[-1]["tokens"] < done["shard_tokens"]:

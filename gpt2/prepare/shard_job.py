@@ -120,14 +120,17 @@ def open_job(config: PrepareConfig) -> ShardJob:
     downloads = out_dir / DOWNLOADS
     check_unlinked(shared, out_dir, downloads)
     source = find_source(config.source, downloads, known, config.keep_downloads, _announce)
+    source = replace(source, document_bytes=config.max_document_mb * 10**6)
     manifest = {
         "format": FORMAT,
         **names,
         **source.identity(),
         "tokenizer": {key: getattr(Tokenizer, key) for key in ("name", "vocab_size", "sha256")},
         "shard_tokens": config.shard_tokens,
+        "max_document_mb": config.max_document_mb,
     }
     if old:
+        old.setdefault("max_document_mb", config.max_document_mb)  # earlier versions had no limit
         _check_same(old, manifest, out_dir)
         old["files"] = manifest["files"]
     elif shard_paths(out_dir):

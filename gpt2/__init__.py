@@ -18,7 +18,7 @@ def _version() -> str:
     from importlib import metadata
     from pathlib import Path
 
-    from .untrusted import read_toml
+    from .untrusted.parsing import read_toml
 
     try:
         return metadata.version("gpt2")

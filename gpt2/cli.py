@@ -28,7 +28,7 @@ from .config.finetune import FinetuneConfig
 from .config.train import TrainConfig
 from .errors import UserError
 from .report.console import one_line
-from .untrusted import shown
+from .untrusted.display import shown
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 

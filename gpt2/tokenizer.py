@@ -27,7 +27,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from .config.model import GPT2_VOCAB_SIZE
 from .errors import UserError
-from .text_pieces import pieces
+from .untrusted.long_text import pieces
 
 END_OF_TEXT, END_OF_TEXT_NAME = 50256, "<|endoftext|>"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"

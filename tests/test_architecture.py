@@ -51,7 +51,7 @@ OWNERS = {  # pattern in the code -> the modules that may hold it
     r"torch\.distributed|\bdist\.": r"distributed/.*",
     r"os\.environ|os\.getenv": r"distributed/.*",
     r"torch\.(save|load)\(": r"checkpoint/.*",
-    r"\bjson\.loads?\(|tomllib\.": r"untrusted",
+    r"\bjson\.loads?\(|tomllib\.": r"untrusted/parsing",
     r"(import|from) (tiktoken|gigatoken)\b": r"tokenizer|prepare/fast_tokenizer",
     r"\bprint\(": r"report/console|cli|commands/terminal",
     r"20240520": r"data/shards",

@@ -28,7 +28,7 @@ from gpt2.model.gpt import GPT
 from gpt2.report.metrics import read_metrics
 from gpt2.report.plot import draw
 from gpt2.train import loop
-from gpt2.untrusted import CONTROL
+from gpt2.untrusted.display import CONTROL
 
 from .models import reference, write_build_nanogpt, write_llmc, write_nanogpt
 from .mutations import ODD, TENSORS, mutate, mutate_bytes, to_json

@@ -22,7 +22,8 @@ from ..distributed import fsdp
 from ..errors import UserError
 from ..files import replacing_file, replacing_folder
 from ..model.lora import merged_state
-from ..untrusted import named, shown
+from ..untrusted.display import shown
+from ..untrusted.parsing import named
 from . import other_formats
 from .other_formats import number_of, shapes
 from .safe_load import check_sums, in_memory, torch_load
@@ -133,7 +134,7 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     if other_formats.is_nanogpt(rest):
         config, state, rest = other_formats.from_nanogpt(state, rest, path)
     else:
-        if rest.get("format") == FORMAT:
+        if number_of(rest.get("format")) == FORMAT:
             check_sums(path)
         config = config_of(rest["config"], path)
         check_size(config, path.stat().st_size, path)

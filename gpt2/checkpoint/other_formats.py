@@ -21,7 +21,7 @@ from ..config.model import GPT2_VOCAB_SIZE, GPT2Config
 from ..config.parameter_shapes import Shapes, check_fit, check_size, parameter_shapes
 from ..errors import UserError
 from ..huggingface.model_format import check_tied, is_mask
-from ..untrusted import named
+from ..untrusted.parsing import named
 
 NANOGPT_VOCAB_SIZE = 50304  # 50,257 padded to a multiple of 64; no token uses the added rows
 WTE, TABLE = "transformer.wte.weight", re.compile(r"\.(wte|wpe)\.weight$")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, first_line
-from ..untrusted import shown
+from ..untrusted.display import shown
 from . import other_formats
 
 MAX_ENTRIES = 50_000  # of the zip archive; GPT-2 XL with AdamW's moments has 1,747

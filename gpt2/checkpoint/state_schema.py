@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, first_line
-from ..untrusted import shown
+from ..untrusted.display import shown
 
 Check = Callable[[Any], bool]
 

@@ -30,7 +30,8 @@ from ..config.parameter_shapes import check_size
 from ..errors import UserError, first_line
 from ..files import discard, fingerprint, replacing_folder
 from ..huggingface.safetensors_header import read_header
-from ..untrusted import read_json, shown
+from ..untrusted.display import shown
+from ..untrusted.parsing import read_json
 from .model_file import config_of, on_cpu
 from .safe_load import in_memory, torch_load
 from .state_schema import check_kinds, not_whole, whole

@@ -16,7 +16,7 @@ from ..generate.sampling import check_sampling
 from ..generate.stream import TextWriter, stream
 from ..report import console
 from ..tokenizer import END_OF_TEXT
-from ..untrusted import shown
+from ..untrusted.display import shown
 
 HELP = """/reset            forget what was said (not the system message)
 /system TEXT      tell the model what it is, and begin anew; without TEXT: nothing

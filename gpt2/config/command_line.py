@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError
-from ..untrusted import SURROGATES, read_toml
+from ..untrusted.parsing import read_toml
 from .options import type_of
 
 Config = TypeVar("Config")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import UserError
-from ..untrusted import shown
+from ..untrusted.display import shown
 from .switches import Switches, check_switches, chosen, defaults, switched
 
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + end of text

@@ -8,7 +8,7 @@ shapes with the networks in `model/`.
 from collections.abc import Mapping
 
 from ..errors import UserError
-from ..untrusted import shown
+from ..untrusted.display import shown
 from .model import GPT2Config
 
 LEAST_BYTES = 2  # of a parameter: float16 or bfloat16

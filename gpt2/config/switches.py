@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import UserError
-from ..untrusted import shown
+from ..untrusted.display import shown
 from .options import at_least, option, type_of
 
 LARGEST = 1e12  # of a number among the switches

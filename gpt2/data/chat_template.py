@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
-from ..text_pieces import beginning
 from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
-from ..untrusted import shown
+from ..untrusted.display import shown
+from ..untrusted.long_text import beginning
 
 ROLES = ("system", "user", "assistant")
 LONGEST_TOKEN = 128  # bytes

@@ -21,7 +21,7 @@ import numpy as np
 from ..config.model import IGNORE
 from ..config.options import at_least
 from ..errors import UserError
-from ..untrusted import load_json, read_bytes
+from ..untrusted.parsing import load_json, read_bytes
 from .chat_template import encode_conversation, messages_of
 from .datasets import Dataset, parse_mix
 from .shards import SequenceReader

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DamagedFile, UserError, first_line
-from ..untrusted import load_json, shown
+from ..untrusted.display import shown
+from ..untrusted.parsing import load_json
 from .parquet_pages import check_footer, largest_page
 
 DOCUMENT_BYTES = 50_000_000  # of a row in its file, decompressed, unless another limit is given

@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 
-from ..untrusted import load_json
+from ..untrusted.parsing import load_json
 from .store import Store
 
 PAUSE = 0.05  # seconds between two looks

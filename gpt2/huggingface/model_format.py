@@ -19,7 +19,8 @@ from ..config.parameter_shapes import Shapes, check_fit, check_size, parameter_s
 from ..errors import UserError
 from ..paths import below, is_below
 from ..tokenizer import END_OF_TEXT
-from ..untrusted import named, read_json, shown
+from ..untrusted.display import shown
+from ..untrusted.parsing import named, read_json
 from .safetensors_header import FLOATS, read_header
 
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")

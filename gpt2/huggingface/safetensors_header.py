@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ..config.parameter_shapes import Shapes
 from ..errors import UserError
-from ..untrusted import MAX_FILE_BYTES, load_json, shown
+from ..untrusted.display import shown
+from ..untrusted.parsing import MAX_FILE_BYTES, load_json
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 

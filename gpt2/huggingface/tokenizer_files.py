@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, merge_ranks, merges_folder
-from ..untrusted import read_json
+from ..untrusted.parsing import read_json
 
 
 def tokenizer_files(block_size: int) -> dict[str, bytes]:

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..huggingface.tokenizer_files import tokenizer_json
-from ..text_pieces import PIECE, pieces
 from ..tokenizer import END_OF_TEXT, Tokenizer
+from ..untrusted.long_text import PIECE, pieces
 
 # Characters whose Unicode class may differ between the libraries: additions of Unicode 17, widened
 # to whole blocks to be safe (gigatoken 0.10 has version 17, tiktoken 0.14 has version 16).

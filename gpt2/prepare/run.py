@@ -15,8 +15,8 @@ from tqdm import tqdm
 from ..config.commands import PrepareConfig
 from ..errors import DamagedFile, UserError
 from ..report.console import log
-from ..text_pieces import PIECE
 from ..tokenizer import Tokenizer
+from ..untrusted.long_text import PIECE
 from .estimate import forecast, limit_name, limit_text
 from .fast_tokenizer import tokenizer_class
 from .shard_job import ShardJob, open_job, started

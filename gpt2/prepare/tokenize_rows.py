@@ -15,8 +15,8 @@ import numpy as np
 
 from ..data.text_files import Repaired, TooLong
 from ..errors import UserError
-from ..text_pieces import has_long_word
 from ..tokenizer import END_OF_TEXT_NAME
+from ..untrusted.long_text import has_long_word
 from .fast_tokenizer import FastTokenizer, tokenizer_class
 from .sources import Source
 

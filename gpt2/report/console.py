@@ -4,7 +4,7 @@ import math
 import sys
 from typing import TextIO
 
-from ..untrusted import shown
+from ..untrusted.display import shown
 
 LONGEST = 2000  # characters of a warning or error, which may quote several names
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import write_atomically
 from ..paths import no_follow
-from ..untrusted import load_json
+from ..untrusted.parsing import load_json
 from . import console
 from .trackers import Sink, check_names, open_sink
 

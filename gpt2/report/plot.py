@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from ..config.model import GPT2Config
 from ..errors import UserError
 from ..files import check_replaceable, write_atomically
-from ..untrusted import shown
+from ..untrusted.display import shown
 from .console import format_count, format_seconds
 from .metrics import METRICS, read_metrics
 

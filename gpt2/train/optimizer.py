@@ -118,9 +118,15 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -
         if buffers and not any({"step", *names} <= {*buffers} for names in BUFFERS):
             raise UserError(f"{origin}: the optimizer state of {name} is not whole; {OTHER}")
         for kind, tensor in buffers.items():
-            if kind in ("squares", "step"):
+            if tensor is None:  # in an FSDP part
                 continue
-            if isinstance(tensor, torch.Tensor) and tensor.shape != parameter.shape:
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                raise UserError(f"{origin}: {kind} of {name} holds no numbers; {OTHER}")
+            # `step` counts, and `squares` has a number for each row.
+            numbers = {"step": 1, "squares": len(parameter)}.get(kind, parameter.numel())
+            if tensor.numel() == numbers and kind in ("squares", "step"):
+                continue
+            if tensor.shape != parameter.shape:
                 raise UserError(
                     f"{origin}: {kind} of {name} is {tuple(tensor.shape)} instead of "
                     f"{tuple(parameter.shape)}; {OTHER}"

@@ -14,7 +14,7 @@ from ..data.datasets import split_eval_tokens
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
-from ..untrusted import shown
+from ..untrusted.display import shown
 from . import run_folder
 from .run_folder import out_dir
 from .state import TrainState

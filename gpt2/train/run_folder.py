@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import LOCK, delete, leftovers, locked, move, write_atomically
 from ..paths import check_unlinked
 from ..report import metrics
+from ..untrusted.parsing import SURROGATES
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
 BUSY = "run folder {folder} is in use by {holder}"

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2 import text_pieces, tokenizer
+from gpt2 import tokenizer
 from gpt2.prepare import fast_tokenizer
 from gpt2.prepare.fast_tokenizer import FastTokenizer
-from gpt2.text_pieces import PIECE, LongWord, beginning, has_long_word, pieces
 from gpt2.tokenizer import Tokenizer
+from gpt2.untrusted import long_text
+from gpt2.untrusted.long_text import PIECE, LongWord, beginning, has_long_word, pieces
 
 SAMPLES = [
     "It's 3pm, 'tis the_end... don't! x='s' 12,5e-3\n\n\tdef f(x):\n    return {'a': 1}\n",
@@ -42,7 +43,7 @@ def test_no_token_changes_at_any_cut(number, kind, monkeypatch):
     text = joined(SAMPLES[number:] + SAMPLES[:number], 20_000)
     expected = whole(text, monkeypatch)
     for size in (40, 61, 200):
-        monkeypatch.setattr(text_pieces, "PIECE", size)
+        monkeypatch.setattr(long_text, "PIECE", size)
         monkeypatch.setattr(fast_tokenizer, "PIECE", size)
         try:
             cut = pieces(text)

@@ -8,7 +8,7 @@ piece ends where the pattern ends a word in any case, so no token changes.
 import re
 from itertools import pairwise
 
-from .errors import UserError
+from ..errors import UserError
 
 PIECE = 200_000  # characters; shorter texts are never cut
 LONGEST_SPACE = 2_000_000  # characters of white space in a row

@@ -1,10 +1,8 @@
-"""Text from outside the project: JSON, TOML, and control characters. No other module parses either.
+"""JSON and TOML from outside the project. No other module parses them.
 
 JSON and TOML of strangers can be too large, too deep, or of another shape than expected.
 `load_json` and `load_toml` then raise a UserError that names the file. The limits bound the memory
 before anything is parsed: an empty list takes 3 bytes in JSON and 64 in Python.
-
-`shown` makes text from outside safe for a terminal, which obeys escape codes.
 """
 
 import json
@@ -15,43 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
+from .display import shown
 
 MAX_FILE_BYTES = 2**24  # of a JSON or TOML file; the manifest of 40,000 shards is smaller
 MAX_VALUES = 500_000  # numbers, strings, lists and objects of a JSON text
 MAX_DIGITS = 300  # of a number in JSON, so that `float` takes it
 MAX_BITS = 1000  # of a number in TOML, as many
-MAX_SHOWN = 500  # characters of a name or value in a message
 KINDS: dict[type, str] = {dict: "object", list: "list"}
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-# Control characters (C0, DEL, C1), line and paragraph separators, and marks of writing direction,
-# which reorder the rest of a line. Lone surrogates have no UTF-8.
-CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 # Python keeps the bytes of a file name that are not UTF-8 as lone surrogates. A setting that names
 # such a file is written and read with these surrogates.
 SURROGATES = "surrogatepass"
-
-
-def shown(text: object, limit: int = MAX_SHOWN, keep: str = "") -> str:
-    """Text from outside for a terminal: control characters as `\\x1b`, long text cut in the middle.
-
-    Args:
-        text: any value; its `str` is shown.
-        limit: most characters; 0: no limit.
-        keep: control characters that stay, such as line breaks of a generated text.
-    """
-    plain = str(text)
-    if 0 < limit < len(plain):
-        end = limit // 4
-        plain = f"{plain[: limit - end]} … {plain[-end:]}"
-    return CONTROL.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), plain)
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if character in "\n\r\t":
-        return repr(character)[1:-1]
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def read_bytes(path: Path, advice: str = "", limit: int = MAX_FILE_BYTES) -> bytes:

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 75 a ran
 """
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -84,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         return _choose(command, COMMANDS)(rest)
     except UserError as error:
         return _complain(str(error))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _complain(f"{shown(error.filename)}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -275,7 +280,7 @@ def push(argv: list[str]) -> int:
     config, (source, repository) = parse_with_positional(PushConfig, argv, "gpt2 push", names)
     from .commands.export import push as upload
 
-    print(upload(source, repository, config.private))
+    print(shown(upload(source, repository, config.private), limit=0))
     return 0
 
 

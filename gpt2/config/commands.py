@@ -160,6 +160,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         at_least(0, port=self.port, max_queue=self.max_queue, max_new_tokens=self.max_new_tokens)
         at_least(1, slots=self.slots, max_connections=self.max_connections)
+        at_most(4096, slots=self.slots)
+        at_most(10**6, max_queue=self.max_queue, max_connections=self.max_connections)
         if self.port > 65535:
             raise UserError(f"port={self.port}: use 1 to 65535, or 0 for any free one")
 

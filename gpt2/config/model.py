@@ -19,6 +19,7 @@ LIMITS = {
     "n_head": 4096,
     "n_embd": 2**17,
 }
+MAX_PARAMETERS = 10**12
 IGNORE = -1  # a target that has no loss, `ignore_index` of the cross-entropy
 # Switches that earlier versions had, with the value that turns them off.
 REMOVED_SWITCHES = {"bigram_rows": 0}
@@ -46,6 +47,11 @@ class GPT2Config:
                 raise UserError(f"{name}={shown(repr(value))}: use a whole number of at least 1")
             if value > limit:
                 raise UserError(f"{name}={shown(value)}: use at most {limit:,}")
+        if self.least_parameters > MAX_PARAMETERS:
+            raise UserError(
+                f"n_layer={self.n_layer} and n_embd={self.n_embd} make a network of over "
+                f"{MAX_PARAMETERS:,} parameters; use smaller ones"
+            )
         if self.n_embd % self.n_head:
             near = max(1, self.n_embd // self.n_head)
             raise UserError(
@@ -61,6 +67,11 @@ class GPT2Config:
     def padded_vocab_size(self) -> int:
         """Rows of the head's matmul: the next multiple of 128, for tensor cores (50,304)."""
         return -(-self.vocab_size // 128) * 128
+
+    @property
+    def least_parameters(self) -> int:
+        """Token embedding and 12 C² weights for each block, which any switches leave."""
+        return self.n_embd * (self.vocab_size + self.n_layer * 12 * self.n_embd)
 
     def switches(self) -> dict[str, Any]:
         """All switches of the network by name; GPT-2 has them at their defaults."""

@@ -62,9 +62,7 @@ def check_size(config: GPT2Config, held_bytes: int, source: object) -> None:
         held_bytes: size of the file or files.
         source: the file, for the error message.
     """
-    C = config.n_embd
-    # Any switches leave 12 C² weights in the matrices of a block, and the token embedding.
-    least = config.vocab_size * C + config.n_layer * 12 * C * C
+    least = config.least_parameters
     if least * LEAST_BYTES > held_bytes:
         raise UserError(
             f"{source} does not fit the model: its config describes at least {least:,} parameters, "

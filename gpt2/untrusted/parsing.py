@@ -77,10 +77,10 @@ def load_json(
     Raises:
         UserError: not JSON, too many values, too deeply nested, or of another kind.
     """
-    if _marks(data) > max_values and _marks(STRING.sub(b"", data)) > max_values:
+    if _has_more(data, max_values) and _has_more(STRING.sub(b"", data), max_values):
         raise UserError(_because(where, f"has more than {max_values:,} values of JSON", advice))
     try:
-        value = json.loads(data.decode("utf-8-sig"), parse_int=_whole_number)
+        value = DECODER.decode(data.decode("utf-8-sig"))
     except RecursionError:
         raise UserError(_because(where, "is JSON that is nested too deeply", advice)) from None
     except ValueError as error:  # also bytes that are not UTF-8
@@ -132,10 +132,15 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
+DECODER = json.JSONDecoder(parse_int=_whole_number)
+
+
 def _because(where: object, reason: str, advice: str = "") -> str:
     return f"{where} {shown(reason)}{advice and f'; {advice}'}"
 
 
-def _marks(data: bytes) -> int:
-    """Marks in front of values of a JSON text: more than it has values, or as many."""
-    return sum(data.count(mark) for mark in (b",", b"[", b"{", b":"))
+def _has_more(data: bytes, values: int) -> bool:
+    """Whether a JSON text may have more values than this, by the marks in front of them."""
+    if len(data) <= values:  # the usual row of a .jsonl file
+        return False
+    return sum(data.count(mark) for mark in (b",", b"[", b"{", b":")) > values

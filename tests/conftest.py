@@ -62,6 +62,7 @@ def _precision_of_its_own():
 # them out, with the slow ones of other files.
 LONG = {
     "checkpoint/test_async_writer",
+    "checkpoint/test_state_schema",
     "checkpoint/test_weights",
     "commands/test_evaluate",
     "commands/test_export",
@@ -88,6 +89,7 @@ LONG = {
     "test_faults",
     "test_files",
     "test_forks",
+    "test_mutations",
     "test_recipes",
     "train/test_loop",
     "train/test_loop_hellaswag",

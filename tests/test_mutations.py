@@ -322,7 +322,7 @@ MANY = [pytest.mark.slow, pytest.mark.timeout(3600)]
             pytest.param(
                 *(kind, 2000),
                 id=f"{kind}, many",
-                marks=[*MANY, pytest.mark.fault(29, f"2,000 mutations of {kind}")],
+                marks=[*MANY, pytest.mark.fault(30, f"2,000 mutations of {kind}")],
             )
             for kind in KINDS
         ),

@@ -11,12 +11,13 @@ import struct
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpt2.checkpoint import model_file, safe_load
+from gpt2.checkpoint import model_file, safe_load, training_state
 from gpt2.checkpoint.safe_load import torch_load
 from gpt2.config.model import GPT2Config, ModernConfig, to_dict
 from gpt2.errors import UserError
@@ -32,6 +33,7 @@ import os, resource, sys, time
 from pathlib import Path
 import torch
 from gpt2 import GPT2
+from gpt2.checkpoint.training_state import load_state
 from gpt2.errors import UserError
 torch.set_num_threads(1)  # threads do not survive a fork
 small, *paths = map(Path, sys.argv[1:])
@@ -40,8 +42,9 @@ for path in paths:
     if not os.fork():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.process_time()
+        is_state = (path / "train_state.pt").exists()
         try:
-            GPT2.from_checkpoint(path, "cpu")
+            load_state(path) if is_state else GPT2.from_checkpoint(path, "cpu")
             said = "READ"
         except UserError as error:
             said = str(error)
@@ -154,10 +157,20 @@ def not_finite(path):
     return saved(path, model=state, config=to_dict(shape))
 
 
+def state(path, config=SHAPE, **content):
+    """A training state with right hashes; its `train_state.pt` holds `content`."""
+    model = GPT(SHAPE).state_dict()
+    training_state.write_state(path, 1, config, model, content, keep_last=1)
+    return path / "state/step_00000001"
+
+
 FILES = {
     "layers": (lambda p: with_config(p, n_layer=4096), "does not fit the model: its config"),
     "layers without end": (lambda p: with_config(p, n_layer=10**9), "n_layer=1000000000: use at"),
-    "width": (lambda p: with_config(p, n_embd=2**17), "does not fit the model: its config"),
+    "width": (
+        lambda p: with_config(p, n_embd=2**17, n_layer=4),
+        "does not fit the model: its config",
+    ),
     "positions": (lambda p: with_config(p, block_size=2**24), "wpe.weight is"),
     "tables": (
         lambda p: saved(p, config=to_dict(ModernConfig(n_layer=2000, value_embeddings=1000))),
@@ -171,15 +184,21 @@ FILES = {
     "entries": (many_entries, "more than 50,000 entries"),
     "NaN": (not_finite, "NaN or infinity"),
     "llm.c, layers": (lambda p: llmc(p, 10**9, 4), "n_layer=1000000000: use at most"),
-    "llm.c, 4096 wide layers": (lambda p: llmc(p, 4096, 2**17), "damaged, 2,024 bytes instead of"),
-    "folder": (lambda p: folder(p, n_layer=4000, n_embd=10**5), "does not fit the model"),
+    "llm.c, 4096 wide layers": (lambda p: llmc(p, 4096, 2**12), "damaged, 2,024 bytes instead of"),
+    "folder": (lambda p: folder(p, n_layer=500, n_embd=10**4), "does not fit the model"),
     "header": (big_header, "missing or damaged"),
     "header of lists": (lambda p: with_header(p, b"[" + b"[]," * 10**6 + b"1]"), "values of JSON"),
+    "state, layers": (lambda p: state(p, replace(SHAPE, n_layer=4096)), "does not fit the model"),
+    "state, strides of 0": (
+        lambda p: state(p, optimizer={"state": {0: {"step": torch.zeros(1).expand(10**10)}}}),
+        "refused",
+    ),
+    "state, kinds": (lambda p: state(p, rng=[[0] * 10**6]), "not a whole checkpoint"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.fault(27, "configs, headers, strides, archives and pickles that claim gigabytes")
+@pytest.mark.fault(28, "configs, headers, strides, archives and pickles that claim gigabytes")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on Windows")
 def test_a_refused_file_takes_little_memory_and_time(tmp_path, record_property):
     small = saved(tmp_path / "small.pt")

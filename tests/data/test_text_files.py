@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 import subprocess
 import sys
 
@@ -157,7 +158,7 @@ def test_rows_left_out_are_counted_and_said(tmp_path, capsys):
     manifest = read_manifest(out)
     assert (manifest["documents"], manifest["skipped_rows"], manifest["too_long_rows"]) == (2, 1, 2)
     said = capsys.readouterr().out
-    assert "1 rows without a text were skipped, 2 of over 1 MB, or with a word of over" in said
+    assert "1 rows without a text were skipped, 2 of over 1 MB (--max_document_mb), or" in said
     assert prepared(tmp_path, path, "--max_document_mb=1")[0] == 0
     assert prepared(tmp_path, path, "--max_document_mb=2")[0] == 2
     assert "made with max_document_mb=1, not 2" in capsys.readouterr().err
@@ -165,6 +166,14 @@ def test_rows_left_out_are_counted_and_said(tmp_path, capsys):
 
 def jsonl(path, texts):
     return compressed(path, (json.dumps({"text": t}).encode() + b"\n" for t in texts))
+
+
+def other_words(number, space):
+    """Documents of 100,000 words each, nearly all different, of five letters."""
+    rng = random.Random(0)
+    for _ in range(number // 100_000):
+        letters = rng.choices("abcdefghijklmnopqrstuvwxyz", k=500_000)
+        yield space.join("".join(letters[i : i + 5]) for i in range(0, 500_000, 5))
 
 
 def parquet(path, texts, **options):
@@ -185,6 +194,8 @@ LARGE_TEXTS = {  # harmless in size: each is far above the budget if it is read 
     "emoji, as long as a line may be": lambda p: compressed(
         p / "x.jsonl.gz", [b'{"text": "' + "😀 ".encode() * (LARGEST // 5) + b'"}\n']
     ),
+    "other words": lambda p: jsonl(p / "x.jsonl.gz", other_words(12_000_000, " ")),
+    "other words, wide spaces": lambda p: jsonl(p / "x.jsonl.gz", other_words(6_000_000, "     ")),
     "ten long documents": lambda p: jsonl(p / "x.jsonl.gz", ["word and " * 1_000_000] * 10),
     "a dictionary of parquet": lambda p: parquet(p / "x.parquet", ["ab " * 300_000] * 300),
     "row groups of parquet": lambda p: parquet(
@@ -196,7 +207,7 @@ LARGE_TEXTS = {  # harmless in size: each is far above the budget if it is read 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.fault(28, "compressed lines, documents, lists, dictionaries and row groups")
+@pytest.mark.fault(29, "compressed lines, documents, lists, dictionaries and row groups")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="resource is missing on Windows")
 @pytest.mark.parametrize("tokenizer", ["gigatoken", "tiktoken"])
 @pytest.mark.parametrize("name", LARGE_TEXTS)

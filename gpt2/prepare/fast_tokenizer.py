@@ -5,6 +5,7 @@ character, but their Unicode versions may differ. tiktoken therefore encodes eve
 character whose class could differ. `prepare/tokenize_rows.py` also compares a sample of every run.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 from itertools import groupby
@@ -23,7 +24,9 @@ UNSETTLED = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010000-\U0001efff\U0001fb00-\U0003ffff]"
 )
 UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # their first UTF-8 bytes: a quick pre-check
-FRESH_AFTER = 100_000_000  # characters per gigatoken tokenizer, whose cache only grows
+# gigatoken keeps each word that it has met, with 60 to 100 bytes. A word of several tokens has at
+# least one without a space in front, so the number of such tokens bounds that of the words.
+FRESH_AFTER = 3_000_000  # such tokens per gigatoken tokenizer, after which a new one is made
 
 
 class FastTokenizer(Tokenizer):
@@ -32,7 +35,7 @@ class FastTokenizer(Tokenizer):
     def __init__(self) -> None:
         super().__init__()
         self._fast: Any = None  # a gigatoken.Tokenizer, made at the first text
-        self._new_words = 0
+        self._inner_tokens = 0  # without a space in front, since gigatoken was made
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Like `Tokenizer.encode_documents`, but faster."""
@@ -66,12 +69,14 @@ class FastTokenizer(Tokenizer):
         """(uint16 ids of all texts, int64 number of ids of each)."""
         import awkward as ak
 
-        if self._fast is None or self._new_words > FRESH_AFTER:
-            self._fast, self._new_words = _gigatoken(), 0
+        if self._fast is None or self._inner_tokens > FRESH_AFTER:
+            self._fast, self._inner_tokens = _gigatoken(), 0
         encoded = self._fast.encode_batch(texts, parallel=False)  # the caller has its own threads
         counts = ak.to_numpy(ak.num(encoded)).astype(np.int64)
         ids = ak.to_numpy(ak.flatten(encoded)).astype(np.uint16)
-        self._new_words += len(ids) - sum(text.count(" ") for text in texts)
+        # No token has two spaces, but for three that have as many U+00A0.
+        spaces = sum(text.count(" ") - text.count("\xa0") for text in texts)
+        self._inner_tokens += len(ids) - spaces
         return ids, counts
 
 
@@ -110,4 +115,9 @@ def _gigatoken() -> Any:
     """A gigatoken.Tokenizer without special tokens: a literal `<|endoftext|>` stays text."""
     import gigatoken
 
-    return gigatoken.Tokenizer.from_json(tokenizer_json())
+    return gigatoken.Tokenizer.from_json(_tokenizer_json())
+
+
+@functools.cache
+def _tokenizer_json() -> str:
+    return tokenizer_json()

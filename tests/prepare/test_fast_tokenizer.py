@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpt2.errors import UserError
 from gpt2.prepare import fast_tokenizer
 from gpt2.prepare.fast_tokenizer import FastTokenizer, tokenizer_class
-from gpt2.tokenizer import Tokenizer, gpt2_tokenizer
+from gpt2.tokenizer import Tokenizer, gpt2_tokenizer, merge_ranks, merges_folder
 
 from ..test_tokenizer import NASTY, pieces
 
@@ -138,3 +138,11 @@ def test_the_cache_of_words_is_bounded(monkeypatch):
     for text in ["xqzj vkwp " * 1000] * 2:
         tokenizer.encode_documents([text])
     assert len(made) == 2
+
+
+def test_tokens_without_a_space_in_front_bound_the_words_of_several_tokens():
+    """What `FRESH_AFTER` counts: ids - spaces + U+00A0, of which no token takes anything away."""
+    for token, i in merge_ranks(merges_folder()).items():
+        text = token.decode("latin-1")
+        counted = 1 - text.count(" ") + token.count("\xa0".encode())
+        assert counted >= (0 if text.startswith(" ") else 1), i

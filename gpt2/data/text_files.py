@@ -25,6 +25,7 @@ BUFFER_BYTES = 2**20  # that Arrow reads at once
 XZ_BYTES = 2**27  # of memory for the dictionary of an .xz file; `xz -9` uses half
 # A value of parquet is no larger than its page: a batch has as many rows as pages fit into this.
 BATCH_BYTES, BATCH_ROWS = 2**26, 1024
+AT_ONCE_BYTES = 2**24  # of a batch whose texts become Python's at once
 # A page that Arrow decompresses may hold several documents.
 PAGE_BYTES = 2**27
 
@@ -282,6 +283,10 @@ def _texts(column: Any, limit: int) -> Iterator[str | None]:
 
     # As bytes: Arrow raises for invalid UTF-8, which `_decode` repairs.
     values = column.cast(pa.large_binary())
+    if values.nbytes <= min(limit, AT_ONCE_BYTES):  # the usual batch, in half the time
+        for value in values.to_pylist():
+            yield _decode(value, "utf-8") if value else None
+        return
     for number, length in enumerate(pc.binary_length(values).to_pylist()):
         if length and length > limit:
             yield TooLong()

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..huggingface.tokenizer_files import tokenizer_json
 from ..tokenizer import END_OF_TEXT, Tokenizer
 from ..untrusted.long_text import PIECE, pieces
+from .word_count import WordCount
 
 # Characters whose Unicode class may differ between the libraries: additions of Unicode 17, widened
 # to whole blocks to be safe (gigatoken 0.10 has version 17, tiktoken 0.14 has version 16).
@@ -24,9 +25,7 @@ UNSETTLED = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010000-\U0001efff\U0001fb00-\U0003ffff]"
 )
 UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # their first UTF-8 bytes: a quick pre-check
-# gigatoken keeps each word that it has met, with 60 to 100 bytes. A word of several tokens has at
-# least one without a space in front, so the number of such tokens bounds that of the words.
-FRESH_AFTER = 3_000_000  # such tokens per gigatoken tokenizer, after which a new one is made
+FRESH_AFTER = 2_000_000  # words in gigatoken's cache, which only grows, by some 60 bytes a word
 
 
 class FastTokenizer(Tokenizer):
@@ -35,7 +34,7 @@ class FastTokenizer(Tokenizer):
     def __init__(self) -> None:
         super().__init__()
         self._fast: Any = None  # a gigatoken.Tokenizer, made at the first text
-        self._inner_tokens = 0  # without a space in front, since gigatoken was made
+        self._words = WordCount()  # since gigatoken was made
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Like `Tokenizer.encode_documents`, but faster."""
@@ -69,14 +68,12 @@ class FastTokenizer(Tokenizer):
         """(uint16 ids of all texts, int64 number of ids of each)."""
         import awkward as ak
 
-        if self._fast is None or self._inner_tokens > FRESH_AFTER:
-            self._fast, self._inner_tokens = _gigatoken(), 0
+        if self._fast is None or self._words.different > FRESH_AFTER:
+            self._fast, self._words = _gigatoken(), WordCount()
         encoded = self._fast.encode_batch(texts, parallel=False)  # the caller has its own threads
         counts = ak.to_numpy(ak.num(encoded)).astype(np.int64)
         ids = ak.to_numpy(ak.flatten(encoded)).astype(np.uint16)
-        # No token has two spaces, but for three that have as many U+00A0.
-        spaces = sum(text.count(" ") - text.count("\xa0") for text in texts)
-        self._inner_tokens += len(ids) - spaces
+        self._words.add(ids)
         return ids, counts
 
 

@@ -17,17 +17,17 @@ from typing import Any, BinaryIO
 from ..errors import DamagedFile, UserError, first_line
 from ..untrusted.display import shown
 from ..untrusted.parsing import load_json
-from .parquet_pages import check_footer, largest_page
+from .parquet_pages import check_footer, pages_of
 
 DOCUMENT_BYTES = 50_000_000  # of a row in its file, decompressed, unless another limit is given
 SKIPPED_BYTES = 2**20  # read at once of a row that is too long
 BUFFER_BYTES = 2**20  # that Arrow reads at once
 XZ_BYTES = 2**27  # of memory for the dictionary of an .xz file; `xz -9` uses half
-# A value of parquet is no larger than its page: a batch has as many rows as pages fit into this.
-BATCH_BYTES, BATCH_ROWS = 2**26, 1024
+BATCH_BYTES, BATCH_ROWS = 2**27, 1024  # of parquet, before texts become Python's
 AT_ONCE_BYTES = 2**24  # of a batch whose texts become Python's at once
 # A page that Arrow decompresses may hold several documents.
 PAGE_BYTES = 2**27
+OBJECT_BYTES = 64  # of a string or number of Python, besides its value
 
 
 class Repaired(str):
@@ -99,10 +99,14 @@ def _items(path: Path) -> Iterator[Any]:
     if path.name.lower().endswith(".parquet"):
         check_footer(path)
         with pq.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+            strings = [c.path for c in file.schema if c.physical_type == "BYTE_ARRAY"]
+        # Lists of a row may refer to one long value of the dictionary a million times.
+        with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, read_dictionary=strings) as file:
             for number in range(file.num_row_groups):
-                page = largest_page(path, file.metadata.row_group(number), PAGE_BYTES)
-                for batch in file.iter_batches(_rows_of_batch(page), row_groups=[number]):
-                    yield from batch.to_pylist()
+                pages = pages_of(path, file.metadata.row_group(number), PAGE_BYTES)
+                rows = min(BATCH_ROWS, pages.rows_at_once(BATCH_BYTES, keeps_dictionary=True))
+                for batch in file.iter_batches(rows, row_groups=[number]):
+                    yield from _items_of_batch(batch, path)
         return
     with _open(path) as (_, data):
         number = 0
@@ -115,6 +119,38 @@ def _items(path: Path) -> Iterator[Any]:
                 yield load_json(line, where)
 
 
+def _items_of_batch(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a batch as Python's values, `DOCUMENT_BYTES` at once.
+
+    Raises:
+        UserError: a row is longer.
+    """
+    rows = len(batch)
+    if sum(map(_bytes_in_python, batch.columns)) <= DOCUMENT_BYTES:
+        yield from batch.to_pylist()
+    elif rows == 1:
+        raise UserError(f"{path}: a row is longer than {DOCUMENT_BYTES:,} bytes")
+    else:
+        yield from _items_of_batch(batch.slice(0, rows // 2), path)
+        yield from _items_of_batch(batch.slice(rows // 2), path)
+
+
+def _bytes_in_python(array: Any) -> int:
+    """Bytes of an Arrow array's values as Python's objects, roughly."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    objects = OBJECT_BYTES * len(array)
+    if pa.types.is_dictionary(array.type) and not pa.types.is_decimal(array.type.value_type):
+        lengths = pc.binary_length(array.dictionary).take(array.indices)
+        return objects + (pc.sum(lengths).as_py() or 0)
+    if pa.types.is_struct(array.type):
+        return objects + sum(map(_bytes_in_python, array.flatten()))
+    if pa.types.is_nested(array.type):
+        return objects + _bytes_in_python(array.flatten())
+    return objects + array.nbytes
+
+
 def _lines(data: BinaryIO, limit: int) -> Iterator[bytes | None]:
     """The lines of a file; None for one that is longer than `limit`."""
     while line := data.readline(limit + 1):
@@ -125,10 +161,6 @@ def _lines(data: BinaryIO, limit: int) -> Iterator[bytes | None]:
             yield None
         else:
             yield line
-
-
-def _rows_of_batch(page_bytes: int) -> int:
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, page_bytes)))
 
 
 @contextmanager
@@ -268,7 +300,8 @@ def _parquet_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
             if number + metadata.num_rows <= start:
                 number += metadata.num_rows
                 continue
-            rows = _rows_of_batch(largest_page(path, metadata, PAGE_BYTES, "text"))
+            pages = pages_of(path, metadata, PAGE_BYTES, "text")
+            rows = min(BATCH_ROWS, pages.rows_at_once(BATCH_BYTES))
             for batch in file.iter_batches(rows, row_groups=[group], columns=["text"]):
                 for text in _texts(batch.column(0), limit):
                     number += 1

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpt2.cli import main
-from gpt2.data import text_files
-from gpt2.data.parquet_pages import largest_page
+from gpt2.data import parquet_pages, text_files
+from gpt2.data.parquet_pages import Pages, pages_of
 from gpt2.data.shards import read_manifest
 from gpt2.data.text_files import TooLong, read_items, read_rows
 from gpt2.errors import DamagedFile, UserError
@@ -88,7 +88,7 @@ def test_values_of_parquet_over_the_limit_are_left_out(tmp_path, dictionary):
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("dictionary", [True, False])
-def test_the_largest_page_is_found(tmp_path, compression, version, dictionary):
+def test_the_largest_page_is_found(tmp_path, compression, version, dictionary, monkeypatch):
     path = tmp_path / "x.parquet"
     texts = ["a" * 3000, "b" * 10_000, "c" * 50_000] * 20
     pq.write_table(
@@ -97,16 +97,47 @@ def test_the_largest_page_is_found(tmp_path, compression, version, dictionary):
     )  # fmt: skip
     group = pq.ParquetFile(path).metadata.row_group(0)
     held = (3000 + 10_000 + 50_000) * (1 if dictionary else 20)
-    assert held <= largest_page(path, group, MB * 10, "text") <= held + 1000
-    everything = 200_000 * (1 if dictionary else 60)
-    assert 0.9 * everything <= largest_page(path, group, MB * 100) <= everything + 1000
+    found = pages_of(path, group, MB * 100, "text")
+    page, other = found.largest, found.dictionary
+    page, other = (other, page) if dictionary else (page, other)
+    assert held <= page <= held + 1000
+    assert other < 1000
+    everything = pages_of(path, group, MB * 100)
+    held += 200_000 * (1 if dictionary else 60)
+    assert held <= everything.dictionary + everything.total <= held + 3000
     with pytest.raises(UserError, match=r"a page of .* bytes; pages of up to 1,000 are"):
-        largest_page(path, group, 1000)
+        pages_of(path, group, 1000)
+    monkeypatch.setattr(parquet_pages, "MAX_VALUES", 59)
+    with pytest.raises(UserError, match="a row group of over 59 values"):
+        pages_of(path, group, MB * 100)
     data = bytearray(path.read_bytes())
     data[4:40] = b"\xff" * 36
     path.write_bytes(data)
     with pytest.raises(OSError, match="the header of a page cannot be read"):
-        largest_page(path, group, MB * 10, "text")
+        pages_of(path, group, MB * 100, "text")
+
+
+def test_batches_are_small_where_one_long_value_may_be_in_each_row():
+    assert Pages(dictionary=0, largest=10, total=500).rows_at_once(1000) == 500
+    assert Pages(dictionary=0, largest=10, total=5000).rows_at_once(1000) == 100
+    assert Pages(dictionary=100, largest=10, total=500).rows_at_once(1000) == 10
+    assert Pages(dictionary=100, largest=500, total=500).rows_at_once(1000) == 5
+    assert Pages(dictionary=100, largest=500, total=500).rows_at_once(1000, True) == 500
+    assert Pages(dictionary=10**9, largest=10, total=500).rows_at_once(1000) == 1
+
+
+def test_a_list_that_repeats_one_long_value_is_refused(tmp_path, monkeypatch):
+    """A file of 1 KB: one value of the dictionary, 3,000 times in a list, and rows beside it."""
+    lists = [["a" * 10_000] * 3000, [], ["b"], None, ["c" * 10_000] * 9]
+    rows = [{"messages": [{"content": text} for text in row or []]} for row in lists]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert [item for _, item in read_items(path)] == rows
+    monkeypatch.setattr(text_files, "DOCUMENT_BYTES", MB)
+    with pytest.raises(UserError, match="a row is longer than 1,000,000 bytes"):
+        list(read_items(path))
+    pq.write_table(pa.Table.from_pylist(rows[1:] * 30), path)
+    assert [item for _, item in read_items(path)] == rows[1:] * 30
 
 
 def test_a_large_dictionary_is_refused_before_it_is_made(tmp_path):

@@ -197,7 +197,7 @@ def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:
 def _arguments_of(path: str, settings: set[str]) -> list[str]:
     """The settings of a TOML file as arguments."""
     arguments = []
-    for name, value in read_toml(Path(path)).items():
+    for name, value in read_toml(Path(path), f"--config={path}").items():
         if not isinstance(value, bool | int | float | str):
             raise UserError(f"{path}: {name} must be a plain value (no tables, no lists)")
         argument = _normalise(f"--{name}={value}")

@@ -27,27 +27,30 @@ STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 SURROGATES = "surrogatepass"
 
 
-def read_bytes(path: Path, advice: str = "", limit: int = MAX_FILE_BYTES) -> bytes:
+def read_bytes(
+    path: Path, advice: str = "", limit: int = MAX_FILE_BYTES, asked_by: str = ""
+) -> bytes:
     """The bytes of a small file.
 
     Args:
         path: the file.
         advice: how to go on, for the error message.
         limit: most bytes.
+        asked_by: begins the message about a file that cannot be read, instead of the path.
 
     Raises:
         UserError: the file is missing, unreadable, or larger than `limit`.
     """
     try:
         if not path.is_file() and path.exists():  # reading a FIFO would wait for ever
-            raise UserError(_because(f"{path}:", "not a file", advice))
+            raise UserError(_because(f"{asked_by or path}:", "not a file", advice))
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UserError(_because(f"{path}:", str(reason), advice)) from None
+        raise UserError(_because(f"{asked_by or path}:", str(reason), advice)) from None
     if len(data) > limit:
         raise UserError(_because(path, f"is larger than {limit:,} bytes", advice))
     return data
@@ -90,13 +93,17 @@ def load_json(
     return value
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, asked_by: str = "") -> dict[str, Any]:
     """The table of a TOML file in UTF-8.
+
+    Args:
+        path: the file.
+        asked_by: begins the message about a file that cannot be read, instead of the path.
 
     Raises:
         UserError: the file is missing, too large, or not TOML.
     """
-    return load_toml(read_bytes(path, limit=2**20), path)
+    return load_toml(read_bytes(path, limit=2**20, asked_by=asked_by), path)
 
 
 def load_toml(data: bytes, where: object) -> dict[str, Any]:

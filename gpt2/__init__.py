@@ -15,14 +15,14 @@ def __getattr__(name: str) -> object:
 
 def _version() -> str:
     """The version of the installed package, or of the checkout that is run without installing."""
-    import tomllib
     from importlib import metadata
     from pathlib import Path
 
     from .errors import DISTRIBUTION
+    from .untrusted.parsing import read_toml
 
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         project = Path(__file__).parent.parent / "pyproject.toml"
-        return tomllib.loads(project.read_text("utf-8"))["project"]["version"]
+        return read_toml(project)["project"]["version"]

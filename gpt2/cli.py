@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 75 a ran
 """
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from .config.commands import (
 from .config.finetune import FinetuneConfig
 from .config.train import TrainConfig
 from .errors import UserError, install_command
+from .report.console import one_line
+from .untrusted.display import shown
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
@@ -82,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         return _choose(command, COMMANDS)(rest)
     except UserError as error:
         return _complain(str(error))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _complain(f"{shown(error.filename)}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -248,7 +255,7 @@ def plot(argv: list[str]) -> int:
     )
     from .report.plot import plot_run
 
-    print(plot_run(Path(folder)))
+    print(shown(plot_run(Path(folder)), limit=0))
     return 0
 
 
@@ -261,7 +268,7 @@ def export(argv: list[str]) -> int:
     from .commands.export import check_export_folder, export_hf
 
     check_export_folder(Path(folder))
-    print(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}")
+    print(shown(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}", limit=0))
     return 0
 
 
@@ -274,7 +281,7 @@ def push(argv: list[str]) -> int:
     config, (source, repository) = parse_with_positional(PushConfig, argv, "gpt2 push", names)
     from .commands.export import push as upload
 
-    print(upload(source, repository, config.private))
+    print(shown(upload(source, repository, config.private), limit=0))
     return 0
 
 
@@ -338,7 +345,7 @@ def _complain(text: str) -> int:
     from .distributed.environment import is_first_rank
 
     if is_first_rank():
-        print(f"gpt2: error: {text}", file=sys.stderr, flush=True)
+        print(f"gpt2: error: {one_line(text)}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -71,6 +71,7 @@ def _precision_of_its_own():
 # leaves them out, with the slow tests of other files.
 LONG = {
     "checkpoint/test_async_writer",
+    "checkpoint/test_state_schema",
     "checkpoint/test_weights",
     "commands/test_evaluate",
     "commands/test_export",
@@ -103,6 +104,7 @@ LONG = {
     "test_forks",
     "test_fuzz",
     "test_links",
+    "test_mutations",
     "test_recipes",
     "train/test_loop",
     "train/test_loop_hellaswag",

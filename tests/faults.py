@@ -55,6 +55,12 @@ CASES = {
          "refused; the others go on"),
     27: ("symbolic links in the place of files and folders", "replaced, or refused in one line; "
          "the file or folder behind the link is unchanged"),
+    28: ("model files that claim more than they hold", "refused in one line before anything is "
+         "built; at most 200 MB above the size of the file, and 2 s"),
+    29: ("text that is larger than it looks, or of one kind", "read, or left out and counted; at "
+         "most 600 MB above the imports, and time in proportion to the text"),
+    30: ("mutations of every kind of file", "read, or refused in one line without control "
+         "characters; no traceback"),
     31: ("server: clients that are silent, slow or gone", "they are closed at a time limit, with a "
          "line in the log; others are answered meanwhile; no traceback"),
     32: ("server: many clients at once", "every text is the one that its request gets alone, up to "

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2.untrusted.display import shown
+
 from .fixtures import make_compat
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -100,7 +102,10 @@ def test_shards_of_before_are_complete_and_made_alike_today(copy, expected):
 
 @pytest.mark.parametrize("name", named("checkpoint "))
 def test_models_of_before_compute_what_they_did(here, expected, bits, name):
-    check(observe(name), expected[name], bits)
+    wanted = expected[name]
+    if "text" in wanted:  # control characters are shown today
+        wanted = wanted | {"text": [shown(t, limit=0, keep="\n\t") for t in wanted["text"]]}
+    check(observe(name), wanted, bits)
 
 
 @pytest.mark.slow

@@ -106,9 +106,7 @@ def saved(tmp_path):
     model(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64)).backward()
     optimizer.step()
     for step in (1, 2):
-        save_state(
-            tmp_path, step, model, {"optimizer": optimizer.state_dict(), "rng": [1.5, "x"]}, 2
-        )
+        save_state(tmp_path, step, model, {"optimizer": optimizer.state_dict(), "seconds": 1.5}, 2)
     model_file.save_model(tmp_path / "out_ckpt.pt", model, 2, 3.0)
     return model
 

@@ -7,7 +7,7 @@ optimizer state.
 """
 
 import re
-import zipfile
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config.model import GPT2Config, to_dict
+from ..config.parameter_shapes import check_fit, check_size, parameter_shapes
 from ..config.switches import SWITCH_NAMES
 from ..distributed import fsdp
 from ..errors import UserError
 from ..files import replacing_file, replacing_folder
 from ..model.lora import merged_state
+from ..untrusted.display import shown
+from ..untrusted.parsing import named
 from . import other_formats
-from .safe_load import check_sums, torch_load
+from .other_formats import number_of, shapes
+from .safe_load import check_sums, in_memory, torch_load
 from .write_errors import bytes_of, write_errors
 
 FORMAT = 1  # of out_ckpt.pt
@@ -123,25 +127,38 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     ):
         raise UserError(f"{path}: its `model` is not a table of tensors")
     state = strip_prefixes(state)
+    if odd := [n for n, t in state.items() if not t.is_floating_point()]:
+        raise UserError(
+            f"{path}: {shown(odd[0])} holds whole numbers; quantized files are not read"
+        )
     if other_formats.is_nanogpt(rest):
         config, state, rest = other_formats.from_nanogpt(state, rest, path)
     else:
-        if rest.get("format") == FORMAT and zipfile.is_zipfile(path):
+        if number_of(rest.get("format")) == FORMAT:
             check_sums(path)
-        settings = rest.pop("config")
-        if not isinstance(settings, dict) or not all(
-            isinstance(value, int | float) or name in SWITCH_NAMES
-            for name, value in settings.items()
-        ):
-            raise UserError(f"{path}: its `config` is not a table of numbers")
-        config = GPT2Config.from_dict(settings)
+        config = config_of(rest["config"], path)
+        check_size(config, path.stat().st_size, path)
+        theirs = {n: t for n, t in state.items() if n != "lm_head.weight"}
+        check_fit(parameter_shapes(config), shapes(theirs), path)
+        rest = {n: number_of(rest.get(n)) for n in ("format", "step", "val_loss")}
     check_finite(state, path)
-    return config, state, rest
+    return config, in_memory(state), rest
+
+
+def config_of(settings: Any, path: Path) -> GPT2Config:
+    """The config in a checkpoint; raises UserError unless it describes a network."""
+    if not isinstance(settings, dict) or not all(
+        isinstance(value, int | float) or name in SWITCH_NAMES for name, value in settings.items()
+    ):
+        raise UserError(f"{path}: its `config` is not a table of numbers")
+    with named(path):
+        return GPT2Config.from_dict(settings)
 
 
 def check_finite(state: dict[str, Tensor], path: Path) -> None:
     """Raises UserError if a tensor holds NaN or infinity."""
-    odd = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    # `aminmax` makes no tensor of the size of its input, and NaN wins over numbers.
+    odd = [n for n, t in state.items() if t.numel() and not all(map(isfinite, t.aminmax()))]
     if odd:
         raise UserError(f"{path}: NaN or infinity in {odd[0]} ({len(odd)} tensors in all)")
 
@@ -162,16 +179,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) ->
     """
     own = model.state_dict()
     state = {n: t for n, t in state.items() if n != "lm_head.weight"}  # tied to wte
-    problems = [f"missing {n}" for n in own if n not in state]
-    problems += [f"unexpected {n}" for n in state if n not in own]
-    problems += [
-        f"{n} is {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
-        for n in own
-        if n in state and own[n].shape != state[n].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{source} does not fit the model: {', '.join(problems[:3])}{more}")
+    check_fit(shapes(own), shapes(state), source)
     state = {n: fsdp.like(t, own[n]) for n, t in state.items()}
     model.load_state_dict(state, assign=any(t.is_meta for t in own.values()))
 

@@ -8,6 +8,8 @@ parameter stacked over the blocks. Only `safe_load.py` unpickles.
 
 import re
 import struct
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..config.model import GPT2_VOCAB_SIZE, GPT2Config
+from ..config.parameter_shapes import Shapes, check_fit, check_size, parameter_shapes
 from ..errors import UserError
 from ..huggingface.model_format import check_tied, is_mask
+from ..untrusted.parsing import named
 
 NANOGPT_VOCAB_SIZE = 50304  # 50,257 padded to a multiple of 64; no token uses the added rows
 WTE, TABLE = "transformer.wte.weight", re.compile(r"\.(wte|wpe)\.weight$")
@@ -73,8 +77,16 @@ def from_nanogpt(
     shape = {name: settings[name] for name in NEEDED} | {"dropout": settings.get("dropout", 0.0)}
     if not all(isinstance(value, int | float) for value in shape.values()):
         raise UserError(f"{path}: its sizes are not numbers")
+    with named(path):
+        config = GPT2Config(**shape)
+    check_size(config, path.stat().st_size, path)
+    own, found = parameter_shapes(config), {n: t for n, t in state.items() if not is_mask(n)}
+    found.pop("lm_head.weight", None)
+    if settings.get("bias") is False:
+        own = {n: s for n, s in own.items() if not n.endswith(".bias")}
+    check_fit(own, shapes(found), path)
     check_tied(state, WTE, path)
-    state = {n: t.float() for n, t in state.items() if n != "lm_head.weight" and not is_mask(n)}
+    state = {n: t.float() for n, t in found.items()}
     notes = []
     if nano:
         notes.append(
@@ -91,23 +103,31 @@ def from_nanogpt(
             state.setdefault(name.removesuffix("weight") + "bias", zeros)
         notes.append("it has no biases: here they are zeros, which training will move")
     step, val_loss = (
-        _number(next((content[name] for name in names if name in content), None))
+        number_of(next((content[name] for name in names if name in content), None))
         for names in (("step", "iter_num"), ("val_loss", "best_val_loss"))
     )
     origin = "nanoGPT" if nano else "build-nanogpt"
     rest = {"origin": origin, "notes": notes, "step": step, "val_loss": val_loss}
-    return GPT2Config(**shape), state, rest
+    return replace(config, vocab_size=shape["vocab_size"]), state, rest
 
 
-def _number(value: Any) -> int | float | None:
+def number_of(value: Any) -> int | float | None:
     """The number in a scalar or one-element tensor; None for other values."""
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    return value if isinstance(value, int | float) else None
+    known = isinstance(value, int | float) and (isinstance(value, float) or abs(value) < 2**63)
+    return value if known else None
+
+
+def shapes(state: dict[str, Tensor]) -> Shapes:
+    """Shape of each tensor by name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def is_llmc(path: Path) -> bool:
     """Whether a file begins with the magic number of llm.c's checkpoints."""
     try:
+        if not path.is_file():  # opening a FIFO would wait for ever
+            return False
         with open(path, "rb") as file:
             return file.read(4) == struct.pack("<i", LLMC_MAGIC)
     except OSError:
@@ -127,16 +147,19 @@ def read_llmc(path: Path) -> tuple[GPT2Config, dict[str, Tensor], dict[str, Any]
         version, block_size, vocab, layers, heads, width, padded = map(int, header[1:8])
         if version not in LLMC_DTYPES:
             raise UserError(f"{path}: llm.c's version {version}; versions 3 and 5 are GPT-2's")
-        config = GPT2Config(
-            block_size=block_size, vocab_size=vocab, n_layer=layers, n_head=heads, n_embd=width
-        )
-        parts = _llmc_parts(config, padded)
+        with named(path):
+            config = GPT2Config(
+                block_size=block_size, vocab_size=vocab, n_layer=layers, n_head=heads, n_embd=width
+            )
         dtype = LLMC_DTYPES[version]
-        wanted = LLMC_HEADER_BYTES + dtype.itemsize * sum(int(np.prod(s)) for _, s in parts)
+        # The size in closed form: a list of the parts could be longer than the memory.
+        block = sum(prod(units) * width ** len(units) for _, units in LLMC_BLOCK)
+        numbers = (padded + block_size + 2) * width + layers * block
+        wanted = LLMC_HEADER_BYTES + dtype.itemsize * numbers
         if (size := path.stat().st_size) != wanted or padded < vocab:
             raise UserError(f"{path}: damaged, {size:,} bytes instead of {wanted:,}")
         state = {}
-        for name, shape in parts:
+        for name, shape in _llmc_parts(config, padded):
             values = np.fromfile(file, dtype, int(np.prod(shape))).reshape(shape)
             tensor = torch.from_numpy(values)
             state[name] = (tensor.view(torch.bfloat16) if version == 5 else tensor).float()

@@ -20,6 +20,7 @@ from ..config.model import GPT2Config
 from ..distributed import fsdp
 from ..distributed.runtime import Runtime
 from ..errors import UserError
+from .state_schema import not_whole
 from .training_state import Resumed, new_state, write_rest
 
 
@@ -102,6 +103,8 @@ def shard_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> dict:
     """Shards an unsharded optimizer state dict like the parameters. Without FSDP it stays whole."""
     stored = resumed.state["optimizer"]
     parameters = _parameters(optimizer, stored, resumed.path)
+    if any(value is None for values in stored["state"].values() for value in values.values()):
+        raise UserError(not_whole(resumed.path, "tensors of the optimizer are missing"))
     state = {
         number: {
             key: fsdp.like(value, parameters[number])

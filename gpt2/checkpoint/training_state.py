@@ -12,6 +12,7 @@ compared before loading, because neither format detects a flipped bit.
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config.model import GPT2Config, to_dict
+from ..config.parameter_shapes import check_size
 from ..errors import UserError, first_line
 from ..files import discard, fingerprint, replacing_folder
-from .model_file import on_cpu
-from .safe_load import torch_load
+from ..huggingface.safetensors_header import read_header
+from ..untrusted.display import shown
+from ..untrusted.parsing import read_json
+from .model_file import config_of, on_cpu
+from .safe_load import in_memory, torch_load
+from .state_schema import check_kinds, not_whole, whole
 from .write_errors import bytes_of, write_errors
 
 STATE_FORMAT = 2  # version of the manifest; version 1 lacks the manifest's own sha256
@@ -129,20 +135,43 @@ def load_state(path: Path, verify: bool = True) -> Resumed:
     Raises:
         UserError: a file is damaged or missing.
     """
+    manifest = read_manifest(path)
+    files, config = manifest["files"], config_of(manifest["config"], path / MANIFEST)
+    parts = [name for name in files if PART_FILE.fullmatch(name)]
+    tensors = [path / name for name in parts or [MODEL_FILE]]
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != 1 and manifest.pop("sha256", None) != _digest(manifest):
-            raise UserError(f"{path}: {MANIFEST} is damaged (its sha256 differs)")
-        step, files = int(manifest["step"]), manifest["files"]
-        parts = [name for name in files if PART_FILE.fullmatch(name)]
         check_files(path, files, [*(parts or [MODEL_FILE]), STATE_FILE], verify or not parts)
+        for file in tensors:
+            read_header(file)  # a small header, before safetensors reads the file
+        check_size(config, sum(file.stat().st_size for file in tensors), path)
         model = {} if parts else load_file(path / MODEL_FILE)
-        config = GPT2Config.from_dict(manifest["config"])
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
-    return Resumed(path, step, config, model, torch_load(path / STATE_FILE), bool(parts))
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise UserError(not_whole(path, first_line(error))) from None
+    state = torch_load(path / STATE_FILE)
+    check_kinds(state, path / STATE_FILE)
+    with whole(path / STATE_FILE):
+        state = in_memory(state)
+    return Resumed(path, manifest["step"], config, model, state, bool(parts))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a state.
+
+    Raises:
+        UserError: the manifest is missing or damaged, or lacks step, config or files.
+    """
+    try:
+        manifest = read_json(path / MANIFEST)
+    except UserError as error:
+        raise UserError(not_whole(path, str(error).removeprefix(f"{path}{os.sep}"))) from None
+    kinds = {"format": int, "step": int, "config": dict, "files": dict}
+    if odd := [n for n, kind in kinds.items() if not isinstance(manifest.get(n), kind)]:
+        raise UserError(not_whole(path, f"{odd[0]} of {MANIFEST} is missing or of another kind"))
+    if not 0 <= manifest["step"] < 10**8:
+        raise UserError(not_whole(path, f"step {shown(manifest['step'])} in {MANIFEST}"))
+    if manifest["format"] != 1 and manifest.pop("sha256", None) != _digest(manifest):
+        raise UserError(f"{path}: {MANIFEST} is damaged (its sha256 differs)")
+    return manifest
 
 
 def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:

@@ -1,6 +1,5 @@
 """`gpt2 eval`: evaluates a checkpoint on validation shards, a text, HellaSwag and LAMBADA."""
 
-import itertools
 import json
 import math
 import signal
@@ -149,8 +148,8 @@ def _encode(path: Path, limit: int) -> np.ndarray:
         raise UserError(f"--text={path}: no such file")
     texts = (text for text, _ in read_rows(path) if text)
     parts, have = [], 0
-    while have < limit and (batch := list(itertools.islice(texts, 100))):
-        parts.append(gpt2_tokenizer().encode_documents(batch)[0])
+    while have < limit and (text := next(texts, None)):
+        parts.append(gpt2_tokenizer().encode_documents([text])[0])
         have += len(parts[-1])
     if not parts:
         raise UserError(f"--text={path}: holds no text")

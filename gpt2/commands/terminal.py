@@ -16,6 +16,7 @@ from ..generate.sampling import check_sampling
 from ..generate.stream import TextWriter, stream
 from ..report import console
 from ..tokenizer import END_OF_TEXT
+from ..untrusted.display import shown
 
 HELP = """/reset            forget what was said (not the system message)
 /system TEXT      tell the model what it is, and begin anew; without TEXT: nothing
@@ -134,7 +135,7 @@ def _run_command(talk: Chat, line: str) -> None:
         talk.begin(rest)
     elif command == "/save" and rest and talk.messages:
         talk.save(rest)
-        print(f"appended to {Path(rest)}", flush=True)
+        print(f"appended to {shown(Path(rest))}", flush=True)
     elif command == "/save":
         raise UserError("write /save FILE.jsonl, after something was said")
     elif command == "/help":
@@ -147,7 +148,7 @@ def _write_answer(talk: Chat, text: str) -> None:
     pieces = talk.answer(text)
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(_visible(piece), end="", flush=True)
     except KeyboardInterrupt:  # ends the answer, not the conversation
         pieces.close()
     print(flush=True)
@@ -171,7 +172,7 @@ def _sampling(config: WritingConfig) -> dict[str, Any]:
 
 def _write_sample(model: TextModel, config: SampleConfig, prompt: str, number: int) -> None:
     """Prints a prompt and its continuation as it is generated."""
-    print(prompt, end="", flush=True)
+    print(_visible(prompt), end="", flush=True)
     pieces = model.stream(
         prompt,
         config.max_new_tokens,
@@ -180,8 +181,13 @@ def _write_sample(model: TextModel, config: SampleConfig, prompt: str, number: i
         **_sampling(config),
     )
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(_visible(piece), end="", flush=True)
     print("\n", flush=True)
+
+
+def _visible(text: str) -> str:
+    """Text of a model for a terminal, which would obey escape codes; line breaks and tabs stay."""
+    return shown(text, limit=0, keep="\n\t")
 
 
 def _ask() -> str | None:

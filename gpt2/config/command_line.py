@@ -11,18 +11,15 @@ import difflib
 import functools
 import json
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError
+from ..untrusted.parsing import read_toml
 from .options import type_of
 
 Config = TypeVar("Config")
-# Python keeps the bytes of a file name that are not UTF-8 as lone surrogates. A setting that names
-# such a file is written and read with these surrogates.
-SURROGATES = "surrogatepass"
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -80,16 +77,6 @@ def parse_with_positional(
             parser.add_argument(name, help=text)
     given = vars(parser.parse_args(arguments))
     return _instantiate(cls, given), [given[name] for name in positional]
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The values of a TOML file; see `to_toml`.
-
-    Raises:
-        OSError: a file that cannot be read.
-        ValueError: a file that is not TOML in UTF-8.
-    """
-    return tomllib.loads(path.read_text(encoding="utf-8-sig", errors=SURROGATES))
 
 
 def to_toml(settings: Mapping[str, Any]) -> str:
@@ -209,14 +196,8 @@ def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:
 
 def _arguments_of(path: str, settings: set[str]) -> list[str]:
     """The settings of a TOML file as arguments."""
-    try:
-        table = read_toml(Path(path))
-    except OSError as error:
-        raise UserError(f"--config={path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a TOML file: {error}") from None
     arguments = []
-    for name, value in table.items():
+    for name, value in read_toml(Path(path), f"--config={path}").items():
         if not isinstance(value, bool | int | float | str):
             raise UserError(f"{path}: {name} must be a plain value (no tables, no lists)")
         argument = _normalise(f"--{name}={value}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import UserError
-from .options import at_least, check_seed, option
+from .options import at_least, at_most, check_seed, option
 from .train import TrainConfig
 
 
@@ -34,6 +34,9 @@ class PrepareConfig:
     max_tokens: int = option(
         0, "stop after this many tokens, rounded up to whole shards (two or more); 0: no limit"
     )
+    max_document_mb: int = option(
+        50, "leave out documents of more than this many MB (a line of .jsonl, decompressed)"
+    )
     worker: str = option("1/1", "which of several machines this is: 3/16 is the third of sixteen")
 
     def __post_init__(self) -> None:
@@ -42,6 +45,9 @@ class PrepareConfig:
             raise UserError(f"shard_tokens={self.shard_tokens}: use 1000000000 or fewer")
         at_least(0, num_workers=self.num_workers, max_shards=self.max_shards)
         at_least(0, max_tokens=self.max_tokens)
+        at_least(1, max_document_mb=self.max_document_mb)
+        at_most(2000, max_document_mb=self.max_document_mb)
+        at_most(1024, num_workers=self.num_workers)
         if self.max_shards == 1:
             raise UserError("max_shards=1 would leave no training text; use 2 or more")
 
@@ -154,6 +160,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         at_least(0, port=self.port, max_queue=self.max_queue, max_new_tokens=self.max_new_tokens)
         at_least(1, slots=self.slots, max_connections=self.max_connections)
+        at_most(4096, slots=self.slots)
+        at_most(10**6, max_queue=self.max_queue, max_connections=self.max_connections)
         if self.port > 65535:
             raise UserError(f"port={self.port}: use 1 to 65535, or 0 for any free one")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from ..errors import UserError
-from .options import at_least, option, resolve
+from .options import at_least, at_most, option, resolve
 from .train import DataOptions, EvalOptions, OptimOptions, OutputOptions, TrainConfig
 
 LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; two are called c_proj
@@ -25,6 +25,7 @@ class TuningOptions:
 
     def __post_init__(self) -> None:
         at_least(0, lora_rank=self.lora_rank)
+        at_most(2**16, lora_rank=self.lora_rank)
         self.targets()
         for name, low, high in (("epochs", 0, 1e6), ("val_share", 0, 1), ("lora_alpha", 0, 1e6)):
             if not low < getattr(self, name) < high:

@@ -7,9 +7,19 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import UserError
+from ..untrusted.display import shown
 from .switches import Switches, check_switches, chosen, defaults, switched
 
 GPT2_VOCAB_SIZE = 50257  # 50,000 merges + 256 bytes + end of text
+# Upper limits, far above what is trained: absurd numbers are refused before memory is asked for.
+LIMITS = {
+    "block_size": 2**24,
+    "vocab_size": 2**24,
+    "n_layer": 4096,
+    "n_head": 4096,
+    "n_embd": 2**17,
+}
+MAX_PARAMETERS = 10**12
 IGNORE = -1  # a target that has no loss, `ignore_index` of the cross-entropy
 # Switches that earlier versions had, with the value that turns them off.
 REMOVED_SWITCHES = {"bigram_rows": 0}
@@ -31,23 +41,37 @@ class GPT2Config:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name, limit in LIMITS.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r}: use a whole number of at least 1")
+                raise UserError(f"{name}={shown(repr(value))}: use a whole number of at least 1")
+            if value > limit:
+                raise UserError(f"{name}={shown(value)}: use at most {limit:,}")
+        if self.least_parameters > MAX_PARAMETERS:
+            raise UserError(
+                f"n_layer={self.n_layer} and n_embd={self.n_embd} make a network of over "
+                f"{MAX_PARAMETERS:,} parameters; use smaller ones"
+            )
         if self.n_embd % self.n_head:
             near = max(1, self.n_embd // self.n_head)
             raise UserError(
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
                 f"use n_embd={near * self.n_head} or {(near + 1) * self.n_head}"
             )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout}: use a number from 0 up to, not including, 1")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"dropout={shown(repr(self.dropout))}: use a number from 0 up to, not including, 1"
+            )
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the head's matmul: the next multiple of 128, for tensor cores (50,304)."""
         return -(-self.vocab_size // 128) * 128
+
+    @property
+    def least_parameters(self) -> int:
+        """Token embedding and 12 C² weights for each block, which any switches leave."""
+        return self.n_embd * (self.vocab_size + self.n_layer * 12 * self.n_embd)
 
     def switches(self) -> dict[str, Any]:
         """All switches of the network by name; GPT-2 has them at their defaults."""
@@ -71,7 +95,7 @@ class GPT2Config:
         values = {n: v for n, v in {**values}.items() if REMOVED_SWITCHES.get(n, ...) != v}
         known, switches = ({f.name for f in fields(c)} for c in (GPT2Config, Switches))
         if odd := (set(values) - switches) ^ known:
-            names = ", ".join(sorted(repr(name)[1:-1] for name in odd))  # no line breaks
+            names = shown(", ".join(sorted(map(str, odd))))
             raise UserError(f"the checkpoint's config does not describe a GPT-2: {names}")
         return (ModernConfig if set(values) & switches else GPT2Config)(**values)
 

@@ -50,6 +50,13 @@ def at_least(low: int, **values: float) -> None:
             raise UserError(f"{name}={value}: use {low} or more")
 
 
+def at_most(high: int, **values: float) -> None:
+    """Raises UserError for a value above `high`, naming it."""
+    for name, value in values.items():
+        if value > high:
+            raise UserError(f"{name}={value}: use {high:,} or less")
+
+
 def check_seed(seed: int) -> None:
     """Raises UserError for a seed that the random generators do not take."""
     if not 0 <= seed < 2**63 - 2**32:  # room for a number per rank and sample

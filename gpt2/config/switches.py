@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import UserError
+from ..untrusted.display import shown
 from .options import at_least, option, type_of
 
+LARGEST = 1e12  # of a number among the switches
 DEFAULT_ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.3.2
 
 
@@ -84,17 +86,14 @@ def check_switches(
     s: Switches, n_layer: int, head_width: int, block_size: int, dropout: float
 ) -> None:
     """Raises UserError for switches without effect, or that contradict one another."""
-    for f in fields(Switches):
-        value, kind, choices = getattr(s, f.name), type_of(f), f.metadata["choices"]
-        if not isinstance(value, (int, float) if kind is float else kind):
-            raise UserError(f"{f.name}={value!r}: use a {kind.__name__}")
-        if choices and value not in choices:
-            raise UserError(f"{f.name}={value!r}: use {' or '.join(choices)}")
+    _check_kinds(s)
     at_least(0, softcap=s.softcap, window=s.window, value_embeddings=s.value_embeddings)
     at_least(0, attention_scale=s.attention_scale)
     _check_rotary(s, head_width)
     if set(s.window_pattern) - set("SL"):
-        raise UserError(f"window_pattern={s.window_pattern}: use the letters S and L, as in SSSL")
+        raise UserError(
+            f"window_pattern={shown(s.window_pattern)}: use the letters S and L, as in SSSL"
+        )
     if ("S" in s.window_pattern) != (s.window > 0):
         raise UserError("window is the width of the layers S of window_pattern; give both")
     if s.window >= block_size:
@@ -107,6 +106,17 @@ def check_switches(
         raise UserError(f"value_embeddings={s.value_embeddings}: use at most n_layer // 2")
     if s.skips != "none" and n_layer < 2:
         raise UserError(f"skips={s.skips} needs two layers or more")
+
+
+def _check_kinds(s: Switches) -> None:
+    for f in fields(Switches):
+        value, kind, choices = getattr(s, f.name), type_of(f), f.metadata["choices"]
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"{f.name}={shown(repr(value))}: use a {kind.__name__}")
+        if choices and value not in choices:
+            raise UserError(f"{f.name}={shown(repr(value))}: use {' or '.join(choices)}")
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:  # also NaN
+            raise UserError(f"{f.name}={shown(value)}: use a number up to {LARGEST:.0e}")
 
 
 def _check_rotary(s: Switches, head_width: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from .model import SIZES, GPT2Config, ModernConfig
-from .options import at_least, check_seed, option, resolve
+from .options import at_least, at_most, check_seed, option, resolve
 from .switches import Switches, chosen, switched
 
 
@@ -238,6 +238,11 @@ class TrainConfig:
         at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
         at_least(1, keep_last=self.output.keep_last, batch_size=self.data.batch_size)
         at_least(1, eval_tokens=self.eval.eval_tokens)
+        at_most(2**16, batch_size=self.data.batch_size)
+        at_most(2**20, grad_accum_steps=self.data.grad_accum_steps)
+        at_most(2**40, total_batch_tokens=self.data.total_batch_tokens)
+        at_most(10**15, eval_tokens=self.eval.eval_tokens)
+        at_most(10**7, hang_timeout_seconds=self.system.hang_timeout_seconds)
         at_least(0, eval_every=self.eval.eval_every, save_every=self.output.save_every)
         at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
         at_least(0, hang_timeout_seconds=self.system.hang_timeout_seconds)

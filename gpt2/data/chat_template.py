@@ -14,20 +14,24 @@ from typing import Any
 
 from ..errors import UserError
 from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
+from ..untrusted.display import shown
+from ..untrusted.long_text import beginning
 
 ROLES = ("system", "user", "assistant")
+LONGEST_TOKEN = 128  # bytes
 OTHER_NAMES = {"developer": "system"}  # OpenAI's newer name of the role
 
 Message = dict[str, str]  # role, content
 
 
-def encode_conversation(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+def encode_conversation(messages: Sequence[Message], most: int = 0) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and a mask of the learned tokens.
 
     The assistant's texts are learned, each with its end-of-text token.
 
     Args:
         messages: as returned by `check_messages`.
+        most: tokens after which encoding may stop, with at least one token more; 0: never.
 
     Returns:
         (token ids, True for each learned token).
@@ -36,7 +40,12 @@ def encode_conversation(messages: Sequence[Message]) -> tuple[list[int], list[bo
     learned: list[bool] = []
     own = False  # the next head begins with the end-of-text token of this assistant's message
     for message in messages:
-        head, text = _head(message["role"]), gpt2_tokenizer().encode(message["content"])
+        if most and len(ids) > most:
+            break
+        content = message["content"]
+        if most:  # the text of `most` tokens and some more; the rest would be cut off
+            content = beginning(content, (most + 2) * LONGEST_TOKEN)
+        head, text = _head(message["role"]), gpt2_tokenizer().encode(content)
         ids += head + text
         learned += [own] + [False] * (len(head) - 1)
         own = message["role"] == "assistant"
@@ -93,7 +102,7 @@ def messages_of(item: dict[str, Any]) -> list[Message]:
     hint = "; text is for `gpt2 prepare`, and then --data=FOLDER" if "text" in item else ""
     raise UserError(
         f"neither `messages` (OpenAI) nor `instruction` (Alpaca) among its keys "
-        f"{', '.join(map(str, item)) or '(none)'}{hint}"
+        f"{shown(', '.join(map(str, item))) or '(none)'}{hint}"
     )
 
 
@@ -117,9 +126,10 @@ def _check_message(message: Any, where: str) -> Message:
     for key in ("role", "content"):
         if key not in message:
             raise UserError(f"{where} has no `{key}`")
-    role = OTHER_NAMES.get(str(message["role"]), message["role"])
+    role = message["role"]
+    role = OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        raise UserError(f"{where}: role {role!r} is unknown; use {', '.join(ROLES)}")
+        raise UserError(f"{where}: role {shown(repr(role))} is unknown; use {', '.join(ROLES)}")
     content = message["content"]
     if isinstance(content, list):
         if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):

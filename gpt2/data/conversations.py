@@ -8,7 +8,6 @@ Shapes: `T` block_size.
 """
 
 import hashlib
-import json
 import re
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -22,12 +21,14 @@ import numpy as np
 from ..config.model import IGNORE
 from ..config.options import at_least
 from ..errors import UserError
+from ..untrusted.parsing import load_json, read_bytes
 from .chat_template import encode_conversation, messages_of
 from .datasets import Dataset, parse_mix
 from .shards import SequenceReader
-from .text_files import read_items
+from .text_files import DOCUMENT_BYTES, read_items
 
 CHAT_FILE = re.compile(r"\.(jsonl?(\.(gz|xz|zst))?|parquet)$", re.IGNORECASE)
+MAX_VALUES = 2_000_000  # strings, lists and objects of a .json file; .jsonl has no such limit
 TEXT_FILE = re.compile(r"\.txt(\.(gz|xz|zst))?$", re.IGNORECASE)
 
 
@@ -196,7 +197,7 @@ def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator
     """Yields (ids, learned) of conversations with a target, cut to block_size + 1 tokens."""
     for number, item in _items(path):
         try:
-            ids, learned = encode_conversation(messages_of(item))
+            ids, learned = encode_conversation(messages_of(item), most=block_size + 1)
         except UserError as error:
             raise UserError(f"{path}: row {number}: {error}") from None
         counts.read += 1
@@ -212,10 +213,8 @@ def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator
 def _items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (row number from 1, fields) of each row of a file."""
     if path.suffix.lower() == ".json" and path.is_file():  # Alpaca's file is one JSON list
-        try:
-            values = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable JSON file ({error})") from None
+        data = read_bytes(path, "write one conversation a line, as .jsonl", DOCUMENT_BYTES)
+        values = load_json(data, path, max_values=MAX_VALUES)
         if isinstance(values, list):
             if odd := next((n for n, v in enumerate(values, 1) if not isinstance(v, dict)), 0):
                 raise UserError(f"{path}: row {odd} is not a JSON object")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config.train import DataOptions
 from ..errors import UserError
+from ..untrusted.display import shown
 from .loader import available_eval_tokens
 from .sequence_order import Mixture, SequenceOrder
 from .shards import SequenceReader, find_shards
@@ -210,16 +211,15 @@ def _only_known(dataset: Dataset, shards: Identity, path: Path) -> Dataset:
         if now.get(name) != shard:
             what = "holds other tokens than" if name in now else "is missing; it was there"
             raise UserError(
-                f"{dataset.folder / name} {what} when {path} was saved: put that file back, give "
-                "the folder another name to go on with it as new text, or use --resume=never"
+                f"{dataset.folder / shown(name)} {what} when {path} was saved: put that file back, "
+                "give the folder another name to go on with it as new text, or use --resume=never"
             )
     names = {shard[0] for shard in shards}
-    return replace(
-        dataset,
-        train=[shard for shard in dataset.train if dataset.name_of(shard) in names],
-        val=[shard for shard in dataset.val if dataset.name_of(shard) in names],
-        identity=shards,
-    )
+    train = [shard for shard in dataset.train if dataset.name_of(shard) in names]
+    val = [shard for shard in dataset.val if dataset.name_of(shard) in names]
+    if not train or not val:
+        raise UserError(f"{path}: not a whole checkpoint (it lists no shards of {dataset.name})")
+    return replace(dataset, train=train, val=val, identity=shards)
 
 
 def _number(text: str) -> float | None:

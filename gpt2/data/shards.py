@@ -20,6 +20,8 @@ from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError
 from ..files import write_atomically
 from ..paths import is_below
+from ..untrusted.parsing import read_json
+from .manifest_kinds import has_right_kinds
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -216,15 +218,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / SHARD_MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete its folder and start over") from None
+    manifest = read_json(path, object, "delete its folder and start over")
     entries = manifest.get("shards") if isinstance(manifest, dict) else None
     if (
         not (isinstance(entries, list) and all(map(_is_entry, entries)))
         or len({entry["name"] for entry in entries}) < len(entries)
         or not PREFIX.fullmatch(str(manifest.get("prefix", "x")))
+        or not has_right_kinds(manifest)
     ):
         raise UserError(f"{path} is not a manifest of shards; use another --out_dir=")
     return manifest
@@ -237,6 +237,5 @@ def _is_entry(entry: Any) -> bool:
     return (
         match is not None
         and entry.get("split") == match["split"]
-        and isinstance(entry.get("sha256"), str)
-        and all(isinstance(entry.get(key), int) for key in ("tokens", "documents"))
+        and all(key in entry for key in ("sha256", "tokens", "documents"))
     )

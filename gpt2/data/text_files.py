@@ -1,12 +1,12 @@
-"""Documents from .txt, .jsonl and .parquet files, compressed or not, in constant memory.
+"""Documents from .txt, .jsonl and .parquet files, compressed or not, in bounded memory.
 
 Every row of a file is yielded, so that counting rows gives row numbers. A row without text (null,
-empty, not JSON) is yielded as None.
+empty, not JSON) is yielded as None, a row that is too long as `TooLong`. A few bytes of a stranger
+can decompress to any length, so a row is never read further than its limit.
 """
 
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,17 +15,39 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DamagedFile, UserError, first_line
+from ..untrusted.display import shown
+from ..untrusted.parsing import load_json
+from .parquet_pages import check_footer, pages_of
+
+DOCUMENT_BYTES = 50_000_000  # of a row in its file, decompressed, unless another limit is given
+SKIPPED_BYTES = 2**20  # read at once of a row that is too long
+BUFFER_BYTES = 2**20  # that Arrow reads at once
+XZ_BYTES = 2**27  # of memory for the dictionary of an .xz file; `xz -9` uses half
+BATCH_BYTES, BATCH_ROWS = 2**27, 1024  # of parquet, before texts become Python's
+AT_ONCE_BYTES = 2**24  # of a batch whose texts become Python's at once
+# A page that Arrow decompresses may hold several documents.
+PAGE_BYTES = 2**27
+OBJECT_BYTES = 64  # of a string or number of Python, besides its value
 
 
 class Repaired(str):
     """A text in which U+FFFD replaces bytes that were not UTF-8, or a lone surrogate."""
 
 
+class TooLong(str):
+    """Stands for a text that is longer than the limit; empty."""
+
+
 TextRow = tuple[str | None, int]  # (document or None, bytes of the file read so far)
 
 
-def read_rows(path: Path, start: int = 0) -> Iterator[TextRow]:
+def read_rows(path: Path, start: int = 0, limit: int = DOCUMENT_BYTES) -> Iterator[TextRow]:
     """Yields the rows of a file from number `start` on. A .txt file is a single document.
+
+    Args:
+        path: the file.
+        start: number of the first row.
+        limit: most bytes of a row; a longer one is yielded as `TooLong`.
 
     Raises:
         DamagedFile: the file cannot be read to its end; the message names the row.
@@ -40,14 +62,14 @@ def read_rows(path: Path, start: int = 0) -> Iterator[TextRow]:
         reader = _jsonl_rows if ".json" in kind else _txt_rows
     number = start
     try:
-        for row in reader(path, start):
+        for row in reader(path, start, limit):
             yield row
             number += 1
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise DamagedFile(
-            f"{path}: damaged or unreadable after row {number} ({first_line(error)}); put a whole "
-            "copy in its place and run the same command again: it goes on from the shards made "
-            "before this file"
+            f"{path}: damaged or unreadable after row {number} ({shown(first_line(error))}); put a "
+            "whole copy in its place and run the same command again: it goes on from the shards "
+            "made before this file"
         ) from None
 
 
@@ -55,8 +77,8 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (row number from 1, fields) of a .jsonl (also .gz, .xz, .zst) or .parquet file.
 
     Raises:
-        UserError: the file is missing or damaged, or a row is not an object; the message names
-            the row.
+        UserError: the file is missing or damaged, or a row is too long or no object; the message
+            names the row.
     """
     import pyarrow as pa
 
@@ -68,23 +90,77 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, item
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         why = getattr(error, "strerror", "") or first_line(error, "damaged")
-        raise UserError(f"{path}: {why} (after row {number})") from None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: row {number + 1} is not JSON in UTF-8 ({error})") from None
+        raise UserError(f"{path}: {shown(why)} (after row {number})") from None
 
 
 def _items(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     if path.name.lower().endswith(".parquet"):
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
+        check_footer(path)
+        with pq.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+            strings = [c.path for c in file.schema if c.physical_type == "BYTE_ARRAY"]
+        # Lists of a row may refer to one long value of the dictionary a million times.
+        with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, read_dictionary=strings) as file:
+            for number in range(file.num_row_groups):
+                pages = pages_of(path, file.metadata.row_group(number), PAGE_BYTES)
+                rows = min(BATCH_ROWS, pages.rows_at_once(BATCH_BYTES, keeps_dictionary=True))
+                for batch in file.iter_batches(rows, row_groups=[number]):
+                    yield from _items_of_batch(batch, path)
         return
-    with _open(path) as (_, lines):
-        yield from (json.loads(line.decode("utf-8-sig")) for line in lines if not line.isspace())
+    with _open(path) as (_, data):
+        number = 0
+        for line in _lines(data, DOCUMENT_BYTES):
+            if line is None or not line.isspace():
+                number += 1
+                where = f"{path}: row {number}"
+                if line is None:
+                    raise UserError(f"{where} is longer than {DOCUMENT_BYTES:,} bytes")
+                yield load_json(line, where)
+
+
+def _items_of_batch(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a batch as Python's values, `DOCUMENT_BYTES` at once.
+
+    Raises:
+        UserError: a row is longer.
+    """
+    rows = len(batch)
+    if sum(map(_bytes_in_python, batch.columns)) <= DOCUMENT_BYTES:
+        yield from batch.to_pylist()
+    elif rows == 1:
+        raise UserError(f"{path}: a row is longer than {DOCUMENT_BYTES:,} bytes")
+    else:
+        yield from _items_of_batch(batch.slice(0, rows // 2), path)
+        yield from _items_of_batch(batch.slice(rows // 2), path)
+
+
+def _bytes_in_python(array: Any) -> int:
+    """Bytes of an Arrow array's values as Python's objects, roughly."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    objects = OBJECT_BYTES * len(array)
+    if pa.types.is_dictionary(array.type) and not pa.types.is_decimal(array.type.value_type):
+        lengths = pc.binary_length(array.dictionary).take(array.indices)
+        return objects + (pc.sum(lengths).as_py() or 0)
+    if pa.types.is_struct(array.type):
+        return objects + sum(map(_bytes_in_python, array.flatten()))
+    if pa.types.is_nested(array.type):
+        return objects + _bytes_in_python(array.flatten())
+    return objects + array.nbytes
+
+
+def _lines(data: BinaryIO, limit: int) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is longer than `limit`."""
+    while line := data.readline(limit + 1):
+        if len(line) > limit and not line.endswith(b"\n"):
+            del line  # while its rest is read
+            while (rest := data.readline(SKIPPED_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield None
+        else:
+            yield line
 
 
 @contextmanager
@@ -94,7 +170,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
     decompressors: dict[str, Callable[[Any], Any]] = {
         ".gz": lambda file: gzip.GzipFile(fileobj=file),
-        ".xz": lzma.LZMAFile,
+        ".xz": lambda file: io.BufferedReader(_XzReader(file)),
         ".zst": lambda file: io.BufferedReader(pa.CompressedInputStream(file, "zstd")),
     }
     wrap = decompressors.get(path.suffix.lower(), nullcontext)
@@ -102,19 +178,63 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         yield file, data
 
 
-def _txt_rows(path: Path, start: int) -> Iterator[TextRow]:
+class _XzReader(io.RawIOBase):
+    """An .xz file as `lzma.LZMAFile` reads it, with a limit of the memory that it asks for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._stream = lzma.LZMADecompressor(memlimit=XZ_BYTES)
+        self._begun = False  # whether a stream came before
+
+    def readable(self) -> bool:
+        """True: `BufferedReader` asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a buffer with decompressed bytes; 0 at the end."""
+        while True:
+            if self._stream.eof:
+                data = self._stream.unused_data.lstrip(b"\0")  # zeros pad a stream
+                data = data or self._file.read(io.DEFAULT_BUFFER_SIZE).lstrip(b"\0")
+                if not data:
+                    return 0
+                self._stream, self._begun = lzma.LZMADecompressor(memlimit=XZ_BYTES), True
+            else:
+                wants = self._stream.needs_input
+                data = self._file.read(io.DEFAULT_BUFFER_SIZE) if wants else b""
+                if wants and not data:
+                    raise EOFError("compressed file ended before the end of its stream")
+            try:
+                made = self._stream.decompress(data, len(buffer))
+            except lzma.LZMAError:
+                if self._begun and not self._stream.eof:
+                    return 0  # padding or other bytes behind the last stream
+                raise
+            if made:
+                buffer[: len(made)] = made
+                return len(made)
+
+
+def _txt_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
     if start == 0:
         with _open(path) as (file, data):
-            yield _decode(data.read()) or None, file.tell()
+            content = data.read(limit + 1)
+            if len(content) > limit:
+                yield TooLong(), path.stat().st_size
+            else:
+                yield _decode(content) or None, file.tell()
 
 
-def _jsonl_rows(path: Path, start: int) -> Iterator[TextRow]:
+def _jsonl_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
     number, texts = 0, start
-    with _open(path) as (file, lines):
-        for line in lines:
-            number += not line.isspace()
-            if number > start and not line.isspace():
-                has_text, text = _text_of_json(line)
+    with _open(path) as (file, data):
+        for line in _lines(data, limit):
+            if line is not None and line.isspace():
+                continue
+            number += 1
+            if number > start:
+                has_text, text = (True, TooLong()) if line is None else _text_of_json(line)
+                del line  # a long text is held once
                 texts += has_text
                 yield text, file.tell()
     if number and not texts:
@@ -123,23 +243,34 @@ def _jsonl_rows(path: Path, start: int) -> Iterator[TextRow]:
 
 def _text_of_json(line: bytes) -> tuple[bool, str | None]:
     """(whether a line is a JSON object with a `text`, the text or None)."""
-    try:
-        decoded = _decode(line)
-        value = json.loads(decoded)
-    except (ValueError, RecursionError):
+    value, is_repaired = _object(line)
+    if value is None or "text" not in value:
         return False, None
-    if not isinstance(value, dict) or "text" not in value:
-        return False, None
-    text = value["text"]
+    text = value.pop("text")
     if not isinstance(text, str) or not text:
         return True, None
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell a lone surrogate, UTF-8 cannot
         text = Repaired(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    if isinstance(decoded, Repaired) and "\ufffd" in text:
+    if is_repaired and "\ufffd" in text:
         text = Repaired(text)
     return True, text
+
+
+def _object(line: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """(the JSON object in a line or None, whether bytes that were not UTF-8 were replaced)."""
+    try:
+        return load_json(line, "row", dict), False
+    except UserError:
+        pass
+    decoded = _decode(line)
+    if not isinstance(decoded, Repaired):
+        return None, False
+    try:
+        return load_json(decoded.encode(), "row", dict), True
+    except UserError:
+        return None, False
 
 
 def _decode(data: bytes, encoding: str = "utf-8-sig") -> str:
@@ -149,25 +280,48 @@ def _decode(data: bytes, encoding: str = "utf-8-sig") -> str:
         return Repaired(data.decode(encoding, "replace"))
 
 
-def _parquet_rows(path: Path, start: int) -> Iterator[TextRow]:
+def _parquet_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_footer(path)
     size_bytes, number = path.stat().st_size, 0
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # if there are any
+    # Checksums are verified if there are any. A buffer, because Arrow otherwise reads the column of
+    # a row group whole.
+    with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=BUFFER_BYTES) as file:
         if "text" not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
+            names = shown(", ".join(file.schema_arrow.names))
             raise UserError(f"{path}: no column `text`; its columns are {names}")
         kind = file.schema_arrow.field("text").type
         if pa.types.is_primitive(kind) or pa.types.is_nested(kind):  # numbers, dates, lists
             raise UserError(f"{path}: its column `text` is of type {kind}; it must hold strings")
-        for batch in file.iter_batches(1024, columns=["text"]):
-            if number + len(batch) <= start:
-                number += len(batch)
+        for group in range(file.num_row_groups):
+            metadata = file.metadata.row_group(group)
+            if number + metadata.num_rows <= start:
+                number += metadata.num_rows
                 continue
-            # As bytes: Arrow raises for invalid UTF-8, which `_decode` repairs.
-            for value in batch.column(0).cast(pa.large_binary()).to_pylist():
-                number += 1
-                if number > start:
-                    text = _decode(value, "utf-8") if value else None
-                    yield text, size_bytes * number // file.metadata.num_rows
+            pages = pages_of(path, metadata, PAGE_BYTES, "text")
+            rows = min(BATCH_ROWS, pages.rows_at_once(BATCH_BYTES))
+            for batch in file.iter_batches(rows, row_groups=[group], columns=["text"]):
+                for text in _texts(batch.column(0), limit):
+                    number += 1
+                    if number > start:
+                        yield text, size_bytes * number // max(number, file.metadata.num_rows)
+
+
+def _texts(column: Any, limit: int) -> Iterator[str | None]:
+    """The texts of a column of strings, one at a time."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    # As bytes: Arrow raises for invalid UTF-8, which `_decode` repairs.
+    values = column.cast(pa.large_binary())
+    if values.nbytes <= min(limit, AT_ONCE_BYTES):  # the usual batch, in half the time
+        for value in values.to_pylist():
+            yield _decode(value, "utf-8") if value else None
+        return
+    for number, length in enumerate(pc.binary_length(values).to_pylist()):
+        if length and length > limit:
+            yield TooLong()
+        else:
+            yield _decode(values[number].as_py(), "utf-8") if length else None

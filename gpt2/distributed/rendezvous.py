@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 
+from ..untrusted.parsing import load_json
 from .store import Store
 
 PAUSE = 0.05  # seconds between two looks
@@ -24,7 +25,7 @@ def meet(store: Store, rank: int, world_size: int) -> str:
     word = uuid.uuid4().hex
     if rank:
         store.set(f"meet/word/{rank}", word)
-        while (said := json.loads(_read(store, "meet/name") or "{}")).get(str(rank)) != word:
+        while (said := _said(store)).get(str(rank)) != word:
             time.sleep(PAUSE)
         store.set(f"meet/confirmed/{rank}", said["name"])
         return said["name"]
@@ -34,6 +35,11 @@ def meet(store: Store, rank: int, world_size: int) -> str:
         store.set("meet/name", json.dumps(words | {"name": word}))
         time.sleep(PAUSE)
     return word
+
+
+def _said(store: Store) -> dict[str, str]:
+    """What rank 0 has published last."""
+    return load_json((_read(store, "meet/name") or "{}").encode(), "the store of ranks", dict)
 
 
 def _read(store: Store, key: str) -> str | None:

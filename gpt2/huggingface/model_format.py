@@ -5,7 +5,6 @@ layout (in, out), called Conv1D; ours are (out, in) as in torch.nn.Linear. Huggi
 tied head a second time as `lm_head.weight`. Old files store causal masks as buffers.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config.model import GPT2Config
+from ..config.parameter_shapes import Shapes, check_fit, check_size, parameter_shapes
 from ..errors import UserError
 from ..paths import below, is_below
 from ..tokenizer import END_OF_TEXT
+from ..untrusted.display import shown
+from ..untrusted.parsing import named, read_json
+from .safetensors_header import FLOATS, read_header
 
 TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 MASK = re.compile(r"\.attn\.(masked_)?bias$")
@@ -50,9 +53,13 @@ def from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name == "lm_head.weight" or MASK.search(name):
             continue
-        full = name if name.startswith("transformer.") else f"transformer.{name}"
-        ours[full] = tensor.t().contiguous() if TRANSPOSED.search(name) else tensor
+        ours[our_name(name)] = tensor.t().contiguous() if TRANSPOSED.search(name) else tensor
     return ours
+
+
+def our_name(name: str) -> str:
+    """Our name of a tensor of GPT2LMHeadModel or GPT2Model."""
+    return name if name.startswith("transformer.") else f"transformer.{name}"
 
 
 def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +95,7 @@ def config_from_hf(values: dict[str, Any], path: Path) -> GPT2Config:
         UserError: another kind of network; names the fields that differ.
     """
     if values.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type {values.get('model_type')!r} is not gpt2")
+        raise UserError(f"{path}: model_type {shown(repr(values.get('model_type')))} is not gpt2")
     odd = {n: values[n] for n, only in SETTLED.items() if values.get(n, only) != only}
     odd |= {n: values[n] for n in ("quantization_config", "pruned_heads") if values.get(n)}
     if values.get("activation_function", TANH_GELUS[0]) not in TANH_GELUS:
@@ -97,11 +104,12 @@ def config_from_hf(values: dict[str, Any], path: Path) -> GPT2Config:
     for ours, name, second in SHAPE_FIELDS:
         default = getattr(GPT2Config, ours)  # equal to transformers' default
         shape[ours] = values.get(name, values.get(second, default))
-    config = GPT2Config(**shape, dropout=_common_dropout(values))
+    with named(path):
+        config = GPT2Config(**shape, dropout=_common_dropout(values))
     if values.get("n_inner") not in (None, 4 * config.n_embd):
         odd["n_inner"] = values["n_inner"]
     if odd:
-        listed = ", ".join(f"{name}={value!r}" for name, value in odd.items())
+        listed = ", ".join(f"{name}={shown(repr(value))}" for name, value in odd.items())
         raise UserError(f"{path}: not GPT-2's network, which has no {listed}")
     return config
 
@@ -139,18 +147,40 @@ def read_folder(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
     """
     values = read_json(folder / CONFIG_FILE)
     config = config_from_hf(values, folder / CONFIG_FILE)
+    files = [below(folder, name) for name in weight_files(folder)]
+    check_headers(files, config, folder)
     state: dict[str, Tensor] = {}
-    for name in weight_files(folder):
+    for path in files:
         try:
-            state |= load_file(below(folder, name))
+            state |= load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder / name}: missing or damaged ({error})") from None
-    whole = [n for n, t in state.items() if not (t.is_floating_point() or is_mask(n))]
-    if whole:
-        raise UserError(f"{folder}: {whole[0]} holds whole numbers; quantized files are not read")
+            raise UserError(f"{path}: missing or damaged ({shown(error)})") from None
     prefix = "transformer." if any(n.startswith("transformer.") for n in state) else ""
     check_tied(state, f"{prefix}wte.weight", folder)
     return config, {name: t.float() for name, t in from_hf(state).items()}
+
+
+def check_headers(files: list[Path], config: GPT2Config, folder: Path) -> None:
+    """Compares the headers of safetensors files with a config, before tensors are read.
+
+    Raises:
+        UserError: damaged headers, or other tensors than the config describes.
+    """
+    found: Shapes = {}
+    for path in files:
+        shapes, types = read_header(path)
+        whole = [n for n, kind in types.items() if kind not in FLOATS and not is_mask(n)]
+        if whole:
+            raise UserError(
+                f"{folder}: {shown(whole[0])} holds whole numbers; quantized files are not read"
+            )
+        found |= {
+            our_name(name): shape[::-1] if TRANSPOSED.search(name) else shape
+            for name, shape in shapes.items()
+            if name != "lm_head.weight" and not is_mask(name)
+        }
+    check_size(config, sum(path.stat().st_size for path in files), folder)
+    check_fit(parameter_shapes(config), found, folder)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -179,19 +209,8 @@ def index_files(path: Path) -> list[str]:
     return sorted(set(names))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises UserError for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
-
-
 def _common_dropout(values: dict[str, Any]) -> float:
-    found = {values.get(name, 0.1) for name in DROPOUTS}  # 0.1 is transformers' default
-    return float(found.pop()) if len(found) == 1 else 0.0
+    found = [values.get(name, 0.1) for name in DROPOUTS]  # 0.1 is transformers' default
+    first = found[0]
+    numbers = all(isinstance(value, int | float) for value in found)
+    return float(first) if numbers and found == [first] * len(found) else 0.0

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, merge_ranks, merges_folder
+from ..untrusted.parsing import read_json
 
 
 def tokenizer_files(block_size: int) -> dict[str, bytes]:
@@ -53,7 +54,7 @@ def tokenizer_json(added_tokens: tuple[dict[str, Any], ...] = ()) -> str:
     folder = merges_folder()
     merge_ranks(folder)  # checks the sha256
     merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # the first is a title
-    vocab = json.loads((folder / "encoder.json").read_text("utf-8"))
+    vocab = read_json(folder / "encoder.json")
     cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     content = {
         "version": "1.0",

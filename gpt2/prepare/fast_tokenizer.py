@@ -5,6 +5,7 @@ character, but their Unicode versions may differ. tiktoken therefore encodes eve
 character whose class could differ. `prepare/tokenize_rows.py` also compares a sample of every run.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 from itertools import groupby
@@ -15,6 +16,8 @@ import numpy as np
 from ..errors import UserError, install_command
 from ..huggingface.tokenizer_files import tokenizer_json
 from ..tokenizer import END_OF_TEXT, Tokenizer
+from ..untrusted.long_text import PIECE, pieces
+from .word_count import WordCount
 
 # Characters whose Unicode class may differ between the libraries: additions of Unicode 17, widened
 # to whole blocks to be safe (gigatoken 0.10 has version 17, tiktoken 0.14 has version 16).
@@ -22,7 +25,7 @@ UNSETTLED = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010000-\U0001efff\U0001fb00-\U0003ffff]"
 )
 UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # their first UTF-8 bytes: a quick pre-check
-FRESH_AFTER = 100_000_000  # characters per gigatoken tokenizer, whose cache only grows
+FRESH_AFTER = 2_000_000  # words in gigatoken's cache, which only grows, by some 60 bytes a word
 
 
 class FastTokenizer(Tokenizer):
@@ -31,15 +34,15 @@ class FastTokenizer(Tokenizer):
     def __init__(self) -> None:
         super().__init__()
         self._fast: Any = None  # a gigatoken.Tokenizer, made at the first text
-        self._characters_left = 0
+        self._words = WordCount()  # since gigatoken was made
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Like `Tokenizer.encode_documents`, but faster."""
-        pieces = [super().encode_documents([])]
+        found = [super().encode_documents([])]
         for settled, group in groupby(texts, _is_settled):
             encode = self._encode_settled if settled else super().encode_documents
-            pieces.append(encode(list(group)))
-        tokens, lengths = zip(*pieces, strict=True)
+            found.append(encode(list(group)))
+        tokens, lengths = zip(*found, strict=True)
         return np.concatenate(tokens), np.concatenate(lengths)
 
     def differs(self, text: str, tokens: np.ndarray) -> bool:
@@ -47,16 +50,31 @@ class FastTokenizer(Tokenizer):
         return not np.array_equal(tokens, super().encode_documents([text])[0])
 
     def _encode_settled(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes documents; pieces of a long one are encoded one by one."""
+        tokens, lengths = [], []
+        for is_long, group in groupby(texts, lambda text: len(text) > PIECE):
+            for batch in ([text] for text in group) if is_long else (list(group),):
+                parts = (
+                    [self._ids([p]) for p in pieces(batch[0])] if is_long else [self._ids(batch)]
+                )
+                counts = np.concatenate([counts for _, counts in parts])
+                counts = counts.sum(keepdims=True) if is_long else counts
+                ids = np.concatenate([ids for ids, _ in parts])
+                tokens.append(np.insert(ids, np.cumsum(counts) - counts, END_OF_TEXT))
+                lengths.append(counts + 1)
+        return np.concatenate(tokens), np.concatenate(lengths)
+
+    def _ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(uint16 ids of all texts, int64 number of ids of each)."""
         import awkward as ak
 
-        # gigatoken caches every word it meets; replacing the tokenizer bounds the memory.
-        if self._fast is None or self._characters_left <= 0:
-            self._fast, self._characters_left = _gigatoken(), FRESH_AFTER
-        self._characters_left -= sum(map(len, texts))
+        if self._fast is None or self._words.different > FRESH_AFTER:
+            self._fast, self._words = _gigatoken(), WordCount()
         encoded = self._fast.encode_batch(texts, parallel=False)  # the caller has its own threads
         counts = ak.to_numpy(ak.num(encoded)).astype(np.int64)
         ids = ak.to_numpy(ak.flatten(encoded)).astype(np.uint16)
-        return np.insert(ids, np.cumsum(counts) - counts, END_OF_TEXT), counts + 1
+        self._words.add(ids)
+        return ids, counts
 
 
 def tokenizer_class(choice: str) -> type[Tokenizer]:
@@ -94,4 +112,9 @@ def _gigatoken() -> Any:
     """A gigatoken.Tokenizer without special tokens: a literal `<|endoftext|>` stays text."""
     import gigatoken
 
-    return gigatoken.Tokenizer.from_json(tokenizer_json())
+    return gigatoken.Tokenizer.from_json(_tokenizer_json())
+
+
+@functools.cache
+def _tokenizer_json() -> str:
+    return tokenizer_json()

@@ -27,7 +27,10 @@ from ..report.console import log
 from .sources import Source
 
 FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
-TOTALS = ("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows")
+TOTALS = (
+    *("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows"),
+    "too_long_rows",
+)
 OWN = {*TOTALS, "complete", "shards", "worker", "damaged"}  # all other keys agree
 
 
@@ -89,6 +92,8 @@ class Worker:
 
     def span(self, cuts: list[int]) -> slice:
         """The slice of the source's files that this worker reads."""
+        if len(cuts) != self.count + 1 or cuts != sorted(cuts):
+            raise UserError(f"--worker={self}: the manifest's `cuts` are not those of its workers")
         return slice(*cuts[self.number - 1 : self.number + 1])
 
     def share(self, source: Source, cuts: list[int]) -> Source:
@@ -97,9 +102,9 @@ class Worker:
         Raises:
             UserError: the source has another number of files than `cuts`.
         """
-        if cuts[-1] != len(source.parts):
+        if cuts[-1:] != [len(source.parts)]:
             raise UserError(
-                f"--worker={self}: the source has {len(source.parts)} files, and {cuts[-1]} where "
+                f"--worker={self}: the source has {len(source.parts)} files, and {cuts[-1:]} where "
                 "other workers began; use another --out_dir="
             )
         return replace(source, parts=source.parts[self.span(cuts)])

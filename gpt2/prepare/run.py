@@ -16,6 +16,7 @@ from ..config.commands import PrepareConfig
 from ..errors import DamagedFile, UserError, install_command
 from ..report.console import log
 from ..tokenizer import Tokenizer
+from ..untrusted.long_text import PIECE
 from .estimate import forecast, limit_name, limit_text
 from .fast_tokenizer import tokenizer_class
 from .shard_job import ShardJob, open_job, started
@@ -162,7 +163,8 @@ class _Cutter:
         if len(tokens) < LEAST_TOKENS:
             raise UserError(
                 f"the source has only {len(tokens)} tokens ({self._odd[0]:,} rows without a text "
-                f"were skipped); give at least {LEAST_TOKENS}"
+                f"were skipped{_left_out(self._odd[3], self._job.config)}); "
+                f"give at least {LEAST_TOKENS}"
             )
         lengths = np.concatenate(self._lengths)
         val, train = split_small(tokens, lengths[lengths > 0])
@@ -190,6 +192,7 @@ def _summary(job: ShardJob) -> str:
         odd += f", {done['repaired_rows']:,} with invalid UTF-8 were repaired"
     if done.get("literal_rows"):
         odd += f", {done['literal_rows']:,} hold a literal <|endoftext|>, which stays text"
+    odd += _left_out(done.get("too_long_rows", 0), job.config)
     if not done["complete"]:
         note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
     elif job.shards and job.shards[-1]["tokens"] < done["shard_tokens"]:
@@ -203,4 +206,14 @@ def _summary(job: ShardJob) -> str:
         f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "
         f"in {job.out_dir}; {done['skipped_rows']:,} rows without a text were skipped{odd}\n"
         f"{note}{then}"
+    )
+
+
+def _left_out(rows: int, config: PrepareConfig) -> str:
+    """What is said of rows that were too long; nothing if there are none."""
+    if not rows:
+        return ""
+    return (
+        f", {rows:,} of over {config.max_document_mb} MB (--max_document_mb), or with a word of "
+        f"over {PIECE:,} characters, were left out"
     )

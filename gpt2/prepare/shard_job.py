@@ -26,6 +26,7 @@ from ..files import leftovers, locked
 from ..paths import below, check_unlinked
 from ..report.console import log
 from ..tokenizer import END_OF_TEXT, Tokenizer
+from ..untrusted.display import shown
 from .estimate import check_room, make_plan
 from .multi_machine import Worker, begun_by_others, folder_for
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
@@ -113,6 +114,8 @@ def open_job(config: PrepareConfig) -> ShardJob:
     out_dir = folder_for(shared, worker)
     found = read_manifest(out_dir)
     old = copy.deepcopy(found or {})
+    if old:
+        _check_whole(old, out_dir)
     dropped = _drop_damaged(old)
     if old:  # a mistake should not need the network to be found
         _check_same(old, names, out_dir)
@@ -120,14 +123,17 @@ def open_job(config: PrepareConfig) -> ShardJob:
     downloads = out_dir / DOWNLOADS
     check_unlinked(shared, out_dir, downloads)
     source = find_source(config.source, downloads, known, config.keep_downloads, _announce)
+    source = replace(source, document_bytes=config.max_document_mb * 10**6)
     manifest = {
         "format": FORMAT,
         **names,
         **source.identity(),
         "tokenizer": {key: getattr(Tokenizer, key) for key in ("name", "vocab_size", "sha256")},
         "shard_tokens": config.shard_tokens,
+        "max_document_mb": config.max_document_mb,
     }
     if old:
+        old.setdefault("max_document_mb", config.max_document_mb)  # earlier versions had no limit
         _check_same(old, manifest, out_dir)
         old["files"] = manifest["files"]
     elif shard_paths(out_dir):
@@ -202,11 +208,21 @@ def _check_same(old: dict, new: dict, out_dir: Path) -> None:
             used = _files_used(old)
             before, now = (dict([*files.items()][used]) for files in (before, now))
         if before != now:
-            differs = f"{key}={before!r}, not {now!r}"
+            differs = f"{key}={shown(repr(before))}, not {shown(repr(now))}"
             if key == "files":
                 names = sorted(dict(before.items() ^ now.items()))
-                differs = f"another {names[0]} (and {len(names) - 1} more changed files)"
+                differs = f"another {shown(names[0])} (and {len(names) - 1} more changed files)"
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
+
+
+def _check_whole(manifest: dict, out_dir: Path) -> None:
+    """Raises UserError for a manifest that lacks something which `gpt2 prepare` writes."""
+    keys = ("complete", "documents", "tokens", "shard_tokens", "files", "skipped_rows")
+    # `gpt2 shards merge` names the worker of each entry and keeps no place to go on from.
+    entries = [entry for entry in manifest["shards"] if "worker" not in entry]
+    whole = all(key in manifest for key in keys) and all("next" in entry for entry in entries)
+    if not whole or ("cuts" in manifest and "worker" not in manifest):
+        raise UserError(f"{out_dir / SHARD_MANIFEST} is not whole; use another --out_dir=")
 
 
 def _drop_damaged(manifest: dict) -> list[dict]:
@@ -217,6 +233,8 @@ def _drop_damaged(manifest: dict) -> list[dict]:
     name = manifest.pop("damaged", None)
     if name is None:
         return []
+    if name not in manifest["files"]:
+        raise UserError(f"the manifest calls {shown(name)} damaged, and does not list it")
     damaged = [*manifest["files"]].index(name) - _share(manifest).start
     shards, kept = manifest["shards"], 0
     while kept < len(shards) and (following := shards[kept]["next"]):

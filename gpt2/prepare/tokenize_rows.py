@@ -13,15 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.text_files import Repaired
+from ..data.text_files import Repaired, TooLong
 from ..errors import UserError
 from ..tokenizer import END_OF_TEXT_NAME
+from ..untrusted.long_text import has_long_word
 from .fast_tokenizer import FastTokenizer, tokenizer_class
 from .sources import Source
 
 BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # a batch ends at the first of these limits
+WAITING_CHARS = 40_000_000  # of batches in flight; the next long document waits for the last
 MOST_WORKERS = 16  # default limit: the one reading thread cannot feed more
-ODD = ("skipped", "repaired", "literal")  # kinds of rows that the manifest counts
+ODD = ("skipped", "repaired", "literal", "too_long")  # kinds of rows that the manifest counts
 CHECK_EVERY = 1000  # rows per document that is compared with tiktoken
 
 # (rows, their tokens as uint16, number of tokens of each row as int64)
@@ -38,6 +40,7 @@ class Position:
     skipped: int = 0  # rows without a text before this position
     repaired: int = 0  # rows with invalid UTF-8 before this position
     literal: int = 0  # rows with `<|endoftext|>` as text before this position
+    too_long: int = 0  # rows over the limit of a document or of a word before this position
 
     @property
     def odd(self) -> list[int]:
@@ -49,22 +52,32 @@ class Position:
 class RowBatch:
     """Consecutive rows."""
 
-    texts: list[str | None]  # None: a row without a text
+    texts: list[str | None]  # None: a row without a text; TooLong, which is empty: left out
     places: list[tuple[int, int]]  # (part, row) of each row
     read_bytes: int  # of the source up to the last of these rows
 
     def odd(self) -> np.ndarray:
-        """(rows, 3) bool: which rows are skipped, repaired and literal."""
+        """(rows, 4) bool: which rows are skipped, repaired, literal and too long."""
         return np.array(
             [
-                (text is None, isinstance(text, Repaired), END_OF_TEXT_NAME in (text or ""))
+                (
+                    text is None,
+                    isinstance(text, Repaired),
+                    END_OF_TEXT_NAME in (text or ""),
+                    isinstance(text, TooLong),
+                )
                 for text in self.texts
             ]
         )
 
+    @property
+    def chars(self) -> int:
+        """Characters of all texts."""
+        return sum(len(text or "") for text in self.texts)
+
     def documents(self) -> list[str]:
         """Texts of the rows that have one."""
-        return [text for text in self.texts if text is not None]
+        return [text for text in self.texts if text]
 
 
 def encode_rows(
@@ -97,14 +110,14 @@ def encode_rows(
         return encoded
 
     pool = ThreadPoolExecutor(num_workers)
-    waiting: deque[Future[Encoded]] = deque()
+    waiting: deque[tuple[Future[Encoded], int]] = deque()  # with their characters
     try:
         for batch in _batches(source, start):
-            waiting.append(pool.submit(encode, batch))
-            if len(waiting) > 2 * num_workers:
-                yield waiting.popleft().result()
+            waiting.append((pool.submit(encode, batch), batch.chars))
+            while len(waiting) > 2 * num_workers or sum(n for _, n in waiting) > WAITING_CHARS:
+                yield waiting.popleft()[0].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -118,7 +131,7 @@ def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: 
     batch, tokens, lengths = encoded
     ends = np.cumsum(lengths)
     for row, (text, (part, number)) in enumerate(zip(batch.texts, batch.places, strict=True)):
-        if text is not None and (first or (part + number) % CHECK_EVERY == 0):
+        if text and (first or (part + number) % CHECK_EVERY == 0):
             first = False
             if tokenizer.differs(text, tokens[ends[row] - lengths[row] : ends[row]]):
                 raise UserError(
@@ -136,7 +149,7 @@ def _per_row(batch: RowBatch, tokens: np.ndarray, lengths: np.ndarray) -> Encode
         lengths: tokens of each document.
     """
     row_lengths = np.zeros(len(batch.texts), np.int64)
-    row_lengths[[text is not None for text in batch.texts]] = lengths
+    row_lengths[[bool(text) for text in batch.texts]] = lengths
     return batch, tokens, row_lengths
 
 
@@ -154,7 +167,7 @@ def _batches(source: Source, start: Position) -> Iterator[RowBatch]:
         first = start.row if index == start.part else 0
         rows = source.rows(index, first) if index >= start.part else ()
         for number, (text, read_bytes) in enumerate(rows, first):
-            texts.append(text)
+            texts.append(TooLong() if text and has_long_word(text) else text)
             places.append((index, number))
             chars += len(text or "")
             if chars >= BATCH_CHARS or len(texts) == BATCH_ROWS:

@@ -4,20 +4,29 @@ import math
 import sys
 from typing import TextIO
 
+from ..untrusted.display import shown
+
+LONGEST = 2000  # characters of a warning or error, which may quote several names
+
 
 def log(text: str) -> None:
-    """Print one message to stdout, at once."""
-    _write(sys.stdout, text)
+    """Print one message to stdout, at once; control characters but line breaks are shown."""
+    _write(sys.stdout, shown(text, limit=0, keep="\n\t"))
 
 
 def warn(text: str) -> None:
     """Print one warning to stderr, on one line."""
-    _write(sys.stderr, f"warning: {' '.join(text.split())}")
+    _write(sys.stderr, f"warning: {one_line(text)}")
 
 
 def error(text: str) -> None:
     """Print one error to stderr, on one line."""
-    _write(sys.stderr, f"error: {' '.join(text.split())}")
+    _write(sys.stderr, f"error: {one_line(text)}")
+
+
+def one_line(text: str) -> str:
+    """A message of at most `LONGEST` characters on one line, for the terminal."""
+    return shown(" ".join(text.split()), LONGEST)
 
 
 def _write(stream: TextIO, text: str) -> None:

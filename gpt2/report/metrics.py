@@ -10,10 +10,12 @@ from typing import Any
 from ..errors import UserError
 from ..files import write_atomically
 from ..paths import no_follow
+from ..untrusted.parsing import load_json
 from . import console
 from .trackers import Sink, check_names, open_sink
 
 METRICS = "metrics.jsonl"
+MAX_STEP = 10**12  # of a line that is read
 
 
 class RunLog:
@@ -147,10 +149,10 @@ def read_metrics(path: Path) -> list[dict]:
     rows = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)
-        except ValueError:  # not JSON, or not UTF-8
+            row = load_json(line, path, dict)
+        except UserError:  # not JSON in UTF-8
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if type(row.get("step")) is int and 0 <= row["step"] < MAX_STEP:
             rows.append(row)
     return rows
 

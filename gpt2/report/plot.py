@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from ..config.model import GPT2Config
 from ..errors import UserError
 from ..files import check_replaceable, write_atomically
+from ..untrusted.display import shown
 from .console import format_count, format_seconds
 from .metrics import METRICS, read_metrics
 
@@ -21,6 +22,7 @@ from .metrics import METRICS, read_metrics
 BLUE, SKY, ORANGE, GREEN, PURPLE = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"
 WIDTH, HEIGHT, DPI = 1500, 1000, 125  # pixels
 PNG = b"\x89PNG"  # the first bytes of such a file
+LARGEST = 1e30  # of a value that is drawn
 BLOCK_SIZE = GPT2Config.block_size  # GPT-2's context, marked among the lengths of documents
 
 
@@ -87,7 +89,7 @@ def plot_lengths(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlabel("tokens of a document")
     axes.set_ylabel("% of the documents")
-    axes.set_title(f"{name}: document lengths", fontsize=12)
+    axes.set_title(f"{shown(name)}: document lengths", fontsize=12, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=10)
     return _save(figure, target)
@@ -108,7 +110,7 @@ def _save(figure: Figure, target: Path) -> Path:
 def draw(rows: list[dict], name: str) -> Figure:
     """The figure of a run; `rows` as `report.read_metrics` gives them, at least one."""
     figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), layout="constrained")
-    figure.suptitle(_title(rows, name), fontsize=14)
+    figure.suptitle(_title(rows, shown(name)), fontsize=14, parse_math=False)
     loss, rate, norm, speed = figure.subplots(2, 2).flat
     _draw_loss(loss, rows)
     _draw_line(rate, *series(rows, "lr"), GREEN)
@@ -136,7 +138,7 @@ def draw(rows: list[dict], name: str) -> Figure:
 def series(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of one field in the order of steps; of a repeated step the last counts."""
     known = [row for row in rows if isinstance(row.get(name), int | float)]
-    points = {row["step"]: row[name] for row in known if math.isfinite(row[name])}
+    points = {row["step"]: row[name] for row in known if abs(row[name]) < LARGEST}  # no NaN
     steps = sorted(points)
     return np.array(steps, dtype=float), np.array([points[step] for step in steps], dtype=float)
 

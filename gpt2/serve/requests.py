@@ -6,7 +6,6 @@ answer. Features that this server lacks (`logprobs`, `tools`, …) are accepted 
 turns them off. All other fields and values are refused: nothing is silently ignored.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from ..errors import UserError
 from ..generate.continuous_batch import Generation
 from ..generate.sampling import MAX_PENALTY, MIN_PENALTY, Sampling
 from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
+from ..untrusted.parsing import load_json
 from .engine import Choice, TextRequest
 from .errors import ApiError, from_validation, quoted, unknown_field
 from .served_model import MAX_TEXTS, ServedModel
@@ -252,13 +252,9 @@ def parse(raw: bytes, kind: type[Body]) -> Body:
         ApiError: no JSON, no object, unknown fields, values out of range.
     """
     try:
-        data = json.loads(raw) if raw else None
-    except json.JSONDecodeError as error:
-        raise ApiError(f"the body is not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, very long numbers, very deep lists
-        raise ApiError(f"the body is not JSON: {type(error).__name__}") from None
-    if not isinstance(data, dict):
-        raise ApiError("the body must be a JSON object")
+        data = load_json(raw, "the body", dict)
+    except UserError as error:
+        raise ApiError(str(error)) from None
     _check_fields(data, kind)
     _check_fields(data.get("stream_options"), StreamOptions, "stream_options.")
     try:

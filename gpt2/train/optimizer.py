@@ -13,6 +13,9 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from .muon import MuonAndAdamW
 
+BUFFERS = ({"exp_avg", "exp_avg_sq"}, {"momentum"})  # of AdamW, of Muon
+OTHER = "use another checkpoint, or --resume=never"
+
 
 def build_optimizer(
     model: nn.Module, options: OptimOptions, rt: Runtime | None = None
@@ -111,13 +114,22 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -
             )
     members = [pair for own in ours for pair in zip(own["names"], own["params"], strict=True)]
     for number, (name, parameter) in enumerate(members):
-        for kind, tensor in stored["state"].get(number, {}).items():
-            if kind == "squares":
+        buffers = stored["state"].get(number, {})
+        if buffers and not any({"step", *names} <= {*buffers} for names in BUFFERS):
+            raise UserError(f"{origin}: the optimizer state of {name} is not whole; {OTHER}")
+        for kind, tensor in buffers.items():
+            if tensor is None:  # in an FSDP part
                 continue
-            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape != parameter.shape:
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                raise UserError(f"{origin}: {kind} of {name} holds no numbers; {OTHER}")
+            # `step` counts, and `squares` has a number for each row.
+            numbers = {"step": 1, "squares": len(parameter)}.get(kind, parameter.numel())
+            if tensor.numel() == numbers and kind in ("squares", "step"):
+                continue
+            if tensor.shape != parameter.shape:
                 raise UserError(
                     f"{origin}: {kind} of {name} is {tuple(tensor.shape)} instead of "
-                    f"{tuple(parameter.shape)}; use another checkpoint, or --resume=never"
+                    f"{tuple(parameter.shape)}; {OTHER}"
                 )
 
 

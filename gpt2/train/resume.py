@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint import training_state
+from ..checkpoint.state_schema import check_complete
 from ..checkpoint.training_state import Resumed
 from ..config.model import to_dict
 from ..config.switches import defaults, switched
@@ -13,6 +14,7 @@ from ..data.datasets import split_eval_tokens
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
+from ..untrusted.display import shown
 from . import run_folder
 from .run_folder import out_dir
 from .state import TrainState
@@ -30,6 +32,7 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
         for line in damaged:
             console.warn(f"{line}; using an older checkpoint")
         if found:
+            check_complete(found.state, found.path / training_state.STATE_FILE)
             check_same_run(found, config.model)
             kept.append(found)
         return str(found.path) if found else None
@@ -70,7 +73,7 @@ def check_same_run(found: Resumed, options: ModelOptions) -> None:
     began_with = found.state.get("settings", {}).get("init", "")
     if options.init and options.init != began_with:
         raise UserError(
-            f"{found.path} is of a run that began with {began_with or 'fresh weights'}, not "
+            f"{found.path} is of a run that began with {shown(began_with) or 'fresh weights'}, not "
             f"init={options.init}; use another --out_dir, or --resume=never"
         )
     theirs = defaults() | to_dict(found.config)
@@ -98,8 +101,10 @@ def restore_logged_evaluation(
     if known.get("hellaswag_items") == len(state.hellaswag):
         state.hellaswag_at = state.step
     asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
-    if not resumed or "val_loss" not in known or state.evaluated_at == state.step:
+    if not resumed or not isinstance(known.get("val_loss"), float | int):
         return
-    same_data = resumed.state["settings"]["data_dir"] == config.data.data_dir
+    if state.evaluated_at == state.step:
+        return
+    same_data = resumed.state["settings"].get("data_dir") == config.data.data_dir
     if same_data and known.get("val_tokens") == asked:
         state.note_evaluation(known["val_loss"])

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import LOCK, delete, leftovers, locked, move, write_atomically
 from ..paths import check_unlinked
 from ..report import metrics
+from ..untrusted.parsing import SURROGATES
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
 BUSY = "run folder {folder} is in use by {holder}"
@@ -112,7 +113,7 @@ def open_log(
     settings = flatten(config)
     if rt.is_main:
         own = {name: value for name, value in settings.items() if name != "resume"}
-        content = command_line.to_toml(own).encode("utf-8", command_line.SURROGATES)
+        content = command_line.to_toml(own).encode("utf-8", SURROGATES)
         write_atomically(out_dir(config) / "config.toml", content)
     return metrics.open_run(
         out_dir(config),

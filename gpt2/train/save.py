@@ -9,7 +9,8 @@ from typing import Any
 
 from ..checkpoint import model_file, sharded_state
 from ..checkpoint.model_file import write_adapter, write_model
-from ..checkpoint.training_state import Resumed, write_state
+from ..checkpoint.state_schema import whole
+from ..checkpoint.training_state import STATE_FILE, Resumed, write_state
 from ..config.options import flatten
 from ..config.train import TrainConfig
 from ..data.datasets import remember
@@ -72,6 +73,11 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime) -> None:
     Raises:
         UserError: weights or optimizer state that do not fit.
     """
+    with whole(resumed.path / STATE_FILE):
+        _restore(state, resumed, rt)
+
+
+def _restore(state: TrainState, resumed: Resumed, rt: Runtime) -> None:
     content = resumed.state
     check_groups(state.optimizer, content["optimizer"], resumed.path)
     if resumed.in_parts:

@@ -10,13 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpt2.config.command_line import (
-    SURROGATES,
-    parse,
-    parse_with_positional,
-    read_toml,
-    to_toml,
-)
+from gpt2.config.command_line import parse, parse_with_positional, to_toml
 from gpt2.config.commands import (
     ChatConfig,
     EvalConfig,
@@ -33,6 +27,7 @@ from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.options import flatten
 from gpt2.config.train import TrainConfig, current_names
 from gpt2.errors import UserError
+from gpt2.untrusted.parsing import SURROGATES, read_toml
 
 CONFIGS = [TrainConfig, FinetuneConfig, ProfileConfig, PrepareConfig, SampleConfig, ShowConfig]
 CONFIGS += [EvalConfig, ExportConfig, PushConfig, ChatConfig, ServeConfig, InspectConfig]

@@ -111,7 +111,7 @@ def test_pickles_are_not_read(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b"{", "not a JSON file"),
+        ("config.json", b"{", "is not JSON"),
         ("config.json", b"[]", "not a JSON object"),
         ("model.safetensors", b"\x10", "missing or damaged"),
         ("config.json", b'{"model_type": "gpt2", "n_layer": 2}', "does not fit the model"),

@@ -34,21 +34,27 @@ def _plain(message: Any, where: str) -> Any:
         return {**message, "role": "user"}
     if message.get("role") != "assistant":
         return message
+    content = message.get("content")
+    if content is None:
+        content = message.get("refusal")
+    lines = "\n".join(_calls(message, where))
+    if isinstance(content, list) and lines:  # of parts
+        content = [*content, {"type": "text", "text": "\n" * bool(content) + lines}]
+    elif lines and not content:
+        content = lines
+    elif isinstance(content, str) and lines:
+        content = f"{content}\n{lines}"
+    return message if content is None else {**message, "content": content}
+
+
+def _calls(message: dict, where: str) -> list[str]:
+    """The tool calls of a message as texts."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise UserError(f"{where}: `tool_calls` is not a list")
     if message.get("function_call"):
         calls = [*calls, {"function": message["function_call"]}]
-    content = message.get("content")
-    if content is None and isinstance(message.get("refusal"), str):
-        content = message["refusal"]
-    if not calls:
-        return message if content is None else {**message, "content": content}
-    parts = [content] if isinstance(content, str) else list(content or [])
-    lines = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    text = "\n".join(_call(call, where) for call in calls)
-    separator = "\n" if content else ""
-    return {**message, "content": [*lines, {"type": "text", "text": separator + text}]}
+    return [_call(call, where) for call in calls]
 
 
 def _call(call: Any, where: str) -> str:

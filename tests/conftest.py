@@ -79,6 +79,7 @@ LONG = {
     "prepare/test_tokenize_rows",
     "serve/test_connections",
     "serve/test_server",
+    "serve/test_server_clients",
     "serve/test_server_page",
     "test_benchmark_libraries",
     "test_benchmarks",

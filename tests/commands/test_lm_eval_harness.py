@@ -115,8 +115,6 @@ folder, path, url = sys.argv[1:]
 own = ["lm_eval", path, f"--include_path={folder}/tasks", "--device=cpu"]
 precise = ["--model_args", "dtype=float64"]
 assert cli.main([*own, "--tasks=local_choice", *precise, "--output_path", f"{folder}/results"]) == 0
-assert cli.main([*own, "--tasks=local_words", "--apply_chat_template", *precise]) == 0
-assert cli.main([*own, "--tasks=local_words", "--apply_chat_template=llama"]) == 2
 
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -132,6 +130,10 @@ if url:
         "base_url": f"{url}/v1/completions", "model": "wide", "tokenizer": f"{folder}/hf",
         "max_length": 1024, "num_concurrent": 4, "max_retries": 1,
     }
+simple_evaluate(
+    *models["here"], ["local_choice", "local_words"], limit=2, device="cpu", bootstrap_iters=0,
+    task_manager=manager, apply_chat_template=True, system_instruction="Be kind.",
+)
 answers = {}
 for name, (model, arguments) in models.items():
     found = simple_evaluate(
@@ -173,7 +175,6 @@ def test_ours_equals_the_harness_own_model_and_the_served_one(places, url):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_OFFLINE": "1",
                    "HF_HUB_OFFLINE": "1", "HF_HOME": str(places / "home")}  # fmt: skip
     done = run_python("-c", BOTH, places, places / CHECKPOINT, url, env=environment)
-    assert "there is one template only" in done.stderr
     found = json.loads((places / "answers.json").read_text())
     if url:
         compare_served(found["here"], found["served"])
@@ -217,6 +218,8 @@ def test_a_conversation_has_the_ids_of_the_chat_template(places):
     plain = harness.tok_encode("<|endoftext|>user\nHi")
     assert END_OF_TEXT not in plain
     assert harness.chat_template(True).startswith("<|endoftext|>")
+    with pytest.raises(UserError, match="there is one template only"):
+        harness.chat_template("llama")
     text = harness.apply_chat_template(talk)
     prompt = encode_prompt(talk)
     assert harness.tok_encode(text) == prompt

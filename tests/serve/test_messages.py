@@ -29,7 +29,8 @@ TEXT = {"type": "text", "text": "Let me see."}
     ({"role": "assistant", "content": None, "tool_calls": [{"type": "custom", "custom": {
         "name": "sql", "input": "SELECT 1"}}]}, "assistant", "sql(SELECT 1)"),
     ({"role": "assistant", "content": None, "refusal": "I cannot."}, "assistant", "I cannot."),
-    ({"role": "assistant", "content": "Hi", "tool_calls": None, "refusal": None}, "assistant", "Hi"),
+    ({"role": "assistant", "content": "Hi", "tool_calls": None}, "assistant", "Hi"),
+    ({"role": "assistant", "content": "Hi", "refusal": None}, "assistant", "Hi"),
     ({"role": "assistant", "content": "Hi", "tool_calls": []}, "assistant", "Hi"),
 ])  # fmt: skip
 def test_all_text_is_shown(message, role, text):

@@ -204,9 +204,7 @@ def test_a_history_with_tools_is_read_whole(server, model):
              {"role": "user", "content": "Rain"}]  # fmt: skip
     given = {"model": "tiny", "max_tokens": 9, "temperature": 0}
     done = server.client.chat.completions.create(messages=history, **given)
-    assert done.choices[0].message.content == text_of(
-        model, encode_prompt(plain), 9, temperature=0
-    )
+    assert done.choices[0].message.content == text_of(model, encode_prompt(plain), 9, temperature=0)
 
 
 @pytest.mark.timeout(300)

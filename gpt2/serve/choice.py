@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..config.model import GPT2_VOCAB_SIZE
@@ -66,7 +65,7 @@ class Choice:
         self._sent += len(text)
         if self.finish:
             self.generation.ended = True
-        return Piece(self, text, self.finish, self._scored())
+        return Piece(self, text, self.finish, self._scored() if self._places else ())
 
     def _write(self, token: int) -> str:
         if token == END_OF_TEXT:
@@ -86,14 +85,12 @@ class Choice:
 
         Tokens of a stop string, which is not sent, are left out.
         """
-        if self._places is None:
-            return ()
+        assert self._places is not None
         everything = self.finish is not None and not self.writer.stopped
         return self._places.take(self.generation.logprobs, None if everything else self._sent)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """New text of a choice; `finish` is set on the last piece and says why the text ended."""
 
     choice: Choice

@@ -8,6 +8,7 @@ plain GPT-2 must not import the modern network. `isinstance(model, GPT2)` is tru
 """
 
 import functools
+import operator
 from abc import ABCMeta
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,8 +110,9 @@ class TextModel(LanguageModel):
         """Continues one prompt, or several in one batch.
 
         Args:
-            prompt: text gives text; token ids (a list, or a tensor (T,) or (B, T)) give lists of
-                ids; a list of prompts gives a list of results. A result starts with its prompt.
+            prompt: text gives text; token ids (a list, or a tensor or an array of numpy, (T,) or
+                (B, T)) give lists of ids; a list of prompts gives a list of results. A result
+                starts with its prompt.
             max_new_tokens: tokens to generate after each prompt.
             temperature: 0 always takes the likeliest token; 1 samples from the model's
                 distribution.
@@ -193,19 +195,24 @@ class TextModel(LanguageModel):
 
     def _read_prompts(self, prompt: Any) -> tuple[list[list[int]], bool, bool]:
         """(prompts as ids, True for a list of prompts, True for text)."""
-        if isinstance(prompt, Tensor):
-            prompt = prompt.tolist()
-        many = isinstance(prompt, list | tuple) and bool(prompt)
-        many = many and not isinstance(prompt[0], int)
-        several = list(prompt) if many else [prompt]
+        prompt = _plain(prompt)
+        if isinstance(prompt, list | tuple):
+            prompt = [_plain(part) for part in prompt]
+        many = isinstance(prompt, list) and bool(prompt) and not hasattr(prompt[0], "__index__")
+        several = prompt if many else [prompt]
         text = isinstance(several[0], str)
-        if text:
-            weights.check_vocabulary(self.config, "the model")
-            # an empty prompt begins a new document
-            end_of_text = gpt2_tokenizer().end_of_text
-            rows = [gpt2_tokenizer().encode(p) or [end_of_text] for p in several]
-        else:
-            rows = [list(p) for p in several]
+        try:
+            if text:
+                weights.check_vocabulary(self.config, "the model")
+                # an empty prompt begins a new document
+                end_of_text = gpt2_tokenizer().end_of_text
+                rows = [gpt2_tokenizer().encode(p) or [end_of_text] for p in several]
+            else:
+                rows = [[operator.index(_plain(i)) for i in row] for row in several]
+        except TypeError:
+            raise UserError(
+                "a prompt is a text, a list of token ids, or a list of one of these"
+            ) from None
         if any(not 0 <= i < self.config.vocab_size for row in rows for i in row):
             raise UserError(f"token ids must be from 0 to {self.config.vocab_size - 1}")
         return rows, many, text
@@ -244,6 +251,11 @@ def __getattr__(name: str) -> Any:
     if name == "SwitchedGPT2":
         return _switched_gpt2()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and numbers of numpy as Python's own lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _without_start(row: list[int]) -> list[int]:

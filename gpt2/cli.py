@@ -1,12 +1,14 @@
 """The command line: `gpt2 COMMAND …`. Each command imports what it needs, and only then.
 
 Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 75 a rank hung, try again;
-130, 143 and 138 stopped by Ctrl-C, SIGTERM or SIGUSR1, with everything saved.
+130, 143 and 138 stopped by Ctrl-C, SIGTERM or SIGUSR1, with everything saved. Whoever reads the
+output may close it, as `| head` does: the command ends then, with code 1 and without a traceback.
 """
 
 import difflib
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,13 +68,35 @@ MODEL_SOURCES = (
 )
 
 
+WORK = ("prepare", "train", "finetune", "profile", "push", "demo")  # not for their output alone
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):  # a console without "×" shows "?" and goes on
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    arguments = sys.argv[1:] if argv is None else argv
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        try:
+            return _run(arguments[0], arguments[1:])
+        finally:
+            if sys.stdout:  # None where the console gave none
+                sys.stdout.flush()  # Python's own flush, at its end, would print a traceback
+    except BrokenPipeError:
+        closed = _closed_pipes()
+        if not closed:
+            raise  # another pipe than the output
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for number in closed:  # what is left must not complain at exit
+            os.dup2(nothing, number)
+        if arguments[0] in WORK:
+            _complain(f"{arguments[0]} stopped, because nobody reads its output any more")
+        return 1
+
+
+def _run(command: str, rest: list[str]) -> int:
+    """Runs one command; returns the exit code."""
     if command in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -92,6 +116,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _closed_pipes() -> list[int]:
+    """Those of stdout and stderr that are pipes without a reader, as file descriptors."""
+    closed = []
+    for number in (1, 2):
+        poll = select.poll()  # not on Windows, where writing raises another error
+        poll.register(number, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            closed.append(number)
+    return closed
 
 
 def train(argv: list[str]) -> int:
@@ -132,11 +167,7 @@ def shards(argv: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(SHARDS_USAGE)
         return 0
-    try:
-        return _choose(command, SHARDS_COMMANDS, "shards ")(rest)
-    except BrokenPipeError:  # `| head` has seen enough; what is left must not complain at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return _choose(command, SHARDS_COMMANDS, "shards ")(rest)
 
 
 def shards_verify(argv: list[str]) -> int:

@@ -93,6 +93,7 @@ LONG = {
     "report/test_plot",
     "serve/test_connections",
     "serve/test_server",
+    "serve/test_server_clients",
     "serve/test_server_page",
     "test_benchmark_libraries",
     "test_benchmarks",

@@ -14,6 +14,7 @@ import pytest
 from gpt2 import cli
 from gpt2.data.shards import write_shard
 
+from . import forks
 from .conftest import ROOT, TINY, run_python, start_python
 from .train.test_loop import metrics, same, weights
 
@@ -85,6 +86,15 @@ def test_shards_from_the_command_line(data_dir, tmp_path):
     assert len(done.stdout.splitlines()) == 2
 
 
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    run_python(
+        "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY, "--max_steps=3"
+    )
+    return out
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes differ on Windows")
 def test_reader_that_has_seen_enough(tmp_path):
     """As in `gpt2 shards show … | head`."""
@@ -97,13 +107,53 @@ def test_reader_that_has_seen_enough(tmp_path):
     assert p.returncode == 1
 
 
-@pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    run_python(
-        "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY, "--max_steps=3"
-    )
-    return out
+PRINTING = [  # CKPT, RUN and DATA are a model, its run and shards
+    "--help",
+    "--version",
+    "train --help",
+    "shards --help",
+    "shards info DATA",
+    "shards verify DATA",
+    "sample CKPT --prompt=Hello --max_new_tokens=4",
+    "sample CKPT",
+    "chat CKPT",
+    "inspect CKPT text --out=",
+    "eval CKPT --data_dir=DATA --eval_tokens=100 --device=cpu",
+    "plot RUN",
+    "export CKPT NEW",
+    "serve CKPT --port=0 --device=cpu",
+    "prepare --source=TEXT --out_dir=NEW",
+    "train --data_dir=DATA --out_dir=NEW --max_steps=2 --device=cpu --size=gpt2-tiny",
+]
+
+
+@pytest.mark.skipif(not forks.AVAILABLE, reason="needs forks, and pipes as Linux has them")
+@pytest.mark.parametrize("arguments", PRINTING, ids=lambda words: " ".join(words.split()[:2]))
+def test_nobody_reads_the_output(arguments, trained, data_dir, tmp_path):
+    """As in `gpt2 … | head -0`, of every command that prints: no traceback, and an exit code."""
+    places = {"CKPT": trained / "out_ckpt.pt", "RUN": trained, "DATA": data_dir,
+              "NEW": tmp_path / "new", "TEXT": tmp_path / "a.txt"}  # fmt: skip
+    (tmp_path / "a.txt").write_text("A quiet harbour. " * 400)
+    for name, place in places.items():
+        arguments = arguments.replace(name, str(place))
+    command = [forks.server(ROOT).python, "-m", "gpt2", *arguments.split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE,
+        text=True, check=False, timeout=100,
+    )  # fmt: skip
+    os.close(writer)
+    name = arguments.split()[0]
+    stopped = f"gpt2: error: {name} stopped, because nobody reads its output any more\n"
+    works = name in ("train", "prepare") and "--help" not in arguments
+    assert [line for line in done.stderr.splitlines(True) if line[:4] == "gpt2"] == [
+        stopped
+    ] * works
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    if arguments != "train --help":  # argparse ignores that its text could not be written
+        assert done.returncode == 1
 
 
 def test_sample(trained):

@@ -125,6 +125,10 @@ ELSEWHERE = {
     # downloads its tasks; the test has tasks of its own
     "gpt2 lm_eval out/out_ckpt.pt --tasks=hellaswag,piqa": ("test_lm_eval_harness.py", '"lm_eval"'),
     "gpt2 serve out/finetuned/out_ckpt.pt": ("test_server.py", '"serve"'),  # does not end
+    "gpt2 serve out/out_ckpt.pt --name=gpt2": ("test_server.py", '"serve"'),
+    "lm_eval run --model local-completions --tasks hellaswag --model_args "
+    "base_url=http://127.0.0.1:8000/v1/completions,model=gpt2,tokenizer=openai-community/gpt2,"
+    "max_length=1024": ("test_lm_eval_harness.py", '"local-completions"'),
 }  # fmt: skip
 # Commands that only install, that run this test, or that need programs which Python's package
 # index does not have.
@@ -136,6 +140,7 @@ NOWHERE = {
     'pip install -e ".[eval]"',
     'pip install -e ".[fast]"',
     'pip install -e ".[serve]"',
+    'pip install "lm-eval[api]"',
     "python ../llama.cpp/convert_hf_to_gguf.py out/hf --outfile=out/model.gguf",
     'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile',
     'ollama run my-gpt2 "Hello world,"',
@@ -145,7 +150,8 @@ NOWHERE = {
 FOREIGN = {
     "standalone", "nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint",
     "rdzv_id", "signals-to-handle",  # torchrun
-    "tasks", "model",  # lm_eval
+    "tasks", "model", "model_args", "apply_chat_template", "system_instruction",
+    "fewshot_as_multiturn",  # lm_eval
     "outfile",  # llama.cpp
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

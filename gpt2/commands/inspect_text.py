@@ -128,10 +128,10 @@ def _quoted(token: int) -> str:
 def _read(text: str, file: str) -> str:
     if bool(text) and bool(file):
         raise UserError("give a text or --file=, not both")
-    try:
+    try:  # Windows' editors begin a file with a byte order mark
         if file:
-            return Path(file).read_bytes().decode()
-        return sys.stdin.buffer.read().decode() if text == "-" else text
+            return Path(file).read_bytes().decode("utf-8-sig")
+        return sys.stdin.buffer.read().decode("utf-8-sig") if text == "-" else text
     except OSError as error:
         raise UserError(f"--file={file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

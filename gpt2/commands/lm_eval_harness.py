@@ -4,6 +4,8 @@ The class is registered under the name "gpt2" when this module is imported; `gpt
 it and then runs the harness's own command. This is the only module that imports lm_eval.
 """
 
+import json
+import re
 import sys
 from typing import Any
 
@@ -20,12 +22,17 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup
 
 from ..api import GPT2
 from ..checkpoint.weights import check_vocabulary
+from ..config.model import GPT2_VOCAB_SIZE
+from ..data.chat_template import ROLES, check_messages
 from ..distributed.devices import choose_device, choose_dtype
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..evaluate.scoring import score
 from ..generate.stream import stream
 from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
+
+# The head of a message in the text of a conversation.
+HEAD = re.compile(rf"{re.escape(END_OF_TEXT_NAME)}({'|'.join(ROLES)})\n")
 
 
 def main(checkpoint: str, argv: list[str]) -> int:
@@ -40,9 +47,8 @@ def main(checkpoint: str, argv: list[str]) -> int:
             f"{min(taken)}: `gpt2 lm_eval` gives the model; its precision is "
             "--model_args=dtype=bfloat16, and for other models there is lm_eval itself"
         )
-    own = [a.partition("=")[2] for a in argv if a.startswith("--model_args=")]
-    argv = [a for a in argv if not a.startswith("--model_args=")]
-    model = ["--model=gpt2", "--model_args", ",".join([f"checkpoint={checkpoint}", *own])]
+    # as JSON: of `checkpoint=a,b`, the harness would cut the path at its comma
+    model = ["--model=gpt2", "--model_args", json.dumps({"checkpoint": checkpoint})]
     batch = [] if given & {"--batch_size", "-b"} else ["--batch_size=auto"]
     before, sys.argv = sys.argv, ["lm_eval", "run", *model, *batch, *argv]
     try:
@@ -93,6 +99,7 @@ class Harness(TemplateLM):
         self.max_length = self._model.config.block_size
         sequences = 0 if str(batch_size).startswith("auto") else int(batch_size)
         self._batch_tokens = sequences * self.max_length
+        self._chat = False  # the texts of the tasks are conversations
 
     @property
     def eot_token_id(self) -> int:
@@ -107,8 +114,70 @@ class Harness(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text; GPT-2 adds no special tokens."""
-        return self._tokenizer.encode(string)
+        """Ids of a text, or of a conversation as `apply_chat_template` writes it."""
+        if not self._chat:
+            return self._tokenizer.encode(string)
+        first, *messages = HEAD.split(string)  # then role, text, role, text, …
+        ids = self._tokenizer.encode(first)
+        for role, text in zip(messages[::2], messages[1::2], strict=True):
+            ids += [END_OF_TEXT, *self._tokenizer.encode(f"{role}\n")]
+            ids += self._tokenizer.encode(text)
+        return ids
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template for the report of the harness; called with `--apply_chat_template`.
+
+        Raises:
+            UserError: another template is named, or the model cannot chat.
+        """
+        if not chat_template:
+            return ""
+        if isinstance(chat_template, str):
+            raise UserError(
+                f"--apply_chat_template={chat_template}: there is one template only, that of "
+                "`gpt2 finetune`; write --apply_chat_template alone"
+            )
+        if getattr(self._model.config, "document_mask", False):
+            raise UserError(
+                "--apply_chat_template: this model has document_mask, and does not see past the "
+                "end-of-text tokens that separate messages"
+            )
+        self._chat = True
+        return f"{END_OF_TEXT_NAME}{{role}}\n{{content}}"
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text; `tok_encode` gives the ids of `data.chat_template`.
+
+        Args:
+            chat_history: messages in OpenAI's form.
+            add_generation_prompt: end with the head of the assistant's next message; False if the
+                last message is the beginning of the assistant's.
+
+        Raises:
+            UserError: a message that holds the head of another.
+        """
+        self._chat = True
+        messages = check_messages(chat_history)
+        for message in messages:
+            if found := HEAD.search(message["content"]):
+                raise UserError(
+                    f"a text of the task holds {found[0]!r}, which begins a message; leave "
+                    "--apply_chat_template out"
+                )
+        text = "".join(f"{END_OF_TEXT_NAME}{m['role']}\n{m['content']}" for m in messages)
+        return text + f"{END_OF_TEXT_NAME}assistant\n" * add_generation_prompt
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of what continues it.
+
+        The line break that ends the head of a message stays in the context. The harness moves other
+        white space of its end to the continuation.
+        """
+        if self._chat and HEAD.split(context)[-1] == "":
+            return self.tok_encode(context), self.tok_encode(continuation)
+        return super()._encode_pair(context, continuation)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, **_: Any
@@ -166,7 +235,8 @@ class Harness(TemplateLM):
                 top_p=top_p,
                 stop_token=END_OF_TEXT,
             ):
-                ids += [] if token is None else [token]
+                # ids that are not GPT-2's have no text
+                ids += [token] if token is not None and token < GPT2_VOCAB_SIZE else []
                 text = self._tokenizer.decode(ids)
                 if any(stop and stop in text for stop in until):
                     break

@@ -72,12 +72,16 @@ class CachedForward:
         if self.head is not None:
             self.head[: self.model.config.vocab_size] = self.model.transformer.wte.weight
 
-    def prefill(self, numbers: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+    def prefill(self, numbers: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor | None:
         """Fills the cache of some rows from their beginning.
 
         Args:
             numbers: rows of the cache.
             prompts: the token ids of each of them; may be empty.
+
+        Returns:
+            (B, T, C) output of the last norm for the T tokens of the longest prompt; None if all
+            prompts are empty.
         """
         lengths = [len(prompt) for prompt in prompts]
         cache, longest = self.cache, max(lengths)
@@ -86,9 +90,10 @@ class CachedForward:
             cache.rows = torch.tensor(numbers, device=self.device)
             cache.lengths[cache.rows] = torch.tensor(lengths, device=self.device)
         try:
-            if longest:  # attention is causal: padding after a short row has no effect on it
-                padded = pad(prompts, longest).to(self.device)
-                self.model.hidden(padded, cache)
+            if not longest:
+                return None
+            # attention is causal: padding after a short row has no effect on it
+            return self.model.hidden(pad(prompts, longest).to(self.device), cache)
         finally:
             cache.rows = None
 
@@ -103,6 +108,10 @@ class CachedForward:
             if self.few:
                 return few_token_pass.next_logits(self.model, tokens[:, None], cache)
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, C) output of the last norm -> (B, V)."""
         if self.head is None:
             return self.model.logits(hidden)
         return F.linear(hidden, self.head)[:, : self.model.config.vocab_size]
@@ -140,29 +149,29 @@ class CachedForward:
 
 
 class HostCopy:
-    """A copy of the newest tokens (B,) for the CPU.
+    """A copy of a tensor, such as the newest tokens (B,), for the CPU.
 
     Args:
-        tokens: on any device.
+        values: on any device.
         wait: False starts an asynchronous copy to pinned memory, for which `get` waits.
     """
 
-    def __init__(self, tokens: Tensor, *, wait: bool):
+    def __init__(self, values: Tensor, *, wait: bool):
         self._event: torch.cuda.Event | None = None
         if wait:
-            self._tokens = tokens.clone()
+            self._values = values.clone()
             return
-        with torch.cuda.device(tokens.device):
-            self._tokens = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
+        with torch.cuda.device(values.device):
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def get(self) -> list[int]:
-        """The tokens, once they have arrived."""
+    def get(self) -> list:
+        """The values as nested lists, once they have arrived."""
         if self._event:
             self._event.synchronize()
-        return self._tokens.tolist()
+        return self._values.tolist()
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> Tensor:

@@ -17,7 +17,10 @@ from torch import Tensor
 from ..model.gpt import LanguageModel
 from .cached_forward import CachedForward, HostCopy
 from .decoder import LAG
+from .logprobs import LogprobsCopy, TokenLogprobs
 from .sampling import Sampling, choose, uniforms
+
+PROMPT_POSITIONS = 128  # of which logits are held at once: 26 MB in float32
 
 
 @dataclass(eq=False, kw_only=True)
@@ -26,9 +29,13 @@ class Generation:
 
     Args:
         tokens: the prompt, at least one token; new tokens are appended.
-        limit: new tokens to generate, at least one; prompt and new tokens fit into the context.
+        limit: new tokens to generate, at least one. Prompt and new tokens fit into the context; the
+            last new token, which predicts nothing, may lie one position behind it.
         sampling: how they are chosen.
         seed: as in `generate.stream`; None for different tokens every time.
+        top_logprobs: keep the log-probability of each new token, and those of so many likeliest
+            tokens in its place; None for none at all.
+        prompt_logprobs: with `top_logprobs`, begin with those of the prompt's tokens.
         ended: may be set from any thread; the generation leaves before the next step.
     """
 
@@ -36,8 +43,11 @@ class Generation:
     limit: int
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
     ended: bool = False
     steps: int = 0  # begun; on a GPU ahead of the tokens that have arrived
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     uniform: list[float] = field(default_factory=list)  # a random number for each new token
 
 
@@ -72,7 +82,7 @@ class BatchDecoder:
         self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.filled = [0] * slots  # tokens of each row but the newest
         self.running: list[Generation] = []
-        self._sent: deque[tuple[list[Generation], HostCopy]] = deque()
+        self._sent: deque[tuple[list[Generation], HostCopy, LogprobsCopy | None]] = deque()
         self._recorded_logits: Tensor | None = None  # (slots, V), written by each replay
         self.graph = self.forward.record(self.tokens, self._keep_logits) if graph else None
 
@@ -86,7 +96,7 @@ class BatchDecoder:
 
     def holds(self, generation: Generation) -> bool:
         """Whether a generation has a row, or tokens that have not arrived yet."""
-        sent = (generation in generations for generations, _ in self._sent)
+        sent = (generation in generations for generations, _, _ in self._sent)
         return generation in self.running or any(sent)
 
     @torch.inference_mode()
@@ -95,12 +105,14 @@ class BatchDecoder:
         at, prompt = len(self.running), generation.tokens
         assert at < self.slots, "no free slot"
         assert prompt, "a prompt needs a token"
-        assert 0 < generation.limit <= self.block_size - len(prompt), generation
+        assert 0 < generation.limit <= self.block_size - len(prompt) + 1, generation
         generation.uniform = uniforms(generation.seed, 1, generation.limit).flatten().tolist()
         if at == self.forward.rows:
             self._grow()
         self.running.append(generation)
-        self.forward.prefill([at], [prompt[:-1]])
+        hidden = self.forward.prefill([at], [prompt[:-1]])
+        if generation.prompt_logprobs:
+            self._keep_prompt_logprobs(generation, hidden)
         self.filled[at] = len(prompt) - 1
         self.tokens[at] = prompt[-1]
         self.seen[at] = False
@@ -129,11 +141,14 @@ class BatchDecoder:
         if self.running:
             count = len(self.running)
             uniform = torch.tensor([g.uniform[g.steps] for g in self.running])
-            self._choose(self._logits(), uniform.to(self.device, non_blocking=True))
+            logits = self._logits()
+            self._choose(logits, uniform.to(self.device, non_blocking=True))
+            logprobs = self._logprobs(logits)
             self.filled[:count] = [filled + 1 for filled in self.filled[:count]]
             for generation in self.running:
                 generation.steps += 1
-            self._sent.append((list(self.running), HostCopy(self.tokens, wait=not self.graph)))
+            tokens = HostCopy(self.tokens, wait=not self.graph)
+            self._sent.append((list(self.running), tokens, logprobs))
         arrived: list[tuple[Generation, int]] = []
         while len(self._sent) > (LAG if self.graph and self.running else 0):
             arrived += self._receive()
@@ -164,9 +179,35 @@ class BatchDecoder:
             self.tokens[index] = tokens
             self.seen[index, tokens] = True
 
+    def _logprobs(self, logits: Tensor) -> LogprobsCopy | None:
+        """Log-probabilities (B rows) of the newest tokens, for the rows that keep them."""
+        wanted = [(at, g.top_logprobs) for at, g in enumerate(self.running)]
+        rows = [at for at, count in wanted if count is not None]
+        if not rows:
+            return None
+        most = max(count for _, count in wanted if count is not None)
+        index = torch.tensor(rows).to(self.device, non_blocking=True)
+        return LogprobsCopy(logits[index], self.tokens[index], most, wait=not self.graph)
+
+    def _keep_prompt_logprobs(self, generation: Generation, hidden: Tensor | None) -> None:
+        """Log-probabilities of the prompt; `hidden` is (1, T, C) of all its tokens but the last."""
+        prompt, count = generation.tokens, generation.top_logprobs or 0
+        generation.logprobs.append(TokenLogprobs(prompt[0], None, ()))
+        if hidden is None:
+            return
+        targets = torch.tensor(prompt[1:], device=self.device)
+        parts = zip(hidden[0].split(PROMPT_POSITIONS), targets.split(PROMPT_POSITIONS), strict=True)
+        for part, tokens in parts:
+            logits = self.forward.logits(part)
+            generation.logprobs += LogprobsCopy(logits, tokens, count, wait=True).get()
+
     def _receive(self) -> list[tuple[Generation, int]]:
         """Waits for the oldest tokens on their way to the CPU and appends them."""
-        generations, copy = self._sent.popleft()
+        generations, copy, logprobs = self._sent.popleft()
+        keeping = [g for g in generations if g.top_logprobs is not None]
+        for generation, found in zip(keeping, logprobs.get() if logprobs else (), strict=True):
+            top = found.top[: generation.top_logprobs]
+            generation.logprobs.append(found._replace(top=top))
         arrived = []
         for generation, token in zip(generations, copy.get(), strict=False):  # then free slots
             if not generation.ended:

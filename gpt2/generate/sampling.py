@@ -24,9 +24,10 @@ class Sampling:
     """Sampling settings; the defaults sample from the model's distribution.
 
     Args:
-        temperature: divides the logits; 0 for greedy decoding.
+        temperature: divides the logits; 0, and anything below 0.001, for greedy decoding.
         top_k: keep the k likeliest tokens; 0 for all.
-        top_p: keep the fewest likeliest tokens whose probabilities reach this sum; 1 for all.
+        top_p: keep the fewest likeliest tokens whose probabilities reach this sum; 1 for all, 0 for
+            the likeliest alone, which is greedy decoding.
         min_p: keep tokens at least this many times as likely as the likeliest; 0 for all.
         repetition_penalty: above 1, tokens that have occurred become less likely; 1 for none.
 
@@ -41,13 +42,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature and not 1e-3 <= self.temperature < math.inf:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(
-                f"temperature={self.temperature}: use 0 (always the likeliest token) or 0.001…"
+                f"temperature={self.temperature}: use 0 (always the likeliest token) or more"
             )
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k}: use 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
+        if not 0 <= self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: use a number above 0, up to 1")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p={self.min_p}: use a number from 0 (all tokens) to 1")
@@ -56,6 +57,8 @@ class Sampling:
                 f"repetition_penalty={self.repetition_penalty}: use a number from {MIN_PENALTY} to "
                 f"{MAX_PENALTY}; 1 for none, 1.2 for few repetitions"
             )
+        if self.temperature < 1e-3 or self.top_p == 0:  # logits / 1e-40 would be infinite
+            object.__setattr__(self, "temperature", 0.0)
 
 
 def check_sampling(max_new_tokens: int, **settings: Any) -> Sampling:

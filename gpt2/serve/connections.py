@@ -8,7 +8,6 @@ would lock out all others.
 """
 
 import asyncio
-import time
 from collections import Counter
 from typing import Any
 
@@ -20,6 +19,7 @@ from uvicorn.server import ServerState
 from ..report import console
 from .engine import Engine
 from .errors import ApiError
+from .log import log
 from .security import MAX_BODY, SECONDS_FOR_BODY
 
 SECONDS_FOR_HEADERS = 10.0
@@ -186,10 +186,7 @@ class Connections(ServerState):
         """Logs a line for each reason for which connections were closed since the last call."""
         for reason, hosts in self._closed.items():
             (host, most), count = hosts.most_common(1)[0], hosts.total()
-            console.log(
-                f"{time.strftime('%H:%M:%S')}  closed     {count} connection{'s' * (count > 1)}: "
-                f"{reason} ({most} from {host})"
-            )
+            log("closed", f"{count} connection{'s' * (count > 1)}: {reason} ({most} from {host})")
         self._closed.clear()
 
     def close_all(self) -> None:

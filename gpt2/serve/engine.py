@@ -13,14 +13,12 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 
 from ..errors import UserError
 from ..generate.continuous_batch import BatchDecoder, Generation
-from ..generate.stream import TextWriter
 from ..model.gpt import LanguageModel
-from ..tokenizer import END_OF_TEXT
+from .choice import Choice, Piece
 
 PREFILL_TOKENS = 512  # prompt tokens read between two steps (or one prompt): bounds the pause
 LATENCIES_KEPT = 1000  # finished requests that the percentiles are taken over
@@ -32,46 +30,6 @@ class Busy(UserError):
 
 class Failed(RuntimeError):
     """The text cannot be finished: the server is stopping, or generation has failed."""
-
-
-class Choice:
-    """One of the texts of a request (OpenAI's name for it).
-
-    Args:
-        generation: prompt and sampling settings.
-        index: number of the text in the answer.
-        stops: strings before which the text ends.
-    """
-
-    def __init__(self, generation: Generation, index: int, stops: Sequence[str] = ()):
-        self.generation, self.index = generation, index
-        self.writer = TextWriter(stops)
-        self.written = 0  # tokens, without the end-of-text token
-        self.finish: str | None = None  # "stop" or "length" once the text has ended
-
-    def add(self, token: int) -> str:
-        """Adds a token; returns the text that can be sent now."""
-        if token == END_OF_TEXT:
-            self.finish, piece = "stop", self.writer.finish()
-        else:
-            self.written += 1
-            piece = self.writer.add(token)
-            if self.writer.stopped:
-                self.finish = "stop"
-            elif self.written == self.generation.limit:
-                self.finish, piece = "length", piece + self.writer.finish()
-        if self.finish:
-            self.generation.ended = True
-        return piece
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New text of a choice; `finish` is set on the last piece and says why the text ended."""
-
-    choice: Choice
-    text: str
-    finish: str | None
 
 
 class TextRequest:
@@ -251,8 +209,7 @@ class Engine:
     def _piece(self, generation: Generation, token: int) -> tuple[TextRequest, Piece]:
         request, choice = self._running[generation]
         request.first = request.first or time.perf_counter()
-        text = choice.add(token)
-        return request, Piece(choice, text, choice.finish)
+        return request, choice.add(token)
 
     def _post(self, pieces: list[tuple[TextRequest, Piece]]) -> None:
         if pieces:

@@ -2,8 +2,8 @@
 
 A field is one of three kinds. The first fields of `SamplingRequest` and its two subclasses do what
 OpenAI documents. Bookkeeping fields (`user`, `metadata`, …) are accepted, since they change no
-answer. Features that this server lacks (`logprobs`, `tools`, …) are accepted with a value that
-turns them off. All other fields and values are refused: nothing is silently ignored.
+answer. Features that this server lacks (`tools`, `audio`, …) are accepted with a value that turns
+them off (`lacking.py`). All other fields and values are refused: nothing is silently ignored.
 """
 
 from collections.abc import Iterable
@@ -24,11 +24,15 @@ from ..generate.continuous_batch import Generation
 from ..generate.sampling import MAX_PENALTY, MIN_PENALTY, Sampling
 from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
 from ..untrusted.parsing import load_json
-from .engine import Choice, TextRequest
+from .choice import Choice
+from .engine import TextRequest
 from .errors import ApiError, from_validation, quoted, unknown_field
+from .lacking import LackingChatFields, LackingFields
+from .messages import plain_messages
 from .served_model import MAX_TEXTS, ServedModel
 
-MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256  # OpenAI: 4; tasks of lm-evaluation-harness have more
+MAX_LOGPROBS, MAX_TOP_LOGPROBS = 5, 20  # OpenAI's, of completions and of chats
 MAX_MESSAGES = 2048
 LONGEST_TOKEN = 128  # bytes of GPT-2's longest token: bounds the tokens before encoding
 DEFAULT_MAX_TOKENS = 16  # of a completion: OpenAI's default
@@ -44,7 +48,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None  # padding that hides lengths; never sent
 
 
-class SamplingRequest(BaseModel):
+class SamplingRequest(LackingFields):
     """The fields that completions and chat completions share."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -55,7 +59,7 @@ class SamplingRequest(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Int64
     stop: Any = None
     # not OpenAI's
@@ -69,11 +73,8 @@ class SamplingRequest(BaseModel):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-    # accepted only with the value that turns the feature off
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
 
     @field_validator("stop")
     @classmethod
@@ -86,16 +87,6 @@ class SamplingRequest(BaseModel):
                 f"at most {MAX_STOPS} strings of at most {MAX_STOP_CHARACTERS} characters"
             )
         return stops
-
-    @field_validator("frequency_penalty", "presence_penalty")
-    @classmethod
-    def _no_penalty(cls, value: Any) -> Any:
-        return _only(value, "use repetition_penalty (1 for none, 1.2 for few)", 0, 0.0)
-
-    @field_validator("logit_bias", "logprobs")
-    @classmethod
-    def _lacking(cls, value: Any) -> Any:
-        return _only(value, "leave it out", {}, False)
 
     @model_validator(mode="after")
     def _stream_options(self) -> "SamplingRequest":
@@ -111,7 +102,7 @@ class SamplingRequest(BaseModel):
         """The sampling settings; fields that are missing take OpenAI's defaults.
 
         Raises:
-            ApiError: a temperature that is neither 0 nor at least 0.001.
+            ApiError: a setting out of range.
         """
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names}
@@ -123,6 +114,10 @@ class SamplingRequest(BaseModel):
     def max_new_tokens(self) -> int | None:
         """The number of new tokens that the request asks for; None if it gives none."""
         return self.max_tokens
+
+    def likeliest(self) -> int | None:
+        """Tokens per position whose log-probabilities are wanted; None for no log-probabilities."""
+        raise NotImplementedError
 
     def includes_usage(self) -> bool:
         """Whether the stream ends with the token counts."""
@@ -137,14 +132,40 @@ class CompletionRequest(SamplingRequest):
     """The body of /v1/completions."""
 
     prompt: Any = None
+    max_tokens: int | None = Field(default=None, ge=0)
     echo: bool | None = None
-    best_of: Any = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = None
     suffix: Any = None
 
-    @field_validator("best_of", "suffix")
+    @field_validator("logprobs", mode="before")
     @classmethod
-    def _neither(cls, value: Any) -> Any:
-        return _only(value, "leave it out", 1, "")
+    def _no_logprobs(cls, value: Any) -> Any:
+        if value is True:
+            raise ValueError(f"use a number from 0 to {MAX_LOGPROBS}, of likeliest tokens")
+        return None if value is False else value
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: Any) -> Any:
+        if value not in (None, ""):
+            raise ValueError("not supported; leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n or 1):
+            raise ApiError(
+                "best_of: all texts are returned, none is chosen; use the value of n",
+                param="best_of",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError("max_tokens=0 needs echo=true; use 1 or more", param="max_tokens")
+        return self
+
+    def likeliest(self) -> int | None:
+        """The value of `logprobs`."""
+        return self.logprobs
 
     def prompts(self, served: ServedModel) -> list[list[int]]:
         """One prompt or several, each a text or token ids.
@@ -164,43 +185,37 @@ class CompletionRequest(SamplingRequest):
         return [_prompt(item, served) for item in several]
 
 
-class ChatRequest(SamplingRequest):
+class ChatRequest(SamplingRequest, LackingChatFields):
     """The body of /v1/chat/completions."""
 
     messages: Any = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     # not OpenAI's: drop the oldest messages when the conversation outgrows the context
     fit_context: bool | None = None
-    top_logprobs: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    parallel_tool_calls: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    reasoning_effort: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @field_validator("messages")
     @classmethod
     def _messages(cls, value: Any) -> list[dict[str, str]]:
         if isinstance(value, list) and len(value) > MAX_MESSAGES:
             raise ValueError(f"at most {MAX_MESSAGES} messages")
-        return check_messages(value)
+        return check_messages(plain_messages(value))
 
-    @field_validator(
-        "top_logprobs",
-        "tools",
-        "tool_choice",
-        "functions",
-        "parallel_tool_calls",
-        "response_format",
-        "modalities",
-        "reasoning_effort",
-    )
+    @field_validator("top_logprobs", mode="before")
     @classmethod
-    def _plain_text(cls, value: Any) -> Any:
-        plain = (0, [], "none", False, True, {"type": "text"}, ["text"])
-        return _only(value, "the model writes plain text; leave it out", *plain)
+    def _no_top_logprobs(cls, value: Any) -> Any:
+        return None if value is False or value == "none" else value
+
+    @model_validator(mode="after")
+    def _logprobs_are_on(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
+        return self
+
+    def likeliest(self) -> int | None:
+        """The value of `top_logprobs` if `logprobs` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def max_new_tokens(self) -> int | None:
         """The number of new tokens, under either of its names; None if neither is given.
@@ -271,8 +286,8 @@ def _check_fields(data: Any, kind: type[BaseModel], prefix: str = "") -> None:
             raise unknown_field(name, fields, prefix + name)
 
 
-def make_request(body: SamplingRequest, served: ServedModel) -> tuple[TextRequest, list[list[int]]]:
-    """Turns the body of an HTTP request into a `TextRequest`; also returns the prompts' ids.
+def make_request(body: SamplingRequest, served: ServedModel) -> TextRequest:
+    """Turns the body of an HTTP request into a `TextRequest`.
 
     Encoding long texts takes a moment: not for the event loop's thread.
 
@@ -281,16 +296,23 @@ def make_request(body: SamplingRequest, served: ServedModel) -> tuple[TextReques
     """
     check_model(body.model, served)
     chat = isinstance(body, ChatRequest)
-    prompts, sampling, count = body.prompts(served), body.sampling(), body.n or 1
-    choices = []
+    echo = not chat and bool(body.echo)
+    prompts, sampling, likeliest = body.prompts(served), body.sampling(), body.likeliest()
+    choices: list[Choice] = []
     for prompt in prompts:
         limit = _limit(body, served, len(prompt), chat)
-        for _ in range(count):
+        for _ in range(body.n or 1):
             index = len(choices)
-            seed = None if body.seed is None else body.seed + index
-            generation = Generation(tokens=list(prompt), limit=limit, sampling=sampling, seed=seed)
-            choices.append(Choice(generation, index, body.stops()))
-    return TextRequest(choices, sum(map(len, prompts))), prompts
+            generation = Generation(
+                tokens=list(prompt),
+                limit=max(1, limit),
+                sampling=sampling,
+                seed=None if body.seed is None else body.seed + index,
+                top_logprobs=likeliest,
+                prompt_logprobs=echo and likeliest is not None,
+            )
+            choices.append(Choice(generation, index, body.stops(), echo=echo, limit=limit))
+    return TextRequest(choices, sum(map(len, prompts)))
 
 
 def check_model(name: str | None, served: ServedModel) -> None:
@@ -309,7 +331,7 @@ def _limit(body: SamplingRequest, served: ServedModel, length: int, chat: bool) 
     room, asked = served.block_size - length, body.max_new_tokens()
     most = served.max_new_tokens or served.block_size
     param = "messages" if chat else "prompt"
-    if room < 1:
+    if room < (asked != 0):
         raise _too_long(
             f"the prompt has {length:,} tokens and leaves no room for new ones in the context of "
             f"{served.block_size:,}; shorten it",
@@ -357,11 +379,3 @@ def _prompt(item: Any, served: ServedModel) -> list[int]:
     if not all(0 <= i < served.vocab_size for i in item):
         raise ApiError(f"token ids must be from 0 to {served.vocab_size - 1}", param="prompt")
     return item
-
-
-def _only(value: Any, way_out: str, *neutral: Any) -> Any:
-    """Accepts None and the values that turn a feature off; the type counts: 0 is not False."""
-    same = any(value == other and type(value) is type(other) for other in neutral)
-    if value is not None and not same:
-        raise ValueError(f"not supported; {way_out}")
-    return value

@@ -7,9 +7,12 @@ JSON object or as server-sent events.
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
+from .choice import Piece, ScoredToken
 from .engine import TextRequest
+from .logprobs import of_chat, of_completion
 
 
 class Answer:
@@ -21,12 +24,21 @@ class Answer:
         chat: a chat completion; False for a completion.
         stream: in chunks.
         with_usage: the stream ends with the token counts.
+        logprobs: with the log-probabilities of the tokens.
     """
 
     def __init__(
-        self, request: TextRequest, name: str, *, chat: bool, stream: bool, with_usage: bool
+        self,
+        request: TextRequest,
+        name: str,
+        *,
+        chat: bool,
+        stream: bool,
+        with_usage: bool,
+        logprobs: bool,
     ):
-        self.request, self.chat, self.with_usage = request, chat, with_usage
+        self.request, self.chat, self.stream = request, chat, stream
+        self.with_usage, self.logprobs = with_usage, logprobs
         kind = "chat.completion" if chat else "text_completion"
         if chat and stream:
             kind += ".chunk"
@@ -38,23 +50,48 @@ class Answer:
             "model": name,
         }
 
-    def whole(self, texts: list[str]) -> dict[str, Any]:
-        """The answer as one object, with the text of every choice."""
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The answer as one object, of all pieces of all choices."""
+        texts: list[list[str]] = [[] for _ in self.request.choices]
+        scored: list[list[ScoredToken]] = [[] for _ in self.request.choices]
+        for piece in pieces:
+            texts[piece.choice.index].append(piece.text)
+            scored[piece.choice.index] += piece.scored
         choices = []
-        for choice, text in zip(self.request.choices, texts, strict=True):
+        for choice in self.request.choices:
+            text = "".join(texts[choice.index])
             message = {"role": "assistant", "content": text, "refusal": None}
             content = {"message": message} if self.chat else {"text": text}
             choices.append(
                 {
                     "index": choice.index,
                     **content,
-                    "logprobs": None,
+                    "logprobs": self._logprobs(scored[choice.index]),
                     "finish_reason": choice.finish,
                 }
             )
         return {**self.frame, "choices": choices, "usage": self.usage()}
 
-    def chunk(self, index: int, text: str | None, finish: str | None = None) -> dict[str, Any]:
+    def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return of_chat(scored) if self.chat else of_completion(scored)
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """The chunks of a piece; the last one of a chat has no text, as in OpenAI's API."""
+        index, text, finish = piece.choice.index, piece.text, piece.finish
+        logprobs = self._logprobs(piece.scored) if piece.scored else None
+        if self.chat and text and finish:
+            return [self.chunk(index, text, None, logprobs), self.chunk(index, "", finish)]
+        return [self.chunk(index, text, finish, logprobs)]
+
+    def chunk(
+        self,
+        index: int,
+        text: str | None,
+        finish: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """A chunk with new text of a choice; text None makes the first chunk of a chat."""
         if not self.chat:
             content: dict[str, Any] = {"text": text or ""}
@@ -62,7 +99,7 @@ class Answer:
             content = {"delta": {"role": "assistant", "content": ""}}
         else:
             content = {"delta": {"content": text} if text else {}}
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
         more = {"usage": None} if self.with_usage else {}
         return {**self.frame, "choices": [choice], **more}
 

@@ -16,15 +16,14 @@ import hashlib
 import hmac
 import ipaddress
 import re
-import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import UserError
-from ..report import console
 from .errors import ApiError, quoted
+from .log import log
 
 MAX_BODY = 2**20  # bytes; a context of 1024 tokens is about 5,000
 SECONDS_FOR_BODY = 30.0  # until the last byte of a body
@@ -173,7 +172,7 @@ def _limited(receive: Receive, client: str) -> Receive:
                 message = await receive()
         except TimeoutError:
             text = f"no whole body in {SECONDS_FOR_BODY:g} s"
-            console.log(f"{time.strftime('%H:%M:%S')}  refused    {text} (from {client})")
+            log("refused", f"{text} (from {client})")
             raise ApiError(text, status=408, code="request_timeout") from None
         total += len(message.get("body", b""))
         if total > MAX_BODY:

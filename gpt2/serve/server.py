@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from ..api import GPT2, TextModel
 from ..checkpoint.weights import check_vocabulary
@@ -25,10 +26,10 @@ from ..distributed import environment
 from ..distributed.devices import choose_dtype
 from ..errors import UserError
 from ..report import console
-from ..tokenizer import gpt2_tokenizer
 from .connections import SECONDS_TO_END, Connection, Server, open_files_for
 from .engine import Busy, Engine, Failed, TextRequest, latency
 from .errors import ApiError, quoted
+from .log import log
 from .requests import (
     ChatRequest,
     CompletionRequest,
@@ -172,102 +173,125 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unknown(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(f"internal error ({type(error).__name__})", status=500).response()
+        return _internal_error(error).response()
+
+
+def _internal_error(error: Exception) -> ApiError:
+    return ApiError(f"internal error ({type(error).__name__})", status=500)
 
 
 async def _answer(
     kind: type[SamplingRequest], connection: Request, engine: Engine, served: ServedModel
 ) -> Response:
-    """Submits a request to the engine and answers it, whole or as a stream."""
+    """Reads a request; the response puts it into the queue and answers it."""
     raw = await connection.body()
     # in threads: encoding a long text would hold up the streams of other clients
     body = await asyncio.to_thread(parse, raw, kind)
-    request, prompts = await asyncio.to_thread(make_request, body, served)
-    chat, streamed = isinstance(body, ChatRequest), bool(body.stream)
+    request = await asyncio.to_thread(make_request, body, served)
     answer = Answer(
-        request, served.name, chat=chat, stream=streamed, with_usage=body.includes_usage()
+        request,
+        served.name,
+        chat=isinstance(body, ChatRequest),
+        stream=bool(body.stream),
+        with_usage=body.includes_usage(),
+        logprobs=body.likeliest() is not None,
     )
+    return _QueuedResponse(engine, request, answer)
+
+
+class _QueuedResponse(Response):
+    """Puts a request into the queue and answers it, whole or as a stream."""
+
+    def __init__(self, engine: Engine, request: TextRequest, answer: Answer):
+        super().__init__()
+        self.engine, self.request, self.answer = engine, request, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError if there is no room in the queue, or if generation has failed."""
+        async with _queued(self.engine, self.request, receive):
+            if self.answer.stream:
+                response: Response = StreamingResponse(
+                    _events(self.engine, self.request, self.answer),
+                    media_type="text/event-stream",
+                    headers={"x-accel-buffering": "no"},
+                )
+            else:
+                response = await _whole(self.engine, self.request, self.answer)
+            await response(scope, receive, send)
+
+
+@contextlib.asynccontextmanager
+async def _queued(engine: Engine, request: TextRequest, receive: Receive) -> AsyncIterator[None]:
+    """Context in which a request is queued, generated and answered.
+
+    On every exit, whatever raised, the request is over: it holds no slot, and it is counted.
+    """
     try:
         engine.submit(request)
     except Busy as error:
         raise ApiError(str(error), status=429, code="rate_limit_exceeded") from None
     except Failed as error:
         raise ApiError(str(error), status=503) from None
-    echo = not chat and body.echo
-    begin = (
-        [gpt2_tokenizer().decode(p) for p in prompts for _ in range(body.n or 1)] if echo else None
-    )
-    watch = asyncio.create_task(_cancel_when_gone(connection, engine, request))
-    if streamed:
-        events = _events(engine, request, answer, begin, watch)
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={"x-accel-buffering": "no"}
-        )
-    texts = begin or [""] * len(request.choices)
+    how, watch = "failed", None
     try:
-        async with _logged(engine, request, watch):
-            async for piece in request.pieces():
-                texts[piece.choice.index] += piece.text
-    except Failed as error:
-        raise ApiError(str(error), status=503) from None
-    if request.over != "done":
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return JSONResponse(answer.whole(texts))
-
-
-async def _events(
-    engine: Engine,
-    request: TextRequest,
-    answer: Answer,
-    begin: list[str] | None,
-    watch: asyncio.Task[None],
-) -> AsyncIterator[bytes]:
-    """The server-sent events of an answer; `begin` is the echoed prompt of each choice."""
-    try:
-        async with _logged(engine, request, watch):
-            for choice in request.choices:
-                if answer.chat or begin:
-                    text = None if answer.chat else begin[choice.index]
-                    yield event(answer.chunk(choice.index, text))
-            async for piece in request.pieces():
-                index = piece.choice.index
-                # the last chunk of a chat has no text in OpenAI's API
-                if answer.chat and piece.text and piece.finish:
-                    yield event(answer.chunk(index, piece.text))
-                    yield event(answer.chunk(index, "", piece.finish))
-                else:
-                    yield event(answer.chunk(index, piece.text, piece.finish))
-    except Failed as error:
-        yield event(ApiError(str(error), status=503).body())
-        return
-    if answer.with_usage:
-        yield event(answer.last())
-    yield event("[DONE]")
-
-
-async def _cancel_when_gone(connection: Request, engine: Engine, request: TextRequest) -> None:
-    """Cancels a request when its client closes the connection."""
-    while (await connection.receive())["type"] != "http.disconnect":
-        pass
-    _finish(engine, request, "cancelled")
-
-
-@contextlib.asynccontextmanager
-async def _logged(
-    engine: Engine, request: TextRequest, watch: asyncio.Task[None]
-) -> AsyncIterator[None]:
-    """Context of reading a request's pieces; on every exit it ends and logs the request."""
-    how = "cancelled"
-    try:
+        watch = asyncio.create_task(_cancel_when_gone(engine, request, receive))
         yield
-        if not request.over:
-            how = "done"
-    except Failed:
-        how = "failed"
+        how = "cancelled"  # unless all of it was read, which has ended the request
+    except (asyncio.CancelledError, GeneratorExit, ClientDisconnect):
+        how = "cancelled"
         raise
     finally:
-        watch.cancel()
         _finish(engine, request, how)
+        if watch:
+            watch.cancel()
+
+
+async def _whole(engine: Engine, request: TextRequest, answer: Answer) -> Response:
+    """The response with the whole answer.
+
+    Raises:
+        ApiError: the server is stopping, or generation has failed.
+    """
+    try:
+        pieces = [piece async for piece in request.pieces()]
+    except Failed as error:
+        raise ApiError(str(error), status=503) from None
+    if request.over:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if not answer.logprobs:
+        response = JSONResponse(answer.whole(pieces))
+    else:  # perhaps megabytes
+        response = await asyncio.to_thread(lambda: JSONResponse(answer.whole(pieces)))
+    _finish(engine, request, "done")
+    return response
+
+
+async def _events(engine: Engine, request: TextRequest, answer: Answer) -> AsyncIterator[bytes]:
+    """The server-sent events of an answer."""
+    try:
+        if answer.chat:
+            for choice in request.choices:
+                yield event(answer.chunk(choice.index, None))
+        async for piece in request.pieces():
+            for chunk in answer.chunks(piece):
+                yield event(chunk)
+        _finish(engine, request, "done")
+        if answer.with_usage:
+            yield event(answer.last())
+        yield event("[DONE]")
+    except Failed as error:
+        _finish(engine, request, "failed")
+        yield event(ApiError(str(error), status=503).body())
+    except Exception as error:
+        yield event(_internal_error(error).body())
+        raise
+
+
+async def _cancel_when_gone(engine: Engine, request: TextRequest, receive: Receive) -> None:
+    """Cancels a request when its client closes the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    _finish(engine, request, "cancelled")
 
 
 def _finish(engine: Engine, request: TextRequest, how: str) -> None:
@@ -278,12 +302,12 @@ def _finish(engine: Engine, request: TextRequest, how: str) -> None:
     took = latency(request)
     ends = ",".join(sorted({c.finish for c in request.choices if c.finish})) or how
     texts = f"{len(request.choices)} texts  " if len(request.choices) > 1 else ""
-    console.log(
-        f"{time.strftime('%H:%M:%S')}  {how:9s}  {texts}"
-        f"{request.prompt_tokens} + {request.written} tokens  {ends}"
+    log(
+        how,
+        f"{texts}{request.prompt_tokens} + {request.written} tokens  {ends}"
         f"  queue {took['queue_seconds']:.2f} s"
         f"  first token {took['first_token_seconds']:.2f} s"
-        f"  {took['tokens_per_second']:.1f} tokens/s"
+        f"  {took['tokens_per_second']:.1f} tokens/s",
     )
 
 

@@ -86,6 +86,20 @@ def test_page_is_written_and_written_again(checkpoint, tmp_path, monkeypatch, ca
     assert (tmp_path / "inspect.html").read_text("utf-8") != first  # fewer alternatives
 
 
+def test_a_byte_order_mark_is_no_text(checkpoint, tmp_path, monkeypatch, capsys):
+    """Windows' editors begin a file with it; a pipe may pass it on."""
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "bom.txt").write_text(TEXT, encoding="utf-8-sig")
+    tables = []
+    for name in ("t.txt", "bom.txt"):
+        assert inspect(checkpoint, f"--file={tmp_path / name}", "--out=") == 0
+        tables.append(capsys.readouterr().out)
+    data = io.BytesIO((tmp_path / "bom.txt").read_bytes())
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=data))
+    assert inspect(checkpoint, "-", "--out=") == 0
+    assert tables[0] == tables[1] == capsys.readouterr().out
+
+
 def test_endoftext_is_text_unless_it_is_special(tmp_path, capsys):
     assert END_OF_TEXT not in encode("a<|endoftext|>b", special=False)
     assert encode("<|endoftext|>a<|endoftext|>b", True) == [50256, 64, 50256, 65]

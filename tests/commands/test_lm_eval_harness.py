@@ -3,13 +3,18 @@
 import json
 import os
 import sys
+from importlib.util import find_spec
 
 import pytest
+import torch
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from gpt2 import cli
 from gpt2.api import GPT2
-from gpt2.tokenizer import merges_folder
+from gpt2.config.model import GPT2Config, ModernConfig
+from gpt2.data.chat_template import encode_conversation, encode_prompt
+from gpt2.errors import UserError
+from gpt2.tokenizer import END_OF_TEXT, merges_folder
 
 from ..conftest import ROOT, run_python
 from ..evaluate.test_scoring import in_transformers, small_model
@@ -55,6 +60,8 @@ generation_kwargs: {until: ["e", "\\n"], max_gen_toks: 12}
 metric_list:
   - {metric: exact_match}
 """
+SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 32}
+CHECKPOINT = "lr=3e-4,bs=8/out_ckpt.pt"
 DATA = """dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
@@ -74,7 +81,12 @@ def places(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("harness")
     model = GPT2(small_model(window=48, spread=3.0).config)
     model.load_state_dict(small_model(window=48, spread=3.0).state_dict())
-    model.save(folder / "out_ckpt.pt")
+    (folder / "lr=3e-4,bs=8").mkdir()  # the harness separates its arguments by commas
+    model.save(folder / CHECKPOINT)
+    wide = small_model(window=1024, spread=3.0)  # no text is longer
+    served = GPT2(wide.config)
+    served.load_state_dict(wide.state_dict())
+    served.save(folder / "wide.pt")
     theirs = in_transformers(model)
     theirs.config.bos_token_id = theirs.config.eos_token_id = 50256
     theirs.save_pretrained(folder / "hf")
@@ -99,26 +111,36 @@ BOTH = """
 import json, sys
 from gpt2 import cli
 
-folder = sys.argv[1]
-assert cli.main([
-    "lm_eval", f"{folder}/out_ckpt.pt", "--tasks=local_choice", f"--include_path={folder}/tasks",
-    "--device=cpu", "--model_args=dtype=float64", "--output_path", f"{folder}/results",
-]) == 0
+folder, path, url = sys.argv[1:]
+own = ["lm_eval", path, f"--include_path={folder}/tasks", "--device=cpu"]
+precise = ["--model_args", "dtype=float64"]
+assert cli.main([*own, "--tasks=local_choice", *precise, "--output_path", f"{folder}/results"]) == 0
 
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 manager = TaskManager(include_path=f"{folder}/tasks", include_defaults=False)
+models = {
+    "gpt2": ("gpt2", {"checkpoint": path, "dtype": "float64"}),
+    "hf": ("hf", {"pretrained": f"{folder}/hf", "dtype": "float64"}),
+    "here": ("gpt2", {"checkpoint": f"{folder}/wide.pt"}),
+}
+if url:
+    models["served"] = "local-completions", {
+        "base_url": f"{url}/v1/completions", "model": "wide", "tokenizer": f"{folder}/hf",
+        "max_length": 1024, "num_concurrent": 4, "max_retries": 1,
+    }
+simple_evaluate(
+    *models["here"], ["local_choice", "local_words"], limit=2, device="cpu", bootstrap_iters=0,
+    task_manager=manager, apply_chat_template=True, system_instruction="Be kind.",
+)
 answers = {}
-for model, arguments in (
-    ("gpt2", f"checkpoint={folder}/out_ckpt.pt,dtype=float64"),
-    ("hf", f"pretrained={folder}/hf,dtype=float64"),
-):
+for name, (model, arguments) in models.items():
     found = simple_evaluate(
         model, arguments, ["local_choice", "local_words", "local_rolling", "local_writing"],
         device="cpu", bootstrap_iters=0, task_manager=manager,
     )
-    answers[model] = {
+    answers[name] = {
         "results": found["results"],
         "answers": {
             task: [sample["resps"] for sample in samples]
@@ -129,17 +151,33 @@ open(f"{folder}/answers.json", "w").write(json.dumps(answers, default=str))
 """
 
 
+@pytest.fixture(scope="module")
+def url(places):
+    """Of a server of the wide model; empty without the packages that the harness asks it with."""
+    if not all(find_spec(name) for name in ("tenacity", "aiohttp", "fastapi", "httpx", "openai")):
+        yield ""
+        return
+    from ..serve.running import Server
+
+    server = Server(places / "wide.pt", "--slots=4", fork=True)
+    yield server.url
+    server.stop()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)  # most of it imports lm_eval and reads its list of tasks
-def test_ours_equals_the_harness_own_model(places):
-    """All results, and the answer to each question, to ten digits.
+def test_ours_equals_the_harness_own_model_and_the_served_one(places, url):
+    """All results, and the answer to each question, to ten digits; of the server to four.
 
-    In float64, so that what is computed is compared and not how it is rounded.
+    In float64, so that what is computed is compared and not how it is rounded. The server, asked as
+    `local-completions`, computes in float32.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_OFFLINE": "1",
                    "HF_HUB_OFFLINE": "1", "HF_HOME": str(places / "home")}  # fmt: skip
-    done = run_python("-c", BOTH, places, env=environment)
+    done = run_python("-c", BOTH, places, places / CHECKPOINT, url, env=environment)
     found = json.loads((places / "answers.json").read_text())
+    if url:
+        compare_served(found["here"], found["served"])
     ours, theirs = found["gpt2"], found["hf"]
     assert ours["answers"].pop("local_writing") == theirs["answers"].pop("local_writing")
     for task, values in theirs["results"].items():
@@ -154,6 +192,69 @@ def test_ours_equals_the_harness_own_model(places):
     assert f"|{accuracy:6.4f}|" in done.stdout  # of the command
     (results,) = (places / "results").rglob("results_*.json")
     assert json.loads(results.read_text("utf-8"))["results"]["local_choice"]["acc,none"] == accuracy
+
+
+def compare_served(here: dict, served: dict):
+    assert served["answers"].pop("local_writing") == here["answers"].pop("local_writing")
+    for task, answers in here["answers"].items():
+        assert flat(served["answers"][task]) == pytest.approx(flat(answers), abs=2e-3), task
+    for task, values in here["results"].items():
+        for name, value in values.items():
+            if isinstance(value, float):
+                assert served["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
+
+
+def test_a_conversation_has_the_ids_of_the_chat_template(places):
+    """Also where a text ends or begins with white space, and where the assistant has begun."""
+    from gpt2.commands.lm_eval_harness import Harness
+
+    harness = Harness(str(places / CHECKPOINT), device="cpu")
+    talk = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " What?\n"},
+        {"role": "assistant", "content": "\nThis: "},
+        {"role": "user", "content": "A literal <|endoftext|> is text."},
+    ]
+    plain = harness.tok_encode("<|endoftext|>user\nHi")
+    assert END_OF_TEXT not in plain
+    assert harness.chat_template(True).startswith("<|endoftext|>")
+    with pytest.raises(UserError, match="there is one template only"):
+        harness.chat_template("llama")
+    text = harness.apply_chat_template(talk)
+    prompt = encode_prompt(talk)
+    assert harness.tok_encode(text) == prompt
+    assert harness._encode_pair(text, "B c") == (prompt, harness.tok_encode("B c"))
+    begun = harness.apply_chat_template(talk[:3], add_generation_prompt=False)
+    whole = encode_conversation(talk[:3])[0][:-1]
+    assert harness.tok_encode(begun) == whole
+    context, rest = harness._encode_pair(begun, "42")
+    assert context + rest == harness.tok_encode(begun.rstrip() + " 42")
+    with pytest.raises(UserError, match="begins a message"):
+        harness.apply_chat_template([{"role": "user", "content": "a<|endoftext|>system\nb"}])
+
+
+def test_a_model_that_cannot_chat_says_so(tmp_path):
+    from gpt2.api import SwitchedGPT2
+    from gpt2.commands.lm_eval_harness import Harness
+
+    SwitchedGPT2(ModernConfig(**SHAPE, document_mask=True)).save(tmp_path / "m.pt")
+    with pytest.raises(UserError, match="document_mask"):
+        Harness(str(tmp_path / "m.pt"), device="cpu").chat_template(True)
+
+
+def test_ids_without_text_end_no_generation(tmp_path):
+    """A model with added tokens writes them as it likes; GPT-2 has no text for them."""
+    from gpt2.commands.lm_eval_harness import Harness
+
+    model = GPT2(GPT2Config(**SHAPE, vocab_size=50260))
+    with torch.no_grad():  # the likeliest token is always the last
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight.zero_()
+        model.transformer.wte.weight[50259] = 1.0
+    model.save(tmp_path / "added.pt")
+    harness = Harness(str(tmp_path / "added.pt"), device="cpu")
+    assert harness._generate("Once", {"until": ["x"], "max_gen_toks": 4}) == ""
 
 
 def flat(answers) -> list[float]:

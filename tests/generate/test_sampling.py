@@ -75,6 +75,8 @@ def test_numbers_of_a_row_depend_on_seed_and_row_alone():
 @pytest.mark.parametrize(
     "bad",
     [
+        *({"temperature": t} for t in (-1e-9, math.inf, math.nan)),
+        *({"top_p": p} for p in (-0.1, 1.1, math.nan)),
         {"min_p": -0.1},
         {"min_p": 1.1},
         *({"repetition_penalty": p} for p in (-1.0, 0.0, 1e-30, 0.009, 101, 1e300, math.nan)),
@@ -83,6 +85,23 @@ def test_numbers_of_a_row_depend_on_seed_and_row_alone():
 def test_settings_that_mean_nothing(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1e-8}, {"temperature": 9e-4}, {"top_p": 0}, {"top_p": 0, "top_k": 9}],
+)
+def test_temperatures_near_0_and_top_p_0_are_greedy(logits, settings):
+    """Also where two tokens are equally likely: the first of them, whatever is drawn."""
+    logits[:, 7] = logits[:, 3] = 99.0
+    for u in (0.0, 0.5, 1 - 2**-24):
+        tokens = choose(logits * 1e30, torch.full((4,), u), Sampling(**settings))
+        assert tokens.tolist() == [3] * 4
+    assert Sampling(**settings).temperature == 0
+
+
+def test_the_lowest_temperature_that_draws():
+    assert Sampling(temperature=1e-3).temperature == 1e-3
 
 
 @pytest.mark.parametrize("penalty", [MIN_PENALTY, MAX_PENALTY])

@@ -1,5 +1,6 @@
 """Sampling, the cache, and the GPT2 class."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -157,11 +158,9 @@ def test_sampling_follows_the_probabilities():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"temperature": 1e-40},
         {"temperature": float("nan")},
         {"temperature": -1},
         {"top_k": -1},
-        {"top_p": 0.0},
         {"top_p": 1.1},
     ],
 )
@@ -206,6 +205,33 @@ def test_kinds_of_prompt(gpt2):
     assert gpt2.generate([[15496], [11]], **settings)[0] == ids
     assert gpt2.generate(torch.tensor([[15496], [15496]]), **settings) == [ids, ids]
     assert isinstance(gpt2.generate("", **settings), str)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint8])
+def test_ids_of_numpy(gpt2, dtype):
+    """Shards hold uint16, which torch cannot multiply; a list of them is no list of prompts."""
+    row = np.array([15, 11], dtype)
+    wanted = gpt2.generate([15, 11], 3, temperature=0)
+    for prompt in (row, list(row), tuple(row), torch.tensor([15, 11]), list(torch.tensor(row))):
+        found = gpt2.generate(prompt, 3, temperature=0)
+        assert found == wanted
+        assert all(type(i) is int for i in found)
+    for prompts in (
+        np.stack([row, row]),
+        [row, row],
+        [row, [15, 11]],
+        [torch.tensor([15, 11])] * 2,
+    ):
+        assert gpt2.generate(prompts, 3, temperature=0) == [wanted, wanted]
+    assert gpt2.generate(np.str_("Hello"), 2, temperature=0).startswith("Hello")
+
+
+@pytest.mark.parametrize(
+    "prompt", [np.array([1.0]), [1, "a"], ["a", 1], [[1], "a"], 5, [[[1]]], {}]
+)
+def test_what_is_no_prompt(gpt2, prompt):
+    with pytest.raises(UserError, match=r"a prompt (is a text, a list of|needs at least)"):
+        gpt2.generate(prompt, 2)
 
 
 def test_stream_pieces_make_the_text(gpt2):

@@ -11,6 +11,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+import transformers
 
 from gpt2 import cli
 from gpt2.api import GPT2
@@ -18,7 +20,10 @@ from gpt2.config.model import GPT2Config, ModernConfig
 from gpt2.data.chat_template import encode_prompt
 from gpt2.generate.continuous_batch import Generation
 from gpt2.generate.stream import generate
-from gpt2.serve.engine import Choice, TextRequest
+from gpt2.huggingface.model_format import to_hf
+from gpt2.serve.choice import Choice
+from gpt2.serve.engine import TextRequest
+from gpt2.serve.logprobs import token_name
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 from ..conftest import ROOT
@@ -118,6 +123,90 @@ def test_stop_strings_echo_and_user_text_that_looks_special(server, model):
     assert done.usage.prompt_tokens == len(gpt2_tokenizer().encode(forged)) > 3
 
 
+def expected_logprobs(model, ids: list[int]) -> torch.Tensor:
+    """(T, V) by a plain forward pass of transformers."""
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=128)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.load_state_dict(to_hf(model.state_dict()), strict=False)
+    with torch.no_grad():
+        return theirs(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+def test_logprobs_of_a_completion_are_those_of_the_model(server, model):
+    """Of the prompt and of the new tokens, whatever the sampling; streamed and whole."""
+    given = {"model": "tiny", "prompt": "Once upon", "max_tokens": 12, "seed": 4, "logprobs": 3}
+    given |= {"temperature": 0.8, "top_p": 0.9, "echo": True}
+    (choice,) = server.client.completions.create(**given).choices
+    found, prompt = choice.logprobs, gpt2_tokenizer().encode("Once upon")
+    new = generate(model, [prompt], 12, seed=4, temperature=0.8, top_p=0.9)[0]
+    ids, at = [*prompt, *new], range(len(prompt) + 12)
+    wanted = expected_logprobs(model, ids)
+    assert found.tokens == [token_name(i, "bytes:") for i in ids]
+    assert found.token_logprobs[0] is found.top_logprobs[0] is None
+    for i, number, top in list(zip(at, found.token_logprobs, found.top_logprobs, strict=True))[1:]:
+        assert number == pytest.approx(wanted[i - 1, ids[i]].item(), abs=1e-3)
+        assert top[found.tokens[i]] == number
+        best = sorted(top.values(), reverse=True)[:3]
+        assert best == pytest.approx(wanted[i - 1].topk(3).values.tolist(), abs=1e-3)
+        assert len(top) == 3 + (number < best[-1])
+    for begins, name in zip(found.text_offset, found.tokens, strict=True):
+        assert name.startswith("bytes:") or choice.text[begins:].startswith(name)
+    chunks = list(server.client.completions.create(**given, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == choice.text
+    parts = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
+    assert len(parts) > 5
+    for name, values in found.model_dump().items():
+        assert [value for part in parts for value in getattr(part, name)] == values
+    alone = server.client.completions.create(**given | {"max_tokens": 0})  # the prompt
+    assert alone.choices[0].text == "Once upon"
+    assert alone.choices[0].logprobs.token_logprobs == found.token_logprobs[: len(prompt)]
+    assert alone.usage.completion_tokens == 0
+
+
+def test_logprobs_of_a_chat_are_those_of_the_model(server, model):
+    given = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "seed": 7, "logprobs": True}
+    (choice,) = server.client.chat.completions.create(**given, top_logprobs=20).choices
+    prompt = encode_prompt(HELLO)
+    new = generate(model, [prompt], 12, seed=7, temperature=1)[0]
+    wanted = expected_logprobs(model, [*prompt, *new])[len(prompt) - 1 :]
+    assert [e.token for e in choice.logprobs.content] == [token_name(i) for i in new]
+    for entry, row, token in zip(choice.logprobs.content, wanted, new, strict=False):
+        assert bytes(entry.bytes) == gpt2_tokenizer().decode_bytes([token])
+        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-3)
+        numbers = [other.logprob for other in entry.top_logprobs]
+        assert numbers == pytest.approx(row.topk(20).values.tolist(), abs=1e-3)
+    chunks = list(server.client.chat.completions.create(**given, top_logprobs=20, stream=True))
+    parts = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
+    assert [entry for part in parts for entry in part.content] == choice.logprobs.content
+    (bare,) = server.client.chat.completions.create(**given).choices
+    assert [e.top_logprobs for e in bare.logprobs.content] == [[]] * 12
+
+
+def test_temperatures_near_0_and_top_p_0_are_greedy(server):
+    """As evaluation suites send them, so that a server that divides by it survives."""
+    texts = {
+        server.client.completions.create(model="tiny", prompt="x", max_tokens=20, **given)
+        .choices[0]
+        .text
+        for given in ({"temperature": 0}, {"temperature": 1e-8}, {"top_p": 0})
+    }
+    assert len(texts) == 1
+
+
+def test_a_history_with_tools_is_read_whole(server, model):
+    call = {"id": "c1", "type": "function", "function": {"name": "sky", "arguments": '{"at": 1}'}}
+    history = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "Rain"},
+    ]
+    plain = [history[0], {"role": "assistant", "content": 'sky({"at": 1})'},
+             {"role": "user", "content": "Rain"}]  # fmt: skip
+    given = {"model": "tiny", "max_tokens": 9, "temperature": 0}
+    done = server.client.chat.completions.create(messages=history, **given)
+    assert done.choices[0].message.content == text_of(model, encode_prompt(plain), 9, temperature=0)
+
+
 @pytest.mark.timeout(300)
 def test_32_clients_at_once_get_what_each_would_get_alone(server, model):
     """Eight slots: they are batched, and queue; streams and whole answers, greedy and drawn."""
@@ -150,11 +239,12 @@ BAD = [
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", None),
     ({"prompt": "a", "max_tokens": "5"}, 400, "max_tokens", None),
     ({"prompt": "a", "max_token": 5}, 400, "max_token", "unknown_field"),
-    ({"prompt": "a", "logprobs": 0}, 400, "logprobs", None),
+    ({"prompt": "a", "logprobs": 6}, 400, "logprobs", None),
+    ({"prompt": "a", "logprobs": True}, 400, "logprobs", None),
     ({"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty", None),
     ({"prompt": "a", "best_of": 3}, 400, "best_of", None),
     ({"prompt": "a", "stop": [""]}, 400, "stop", None),
-    ({"prompt": "a", "stop": list("abcde")}, 400, "stop", None),
+    ({"prompt": "a", "stop": list("abcdefghijklmnopq")}, 400, "stop", None),
     ({"prompt": "a", "n": 200}, 400, "n", None),
     ({"prompt": ["a"] * 65, "n": 2}, 400, "prompt", None),
     ({"prompt": [60000]}, 400, "prompt", None),
@@ -167,7 +257,9 @@ BAD = [
     ({"prompt": "a", "max_tokens": 200}, 400, "prompt", "context_length_exceeded"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options", None),
     ({"messages": []}, 400, "messages", None),
-    ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages", None),
+    ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages", None),
+    ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
+    ({"messages": HELLO, "top_logprobs": 2}, 400, "top_logprobs", None),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", None),
     ({"messages": HELLO, "tools": [{}]}, 400, "tools", None),
     ({"messages": HELLO, "max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens", None),

@@ -1,0 +1,64 @@
+"""Log-probabilities of an answer's tokens in OpenAI's two forms."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..config.model import GPT2_VOCAB_SIZE
+from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
+from .choice import ScoredToken
+
+UNLIKELY = -9999.0  # OpenAI's; also for what is no number, which JSON cannot hold
+
+
+def of_completion(scored: Sequence[ScoredToken]) -> dict[str, list]:
+    """`logprobs` of a completion: four lists with an entry for each token.
+
+    The likeliest tokens of a position are a JSON object, to which the token itself is added.
+    """
+    found: dict[str, list] = {
+        "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
+    }  # fmt: skip
+    for begins, (token, logprob, top) in scored:
+        name = token_name(token, "bytes:")
+        value = None if logprob is None else _number(logprob)
+        likeliest = {token_name(other, "bytes:"): _number(number) for other, number in top}
+        found["tokens"].append(name)
+        found["token_logprobs"].append(value)
+        found["top_logprobs"].append(None if value is None else likeliest | {name: value})
+        found["text_offset"].append(begins)
+    return found
+
+
+def of_chat(scored: Sequence[ScoredToken]) -> dict[str, Any]:
+    """`logprobs` of a chat: an entry for each token but the end-of-text token."""
+    content = [
+        _entry(token, logprob or 0.0)
+        | {"top_logprobs": [_entry(other, number) for other, number in top]}
+        for _, (token, logprob, top) in scored
+        if token != END_OF_TEXT
+    ]
+    return {"content": content, "refusal": None}
+
+
+def token_name(token: int, prefix: str = "") -> str:
+    r"""The text of a token; for a part of a character its bytes, as `\xf0\x9f` behind `prefix`."""
+    if token == END_OF_TEXT:
+        return END_OF_TEXT_NAME
+    if token >= GPT2_VOCAB_SIZE:
+        return f"token_id:{token}"
+    raw = gpt2_tokenizer().decode_bytes([token])
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _entry(token: int, logprob: float) -> dict[str, Any]:
+    has_text = token < GPT2_VOCAB_SIZE and token != END_OF_TEXT
+    raw = list(gpt2_tokenizer().decode_bytes([token])) if has_text else None
+    return {"token": token_name(token), "bytes": raw, "logprob": _number(logprob)}
+
+
+def _number(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else UNLIKELY

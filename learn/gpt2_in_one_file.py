@@ -239,7 +239,7 @@ def train(c: Config) -> list[float]:
             group["lr"] = learning_rate(step, c)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(float(loss))
         print(f"step {step + 1} loss {losses[-1]:.4f} norm {norm:.2f}")
         if (step + 1) % c.eval_every == 0 or step + 1 == c.max_steps:
             val_loss = validation_loss(model, val_shards, c)

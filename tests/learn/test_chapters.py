@@ -14,6 +14,8 @@ from learn import notebooks
 
 from ..conftest import ROOT
 
+pytestmark = pytest.mark.long
+
 SOURCES = notebooks.sources()
 NAMES = [source.stem for source in SOURCES]
 SETUP = re.compile(r"^# %%\n# Cell 1 .*?(?=^# %%)", re.MULTILINE | re.DOTALL)

@@ -22,6 +22,8 @@ from learn import gpt2_in_one_file as one_file
 
 from ..conftest import ROOT, TINY, error
 
+pytestmark = pytest.mark.long
+
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 24, "vocab_size": 61}
 RUN = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2}
 RUN |= {"grad_accum_steps": 2, "eval_tokens": 256, "learning_rate": 1e-3, "warmup_steps": 2}

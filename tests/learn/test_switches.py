@@ -18,6 +18,8 @@ from learn import gpt2_in_one_file as one_file
 
 from ..conftest import ROOT
 
+pytestmark = pytest.mark.long
+
 PATCHES = sorted((ROOT / "learn/switches").glob("*.patch"))
 PAGE = ROOT / "learn/switches/README.md"
 NAME = "learn/gpt2_in_one_file.py"

@@ -7,7 +7,7 @@
 # 1. write LayerNorm and GELU by their formulas;
 # 2. put a block together, and compare it with the package's;
 # 3. measure how the stream grows with depth, with and without the factor $1/\sqrt{2L}$;
-# 4. measure what LayerNorm *before* each part does for the gradients, against LayerNorm after.
+# 4. measure what LayerNorm *before* each part does to the gradient, against LayerNorm after.
 #
 # Papers: He et al. 2015 (arXiv:1512.03385) for residual connections; Ba et al. 2016
 # (arXiv:1607.06450) for LayerNorm; Hendrycks & Gimpel 2016 (arXiv:1606.08415) for GELU; Radford et
@@ -205,15 +205,24 @@ for scaled, found in ends.items():
 # ## LayerNorm first
 #
 # The original Transformer normalised *after* each addition, $x \leftarrow \operatorname{LN}(x +
-# f(x))$. Then each gradient passes through all the norms above it. Here are the gradients of the
-# MLPs' first matrices, block by block, for a loss on the last block's output:
+# f(x))$. Each norm then brings the stream back to variance 1, and the last block makes up a large
+# part of it, however many blocks there are. With LayerNorm first the stream grows, and each block
+# is one of $2L$ terms under the last norm. So its gradient should shrink like $1/\sqrt{L}$ (Xiong
+# et al., theorem 1). Here is the gradient of the last block's first MLP matrix, at their
+# initialisation (Glorot & Bengio 2010):
 
 
 # %%
-def gradients(first: bool, L: int = 24, C: int = 64) -> list[float]:
-    """Norm of the gradient of each block's first MLP matrix, for fresh weights."""
+def last_gradient(first: bool, L: int, C: int = 64) -> float:
+    """Norm of the gradient of the last block's `wide`, for fresh weights."""
     torch.manual_seed(0)
-    blocks = [Block(C, 4) for _ in range(L)]  # PyTorch's own initialisation
+    blocks = [Block(C, 4) for _ in range(L)]
+    for block in blocks:
+        for name, p in block.named_parameters():
+            if p.ndim == 2:
+                nn.init.xavier_normal_(p)
+            elif not name.startswith("ln"):
+                nn.init.zeros_(p)
     head, targets = torch.randn(C, 32) / math.sqrt(C), torch.randint(32, (32,))
     x = torch.randn(1, 32, C)
     for block in blocks:
@@ -224,22 +233,25 @@ def gradients(first: bool, L: int = 24, C: int = 64) -> list[float]:
             x = block.ln_2(x + block.mlp(x))
     x = F.layer_norm(x, (C,))
     F.cross_entropy(x[0] @ head, targets).backward()
-    return [block.wide.weight.grad.norm().item() for block in blocks]
+    return blocks[-1].wide.weight.grad.norm().item()
 
 
+depths = (2, 4, 8, 16, 32)
 plt.figure(figsize=(6, 3))
-plt.plot(gradients(first=True), "o-", label="LayerNorm first (GPT-2)")
-plt.plot(gradients(first=False), "o-", label="LayerNorm after (2017)")
-plt.yscale("log")
-plt.xlabel("block")
-plt.ylabel("norm of the gradient")
+plt.plot(depths, [last_gradient(True, L) for L in depths], "o-", label="LayerNorm first (GPT-2)")
+plt.plot(depths, [last_gradient(False, L) for L in depths], "o-", label="LayerNorm after (2017)")
+plt.plot(depths, [1.4 / math.sqrt(L) for L in depths], "k:", label="∝ 1/√L")
+plt.xscale("log", base=2)
+plt.yscale("log", base=2)
+plt.xlabel("L")
+plt.ylabel("gradient in the last block")
 plt.legend()
 plt.show()
 
 # %% [markdown]
-# With LayerNorm after, gradients differ strongly between the first and the last block, and one
-# learning rate cannot suit all. Such networks need a long and careful warm-up. With LayerNorm first
-# all blocks get gradients of about one size.
+# With LayerNorm after, the last block of a deep network gets a gradient as large as that of a
+# shallow one, and the first steps move all blocks too far: such networks need a long and careful
+# warm-up. With LayerNorm first the gradient shrinks as the network gets deeper.
 #
 # ## Exercises
 #

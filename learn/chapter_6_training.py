@@ -59,6 +59,7 @@ import torch.nn.functional as F
 from learn import gpt2_in_one_file as one_file
 
 FAST = "LEARN_FAST" in os.environ  # the project's own tests train for a moment only
+torch.set_num_threads(1)  # more threads would only wait for each other: the network is small
 
 
 class AdamW:

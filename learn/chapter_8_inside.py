@@ -36,8 +36,8 @@ if importlib.util.find_spec("gpt2") is None:
 # Name a checkpoint of `gpt2 train` or of `learn/gpt2_in_one_file.py` and all of this chapter is
 # about it; `"gpt2"` downloads OpenAI's weights. Without a name, a network of two layers is trained
 # here, for a minute or two. Its texts are sequences of random tokens that begin again after a
-# while. The first round cannot be predicted. From the second on, a network can be right every time
-# if it finds the token before, and what came after it: "… A B … A" is followed by B.
+# while. The first round cannot be predicted. In the second, a network can be right every time if it
+# finds where the current token stood before, and what came after it: "… A B … A" is followed by B.
 
 # %%
 import os
@@ -54,6 +54,7 @@ from learn import gpt2_in_one_file as one_file
 
 CHECKPOINT = os.environ.get("LEARN_CHECKPOINT", "")  # or a path, or "gpt2"
 FAST = "LEARN_FAST" in os.environ  # the project's own tests train for a moment only
+torch.set_num_threads(1)  # more threads would only wait for each other: the network is small
 
 
 def repeated(rows: int, period: int, length: int, V: int, seed: int) -> torch.Tensor:
@@ -73,10 +74,10 @@ def train_small(steps: int) -> tuple[GPT, list[float]]:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = one_file.learning_rate(step, run)
-        period = 8 + step * 7 % 9  # 8 … 16
+        period = 6 + step * 7 % 11  # 6 … 16
         tokens = repeated(32, period, 33, 32, seed=step)
         targets = tokens[:, 1:].clone()
-        targets[:, : period - 1] = IGNORE  # the first round has no loss
+        targets[:, :period] = IGNORE  # up to the first token of the second round: mere chance
         loss = model(tokens[:, :-1], targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -94,7 +95,7 @@ else:
     plt.plot(losses)
     plt.xlabel("step")
     plt.ylabel("loss, nats")
-    plt.title("the loss waits on a plateau, and then falls")
+    plt.title("slowly at first, then quickly")
     plt.show()
 model.eval()
 L, H, V = model.config.n_layer, model.config.n_head, model.config.vocab_size
@@ -120,9 +121,9 @@ print("differs from `gpt2 inspect` by", (lens - look(model, ids).lens_actual).ab
 
 plt.figure(figsize=(9, 2.5))
 plt.imshow(lens, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-plt.axvline(period - 1.5, color="w")
+plt.axvline(period - 0.5, color="w")
 plt.yticks(range(L + 1), ["embedding", *(f"block {n + 1}" for n in range(L))])
-plt.xlabel("position; the sequence begins again at the white line")
+plt.xlabel("position; the second round begins at the white line")
 plt.colorbar(label="p(what came)")
 plt.show()
 print(f"p of what came, by layer, in the second round: {lens[:, period:].mean(1).tolist()}")
@@ -172,7 +173,8 @@ plt.show()
 # %% [markdown]
 # The two work together. A head of the first layer tells each position which token stood before it.
 # Then a head of the second layer can ask: which position comes after a token like mine? One layer
-# alone cannot do it, and this is why the loss waits: both heads must be there before either pays.
+# alone cannot do it. So the loss falls slowly at first: both heads must be there before either
+# pays.
 # (With few steps of training neither is there yet.)
 #
 # ## Switching heads off
@@ -186,8 +188,8 @@ plt.show()
 def second_round(model: GPT, rows: int = 8) -> float:
     """The loss in nats where the sequence repeats."""
     tokens = repeated(rows, period, 2 * period + 1, V, seed=20_000)
-    logits = model(tokens[:, :-1])[:, period - 1 :]
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, period:].flatten()).item()
+    logits = model(tokens[:, :-1])[:, period:]
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, period + 1 :].flatten()).item()
 
 
 @torch.no_grad()
@@ -213,6 +215,9 @@ plt.show()
 print(f"whole {whole:.3f} nats; without {layer + 1}.{head}: {without_head(layer, head):.3f}")
 
 # %% [markdown]
+# Heads stand in for one another: where several do the same work, one of them can be silent at
+# little cost. A small rise therefore does not say that a head does nothing.
+#
 # ## Patching
 #
 # Where does the knowledge of one token travel? Take two texts that differ in that token only, A and
@@ -272,7 +277,7 @@ print("where it is stored, from the embedding on:", places, "- the last position
 
 # %% [markdown]
 # At first the difference is at position 4, where the token stands. At the end it is at the last
-# position, where the prediction is made. The heads above carried it there.
+# position, where the prediction is made. Induction heads carried it there.
 #
 # `gpt2 inspect CHECKPOINT TEXT` shows lens and attention of any text as a page.
 #

@@ -215,6 +215,8 @@ print(f"logits: {N * V * 4 / 2**20:.0f} MiB at once, or {N // 8 * V * 4 / 2**20:
 compare("head in chunks", whole_head, chunked_head)
 
 # %% [markdown]
+# Chunks save memory rather than time. What they save can be spent on a larger micro-batch.
+#
 # ## 5. The KV cache
 #
 # To write a token, plain code sends the whole text through the network, though only the last

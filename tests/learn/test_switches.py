@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +37,9 @@ def options(patch: Path) -> list[str]:
 def patched(patch: Path, folder: Path, monkeypatch):
     """The one file with a patch, as a module."""
     (folder / "learn").mkdir()
-    shutil.copy(ROOT / NAME, folder / NAME)
-    subprocess.run(["git", "apply", str(patch)], cwd=folder, check=True)
+    for source, copy in ((ROOT / NAME, NAME), (patch, "x.patch")):  # Git may have checked out CRLF
+        (folder / copy).write_text(source.read_text("utf-8"), encoding="utf-8", newline="\n")
+    subprocess.run(["git", "apply", "x.patch"], cwd=folder, check=True)
     assert (folder / NAME).read_text("utf-8") != (ROOT / NAME).read_text("utf-8")
     spec = importlib.util.spec_from_file_location("patched", folder / NAME)
     module = importlib.util.module_from_spec(spec)

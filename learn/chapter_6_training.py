@@ -28,6 +28,7 @@ if importlib.util.find_spec("gpt2") is None:
     subprocess.run(["git", "clone", "--depth=1", PROJECT, "gpt2-project"], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "-e", "gpt2-project"], check=True)
+    importlib.invalidate_caches()  # the folder was not there before
 
 # %% [markdown]
 # ## AdamW

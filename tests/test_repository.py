@@ -181,7 +181,7 @@ def wanted_by(extras: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "extras"), [
-    ("run", []), ("dev", ["dev", "eval", "fast", "serve", "track"]),
+    ("run", []), ("dev", ["dev", "eval", "fast", "learn", "serve", "track"]),
 ])  # fmt: skip
 def test_every_package_is_pinned_by_hash(name, extras):
     text, wanted = read(f"requirements/{name}.txt"), wanted_by(extras)

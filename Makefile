@@ -43,7 +43,7 @@ lock:
 	$(LOCK) --extra dev -o requirements/dev.txt
 
 clean:
-	rm -rf $(VENV) out data .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'

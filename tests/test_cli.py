@@ -187,7 +187,7 @@ def test_console_that_knows_only_ascii(trained, data_dir):
         "train_gpt2.py", f"--data_dir={data_dir}", f"--out_dir={trained}", *TINY, "--max_steps=3",
         env=environment, real=True,
     )  # fmt: skip
-    assert "batch_size 4 ? block_size 32" in done.stdout
+    assert "batch_size 2 ? block_size 32" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ on Windows")

@@ -111,7 +111,7 @@ KINDS = {  # name -> a part that is repeated, or the text itself
     "apostrophes": "'s" * 1000 + "'",
     "spaces": " " * 99_000 + "a",
     "many spaces": " " * 300_000 + "a",
-    "line breaks": "\\n \\t",
+    "line breaks": "\\n \\t" * 30_000 + "a",
     "spaces and signs": " ! ?",
     "other words": " ".join(letters[i : i + 5] for i in range(0, 4_000_000, 5)),
     "other words, wide spaces": "    ".join(letters[i : i + 5] for i in range(0, 4_000_000, 5)),

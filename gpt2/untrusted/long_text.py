@@ -16,8 +16,8 @@ LONG_SPACE_CHARACTERS = 100_000
 # The characters that the pattern calls white space (\\s).
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # tiktoken backtracks through a long run of white space one character at a time, and fails at a
-# million.
-LONG_SPACE = re.compile(f"[{SPACE}]{{{LONG_SPACE_CHARACTERS},}}")
+# million. The look behind keeps the search from trying each character of a shorter run.
+LONG_SPACE = re.compile(f"(?<![{SPACE}])[{SPACE}]{{{LONG_SPACE_CHARACTERS},}}")
 ALL_SPACE = re.compile(f"[{SPACE}]+")
 SIGNS = "!-/:-@[-`{-~"  # of ASCII
 # Places where a word surely ends: in front of white space; between a letter or digit of ASCII and

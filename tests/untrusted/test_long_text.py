@@ -111,21 +111,21 @@ KINDS = {  # name -> a part that is repeated, or the text itself
     "apostrophes": "'s" * 1000 + "'",
     "spaces": " " * 99_000 + "a",
     "many spaces": " " * 300_000 + "a",
-    "line breaks": "\\n \\t",
+    "line breaks": "\\n \\t" * 30_000 + "a",
     "spaces and signs": " ! ?",
     "other words": " ".join(letters[i : i + 5] for i in range(0, 4_000_000, 5)),
     "other words, wide spaces": "    ".join(letters[i : i + 5] for i in range(0, 4_000_000, 5)),
     "Chinese": "漢字" * 60_000 + "。",
     "emoji": "😀" * 60_000 + " ",
-    "marks": "e\u0301" * 60_000 + " ",
-    "null": "\0" * 199_000 + " ",
-    "surrogates": "\ud800a ",
-    "letters of new Unicode": "\U0001e000\U00010d40 ",
+    "marks": "e\\u0301" * 60_000 + " ",
+    "null": "\\0" * 199_000 + " ",
+    "surrogates": "\\ud800a ",
+    "letters of new Unicode": "\\U0001e000\\U00010d40 ",
 }
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 tokenizer = tokenizer_class(sys.argv[1])()
-tokenizer.encode_documents(["a \ud800", "a \U0001e000"])
+tokenizer.encode_documents(["a \\ud800", "a \\U0001e000"])
 for name, part in KINDS.items():
     if not os.fork():
         before, seconds = peak(), []

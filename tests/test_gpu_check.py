@@ -28,6 +28,7 @@ LIMITS = (
     "--data",
     "--out",
     "--size",
+    "--name",
     "--learning_rate",
     "--grad_accum_steps",
     "--nproc_per_node",

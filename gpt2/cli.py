@@ -8,7 +8,6 @@ output may close it, as `| head` does: the command ends then, with code 1 and wi
 import difflib
 import errno
 import os
-import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from .config.commands import (
 from .config.finetune import FinetuneConfig
 from .config.train import TrainConfig
 from .errors import UserError, install_command
-from .report.console import one_line
+from .report.console import closed_pipes, one_line
 from .untrusted.display import shown
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             if sys.stdout:  # None where the console gave none
                 sys.stdout.flush()  # Python's own flush, at its end, would print a traceback
     except BrokenPipeError:
-        closed = _closed_pipes()
+        closed = closed_pipes()
         if not closed:
             raise  # another pipe than the output
         nothing = os.open(os.devnull, os.O_WRONLY)
@@ -116,17 +115,6 @@ def _run(command: str, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _closed_pipes() -> list[int]:
-    """Those of stdout and stderr that are pipes without a reader, as file descriptors."""
-    closed = []
-    for number in (1, 2):
-        poll = select.poll()  # not on Windows, where writing raises another error
-        poll.register(number, 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            closed.append(number)
-    return closed
 
 
 def train(argv: list[str]) -> int:

@@ -8,7 +8,6 @@ import os
 import pickle
 import struct
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +201,7 @@ def check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - on damaged bytes zipfile raises anything
         damaged = first_line(error)
     if damaged:
         raise UserError(f"{path}: damaged ({shown(damaged)}); use another checkpoint")

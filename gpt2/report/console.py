@@ -1,6 +1,7 @@
 """Lines on the console. `log`, `warn` and `error` are the package's only prints."""
 
 import math
+import select
 import sys
 from typing import TextIO
 
@@ -94,3 +95,14 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes % 60:02d}m"
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def closed_pipes() -> list[int]:
+    """Those of stdout and stderr that are pipes without a reader, as file descriptors."""
+    closed = []
+    for number in (1, 2):
+        poll = select.poll()  # not on Windows, where writing raises another error
+        poll.register(number, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            closed.append(number)
+    return closed

@@ -123,10 +123,11 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 raise UserError(f"{origin}: {kind} of {name} holds no numbers; {OTHER}")
             # `step` counts, and `squares` has a number for each row.
-            numbers = {"step": 1, "squares": len(parameter)}.get(kind, parameter.numel())
-            if tensor.numel() == numbers and kind in ("squares", "step"):
-                continue
-            if tensor.shape != parameter.shape:
+            numbers = {"step": 1, "squares": len(parameter)}
+            fits = tensor.shape == parameter.shape
+            if kind in numbers:
+                fits = tensor.numel() == numbers[kind]
+            if not fits:
                 raise UserError(
                     f"{origin}: {kind} of {name} is {tuple(tensor.shape)} instead of "
                     f"{tuple(parameter.shape)}; {OTHER}"

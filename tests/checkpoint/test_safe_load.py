@@ -289,3 +289,19 @@ def test_large_models_are_still_read(tmp_path):
     model_file.save_model(tmp_path / "x.pt", model, 1, None)
     assert model_file.load_model(tmp_path / "x.pt")[0] == shape
     save_file(model.state_dict(), tmp_path / "m.safetensors")
+
+
+def test_damage_anywhere_in_an_archive_is_one_line(tmp_path):
+    """Each byte of the archive's own records, one after the other; `zipfile` raises many things."""
+    path = tmp_path / "c.pt"
+    torch.save({"a": torch.zeros(1)}, path)
+    whole = path.read_bytes()
+    refused = 0
+    for at in (*range(200), *range(len(whole) - 400, len(whole))):
+        path.write_bytes(whole[:at] + b"\xf5" + whole[at + 1 :])
+        try:
+            safe_load.check_sums(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: damaged (")
+            refused += 1
+    assert refused > 100

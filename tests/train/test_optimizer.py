@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 from gpt2.config.model import GPT2Config
 from gpt2.config.train import OptimOptions
 from gpt2.distributed.fsdp import gradient_norm
+from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
-from gpt2.train.optimizer import build_optimizer, clip_gradients
+from gpt2.train.optimizer import build_optimizer, check_groups, clip_gradients
 from gpt2.train.schedules import learning_rate_at
 
 
@@ -84,3 +86,20 @@ def test_clipping_inside_of_the_optimizer_is_clipping_before(name, limit, device
     for before, within in zip(*found, strict=True):
         atol = 1e-3 if device == "cuda" and name != "adamw" else 1e-5
         torch.testing.assert_close(within, before, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["step", "exp_avg"])
+def test_stored_tensors_have_the_size_of_their_kind(kind):
+    """A count of steps is one number, even for a bias, whose other tensors have its shape."""
+    model = GPT(GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=9))
+    optimizer = build_optimizer(model, OptimOptions())
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).backward()
+    optimizer.step()
+    check_groups(optimizer, optimizer.state_dict(), Path("here"))
+    for size in ((8,), (1, 8), (2,)):
+        stored = optimizer.state_dict()
+        last = max(stored["state"])  # the bias of the last norm
+        if (kind, size) != ("exp_avg", (8,)):
+            stored["state"][last] |= {kind: torch.ones(size)}
+            with pytest.raises(UserError, match=f"here: {kind} of transformer.ln_f.bias is "):
+                check_groups(optimizer, stored, Path("here"))

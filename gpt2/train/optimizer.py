@@ -13,7 +13,10 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from .muon import MuonAndAdamW
 
-BUFFERS = ({"exp_avg", "exp_avg_sq"}, {"momentum"})  # of AdamW, of Muon
+OF_ADAMW, OF_MUON = (
+    {"step", "exp_avg", "exp_avg_sq"},
+    {"step", "momentum"},
+)  # tensors of a parameter
 OTHER = "use another checkpoint, or --resume=never"
 
 
@@ -112,26 +115,37 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -
                 "optimizer, and embedding_lr and head_lr where they were given, or use another "
                 "--out_dir"
             )
-    members = [pair for own in ours for pair in zip(own["names"], own["params"], strict=True)]
-    for number, (name, parameter) in enumerate(members):
+    numbers_of_file = [number for other in theirs for number in other["params"]]
+    if numbers_of_file != list(range(len(numbers_of_file))):  # torch would mix parameters up
+        raise UserError(f"{origin}: the parameters of the optimizer are not in order; {OTHER}")
+    members = [
+        (name, parameter, OF_MUON if "momentum" in own else OF_ADAMW)
+        for own in ours
+        for name, parameter in zip(own["names"], own["params"], strict=True)
+    ]
+    for number, (name, parameter, wanted) in enumerate(members):
         buffers = stored["state"].get(number, {})
-        if buffers and not any({"step", *names} <= {*buffers} for names in BUFFERS):
+        if buffers and not wanted <= {*buffers}:
             raise UserError(f"{origin}: the optimizer state of {name} is not whole; {OTHER}")
-        for kind, tensor in buffers.items():
-            if tensor is None:  # in an FSDP part
-                continue
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-                raise UserError(f"{origin}: {kind} of {name} holds no numbers; {OTHER}")
-            # `step` counts, and `squares` has a number for each row.
-            numbers = {"step": 1, "squares": len(parameter)}
-            fits = tensor.shape == parameter.shape
-            if kind in numbers:
-                fits = tensor.numel() == numbers[kind]
-            if not fits:
-                raise UserError(
-                    f"{origin}: {kind} of {name} is {tuple(tensor.shape)} instead of "
-                    f"{tuple(parameter.shape)}; {OTHER}"
-                )
+        _check_tensors(name, parameter, buffers, origin)
+
+
+def _check_tensors(name: str, parameter: nn.Parameter, buffers: dict, origin: Path) -> None:
+    """Raises UserError for a tensor of the optimizer that does not fit its parameter."""
+    for kind, tensor in buffers.items():
+        if tensor is None:  # in an FSDP part
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise UserError(f"{origin}: {kind} of {name} holds no numbers; {OTHER}")
+        # `step` counts, and `squares` has a number for each row.
+        numbers = {"step": 1, "squares": len(parameter)}
+        fits, wanted = tensor.shape == parameter.shape, str(tuple(parameter.shape))
+        if kind in numbers:
+            fits, wanted = tensor.numel() == numbers[kind], f"{numbers[kind]:,} numbers"
+        if not fits:
+            raise UserError(
+                f"{origin}: {kind} of {name} is {tuple(tensor.shape)} instead of {wanted}; {OTHER}"
+            )
 
 
 def clip_gradients(

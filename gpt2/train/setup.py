@@ -15,6 +15,7 @@ from ..data.sequence_order import Mixture
 from ..distributed import devices
 from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
+from ..errors import UserError
 from ..evaluate.tasks import HELLASWAG, load_items
 from ..kernels.linear import describe_path
 from ..model import lora
@@ -129,7 +130,11 @@ def build(
         hellaswag=hellaswag,
     )
     if resumed:
-        restore(state, resumed, rt)
+        try:
+            restore(state, resumed, rt)
+        except UserError:
+            state.loader.close()  # ends its thread
+            raise
     # after `restore`: every rank gets the weights of rank 0
     state.wrapped_model = rt.wrap(model, recorded)
     return state

@@ -103,3 +103,15 @@ def test_stored_tensors_have_the_size_of_their_kind(kind):
             stored["state"][last] |= {kind: torch.ones(size)}
             with pytest.raises(UserError, match=f"here: {kind} of transformer.ln_f.bias is "):
                 check_groups(optimizer, stored, Path("here"))
+
+
+def test_stored_parameters_are_in_order():
+    """By another order torch would give a parameter the moments of another, of another size."""
+    model = GPT(GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=9))
+    optimizer = build_optimizer(model, OptimOptions())
+    stored = optimizer.state_dict()
+    first = stored["param_groups"][0]["params"]
+    for wrong in ([*first[1:], first[0]], [first[0], *first[:-1]]):
+        stored["param_groups"][0]["params"] = wrong
+        with pytest.raises(UserError, match="here: the parameters of the optimizer are not in ord"):
+            check_groups(optimizer, stored, Path("here"))

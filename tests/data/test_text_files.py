@@ -30,6 +30,8 @@ import gigatoken, pyarrow.parquet, pyarrow.compute
 from gpt2.prepare.fast_tokenizer import FastTokenizer
 FastTokenizer().encode_documents(["a"])
 def peak():
+    if sys.platform == "linux":  # ru_maxrss would begin with the size of the parent
+        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 try:  # the imports took more for a moment
     before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20

@@ -247,7 +247,7 @@ def start(
 
 # Groups whose runs are over. The destructor of a group waits for gloo's threads while it holds the
 # GIL. A thread that waits for the GIL at that moment would stop the process for ever (seen in one
-# of 30 runs on a busy machine), so groups live as long as the process.
+# of 13 runs on a busy machine), so groups live as long as the process.
 _groups_left: list[Any] = []
 
 

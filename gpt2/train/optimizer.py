@@ -13,10 +13,9 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from .muon import MuonAndAdamW
 
-OF_ADAMW, OF_MUON = (
-    {"step", "exp_avg", "exp_avg_sq"},
-    {"step", "momentum"},
-)  # tensors of a parameter
+# Tensors that an optimizer keeps for each parameter.
+OF_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+OF_MUON = {"step", "momentum"}
 OTHER = "use another checkpoint, or --resume=never"
 
 

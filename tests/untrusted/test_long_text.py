@@ -18,6 +18,7 @@ from gpt2.untrusted import long_text
 from gpt2.untrusted.long_text import PIECE, LongWord, beginning, has_long_word, pieces
 
 from ..conftest import ROOT
+from ..memory import PEAK
 
 SAMPLES = [
     "It's 3pm, 'tis the_end... don't! x='s' 12,5e-3\n\n\tdef f(x):\n    return {'a': 1}\n",
@@ -98,7 +99,9 @@ def test_the_beginning_has_the_tokens_of_the_whole(text):
     assert beginning("abc", 1) == "abc"
 
 
-STRANGE = """
+STRANGE = (
+    PEAK
+    + """
 import os, random, resource, sys, time
 from gpt2.prepare.fast_tokenizer import tokenizer_class
 rng = random.Random(0)
@@ -122,10 +125,6 @@ KINDS = {  # name -> a part that is repeated, or the text itself
     "surrogates": "\\ud800a ",
     "letters of new Unicode": "\\U0001e000\\U00010d40 ",
 }
-def peak():
-    if sys.platform == "linux":  # ru_maxrss would begin with the size of the parent
-        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 tokenizer = tokenizer_class(sys.argv[1])()
 tokenizer.encode_documents(["a \\ud800", "a \\U0001e000"])
 for name, part in KINDS.items():
@@ -141,6 +140,7 @@ for name, part in KINDS.items():
         os._exit(0)
     assert os.wait()[1] == 0
 """
+)
 
 
 @pytest.mark.slow

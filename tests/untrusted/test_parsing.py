@@ -11,6 +11,7 @@ from gpt2.errors import UserError
 from gpt2.untrusted.parsing import load_json, load_toml, read_json, read_toml
 
 from ..conftest import ROOT
+from ..memory import PEAK
 
 
 @pytest.mark.parametrize(
@@ -90,14 +91,12 @@ def test_toml_that_is_read():
     assert load_toml(text.encode(), "x") == {"a": 1000, "b": "x", "c": [1, {"d": 2}]}
 
 
-LOAD = """
+LOAD = (
+    PEAK
+    + """
 import resource, sys
 from gpt2.errors import UserError
 from gpt2.untrusted.parsing import load_json
-def peak():
-    if sys.platform == "linux":  # ru_maxrss would begin with the size of the parent
-        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 for data in (b"[" + b"[]," * 5_500_000 + b"1]", b"[" + b"{}," * 166_000 + b"1]",
              b'{"a": "' + "\U0001f600".encode() + b"a" * (2**24 - 20) + b'"}'):
@@ -107,6 +106,7 @@ for data in (b"[" + b"[]," * 5_500_000 + b"1]", b"[" + b"{}," * 166_000 + b"1]",
         pass
 print(int(peak() - before))
 """
+)
 
 
 def test_memory_of_json_is_bounded():

@@ -245,7 +245,8 @@ def test_error_on_one_rank_is_told(data_dir, tmp_path):
     tokens[first : first + 32] = 60000
     write_shard(tmp_path / "bad_train_000001.bin", tokens)
     shutil.copy(data_dir / "text_val_000000.bin", tmp_path / "bad_val_000000.bin")
-    arguments = [f"--max_steps={step + 2}", "--shuffle=False", "--grad_accum_steps=1"]
+    arguments = [f"--max_steps={step + 2}", "--shuffle=False"]
+    arguments += ["--batch_size=4", "--grad_accum_steps=1"]
     done = run_python(*command(2, tmp_path, tmp_path / "out", *arguments), check=False)
     assert done.returncode != 0
     assert "error: [rank 1]" in done.stderr

@@ -90,6 +90,8 @@ def _is_generator(value: Any) -> bool:
     if not isinstance(value, list | tuple) or len(value) != 3:
         return False
     version, words, normal = value
+    if isinstance(words, Tensor):  # older states have a tuple
+        words = words.tolist() if words.shape == (625,) else None
     return (
         _is_count(version)
         and isinstance(words, list | tuple)

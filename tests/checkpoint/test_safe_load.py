@@ -95,9 +95,15 @@ def rewrite(path, change):
     return path
 
 
-def many_objects(path, count=10**6):
+def many_objects(path, count=10**5):
     """A pickle of many empty sets: a byte of the file, 240 bytes of memory each."""
     return rewrite(saved(path), lambda _: b"\x80\x02(" + b"\x8f" * count + b"t.")
+
+
+def operations(path, objects, numbers):
+    """A pickle of so many operations that make an object, and that do not."""
+    body = b"]" * objects + b"N" * numbers
+    return rewrite(saved(path), lambda _: b"\x80\x02(" + body + b"t.")
 
 
 def many_entries(path):
@@ -186,6 +192,11 @@ FILES = {
     "lists": (shared_without_end, "not a table of tensors"),
     "compressed": (deflated, "an entry is compressed"),
     "objects": (many_objects, "objects"),
+    "as many objects and numbers as may be": (
+        lambda p: operations(p, 79_000, 3 * 2**18 - 80_000),
+        "not a checkpoint of this project",
+    ),
+    "numbers": (lambda p: operations(p, 0, 3 * 2**18), "a pickle of over 786,432 bytes"),
     "entries": (many_entries, "more than 50,000 entries"),
     "NaN": (not_finite, "NaN or infinity"),
     "llm.c, layers": (lambda p: llmc(p, 10**9, 4), "n_layer=1000000000: use at most"),
@@ -198,7 +209,7 @@ FILES = {
         lambda p: state(p, optimizer={"state": {0: {"step": torch.zeros(1).expand(10**10)}}}),
         "refused",
     ),
-    "state, kinds": (lambda p: state(p, rng=[[0] * 10**6]), "not a whole checkpoint"),
+    "state, kinds": (lambda p: state(p, rng=[[0] * 10**5 * 3]), "not a whole checkpoint"),
 }
 
 

@@ -1,6 +1,7 @@
 """One process and its signals, precision and random state."""
 
 import os
+import random
 import signal
 import time
 
@@ -30,9 +31,12 @@ def test_autocast():
 
 def test_random_state_round_trip():
     state = rng_state(CPU)
-    first = torch.rand(3)
-    set_rng_state(state, CPU)
-    assert torch.equal(first, torch.rand(3))
+    first, first_of_python = torch.rand(3), random.random()
+    version, words, normal = state["python"]
+    for python in ((version, words, normal), (version, tuple(words.tolist()), normal)):
+        set_rng_state(state | {"python": python}, CPU)
+        assert torch.equal(first, torch.rand(3))
+        assert first_of_python == random.random()
 
 
 def test_signals_are_noticed_once_and_handlers_restored():

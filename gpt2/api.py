@@ -25,7 +25,7 @@ from .generate import stream as generation
 from .generate.stream import TextWriter, check_stops
 from .model.gpt import GPT, LanguageModel
 from .report import console
-from .tokenizer import gpt2_tokenizer
+from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Tensor
 
@@ -44,6 +44,12 @@ class TextModel(LanguageModel):
         if fitting not in type(self).__mro__:
             raise UserError(f"{type(self).__name__}: for this config use {fitting.__name__}")
         super().__init__(shape)
+        self.own_tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """GPT-2's tokenizer, or the one that came with the weights."""
+        return self.own_tokenizer or weights.tokenizer_for(self.config.vocab_size)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto") -> Self:
@@ -86,6 +92,7 @@ class TextModel(LanguageModel):
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
             model = kind(found.config)
         model_file.load_into(model, found.state, found.origin)
+        model.own_tokenizer = found.own_tokenizer
         return cast(Self, model.to(choose_device(device)).eval())
 
     def save(self, path: str | Path) -> None:
@@ -129,7 +136,7 @@ class TextModel(LanguageModel):
             UserError: an empty list, ids outside the vocabulary, settings out of range.
         """
         prompts, many, text = self._read_prompts(prompt)
-        tokenizer, stops = gpt2_tokenizer(), check_stops(stop)
+        tokenizer, stops = self.tokenizer, check_stops(stop)
         if stops and not text:
             raise UserError("stop= needs prompts that are text")
         steps = generation.stream(
@@ -151,8 +158,9 @@ class TextModel(LanguageModel):
                 for row, token in zip(rows, new, strict=True):
                     row.extend([] if token is None else [token])
             return rows if many else rows[0]
-        writers = [TextWriter(stops) for _ in prompts]
-        results = [tokenizer.decode(_without_start(row)) for row in prompts]
+        writers = [TextWriter(stops, tokenizer) for _ in prompts]
+        starts = [row[1:] if row[0] == tokenizer.end_of_text else row for row in prompts]
+        results = [tokenizer.decode(row) for row in starts]
         for new in steps:
             for i, token in enumerate(new):
                 if token is not None:
@@ -183,8 +191,8 @@ class TextModel(LanguageModel):
             UserError: settings out of range.
         """
         prompts, _, _ = self._read_prompts(prompt)
-        writer = TextWriter(check_stops(stop))
-        settings = {"stop_token": gpt2_tokenizer().end_of_text} | settings
+        writer = TextWriter(check_stops(stop), self.tokenizer)
+        settings = {"stop_token": self.tokenizer.end_of_text} | settings
         for (token,) in generation.stream(self, prompts, max_new_tokens, **settings):
             if token is not None and (piece := writer.add(token)):
                 yield piece
@@ -203,10 +211,10 @@ class TextModel(LanguageModel):
         text = isinstance(several[0], str)
         try:
             if text:
-                weights.check_vocabulary(self.config, "the model")
+                self.tokenizer.check()
                 # an empty prompt begins a new document
-                end_of_text = gpt2_tokenizer().end_of_text
-                rows = [gpt2_tokenizer().encode(p) or [end_of_text] for p in several]
+                begin = [self.tokenizer.end_of_text]
+                rows = [self.tokenizer.encode(p) or begin for p in several]
             else:
                 rows = [[operator.index(_plain(i)) for i in row] for row in several]
         except TypeError:
@@ -256,7 +264,3 @@ def __getattr__(name: str) -> Any:
 def _plain(value: Any) -> Any:
     """Tensors, arrays and numbers of numpy as Python's own lists and numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _without_start(row: list[int]) -> list[int]:
-    return row[1:] if row[0] == gpt2_tokenizer().end_of_text else row

@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -41,7 +42,7 @@ class Tokenizer:
 
     name = "gpt2"
     vocab_size = GPT2_VOCAB_SIZE
-    end_of_text = END_OF_TEXT
+    end_of_text, end_of_text_name = END_OF_TEXT, END_OF_TEXT_NAME
     # Identity of the encoding: a hash over the hashes of the two files and the pattern.
     sha256 = hashlib.sha256(
         f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256} {PATTERN}".encode()
@@ -55,6 +56,9 @@ class Tokenizer:
             mergeable_ranks=merge_ranks(merges_folder()),
             special_tokens={END_OF_TEXT_NAME: END_OF_TEXT},
         )
+
+    def check(self) -> None:
+        """Raises UserError if ids have no text; see `NoTokenizer`."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
@@ -98,13 +102,35 @@ class Tokenizer:
         return self._encoding.decode(list(ids))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Bytes of ids, for streams in which a token may end within a character."""
-        return self._encoding.decode_bytes(list(ids))
+        """Bytes of ids, for streams in which a token may end within a character.
+
+        An id behind the vocabulary has none: a network may have more rows than there are tokens.
+        """
+        return self._encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def bytes_per_token(self) -> np.ndarray:
         """int64 (V,): number of UTF-8 bytes of each token; 0 for the end-of-text token."""
         lengths = [len(self._encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT)]
         return np.array([*lengths, 0], dtype=np.int64)
+
+
+class NoTokenizer(Tokenizer):
+    """In the place of a tokenizer that is not known: to use it is an error, with the reason."""
+
+    name, sha256 = "none", ""
+    end_of_text = -1  # no token
+    end_of_text_name = ""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def check(self) -> None:
+        """Raises UserError with the reason."""
+        raise UserError(self.reason)
+
+    def __getattr__(self, name: str) -> Any:
+        # `_encoding`, which every method of a tokenizer needs
+        raise UserError(self.reason) if name == "_encoding" else AttributeError(name)
 
 
 @functools.cache

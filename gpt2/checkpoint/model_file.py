@@ -21,7 +21,9 @@ from ..config.switches import SWITCH_NAMES
 from ..distributed import fsdp
 from ..errors import UserError
 from ..files import replacing_file, replacing_folder
+from ..huggingface.own_tokenizer import to_store
 from ..model.lora import merged_state
+from ..tokenizer import Tokenizer
 from ..untrusted.display import shown
 from ..untrusted.parsing import named
 from . import other_formats
@@ -43,11 +45,18 @@ def save_model(path: Path, model: Any, step: int, val_loss: float | None) -> Non
     Raises:
         UserError: no space or no permission; an older file stays.
     """
-    write_model(path, model.config, merged_state(model), step, val_loss)
+    own = getattr(model, "own_tokenizer", None)
+    write_model(path, model.config, merged_state(model), step, val_loss, own_tokenizer=own)
 
 
 def write_model(
-    path: Path, config: GPT2Config, tensors: dict[str, Tensor], step: int, val_loss: float | None
+    path: Path,
+    config: GPT2Config,
+    tensors: dict[str, Tensor],
+    step: int,
+    val_loss: float | None,
+    *,
+    own_tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes a checkpoint of a state dict. The tensors must not change during the write.
 
@@ -57,6 +66,7 @@ def write_model(
         tensors: the state dict, on any device.
         step: optimizer steps done.
         val_loss: nats per token, if known.
+        own_tokenizer: of a model that does not speak GPT-2's vocabulary.
 
     Raises:
         UserError: no space or no permission; an older file stays.
@@ -68,6 +78,8 @@ def write_model(
         "step": step,
         "val_loss": val_loss,
     }
+    if own_tokenizer:
+        content["tokenizer"] = to_store(own_tokenizer)
     with write_errors(path, bytes_of(tensors)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(path) as temporary:

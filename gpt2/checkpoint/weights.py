@@ -1,8 +1,9 @@
 """Pretrained weights: from a checkpoint file, a Hugging Face folder, or the Hub."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,14 @@ from ..config.train import ModelOptions
 from ..errors import UserError
 from ..huggingface import model_format
 from ..huggingface.model_download import download
+from ..huggingface.own_tokenizer import (
+    SPECIAL_IDS,
+    OwnTokenizer,
+    stored_tokenizer,
+    tokenizer_of,
+)
+from ..tokenizer import NoTokenizer, Tokenizer, gpt2_tokenizer
+from ..untrusted.parsing import read_json
 from . import model_file
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names of OpenAI's weights on the Hub
@@ -31,6 +40,14 @@ class Weights:
     notes: tuple[str, ...] = ()  # a line for each change made while reading
     step: int | None = None  # optimizer steps done, if known
     val_loss: float | None = None  # nats, if known
+    own_tokenizer: Tokenizer | None = None  # None: GPT-2's, if its vocabulary fits
+    folder: Path | None = None  # in Hugging Face's layout
+    special_ids: dict[str, Any] = field(default_factory=dict)  # of its config.json
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model; see `tokenizer_for`."""
+        return self.own_tokenizer or tokenizer_for(self.config.vocab_size, self.origin)
 
 
 def load(source: str | Path, revision: str = "") -> Weights:
@@ -55,7 +72,8 @@ def load(source: str | Path, revision: str = "") -> Weights:
     if behind and revision:
         raise UserError(f"{source} names a revision already; leave revision={revision} out")
     repository = f"openai-community/{name}" if released else name
-    folder = download(repository, behind or revision)
+    # OpenAI's weights have GPT-2's tokenizer, which is here already.
+    folder = download(repository, behind or revision, with_tokenizer=not released)
     found = load_local(folder)
     return replace(found, origin=f"{repository} of the Hub at {folder.name[:12]}")
 
@@ -76,13 +94,37 @@ def load_local(path: str | Path) -> Weights:
             )
         config, state = model_format.read_folder(path)
         model_file.check_finite(state, path)
-        return Weights(config, state, f"{path} (Hugging Face)")
+        values = read_json(path / model_format.CONFIG_FILE)
+        own = tokenizer_of(path, values, config.vocab_size)
+        told = f"its own tokenizer is used, of {own.vocab_size:,} tokens" if own else ""
+        notes = (told,) if isinstance(own, OwnTokenizer) else ()
+        return Weights(
+            config,
+            state,
+            f"{path} (Hugging Face)",
+            notes,
+            own_tokenizer=own,
+            folder=path,
+            special_ids={n: values[n] for n in SPECIAL_IDS if values.get(n) is not None},
+        )
     if path.exists() and not path.is_file():  # opening a FIFO waits until somebody writes into it
         raise UserError(f"{path} is neither a file nor a folder; give the path of a checkpoint")
     config, state, rest = model_file.load_model(path)
     origin = f"{path} ({rest['origin']})" if "origin" in rest else str(path)
     notes = tuple(rest.get("notes", ()))
-    return Weights(config, state, origin, notes, rest.get("step"), rest.get("val_loss"))
+    own = stored_tokenizer(rest.get("tokenizer"), path)
+    end = own.end_of_text if own else -1
+    ids = {"eos_token_id": end, "bos_token_id": end} if end >= 0 else {}
+    return Weights(
+        config,
+        state,
+        origin,
+        notes,
+        rest.get("step"),
+        rest.get("val_loss"),
+        own_tokenizer=own,
+        special_ids=ids,
+    )
 
 
 def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:
@@ -124,7 +166,12 @@ def for_training(found: Weights, block_size: int) -> Weights:
     """
     config = found.config
     assert block_size <= config.block_size, (block_size, config.block_size)
-    check_vocabulary(config, found.origin)
+    found.tokenizer.check()
+    if found.own_tokenizer:
+        raise UserError(
+            f"{found.origin} has a tokenizer of its own, and shards and conversations are encoded "
+            "by GPT-2's; it can be sampled, evaluated and exported"
+        )
     state, notes = dict(found.state), list(found.notes)
     for key in found.state:
         if key.startswith(BY_POSITION):
@@ -141,10 +188,11 @@ def for_training(found: Weights, block_size: int) -> Weights:
     return replace(found, config=config, state=state, notes=tuple(notes))
 
 
-def check_vocabulary(config: GPT2Config, origin: str) -> None:
-    """Raises UserError for a vocabulary smaller than GPT-2's, because its ids mean other text."""
-    if config.vocab_size < GPT2_VOCAB_SIZE:
-        raise UserError(
-            f"{origin} knows {config.vocab_size:,} tokens, text and shards are GPT-2's "
-            f"{GPT2_VOCAB_SIZE:,}: it can be exported, and continue token ids in Python"
-        )
+def tokenizer_for(vocab_size: int, origin: str = "the model") -> Tokenizer:
+    """GPT-2's tokenizer; for a vocabulary smaller than GPT-2's, whose ids mean other text, none."""
+    if vocab_size >= GPT2_VOCAB_SIZE:
+        return gpt2_tokenizer()
+    return NoTokenizer(
+        f"{origin} knows {vocab_size:,} tokens, text and shards are GPT-2's "
+        f"{GPT2_VOCAB_SIZE:,}: it can be exported, and continue token ids in Python"
+    )

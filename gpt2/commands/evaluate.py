@@ -29,7 +29,7 @@ from ..evaluate.scoring import BATCH_TOKENS
 from ..evaluate.tasks import HELLASWAG, LAMBADA, Task, load_items
 from ..files import check_replaceable, write_atomically
 from ..report import console
-from ..tokenizer import gpt2_tokenizer
+from ..tokenizer import Tokenizer
 
 Results = dict[str, Any]
 Measurement = Callable[[TextModel, Runtime], Results | None]  # None: a signal asked to stop
@@ -54,7 +54,7 @@ class TokensInMemory(SequenceReader):
         self._ids, self.tokens = ids, len(ids)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """uint16 tokens [start, start + count)."""
+        """Tokens [start, start + count)."""
         return self._ids[start : start + count]
 
 
@@ -65,7 +65,7 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         Exit code: 0, or 128 + signal when a signal asked to stop.
 
     Raises:
-        UserError: nothing to evaluate on, or unusable input; raised before the model is loaded.
+        UserError: nothing to evaluate on, or unusable input; raised before the model is built.
     """
     started = time.perf_counter()
     if config.json and not Path(config.json).resolve().parent.is_dir():
@@ -73,9 +73,10 @@ def run(checkpoint: str, config: EvalConfig) -> int:
     if config.json:
         check_replaceable(Path(config.json), b'{\n  "checkpoint"', "result of `gpt2 eval`")
     with runtime.start(SystemOptions(device=config.device, dtype=config.dtype)) as rt:
-        measurements = list(_measurements(Path(checkpoint), config, rt))
+        _check_sources(Path(checkpoint), config)
         found = weights.load(checkpoint)
-        weights.check_vocabulary(found.config, checkpoint)
+        found.tokenizer.check()
+        measurements = list(_measurements(Path(checkpoint), config, rt, found))
         model = GPT2.from_weights(found, str(rt.device))
         results = _describe(checkpoint, found.step, model, rt)
         for measure in measurements:
@@ -91,32 +92,46 @@ def run(checkpoint: str, config: EvalConfig) -> int:
     return 0
 
 
-def _measurements(checkpoint: Path, config: EvalConfig, rt: Runtime) -> Iterator[Measurement]:
+def _check_sources(checkpoint: Path, config: EvalConfig) -> None:
+    """Raises UserError, before gigabytes of weights are read, for what cannot be evaluated on."""
+    if config.text and not Path(config.text).is_file():
+        raise UserError(f"--text={config.text}: no such file")
+    asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
+    if not asked and not _settings_of_run(checkpoint).get("data_dir", ""):
+        raise UserError(
+            "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text=FILE, "
+            "--hellaswag=FILE, --lambada=FILE (or hub instead of the last two files)"
+        )
+
+
+def _measurements(
+    checkpoint: Path, config: EvalConfig, rt: Runtime, found: weights.Weights
+) -> Iterator[Measurement]:
     """The measurements that the options ask for; their input is read and checked here."""
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
-    data_dir, eval_tokens = config.data_dir, config.eval_tokens
-    settings = _settings_of_run(checkpoint)
+    tokenizer, settings = found.tokenizer, _settings_of_run(checkpoint)
     of_run = {} if asked else settings
-    if not asked:
-        data_dir = of_run.get("data_dir", "")
-        if not data_dir:
-            raise UserError(
-                "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text=FILE, "
-                "--hellaswag=FILE, --lambada=FILE (or hub instead of the last two files)"
-            )
-    eval_tokens = eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
+    data_dir = config.data_dir or of_run.get("data_dir", "")
+    eval_tokens = config.eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
+    if data_dir and found.own_tokenizer:
+        raise UserError(
+            f"{data_dir} holds GPT-2's tokens, and {found.origin} has a tokenizer of its own; use "
+            "--text=FILE"
+        )
     if data_dir:
         datasets = _open(data_dir, settings, eval_tokens)
         counts = split_eval_tokens(datasets, eval_tokens)
         parts = [(d.name, d.val, n) for d, n in zip(datasets, counts, strict=True)]
         yield partial(_loss, "val", data_dir, parts)
     if config.text:
-        shard = TokensInMemory(rt.on_main(lambda: _encode(Path(config.text), eval_tokens)))
+        shard = TokensInMemory(
+            rt.on_main(lambda: _encode(Path(config.text), eval_tokens, tokenizer))
+        )
         yield partial(_loss, "text", config.text, [("", [shard], eval_tokens)])
     for task, spec in ((HELLASWAG, config.hellaswag), (LAMBADA, config.lambada)):
         if spec:
             # broadcast: the other ranks may be on machines without the file
-            items = rt.on_main(partial(load_items, task, spec, console.log))
+            items = rt.on_main(partial(load_items, task, spec, console.log, tokenizer))
             yield partial(_ask, task, spec, items)
 
 
@@ -142,14 +157,12 @@ def _settings_of_run(checkpoint: Path) -> Results:
         return {}
 
 
-def _encode(path: Path, limit: int) -> np.ndarray:
-    """The first `limit` + 1 token ids (uint16) of a file, joined like `gpt2 prepare` does."""
-    if not path.is_file():
-        raise UserError(f"--text={path}: no such file")
+def _encode(path: Path, limit: int, tokenizer: Tokenizer) -> np.ndarray:
+    """The first `limit` + 1 token ids of a file, joined like `gpt2 prepare` does."""
     texts = (text for text, _ in read_rows(path) if text)
     parts, have = [], 0
     while have < limit and (text := next(texts, None)):
-        parts.append(gpt2_tokenizer().encode_documents([text])[0])
+        parts.append(tokenizer.encode_documents([text])[0])
         have += len(parts[-1])
     if not parts:
         raise UserError(f"--text={path}: holds no text")
@@ -176,7 +189,7 @@ def _loss(
             world_size=rt.world_size,
             device=rt.device,
         )
-        result = evaluate(model, batches, rt)
+        result = evaluate(model, batches, rt, model.tokenizer)
         if result is None:
             return None
         found[name] = result

@@ -15,21 +15,25 @@ from safetensors.torch import save_file
 
 from ..checkpoint.model_file import load_into
 from ..checkpoint.weights import HUB_ID, Weights, load, load_local
-from ..config.model import ModernConfig, to_dict
+from ..config.model import GPT2_VOCAB_SIZE, ModernConfig, to_dict
 from ..config.switches import switched
 from ..errors import UserError
 from ..files import replacing_folder
 from ..huggingface import model_format
 from ..huggingface.hub import http_library
+from ..huggingface.own_tokenizer import FILES as TOKENIZER_FILES
+from ..huggingface.own_tokenizer import (
+    JSON_FILE,
+    SETTINGS_FILE,
+    SPECIAL_IDS,
+    OwnTokenizer,
+    files_of,
+)
 from ..huggingface.tokenizer_files import tokenizer_files
 from ..model.gpt import GPT
 from ..report import console
 
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt"),
-)
 FILES = {
     model_format.CONFIG_FILE,
     GENERATION_FILE,
@@ -77,8 +81,8 @@ def check_export_folder(folder: Path) -> None:
 def export_hf(weights: Weights, folder: Path) -> list[str]:
     """Writes a model for transformers, vLLM and llama.cpp's converter.
 
-    Without GPT-2's vocabulary there are no tokenizer files, since its ids would mean something
-    else.
+    A folder's own tokenizer files and special ids stay as they are. Without them, and without
+    GPT-2's vocabulary, there are no tokenizer files, since its ids would mean something else.
 
     Returns:
         Names of the files.
@@ -180,8 +184,11 @@ def _texts(weights: Weights, title: str) -> dict[str, bytes]:
     """Everything but the tensors, by name."""
     config = weights.config
     settings = model_format.config_to_hf(config)
-    speaks = settings["eos_token_id"] is not None  # its vocabulary holds GPT-2's
-    ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id") if speaks}
+    tokenizer_texts = _tokenizer_texts(weights)
+    if weights.own_tokenizer or weights.special_ids:
+        settings |= dict.fromkeys(SPECIAL_IDS[:2]) | weights.special_ids
+    speaks = bool(tokenizer_texts)
+    ends = {name: settings[name] for name in SPECIAL_IDS if settings.get(name) is not None}
     trained = f"It was trained for {weights.step:,} steps" if weights.step else ""
     if trained and weights.val_loss is not None:
         trained += f"; last measured validation loss {weights.val_loss:.4f} nats per token"
@@ -196,5 +203,22 @@ def _texts(weights: Weights, title: str) -> dict[str, bytes]:
         model_format.CONFIG_FILE: json.dumps(settings, indent=1).encode(),
         GENERATION_FILE: json.dumps(ends, indent=1).encode(),
         CARD_FILE: card.encode(),
-        **(tokenizer_files(config.block_size) if speaks else {}),
+        **tokenizer_texts,
     }
+
+
+def _tokenizer_texts(weights: Weights) -> dict[str, bytes]:
+    """The files of the tokenizer: the folder's own, or GPT-2's where its vocabulary fits."""
+    own = weights.own_tokenizer
+    if weights.folder and (found := files_of(weights.folder)):
+        return found
+    if isinstance(own, OwnTokenizer):  # of a checkpoint
+        end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), own.end_of_text_name)
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        length = {"model_max_length": weights.config.block_size}
+        return {
+            JSON_FILE: own.content,
+            SETTINGS_FILE: json.dumps(kind | length | end, indent=1).encode(),
+        }
+    fits = not own and weights.config.vocab_size >= GPT2_VOCAB_SIZE
+    return tokenizer_files(weights.config.block_size) if fits else {}

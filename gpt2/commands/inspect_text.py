@@ -16,7 +16,7 @@ from ..files import write_atomically
 from ..interpret import html_page
 from ..interpret.logit_lens import Look, look
 from ..report import console
-from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 
 
 def run(checkpoint: str, text: str, config: InspectConfig) -> int:
@@ -33,11 +33,12 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
     if config.out:
         html_page.check_page_path(Path(config.out))
     text = _read(text, config.file)
-    ids = encode(text, config.special)
-    if not ids:
+    if not text:
         raise UserError('there is no text; write gpt2 inspect CKPT "some text", or --file=FILE')
     found = weights.load(checkpoint)
-    weights.check_vocabulary(found.config, checkpoint)
+    tokenizer = found.tokenizer
+    tokenizer.check()
+    ids = encode(text, config.special, tokenizer)
     shape = found.config
     if len(ids) > shape.block_size:
         raise UserError(
@@ -47,41 +48,42 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
     model = GPT2.from_weights(found, config.device)
     wanted, note = _maps(shape.n_layer, shape.n_head, len(ids), bool(config.out))
     seen = look(model, ids, config.top, attention=wanted)
-    console.log(format_table(seen))
+    console.log(format_table(seen, tokenizer))
     if config.out:
         facts = _facts(found, seen, checkpoint) | {"note": note}
-        content = html_page.build(seen, facts).encode()
+        content = html_page.build(seen, facts, tokenizer).encode()
         write_atomically(Path(config.out), content)
         console.log(f"{config.out}: {len(content) / 1e6:.1f} MB; open it in a browser")
     return 0
 
 
-def encode(text: str, special: bool) -> list[int]:
+def encode(text: str, special: bool, tokenizer: Tokenizer | None = None) -> list[int]:
     """Token ids of a text.
 
     With `special`, a literal <|endoftext|> becomes the end-of-text token; otherwise it is encoded
     as text.
     """
+    tokenizer = tokenizer or gpt2_tokenizer()
     if not special:
-        return gpt2_tokenizer().encode(text)
+        return tokenizer.encode(text)
     ids: list[int] = []
-    for number, part in enumerate(text.split(END_OF_TEXT_NAME)):
-        ids += [END_OF_TEXT] * bool(number) + gpt2_tokenizer().encode(part)
+    for number, part in enumerate(text.split(tokenizer.end_of_text_name)):
+        ids += [tokenizer.end_of_text] * bool(number) + tokenizer.encode(part)
     return ids
 
 
-def evaluation(seen: Look) -> Evaluation:
+def evaluation(seen: Look, tokenizer: Tokenizer | None = None) -> Evaluation:
     """Loss over all tokens but the first, which has no context to be predicted from."""
-    lengths = gpt2_tokenizer().bytes_per_token()
+    lengths = (tokenizer or gpt2_tokenizer()).bytes_per_token()
     known = [int(lengths[i]) if i < len(lengths) else 0 for i in seen.ids[1:]]
     return Evaluation(seen.nats.double().sum().item(), len(known), sum(known))
 
 
-def summary(seen: Look) -> str:
+def summary(seen: Look, tokenizer: Tokenizer | None = None) -> str:
     """One line about the whole text: loss, perplexity, bits per byte."""
     if len(seen.ids) == 1:
         return "one token, so nothing was predicted; the last line says what may follow"
-    e = evaluation(seen)
+    e = evaluation(seen, tokenizer)
     per_byte = f"{e.bits_per_byte:.3f} bits per byte" if e.text_bytes else "no bytes of text"
     return (
         f"{e.tokens:,} tokens predicted: loss {e.nats:.2f} nats in all, {e.loss:.4f} a token "
@@ -89,12 +91,12 @@ def summary(seen: Look) -> str:
     )
 
 
-def format_table(seen: Look) -> str:
+def format_table(seen: Look, tokenizer: Tokenizer | None = None) -> str:
     """One line per token: probability, bits, rank, and the likeliest tokens at its position."""
     width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 100
     lines = [f"{'':>4}  {'token':<18} {'p':>8} {'bits':>6} {'rank':>6}  likeliest"]
     for at in range(len(seen.ids) + 1):
-        token = _quoted(seen.ids[at]) if at < len(seen.ids) else "what may follow"
+        token = _quoted(seen.ids[at], tokenizer) if at < len(seen.ids) else "what may follow"
         numbers = f"{'':>22}"
         if 0 < at < len(seen.ids):
             nats = seen.nats[at - 1].item()
@@ -102,25 +104,25 @@ def format_table(seen: Look) -> str:
             numbers = f"{math.exp(-nats):>8.2%} {bits:>6.2f} {rank:>6,}"
         number = at if at < len(seen.ids) else ""
         line = f"{number:>4}  {token:<18} {numbers}  "
-        rest = _likeliest(seen, at - 1, width - len(line)) if at else "nothing before it"
+        rest = _likeliest(seen, at - 1, width - len(line), tokenizer) if at else "nothing before it"
         lines.append(line + rest)
-    return "\n".join([*lines, summary(seen)])
+    return "\n".join([*lines, summary(seen, tokenizer)])
 
 
-def _likeliest(seen: Look, at: int, room: int) -> str:
+def _likeliest(seen: Look, at: int, room: int, tokenizer: Tokenizer | None) -> str:
     """The likeliest tokens after position `at`: as many as fit into `room`, at least one."""
     text = ""
     for token, p in zip(seen.top_ids[at].tolist(), seen.top_probs[at].tolist(), strict=True):
-        more = f"{'  ' if text else ''}{_quoted(token)} {p:.1%}"
+        more = f"{'  ' if text else ''}{_quoted(token, tokenizer)} {p:.1%}"
         if text and len(text + more) > room:
             break
         text += more
     return text
 
 
-def _quoted(token: int) -> str:
+def _quoted(token: int, tokenizer: Tokenizer | None) -> str:
     """A token as a Python literal: spaces, line ends and control characters are visible."""
-    name = html_page.token_name(token)
+    name = html_page.token_name(token, tokenizer)
     quoted = repr(name) if isinstance(name, str) else str(bytes(name))
     return quoted if len(quoted) <= 18 else f"{quoted[:17]}…"
 
@@ -154,7 +156,7 @@ def _maps(layers: int, heads: int, tokens: int, page_wanted: bool) -> tuple[bool
 
 def _facts(found: weights.Weights, seen: Look, checkpoint: str) -> dict[str, Any]:
     """Facts for the head of the page: model, shape, and loss of the text."""
-    c, e = found.config, evaluation(seen)
+    c, e = found.config, evaluation(seen, found.tokenizer)
     switches = c.changed_switches()
     shape = {name: to_dict(c)[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
     return {

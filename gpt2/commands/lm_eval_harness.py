@@ -21,18 +21,12 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup_logging
 
 from ..api import GPT2
-from ..checkpoint.weights import check_vocabulary
-from ..config.model import GPT2_VOCAB_SIZE
 from ..data.chat_template import ROLES, check_messages
 from ..distributed.devices import choose_device, choose_dtype
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..evaluate.scoring import score
 from ..generate.stream import stream
-from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
-
-# The head of a message in the text of a conversation.
-HEAD = re.compile(rf"{re.escape(END_OF_TEXT_NAME)}({'|'.join(ROLES)})\n")
 
 
 def main(checkpoint: str, argv: list[str]) -> int:
@@ -92,10 +86,13 @@ class Harness(TemplateLM):
         compute = "float32" if dtype == "float64" else dtype
         self._rt = Runtime(self._device, choose_dtype(compute, self._device)[0])
         self._model = GPT2.from_pretrained(checkpoint, device=str(self._device))
-        check_vocabulary(self._model.config, checkpoint)
+        self._tokenizer = self._model.tokenizer
+        self._tokenizer.check()
         if dtype == "float64":
             self._model.double()
-        self._tokenizer = gpt2_tokenizer()
+        end = re.escape(self._tokenizer.end_of_text_name)
+        # the head of a message in the text of a conversation
+        self._head = re.compile(rf"{end}({'|'.join(ROLES)})\n")
         self.max_length = self._model.config.block_size
         sequences = 0 if str(batch_size).startswith("auto") else int(batch_size)
         self._batch_tokens = sequences * self.max_length
@@ -104,12 +101,12 @@ class Harness(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """End of text, which also stands for an empty context."""
-        return END_OF_TEXT
+        return self._tokenizer.end_of_text
 
     @property
     def tokenizer_name(self) -> str:
         """For the harness's cache of requests."""
-        return self._tokenizer.name
+        return self._tokenizer.sha256 if self._model.own_tokenizer else self._tokenizer.name
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -117,10 +114,10 @@ class Harness(TemplateLM):
         """Ids of a text, or of a conversation as `apply_chat_template` writes it."""
         if not self._chat:
             return self._tokenizer.encode(string)
-        first, *messages = HEAD.split(string)  # then role, text, role, text, …
+        first, *messages = self._head.split(string)  # then role, text, role, text, …
         ids = self._tokenizer.encode(first)
         for role, text in zip(messages[::2], messages[1::2], strict=True):
-            ids += [END_OF_TEXT, *self._tokenizer.encode(f"{role}\n")]
+            ids += [self._tokenizer.end_of_text, *self._tokenizer.encode(f"{role}\n")]
             ids += self._tokenizer.encode(text)
         return ids
 
@@ -143,7 +140,7 @@ class Harness(TemplateLM):
                 "end-of-text tokens that separate messages"
             )
         self._chat = True
-        return f"{END_OF_TEXT_NAME}{{role}}\n{{content}}"
+        return f"{self._tokenizer.end_of_text_name}{{role}}\n{{content}}"
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -161,13 +158,14 @@ class Harness(TemplateLM):
         self._chat = True
         messages = check_messages(chat_history)
         for message in messages:
-            if found := HEAD.search(message["content"]):
+            if found := self._head.search(message["content"]):
                 raise UserError(
                     f"a text of the task holds {found[0]!r}, which begins a message; leave "
                     "--apply_chat_template out"
                 )
-        text = "".join(f"{END_OF_TEXT_NAME}{m['role']}\n{m['content']}" for m in messages)
-        return text + f"{END_OF_TEXT_NAME}assistant\n" * add_generation_prompt
+        end = self._tokenizer.end_of_text_name
+        text = "".join(f"{end}{m['role']}\n{m['content']}" for m in messages)
+        return text + f"{end}assistant\n" * add_generation_prompt
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of what continues it.
@@ -175,7 +173,7 @@ class Harness(TemplateLM):
         The line break that ends the head of a message stays in the context. The harness moves other
         white space of its end to the continuation.
         """
-        if self._chat and HEAD.split(context)[-1] == "":
+        if self._chat and self._head.split(context)[-1] == "":
             return self.tok_encode(context), self.tok_encode(continuation)
         return super()._encode_pair(context, continuation)
 
@@ -214,7 +212,8 @@ class Harness(TemplateLM):
 
     def _generate(self, context: str, settings: dict) -> str:
         given = normalize_gen_kwargs(settings, default_max_gen_toks=256)
-        until = handle_stop_sequences(given.pop("until", None), eos=END_OF_TEXT_NAME)
+        end = self._tokenizer.end_of_text_name
+        until = handle_stop_sequences(given.pop("until", None), eos=end)
         count = given.pop("max_gen_toks")
         sampled = given.pop("do_sample", False)
         temperature = given.pop("temperature", 0.0) if sampled else 0.0
@@ -223,7 +222,8 @@ class Harness(TemplateLM):
         if given or count >= self.max_length:
             wrong = ", ".join(given) or f"max_gen_toks={count} with a context of {self.max_length}"
             raise UserError(f"the task's generation_kwargs cannot be followed: {wrong}")
-        prompt = (self.tok_encode(context) or [END_OF_TEXT])[count - self.max_length :]
+        begin = [self._tokenizer.end_of_text]
+        prompt = (self.tok_encode(context) or begin)[count - self.max_length :]
         ids: list[int] = []
         with self._rt.autocast():
             for (token,) in stream(
@@ -233,10 +233,11 @@ class Harness(TemplateLM):
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
-                stop_token=END_OF_TEXT,
+                stop_token=self._tokenizer.end_of_text,
             ):
-                # ids that are not GPT-2's have no text
-                ids += [token] if token is not None and token < GPT2_VOCAB_SIZE else []
+                # ids behind the vocabulary have no text
+                if token is not None and token < self._tokenizer.vocab_size:
+                    ids.append(token)
                 text = self._tokenizer.decode(ids)
                 if any(stop and stop in text for stop in until):
                     break

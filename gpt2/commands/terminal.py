@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..api import GPT2, TextModel
-from ..checkpoint.weights import check_vocabulary
 from ..config.commands import ChatConfig, SampleConfig, WritingConfig
 from ..data.chat_template import Message, encode_prompt, fit
 from ..errors import UserError
@@ -15,7 +14,6 @@ from ..files import check_replaceable
 from ..generate.sampling import check_sampling
 from ..generate.stream import TextWriter, stream
 from ..report import console
-from ..tokenizer import END_OF_TEXT
 from ..untrusted.display import shown
 
 HELP = """/reset            forget what was said (not the system message)
@@ -48,7 +46,7 @@ class Chat:
     """
 
     def __init__(self, model: TextModel, config: ChatConfig):
-        check_vocabulary(model.config, "the model")
+        model.tokenizer.check()
         self.model, self.config = model, config
         self.messages: list[Message] = []
         self.answers = 0
@@ -68,17 +66,19 @@ class Chat:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         longest = min(self.config.max_new_tokens, self.model.config.block_size // 2)
-        prompt = encode_prompt(fit(asked, self.model.config.block_size - longest))
+        tokenizer = self.model.tokenizer
+        fitting = fit(asked, self.model.config.block_size - longest, tokenizer)
+        prompt = encode_prompt(fitting, tokenizer)
         seed = self.config.seed + self.answers if self.config.seed >= 0 else None
         tokens = stream(
             self.model,
             [prompt],
             longest,
             seed=seed,
-            stop_token=END_OF_TEXT,
+            stop_token=tokenizer.end_of_text,
             **_sampling(self.config),
         )
-        writer, written = TextWriter(), ""
+        writer, written = TextWriter(tokenizer=tokenizer), ""
         try:
             for (token,) in tokens:
                 if token is not None and (piece := writer.add(token)):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
-from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from ..untrusted.long_text import beginning
 
@@ -24,7 +24,9 @@ OTHER_NAMES = {"developer": "system"}  # OpenAI's newer name of the role
 Message = dict[str, str]  # role, content
 
 
-def encode_conversation(messages: Sequence[Message], most: int = 0) -> tuple[list[int], list[bool]]:
+def encode_conversation(
+    messages: Sequence[Message], most: int = 0, tokenizer: Tokenizer | None = None
+) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and a mask of the learned tokens.
 
     The assistant's texts are learned, each with its end-of-text token.
@@ -32,10 +34,12 @@ def encode_conversation(messages: Sequence[Message], most: int = 0) -> tuple[lis
     Args:
         messages: as returned by `check_messages`.
         most: tokens after which encoding may stop, with at least one token more; 0: never.
+        tokenizer: the model's; by default GPT-2's.
 
     Returns:
         (token ids, True for each learned token).
     """
+    tokenizer = tokenizer or gpt2_tokenizer()
     ids: list[int] = []
     learned: list[bool] = []
     own = False  # the next head begins with the end-of-text token of this assistant's message
@@ -45,21 +49,24 @@ def encode_conversation(messages: Sequence[Message], most: int = 0) -> tuple[lis
         content = message["content"]
         if most:  # the text of `most` tokens and some more; the rest would be cut off
             content = beginning(content, (most + 2) * LONGEST_TOKEN)
-        head, text = _head(message["role"]), gpt2_tokenizer().encode(content)
+        head, text = _head(message["role"], tokenizer), tokenizer.encode(content)
         ids += head + text
         learned += [own] + [False] * (len(head) - 1)
         own = message["role"] == "assistant"
         learned += [own] * len(text)
-    return [*ids, END_OF_TEXT], [*learned, own]
+    return [*ids, tokenizer.end_of_text], [*learned, own]
 
 
-def encode_prompt(messages: Sequence[Message]) -> list[int]:
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer | None = None) -> list[int]:
     """Token ids of a conversation, ending with the head of the assistant's next message."""
-    ids, _ = encode_conversation(messages)
-    return ids[:-1] + _head("assistant")
+    tokenizer = tokenizer or gpt2_tokenizer()
+    ids, _ = encode_conversation(messages, tokenizer=tokenizer)
+    return ids[:-1] + _head("assistant", tokenizer)
 
 
-def fit(messages: Sequence[Message], room: int) -> list[Message]:
+def fit(
+    messages: Sequence[Message], room: int, tokenizer: Tokenizer | None = None
+) -> list[Message]:
     """Drops the oldest messages until the prompt fits.
 
     System messages and the last message are never dropped.
@@ -67,12 +74,14 @@ def fit(messages: Sequence[Message], room: int) -> list[Message]:
     Args:
         messages: at least one.
         room: maximum number of prompt tokens.
+        tokenizer: the model's; by default GPT-2's.
 
     Raises:
         UserError: system messages and the last message alone are too long.
     """
-    kept, answer = list(messages), len(_head("assistant"))
-    lengths = [len(encode_prompt([message])) - answer for message in kept]  # of each message
+    tokenizer = tokenizer or gpt2_tokenizer()
+    kept, answer = list(messages), len(_head("assistant", tokenizer))
+    lengths = [len(encode_prompt([m], tokenizer)) - answer for m in kept]  # of each message
     while (length := sum(lengths) + answer) > room:
         oldest = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), None)
         if oldest is None:
@@ -84,9 +93,9 @@ def fit(messages: Sequence[Message], room: int) -> list[Message]:
     return kept
 
 
-def _head(role: str) -> list[int]:
+def _head(role: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a message before its text: end of text, role, line break."""
-    return [END_OF_TEXT, *gpt2_tokenizer().encode(f"{role}\n")]
+    return [tokenizer.end_of_text, *tokenizer.encode(f"{role}\n")]
 
 
 def messages_of(item: dict[str, Any]) -> list[Message]:

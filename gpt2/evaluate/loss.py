@@ -12,7 +12,7 @@ from ..data.loader import Batch
 from ..distributed.runtime import Runtime
 from ..model.gpt import LanguageModel
 from ..model.packed_documents import packed
-from ..tokenizer import gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 
 SIGNAL_CHECK_BATCHES = 8  # batches between two checks for a signal
 
@@ -45,20 +45,26 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, batches: Iterable[Batch], rt: Runtime) -> Evaluation | None:
+def evaluate(
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    rt: Runtime,
+    tokenizer: Tokenizer | None = None,
+) -> Evaluation | None:
     """Loss of a model over this rank's batches, summed over ranks.
 
     Args:
         model: in any mode, which is restored afterwards.
         batches: equally many on every rank.
         rt: this process.
+        tokenizer: the model's; by default GPT-2's.
 
     Returns:
         The sums, or None if a signal asked any rank to stop.
     """
     was_training = model.training
     model.eval()
-    token_bytes = _bytes_per_token().to(rt.device)
+    token_bytes = _bytes_per_token(tokenizer or gpt2_tokenizer()).to(rt.device)
     # integers: float32 is exact only up to 2**24
     nats = torch.zeros((), device=rt.device)
     counts = torch.zeros(2, dtype=torch.int64, device=rt.device)
@@ -83,5 +89,5 @@ def combine(parts: Iterable[Evaluation]) -> Evaluation:
 
 
 @functools.cache
-def _bytes_per_token() -> torch.Tensor:
-    return torch.from_numpy(gpt2_tokenizer().bytes_per_token())
+def _bytes_per_token(tokenizer: Tokenizer) -> torch.Tensor:
+    return torch.from_numpy(tokenizer.bytes_per_token())

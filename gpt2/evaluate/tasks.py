@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..huggingface.downloads import Downloads
 from ..huggingface.hub import WAY_OUT, HubDataset
 from ..model.gpt import LanguageModel
-from ..tokenizer import gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 from .scoring import Continuation, score
 
 HUB = "hub"  # instead of the name of a file
@@ -34,7 +34,7 @@ class Task:
         name: in options and metrics.
         repository: dataset on the Hub.
         file: path in the repository.
-        read: row -> item; raises if the row is none.
+        read: (row, tokenizer) -> item; raises if the row is none.
         needs: the fields of a row, for the error message.
         ask: (model, items, runtime) -> metrics, or None if a signal asked to stop.
     """
@@ -42,12 +42,14 @@ class Task:
     name: str
     repository: str
     file: str
-    read: Callable[[dict[str, Any]], Any]
+    read: Callable[[dict[str, Any], Tokenizer], Any]
     needs: str
     ask: Callable[[LanguageModel, list[Any], Runtime], dict[str, float] | None]
 
 
-def load_items(task: Task, spec: str, log: Callable[[str], None]) -> list[Any]:
+def load_items(
+    task: Task, spec: str, log: Callable[[str], None], tokenizer: Tokenizer | None = None
+) -> list[Any]:
     """Reads the items of a task and encodes them as token ids.
 
     Args:
@@ -55,6 +57,7 @@ def load_items(task: Task, spec: str, log: Callable[[str], None]) -> list[Any]:
         spec: a .jsonl (also .gz, .xz, .zst) or .parquet file, or "hub" for the one on the Hub,
             which is verified and kept in data/downloads.
         log: gets messages about the download.
+        tokenizer: the model's; by default GPT-2's.
 
     Raises:
         UserError: no such file, a row that is no item, no items, or the download failed.
@@ -63,7 +66,7 @@ def load_items(task: Task, spec: str, log: Callable[[str], None]) -> list[Any]:
     items = []
     for number, fields in read_items(path):
         try:
-            items.append(task.read(fields))
+            items.append(task.read(fields, tokenizer or gpt2_tokenizer()))
         except (AttributeError, KeyError, TypeError, ValueError):  # JSON values of any type
             raise UserError(f"{path}: row {number} is no item; it needs {task.needs}") from None
     if not items:
@@ -90,14 +93,12 @@ def _download(task: Task, log: Callable[[str], None]) -> Path:
         downloads.close()
 
 
-def _read_multiple_choice(fields: dict[str, Any]) -> MultipleChoice:
+def _read_multiple_choice(fields: dict[str, Any], tokenizer: Tokenizer) -> MultipleChoice:
     context, endings, label = fields["ctx"], fields["endings"], int(fields["label"])
     if not context.strip() or not isinstance(endings, list) or len(endings) < 2 or not all(endings):
         raise ValueError
-    ids = gpt2_tokenizer().encode(context)
-    continuations: list[Continuation] = [
-        (ids, gpt2_tokenizer().encode(" " + ending)) for ending in endings
-    ]
+    ids = tokenizer.encode(context)
+    continuations: list[Continuation] = [(ids, tokenizer.encode(" " + e)) for e in endings]
     if not 0 <= label < len(continuations):
         raise ValueError
     return MultipleChoice(continuations, label)
@@ -132,11 +133,11 @@ def _ask_hellaswag(
     }
 
 
-def _read_last_word(fields: dict[str, Any]) -> Continuation:
+def _read_last_word(fields: dict[str, Any], tokenizer: Tokenizer) -> Continuation:
     context, space, word = fields["text"].rstrip().rpartition(" ")
     if not space or not context.strip():
         raise ValueError
-    return gpt2_tokenizer().encode(context), gpt2_tokenizer().encode(" " + word)
+    return tokenizer.encode(context), tokenizer.encode(" " + word)
 
 
 def _ask_lambada(

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError
 from ..model.gpt import LanguageModel
-from ..tokenizer import gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 from .decoder import GRAPH_MIN_TOKENS, Decoder
 from .sampling import Sampling, check_sampling
 from .speculative import DRAFT_MIN_PARAMETERS, DRAFT_TOKENS
@@ -130,18 +129,18 @@ class TextWriter:
 
     Args:
         stops: strings before which the text ends.
+        tokenizer: the model's; by default GPT-2's.
     """
 
-    def __init__(self, stops: Sequence[str] = ()):
-        self.stops = tuple(stops)
+    def __init__(self, stops: Sequence[str] = (), tokenizer: Tokenizer | None = None):
+        self.stops, self.tokenizer = tuple(stops), tokenizer or gpt2_tokenizer()
         self.stopped = False  # a stop string has occurred
         self._held = ""  # may be the beginning of a stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
         """Adds a token; returns the text that is now certain, "" after a stop string."""
-        known = [token] if token < GPT2_VOCAB_SIZE else []  # ids of added tokens have no text
-        return self._release(self._decoder.decode(gpt2_tokenizer().decode_bytes(known)))
+        return self._release(self._decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def finish(self) -> str:
         """Ends the text; returns what was held back."""

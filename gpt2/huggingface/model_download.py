@@ -4,6 +4,7 @@ Files come through huggingface_hub's cache, so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFF
 work as usual. All files come from one commit. Each is compared with the sha256 in its cache path.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,21 @@ from pathlib import Path
 
 from ..errors import UserError, first_line
 from ..files import sha256_of
-from . import model_format
+from . import model_format, own_tokenizer
 from .hub import http_library
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def download(repository: str, revision: str = "") -> Path:
+def download(repository: str, revision: str = "", *, with_tokenizer: bool = True) -> Path:
     """The folder of the Hub's cache that holds config.json and the safetensors of a model.
 
     The commit of config.json is the commit of all other files.
+
+    Args:
+        repository: OWNER/NAME.
+        revision: commit, tag or branch; empty: the newest.
+        with_tokenizer: also get the files that say which tokenizer it has.
 
     Raises:
         UserError: no such model or revision, no access, no connection, no safetensors, damage.
@@ -44,6 +50,10 @@ def download(repository: str, revision: str = "") -> Path:
             ) from None
         for name in model_format.index_files(index):
             _verify(_fetch(repository, name, commit))
+    if with_tokenizer:
+        for name in own_tokenizer.DOWNLOADED:
+            with contextlib.suppress(_Missing):
+                _fetch(repository, name, commit)
     return folder
 
 

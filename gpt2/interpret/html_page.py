@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 from .logit_lens import Look
 
 MARK = '<meta name="generator" content="gpt2 inspect">'  # identifies our own pages
@@ -42,11 +42,11 @@ def pack_attention(weights: Tensor) -> bytes:
     return roots.to(torch.uint8).numpy().tobytes()
 
 
-def token_name(token: int) -> str | list[int]:
+def token_name(token: int, tokenizer: Tokenizer | None = None) -> str | list[int]:
     """Text of a token; the values of its bytes where they are part of a character only."""
-    tokenizer = gpt2_tokenizer()
-    if token == END_OF_TEXT:
-        return END_OF_TEXT_NAME
+    tokenizer = tokenizer or gpt2_tokenizer()
+    if token == tokenizer.end_of_text:
+        return tokenizer.end_of_text_name
     if token >= tokenizer.vocab_size:
         return f"[{token}]"  # a vocabulary that was made larger
     raw = tokenizer.decode_bytes([token])
@@ -56,7 +56,7 @@ def token_name(token: int) -> str | list[int]:
         return list(raw)
 
 
-def pieces(ids: Sequence[int]) -> list[str]:
+def pieces(ids: Sequence[int], tokenizer: Tokenizer | None = None) -> list[str]:
     """The text of each token as it stands in the whole text.
 
     A character of several tokens stands whole with the first of them, and "" with the others.
@@ -64,7 +64,7 @@ def pieces(ids: Sequence[int]) -> list[str]:
     texts, open_at = [], None  # open_at: where a character began that is not complete yet
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for at, token in enumerate(ids):
-        name = token_name(token)
+        name = token_name(token, tokenizer)
         text = decoder.decode(bytes(name) if isinstance(name, list) else name.encode())
         waiting = bool(decoder.getstate()[0])
         if open_at is None:
@@ -81,18 +81,19 @@ def pieces(ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def build(look: Look, facts: dict[str, Any]) -> str:
+def build(look: Look, facts: dict[str, Any], tokenizer: Tokenizer | None = None) -> str:
     """The page.
 
     Args:
         look: what to show.
         facts: of the model and the text as a whole, for the head of the page (see page/inspect.js).
+        tokenizer: the model's; by default GPT-2's.
     """
     used = {*look.ids, *look.top_ids.flatten().tolist(), *look.lens_ids.flatten().tolist()}
     data = facts | {
         "ids": look.ids,
-        "pieces": pieces(look.ids),
-        "names": {token: token_name(token) for token in sorted(used)},
+        "pieces": pieces(look.ids, tokenizer),
+        "names": {token: token_name(token, tokenizer) for token in sorted(used)},
         "nats": _short(look.nats),
         "ranks": look.ranks.tolist(),
         "topIds": look.top_ids.tolist(),

@@ -4,11 +4,10 @@ import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..config.model import GPT2_VOCAB_SIZE
 from ..generate.continuous_batch import Generation
 from ..generate.logprobs import TokenLogprobs
 from ..generate.stream import TextWriter
-from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 
 
 class ScoredToken(NamedTuple):
@@ -25,7 +24,8 @@ class Choice:
         generation: prompt and sampling settings. A `top_logprobs` makes pieces hold scored tokens.
         index: number of the text in the answer.
         stops: strings before which the text ends.
-        echo: the text begins with the prompt. Ids that are not GPT-2's have no text.
+        tokenizer: the model's; by default GPT-2's.
+        echo: the text begins with the prompt. Ids behind the vocabulary have no text.
         limit: new tokens of the text; None for the generation's own limit. With 0, the text is the
             prompt: the one token that is generated all the same is dropped.
     """
@@ -35,20 +35,23 @@ class Choice:
         generation: Generation,
         index: int,
         stops: Sequence[str] = (),
+        tokenizer: Tokenizer | None = None,
         *,
         echo: bool = False,
         limit: int | None = None,
     ):
         self.generation, self.index = generation, index
         self.limit = generation.limit if limit is None else limit
-        self.writer = TextWriter(stops)
+        self.tokenizer = tokenizer = tokenizer or gpt2_tokenizer()
+        self.writer = TextWriter(stops, tokenizer)
         self.written = 0  # tokens, without the end-of-text token
         self.finish: str | None = None  # "stop" or "length" once the text has ended
-        self._echo = _text(generation.tokens) if echo else ""  # until it is sent
+        prompt = tokenizer.decode_bytes(generation.tokens if echo else ())
+        self._echo = prompt.decode("utf-8", errors="replace")  # until it is sent
         self._sent = 0  # characters of the pieces so far
         self._places: _Places | None = None  # of tokens, if their log-probabilities are wanted
         if generation.top_logprobs is not None:
-            self._places = _Places()
+            self._places = _Places(tokenizer)
             if generation.prompt_logprobs:
                 self._places.add(generation.tokens)
             self._places.begin_text(len(self._echo))
@@ -68,7 +71,7 @@ class Choice:
         return Piece(self, text, self.finish, self._scored() if self._places else ())
 
     def _write(self, token: int) -> str:
-        if token == END_OF_TEXT:
+        if token == self.tokenizer.end_of_text:
             self.finish = "stop"
             return self.writer.finish()
         self.written += 1
@@ -102,7 +105,8 @@ class Piece(NamedTuple):
 class _Places:
     """Where the tokens of a text begin, in characters."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._begins: list[int] = []
         self._taken = self._characters = 0
         self._decoder = _decoder()
@@ -111,7 +115,8 @@ class _Places:
         """Adds tokens behind the last."""
         for token in tokens:
             self._begins.append(self._characters)
-            self._characters += len(self._decoder.decode(_bytes([token])))
+            raw = self._tokenizer.decode_bytes([token])
+            self._characters += len(self._decoder.decode(raw))
 
     def begin_text(self, characters: int) -> None:
         """The next token is the first of the new text, behind so many characters of the prompt."""
@@ -130,12 +135,3 @@ class _Places:
 
 def _decoder() -> codecs.IncrementalDecoder:
     return codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-
-def _bytes(tokens: Sequence[int]) -> bytes:
-    """UTF-8 of tokens; ids that are not GPT-2's have no text."""
-    return gpt2_tokenizer().decode_bytes([i for i in tokens if i < GPT2_VOCAB_SIZE])
-
-
-def _text(tokens: Sequence[int]) -> str:
-    return _bytes(tokens).decode("utf-8", errors="replace")

@@ -22,7 +22,6 @@ from ..data.chat_template import check_messages, encode_prompt, fit
 from ..errors import UserError
 from ..generate.continuous_batch import Generation
 from ..generate.sampling import MAX_PENALTY, MIN_PENALTY, Sampling
-from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
 from ..untrusted.parsing import load_json
 from .choice import Choice
 from .engine import TextRequest
@@ -247,11 +246,11 @@ class ChatRequest(SamplingRequest, LackingChatFields):
         if self.fit_context:
             longest = min(self.max_new_tokens() or served.block_size, served.block_size // 2)
             try:
-                messages = fit(messages, served.block_size - longest)
+                messages = fit(messages, served.block_size - longest, served.tokenizer)
             except UserError as error:
                 raise _too_long(str(error), "messages") from None
         _check_bytes((m["content"] for m in messages), served, "messages")
-        return [encode_prompt(messages)]
+        return [encode_prompt(messages, served.tokenizer)]
 
 
 Body = TypeVar("Body", bound=SamplingRequest)
@@ -311,7 +310,8 @@ def make_request(body: SamplingRequest, served: ServedModel) -> TextRequest:
                 top_logprobs=likeliest,
                 prompt_logprobs=echo and likeliest is not None,
             )
-            choices.append(Choice(generation, index, body.stops(), echo=echo, limit=limit))
+            stops, tokenizer = body.stops(), served.tokenizer
+            choices.append(Choice(generation, index, stops, tokenizer, echo=echo, limit=limit))
     return TextRequest(choices, sum(map(len, prompts)))
 
 
@@ -373,7 +373,8 @@ def _is_id(value: Any) -> bool:
 def _prompt(item: Any, served: ServedModel) -> list[int]:
     if isinstance(item, str):
         _check_bytes([item], served, "prompt")
-        return gpt2_tokenizer().encode(item) or [END_OF_TEXT]  # the empty prompt begins a document
+        begin = [served.tokenizer.end_of_text]  # the empty prompt begins a document
+        return served.tokenizer.encode(item) or begin
     if not isinstance(item, list) or not item or not all(map(_is_id, item)):
         raise ApiError("prompt must be a string, token ids, or a list of either", param="prompt")
     if not all(0 <= i < served.vocab_size for i in item):

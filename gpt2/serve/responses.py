@@ -75,7 +75,8 @@ class Answer:
     def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        return of_chat(scored) if self.chat else of_completion(scored)
+        tokenizer = self.request.choices[0].tokenizer
+        return of_chat(scored, tokenizer) if self.chat else of_completion(scored, tokenizer)
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """The chunks of a piece; the last one of a chat has no text, as in OpenAI's API."""

@@ -1,7 +1,9 @@
 """`ServedModel`: the facts about the model that requests are checked against."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 
 MAX_TEXTS = 128  # of one request: prompts times n
 
@@ -19,6 +21,7 @@ class ServedModel:
         max_texts: texts that one request may ask for.
         max_new_tokens: limit per text; 0 for no limit but the context.
         created: seconds since 1970.
+        tokenizer: the model's.
     """
 
     name: str
@@ -28,6 +31,7 @@ class ServedModel:
     max_texts: int = MAX_TEXTS
     max_new_tokens: int = 0
     created: int = 0
+    tokenizer: Tokenizer = field(default_factory=gpt2_tokenizer)
 
     def card(self) -> dict[str, Any]:
         """The model's entry in /v1/models."""

@@ -18,7 +18,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..api import GPT2, TextModel
-from ..checkpoint.weights import check_vocabulary
 from ..config.command_line import read_toml
 from ..config.commands import ServeConfig
 from ..data.conversations import is_chat
@@ -105,6 +104,7 @@ def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
         max_texts=min(MAX_TEXTS, config.slots + config.max_queue),
         max_new_tokens=config.max_new_tokens,
         created=int(time.time()),
+        tokenizer=model.tokenizer,
     )
 
 
@@ -326,7 +326,7 @@ def _health(engine: Engine, served: ServedModel) -> dict[str, Any]:
 
 def _load(path: str, config: ServeConfig) -> TextModel:
     model = GPT2.from_pretrained(path, device=config.device)
-    check_vocabulary(model.config, path)
+    model.tokenizer.check()
     device = model.transformer.wte.weight.device
     best = choose_dtype("auto", device)[0] if device.type == "cuda" else torch.float32
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and best == torch.bfloat16)

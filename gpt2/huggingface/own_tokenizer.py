@@ -1,0 +1,316 @@
+"""The tokenizer of a model that does not speak GPT-2's: byte-level BPE from its own folder.
+
+Many models with GPT-2's network have another tokenizer: of another language, of code, or GPT-2's
+with added tokens. Their ids mean other text. GPT-2's vocabulary is assumed only where a folder does
+not say otherwise: by its tokenizer.json, its vocab.json, or the special ids of its config.json.
+
+The library `tokenizers` encodes. Ids become bytes by the table of GPT-2's release, which every
+byte-level BPE uses (Radford et al. 2019), so that a stream never shows half a character.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config.model import GPT2_VOCAB_SIZE
+from ..errors import UserError, install_command
+from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, NoTokenizer, Tokenizer, merges_folder
+from ..untrusted.display import shown
+from ..untrusted.parsing import load_json, read_bytes, read_json
+
+JSON_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+ADDED_FILE, SPECIAL_FILE = "added_tokens.json", "special_tokens_map.json"
+# What belongs to a tokenizer; export and push keep these files as they are.
+FILES = (
+    *(JSON_FILE, SETTINGS_FILE, VOCAB_FILE, MERGES_FILE, ADDED_FILE, SPECIAL_FILE),
+    *("chat_template.jinja", "chat_template.json", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+DOWNLOADED = (*FILES[:6], "chat_template.jinja")  # of these there may be any
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+MAX_VALUES = 1_500_000  # of a tokenizer.json; 250,000 tokens and their merges have as many
+
+
+class OwnTokenizer(Tokenizer):
+    """Text to ids and back by a tokenizer.json. A literal special token in a text is text.
+
+    Args:
+        content: the bytes of a tokenizer.json.
+        end_of_text: id of the token that separates documents.
+        origin: folder or file, for messages.
+
+    Raises:
+        UserError: it is damaged, no byte-level BPE, or `tokenizers` is not installed.
+    """
+
+    name = "own"
+
+    def __init__(self, content: bytes, end_of_text: int, origin: str):
+        values = load_json(content, origin, dict, max_values=MAX_VALUES)
+        if problem := _not_byte_level(values):
+            raise UserError(f"{origin}: {problem}; its model can be exported, and continue token "
+                            "ids in Python")  # fmt: skip
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(
+                f"{origin}: a tokenizer of its own needs the package tokenizers; run: "
+                f"{install_command('tokenizers')}"
+            ) from None
+        try:
+            self._encoder = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - Exception itself, and panics of Rust
+            raise UserError(f"{origin}: not read by tokenizers ({shown(error)})") from None
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        self._encoder.encode_special_tokens = True
+        self.content, self.origin = content, origin
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._bytes = _bytes_of_tokens(values, origin)
+        self._special = {
+            token["id"] for token in values.get("added_tokens") or () if token.get("special")
+        }
+        self.vocab_size = len(self._bytes)
+        self.end_of_text = end_of_text
+        if not 0 <= end_of_text < self.vocab_size:
+            raise UserError(f"{origin}: token {end_of_text}, which ends a text, is not in it")
+        self.end_of_text_name = self._bytes[end_of_text].decode("utf-8", errors="replace")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
+        return list(self._encoder.encode(_whole(text), add_special_tokens=False).ids)
+
+    def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of documents one after the other, an end-of-text token in front of each.
+
+        Returns:
+            (tokens, lengths): tokens of all documents, uint16, or uint32 where ids need it; int64
+            number of tokens of each document, its end-of-text token included.
+        """
+        kind = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        found = [np.array([self.end_of_text, *self.encode(text)], dtype=kind) for text in texts]
+        tokens = np.concatenate(found) if found else np.empty(0, kind)
+        return tokens, np.array([len(part) for part in found], dtype=np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids. Invalid UTF-8, such as half a character, becomes U+FFFD.
+
+        Raises:
+            UserError: for an id outside the vocabulary.
+        """
+        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise UserError(f"token {bad[0]} is not in the vocabulary of {self.origin}")
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of ids; an id outside the vocabulary has none."""
+        return b"".join(self._bytes[i] for i in ids if i < self.vocab_size)
+
+    def bytes_per_token(self) -> np.ndarray:
+        """int64 (V,): number of UTF-8 bytes of each token; 0 for special tokens."""
+        lengths = [0 if i in self._special else len(b) for i, b in enumerate(self._bytes)]
+        lengths[self.end_of_text] = 0
+        return np.array(lengths, dtype=np.int64)
+
+
+def tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a model's folder; None for GPT-2's, and for a vocabulary too small for it.
+
+    Args:
+        folder: config.json and what lies beside it.
+        values: the content of config.json.
+        vocab_size: rows of the token embedding.
+    """
+    content = _content(folder)
+    end = _end_of_text(folder, values, content)
+    if content is None:
+        odd = [f"{n}={values[n]!r}" for n in SPECIAL_IDS[:2]
+               if values.get(n) not in (None, END_OF_TEXT)]  # fmt: skip
+        if not odd or vocab_size < GPT2_VOCAB_SIZE:
+            return None
+        return NoTokenizer(
+            f"{folder}: its config.json says {shown(', '.join(odd))}, and GPT-2's is "
+            f"{END_OF_TEXT}: it has another tokenizer, and no {JSON_FILE} beside it; it can be "
+            "exported, and continue token ids in Python"
+        )
+    if end in (None, END_OF_TEXT) and _is_gpt2(content):
+        return None
+    try:
+        found = OwnTokenizer(content, -1 if end is None else end, str(folder / JSON_FILE))
+    except UserError as error:
+        return NoTokenizer(str(error))
+    if found.vocab_size > vocab_size:
+        return NoTokenizer(
+            f"{folder}: its tokenizer has {found.vocab_size:,} tokens and its network "
+            f"{vocab_size:,}; it can be exported, and continue token ids in Python"
+        )
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The tokenizer's files in a folder, by name: what `export` copies.
+
+    Raises:
+        UserError: a file that cannot be read, or is larger than any tokenizer.
+    """
+    return {name: read_bytes(folder / name) for name in FILES if (folder / name).exists()}
+
+
+def stored_tokenizer(value: Any, path: Path) -> Tokenizer | None:
+    """The tokenizer in a checkpoint, as `to_store` made it; None if there is none.
+
+    Raises:
+        UserError: it is damaged, or `tokenizers` is not installed.
+    """
+    if value is None:
+        return None
+    value = value if isinstance(value, dict) else {}
+    content, end, reason = (value.get(name) for name in ("content", "end_of_text", "reason"))
+    if isinstance(reason, str):
+        return NoTokenizer(reason)
+    if not isinstance(content, Tensor) or content.dtype != torch.uint8 or not isinstance(end, int):
+        raise UserError(f"{path}: its `tokenizer` is damaged")
+    return OwnTokenizer(content.numpy().tobytes(), end, str(path))
+
+
+def to_store(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer for a checkpoint. A tensor, because pickles of strangers must be small."""
+    if not isinstance(tokenizer, OwnTokenizer):
+        return {"reason": getattr(tokenizer, "reason", "")}
+    content = torch.frombuffer(bytearray(tokenizer.content), dtype=torch.uint8)
+    return {"content": content, "end_of_text": tokenizer.end_of_text}
+
+
+def _content(folder: Path) -> bytes | None:
+    """A tokenizer.json: the folder's, or one made of its vocab.json and merges.txt."""
+    if (folder / JSON_FILE).exists():
+        return read_bytes(folder / JSON_FILE)
+    if not (folder / VOCAB_FILE).exists() or not (folder / MERGES_FILE).exists():
+        return None
+    vocab = read_json(folder / VOCAB_FILE)
+    lines = read_bytes(folder / MERGES_FILE).decode("utf-8", errors="replace").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    added = read_json(folder / ADDED_FILE) if (folder / ADDED_FILE).exists() else {}
+    named = {END_OF_TEXT_NAME: vocab[END_OF_TEXT_NAME]} if END_OF_TEXT_NAME in vocab else {}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    made = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": number, "content": text, **flags, "special": True}
+            for text, number in sorted({**named, **added}.items(), key=lambda item: str(item[1]))
+        ],
+        "normalizer": None,
+        "pre_tokenizer": cut,
+        "post_processor": None,
+        "decoder": cut,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    return json.dumps(made).encode()
+
+
+def _end_of_text(folder: Path, values: dict[str, Any], content: bytes | None) -> int | None:
+    """The token that ends a text: by config.json, else by name in tokenizer_config.json."""
+    for key in ("eos_token_id", "bos_token_id"):
+        value = values.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    if content is None or not (folder / SETTINGS_FILE).exists():
+        return None
+    settings = read_json(folder / SETTINGS_FILE)
+    ends = settings.get("eos_token") or settings.get("bos_token")
+    name = ends.get("content") if isinstance(ends, dict) else ends
+    tokens = load_json(content, folder, dict, max_values=MAX_VALUES)
+    for token in tokens.get("added_tokens") or ():
+        if isinstance(token, dict) and token.get("content") == name:
+            return token.get("id") if isinstance(token.get("id"), int) else None
+    return None
+
+
+def _is_gpt2(content: bytes) -> bool:
+    """Whether a tokenizer.json has GPT-2's ids and merges, and no added token but its own."""
+    try:
+        values = load_json(content, JSON_FILE, dict, max_values=MAX_VALUES)
+        model = values["model"]
+        added = {token["id"]: token["content"] for token in values.get("added_tokens") or ()}
+        vocab, merges = _gpt2_model()
+        found = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        return (
+            model["vocab"] == vocab
+            and found == merges
+            and set(added.items()) <= {(END_OF_TEXT, END_OF_TEXT_NAME)}
+        )
+    except (UserError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@functools.cache
+def _gpt2_model() -> tuple[dict[str, int], list[str]]:
+    folder = merges_folder()
+    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]
+    return read_json(folder / "encoder.json"), merges
+
+
+def _not_byte_level(values: dict[str, Any]) -> str:
+    """Why a tokenizer.json is not byte-level BPE; empty: it is."""
+    model, decoder = values.get("model"), values.get("decoder")
+    kind = model.get("type") if isinstance(model, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if kind != "BPE" or not isinstance(vocab, dict):
+        return f"its model is {shown(repr(kind))}, and only byte-level BPE is read"
+    listed = decoder.get("decoders") if isinstance(decoder, dict) else None
+    parts = listed if isinstance(listed, list) else [decoder]
+    if not any(isinstance(part, dict) and part.get("type") == "ByteLevel" for part in parts):
+        return "its decoder is not ByteLevel, and only byte-level BPE is read"
+    return ""
+
+
+def _bytes_of_tokens(values: dict[str, Any], origin: str) -> list[bytes]:
+    """Bytes of each id; empty for an id that no token has."""
+    vocab: dict[str, Any] = values["model"]["vocab"]
+    added = [t for t in values.get("added_tokens") or () if isinstance(t, dict)]
+    named = {t.get("content"): t.get("id") for t in added}
+    numbers = [*vocab.values(), *named.values()]
+    whole = all(isinstance(i, int) and 0 <= i < 2**24 for i in numbers)
+    if not whole or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{origin}: its tokens are not numbered")
+    table, letters = [b""] * (1 + max(numbers, default=-1)), byte_of_letter()
+    for text, number in vocab.items():
+        if text not in named:
+            table[number] = b"".join(letters.get(c, c.encode("utf-8", "replace")) for c in text)
+    for token in added:
+        table[token["id"]] = token["content"].encode("utf-8", "replace")
+    return table
+
+
+@functools.cache
+def byte_of_letter() -> dict[str, bytes]:
+    """GPT-2's letter for each byte, backwards.
+
+    Printable characters of Latin-1 stand for themselves, the other 68 bytes for the letters from
+    U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): bytes([byte]) for byte in printable}
+    return letters | {chr(256 + number): bytes([byte]) for number, byte in enumerate(others)}
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD in the place of lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -6,7 +6,6 @@ nanoGPT, build-nanogpt and llm.c are also read (`other_formats.py`). Reading exe
 optimizer state.
 """
 
-import re
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ..config.switches import SWITCH_NAMES
 from ..distributed import fsdp
 from ..errors import UserError
 from ..files import replacing_file, replacing_folder
+from ..huggingface.model_format import WRAPPER_PREFIX, with_table
 from ..huggingface.own_tokenizer import to_store
 from ..model.lora import merged_state
 from ..tokenizer import Tokenizer
@@ -32,8 +32,6 @@ from .safe_load import check_sums, in_memory, torch_load
 from .write_errors import bytes_of, write_errors
 
 FORMAT = 1  # of out_ckpt.pt
-# Prefixes that torch.compile, DistributedDataParallel and FSDP add to parameter names.
-WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)\.")
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -139,6 +137,7 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     ):
         raise UserError(f"{path}: its `model` is not a table of tensors")
     state = strip_prefixes(state)
+    state = with_table(state, state) if "transformer.wpe.weight" in state else state
     if odd := [n for n, t in state.items() if not t.is_floating_point()]:
         raise UserError(
             f"{path}: {shown(odd[0])} holds whole numbers; quantized files are not read"
@@ -152,7 +151,8 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
         check_size(config, path.stat().st_size, path)
         theirs = {n: t for n, t in state.items() if n != "lm_head.weight"}
         check_fit(parameter_shapes(config), shapes(theirs), path)
-        rest = {n: number_of(rest.get(n)) for n in ("format", "step", "val_loss")}
+        numbers = {n: number_of(rest.get(n)) for n in ("format", "step", "val_loss")}
+        rest = numbers | {n: rest[n] for n in ("tokenizer",) if n in rest}
     check_finite(state, path)
     return config, in_memory(state), rest
 

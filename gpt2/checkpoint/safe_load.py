@@ -51,9 +51,18 @@ def torch_load(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
+        if names := _classes(path):
+            listed = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            raise UserError(
+                f"{path}: refused, it holds more than tensors and plain values: {shown(listed)}; "
+                "save numbers by float() or .item(), and of a module its state_dict()"
+            ) from None
+        reason = first_line(error)
+        if reason.startswith("Weights only load failed"):  # torch's advice is to trust the file
+            reason = "its pickle is damaged"
         raise UserError(
             f"{path}: refused, it is damaged or holds more than tensors and plain values "
-            f"({shown(first_line(error))})"
+            f"({shown(reason)})"
         ) from None
     except Exception as error:  # noqa: BLE001 - on damaged bytes the unpickler raises anything
         raise UserError(f"{path}: not a readable checkpoint ({shown(first_line(error))})") from None
@@ -135,6 +144,15 @@ def _entries(path: Path) -> int:
             raise zipfile.BadZipFile("its number of entries is missing")
         (number,) = struct.unpack_from("<Q", end, 32)
     return number
+
+
+def _classes(path: Path) -> list[str]:
+    """Classes and functions that a pickle names, and that are not loaded."""
+    try:
+        _check_archive(path)
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # noqa: BLE001 - on damaged bytes the unpickler raises anything
+        return []
 
 
 def _stand_ins(path: Path) -> list[tuple[type, str]]:

@@ -24,6 +24,8 @@ from ..untrusted.parsing import read_json
 from . import model_file
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names of OpenAI's weights on the Hub
+BARE = {"distilgpt2": "distilbert/distilgpt2"}  # old names without an owner
+BARE_NAME = re.compile(r"[A-Za-z][\w-]*")
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 BY_POSITION = ("transformer.wpe.",)  # prefixes of tables with one row per position
@@ -63,9 +65,15 @@ def load(source: str | Path, revision: str = "") -> Weights:
         UserError: the source is missing, inaccessible, damaged, or not a GPT-2.
     """
     name, _, behind = str(source).partition("@")
+    name = BARE.get(name, name) if not isinstance(source, Path) else name
     local = Path(source)
     released = name in RELEASED and not isinstance(source, Path)
     if not released and (local.exists() or not HUB_ID.fullmatch(name)):
+        if BARE_NAME.fullmatch(name) and not local.exists():
+            raise UserError(
+                f"{source}: no such file or folder here; models of the Hub are named OWNER/NAME, "
+                f"or {', '.join((*RELEASED, *BARE))}"
+            )
         return load_local(local)
     if local.suffix in CHECKPOINT_SUFFIXES:
         raise UserError(f"{source}: no such checkpoint")
@@ -85,8 +93,13 @@ def load_local(path: str | Path) -> Weights:
         UserError: the source is missing, damaged, or not a GPT-2.
     """
     path = Path(path)
+    of_folder = path.name in model_format.FILES_OF_WEIGHTS and path.is_file()
+    if of_folder and (path.parent / model_format.CONFIG_FILE).exists():
+        path = path.parent  # its config.json says what the tensors are
     if path.is_dir():
         if not (path / model_format.CONFIG_FILE).exists():
+            if (path / "out_ckpt.pt").is_file():  # the folder of a run
+                return load_local(path / "out_ckpt.pt")
             inside = next(iter(sorted(path.glob("*ckpt.pt"), reverse=True)), None)
             hint = f"; use {inside}" if inside else ""
             raise UserError(
@@ -97,7 +110,8 @@ def load_local(path: str | Path) -> Weights:
         values = read_json(path / model_format.CONFIG_FILE)
         own = tokenizer_of(path, values, config.vocab_size)
         told = f"its own tokenizer is used, of {own.vocab_size:,} tokens" if own else ""
-        notes = (told,) if isinstance(own, OwnTokenizer) else ()
+        told_of_tokenizer = (told,) if isinstance(own, OwnTokenizer) else ()
+        notes = told_of_tokenizer + model_format.notes_on(values)
         return Weights(
             config,
             state,

@@ -2,7 +2,8 @@
 
 Module names are equal in both projects. Hugging Face's GPT-2 has four matrices per block in the
 layout (in, out), called Conv1D; ours are (out, in) as in torch.nn.Linear. Hugging Face stores the
-tied head a second time as `lm_head.weight`. Old files store causal masks as buffers.
+tied head a second time as `lm_head.weight`, or under this name alone, as safetensors does with
+shared tensors. Old files store causal masks as buffers. torch.compile, DDP and FSDP add prefixes.
 """
 
 import re
@@ -27,39 +28,63 @@ TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.w
 MASK = re.compile(r"\.attn\.(masked_)?bias$")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"  # lists weights in several files
+FILES_OF_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin")
+HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
+# Prefixes that torch.compile, DistributedDataParallel and FSDP add to parameter names.
+WRAPPER_PREFIX = re.compile(r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module)\.")
 # Fields of config.json that change the network, with the one value that GPT-2 has.
 SETTLED: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
 }
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
-# Shape fields: our name, Hugging Face's name, Hugging Face's alias.
-SHAPE_FIELDS = (
-    ("block_size", "n_positions", "max_position_embeddings"),
-    ("vocab_size", "vocab_size", "vocab_size"),
-    ("n_layer", "n_layer", "num_hidden_layers"),
-    ("n_head", "n_head", "num_attention_heads"),
-    ("n_embd", "n_embd", "hidden_size"),
+# Fields whose other value computes an equal function: in float32 what the first orders anew, and
+# with queries that are divided when they are read (`divide_queries`).
+EQUAL = {"reorder_and_upcast_attn": False, "scale_attn_by_inverse_layer_idx": False}
+# Names of one function in transformers, which computes GELU by tanh, and of the exact one, by erf.
+TANH_GELUS = (
+    *("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"),
+    *("gelu_fast", "gelu_accurate"),
 )
+ERF_GELUS = ("gelu", "gelu_python")
+ERF_NOTE = (
+    "its GELU is computed by erf, GPT-2's and this network's by tanh; they differ by at most "
+    "0.0005, so logits differ a little"
+)
+QUERY_NOTE = (
+    "scores are divided by the number of the layer: its queries were, so that the function is equal"
+)
+# Shape fields: our name, Hugging Face's name, its other names.
+SHAPE_FIELDS = (
+    ("block_size", "n_positions", ("max_position_embeddings", "n_ctx")),
+    ("vocab_size", "vocab_size", ()),
+    ("n_layer", "n_layer", ("num_hidden_layers",)),
+    ("n_head", "n_head", ("num_attention_heads",)),
+    ("n_embd", "n_embd", ("hidden_size",)),
+)
+GPT2_KEYS = {"n_layer", "n_head", "n_embd"}  # of configs from before there was a model_type
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts the state_dict of a GPT2LMHeadModel or GPT2Model to our names and layout."""
     ours = {}
-    for name, tensor in state.items():
-        if name == "lm_head.weight" or MASK.search(name):
-            continue
-        ours[our_name(name)] = tensor.t().contiguous() if TRANSPOSED.search(name) else tensor
-    return ours
+    for theirs, tensor in state.items():
+        name = our_name(theirs)
+        if name != HEAD and not MASK.search(name):
+            ours[name] = tensor.t().contiguous() if TRANSPOSED.search(name) else tensor
+    return with_table(ours, {our_name(name): tensor for name, tensor in state.items()})
 
 
 def our_name(name: str) -> str:
-    """Our name of a tensor of GPT2LMHeadModel or GPT2Model."""
-    return name if name.startswith("transformer.") else f"transformer.{name}"
+    """Our name of a tensor of GPT2LMHeadModel or GPT2Model, without prefixes of wrappers."""
+    name = WRAPPER_PREFIX.sub("", name)
+    return name if name.startswith("transformer.") or name == HEAD else f"transformer.{name}"
+
+
+def with_table(ours: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Takes the head of `state` for the token embedding, where that is stored as the head alone."""
+    return ours if TABLE in ours or HEAD not in state else ours | {TABLE: state[HEAD]}
 
 
 def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,16 +119,22 @@ def config_from_hf(values: dict[str, Any], path: Path) -> GPT2Config:
     Raises:
         UserError: another kind of network; names the fields that differ.
     """
-    if values.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type {shown(repr(values.get('model_type')))} is not gpt2")
+    kind = values.get("model_type", "gpt2" if values.keys() >= GPT2_KEYS else None)
+    if kind != "gpt2":
+        raise UserError(f"{path}: model_type {shown(repr(kind))} is not gpt2")
     odd = {n: values[n] for n, only in SETTLED.items() if values.get(n, only) != only}
+    odd |= {n: values[n] for n in EQUAL if not isinstance(values.get(n, False), bool)}
     odd |= {n: values[n] for n in ("quantization_config", "pruned_heads") if values.get(n)}
-    if values.get("activation_function", TANH_GELUS[0]) not in TANH_GELUS:
+    if values.get("activation_function", TANH_GELUS[0]) not in TANH_GELUS + ERF_GELUS:
         odd["activation_function"] = values["activation_function"]
     shape = {}
-    for ours, name, second in SHAPE_FIELDS:
+    for ours, name, others in SHAPE_FIELDS:
+        given = {n: values[n] for n in (name, *others) if values.get(n) is not None}
+        if len(set(map(repr, given.values()))) > 1:
+            listed = ", ".join(f"{n}={shown(repr(value))}" for n, value in given.items())
+            raise UserError(f"{path}: {listed} are names of one size, and differ")
         default = getattr(GPT2Config, ours)  # equal to transformers' default
-        shape[ours] = values.get(name, values.get(second, default))
+        shape[ours] = next(iter(given.values()), default)
     with named(path):
         config = GPT2Config(**shape, dropout=_common_dropout(values))
     if values.get("n_inner") not in (None, 4 * config.n_embd):
@@ -112,6 +143,28 @@ def config_from_hf(values: dict[str, Any], path: Path) -> GPT2Config:
         listed = ", ".join(f"{name}={shown(repr(value))}" for name, value in odd.items())
         raise UserError(f"{path}: not GPT-2's network, which has no {listed}")
     return config
+
+
+def notes_on(values: dict[str, Any]) -> tuple[str, ...]:
+    """What is done with a model whose config.json says more than `config_from_hf` keeps."""
+    by_erf = values.get("activation_function") in ERF_GELUS
+    divided = values.get("scale_attn_by_inverse_layer_idx") is True
+    return ((ERF_NOTE,) if by_erf else ()) + ((QUERY_NOTE,) if divided else ())
+
+
+def divide_queries(state: dict[str, Tensor], config: GPT2Config) -> None:
+    """Divides the queries of layer i by i + 1, as `scale_attn_by_inverse_layer_idx` does scores.
+
+    Args:
+        state: under our names; changed in place.
+        config: of the network.
+    """
+    for layer in range(config.n_layer):
+        for kind in ("weight", "bias"):
+            name = f"transformer.h.{layer}.attn.c_attn.{kind}"
+            scale = torch.ones(3 * config.n_embd)
+            scale[: config.n_embd] /= layer + 1
+            state[name] = state[name] * (scale[:, None] if kind == "weight" else scale)
 
 
 def config_to_hf(config: GPT2Config) -> dict[str, Any]:
@@ -127,6 +180,7 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
         "activation_function": TANH_GELUS[0],
         **dict.fromkeys(DROPOUTS, config.dropout),
         **SETTLED,
+        **EQUAL,
         "initializer_range": 0.02,
         "bos_token_id": end,
         "eos_token_id": end,
@@ -155,9 +209,11 @@ def read_folder(folder: Path) -> tuple[GPT2Config, dict[str, Tensor]]:
             state |= load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: missing or damaged ({shown(error)})") from None
-    prefix = "transformer." if any(n.startswith("transformer.") for n in state) else ""
-    check_tied(state, f"{prefix}wte.weight", folder)
-    return config, {name: t.float() for name, t in from_hf(state).items()}
+    check_tied({our_name(name): tensor for name, tensor in state.items()}, TABLE, folder)
+    ours = {name: t.float() for name, t in from_hf(state).items()}
+    if values.get("scale_attn_by_inverse_layer_idx"):
+        divide_queries(ours, config)
+    return config, ours
 
 
 def check_headers(files: list[Path], config: GPT2Config, folder: Path) -> None:
@@ -167,6 +223,7 @@ def check_headers(files: list[Path], config: GPT2Config, folder: Path) -> None:
         UserError: damaged headers, or other tensors than the config describes.
     """
     found: Shapes = {}
+    heads: Shapes = {}
     for path in files:
         shapes, types = read_header(path)
         whole = [n for n, kind in types.items() if kind not in FLOATS and not is_mask(n)]
@@ -174,13 +231,14 @@ def check_headers(files: list[Path], config: GPT2Config, folder: Path) -> None:
             raise UserError(
                 f"{folder}: {shown(whole[0])} holds whole numbers; quantized files are not read"
             )
-        found |= {
-            our_name(name): shape[::-1] if TRANSPOSED.search(name) else shape
-            for name, shape in shapes.items()
-            if name != "lm_head.weight" and not is_mask(name)
-        }
+        for theirs, shape in shapes.items():
+            name = our_name(theirs)
+            if name == HEAD:
+                heads[name] = shape
+            elif not is_mask(name):
+                found[name] = shape[::-1] if TRANSPOSED.search(name) else shape
     check_size(config, sum(path.stat().st_size for path in files), folder)
-    check_fit(parameter_shapes(config), found, folder)
+    check_fit(parameter_shapes(config), with_table(found, heads), folder)
 
 
 def weight_files(folder: Path) -> list[str]:

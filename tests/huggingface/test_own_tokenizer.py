@@ -15,10 +15,15 @@ from transformers import GPT2Config as TheirConfig
 
 from gpt2 import GPT2, cli
 from gpt2.checkpoint import weights
+from gpt2.commands import evaluate
+from gpt2.config.commands import EvalConfig, ServeConfig
 from gpt2.data.chat_template import encode_prompt
 from gpt2.errors import UserError
 from gpt2.huggingface import own_tokenizer
 from gpt2.huggingface.own_tokenizer import OwnTokenizer
+from gpt2.serve.logprobs import token_name
+from gpt2.serve.requests import ChatRequest, CompletionRequest, make_request, parse
+from gpt2.serve.server import describe
 from gpt2.tokenizer import NoTokenizer, gpt2_tokenizer
 
 SENTENCES = ["o gato dorme na varanda e o cachorro late", "não há pão à mesa amanhã"] * 9
@@ -77,12 +82,14 @@ def test_ids_bytes_and_text_are_those_of_transformers(own):
     assert ours.decode(ours.encode(TEXT)) == TEXT
     assert ours.end_of_text == theirs.eos_token_id == 0
     literal = ours.encode("<|endoftext|>")
-    assert 0 not in literal and ours.decode(literal) == "<|endoftext|>"
+    assert 0 not in literal
+    assert ours.decode(literal) == "<|endoftext|>"
     lengths = ours.bytes_per_token()
     assert lengths[0] == 0
     assert sum(lengths[ours.encode(TEXT)]) == len(TEXT.encode())
     tokens, counts = ours.encode_documents([TEXT, "", "o gato"])
-    assert tokens.dtype == np.uint16 and sum(counts) == len(tokens)
+    assert tokens.dtype == np.uint16
+    assert sum(counts) == len(tokens)
     assert [i for i, t in enumerate(tokens) if t == 0] == [0, counts[0], counts[0] + 1]
 
 
@@ -241,3 +248,51 @@ def test_more_tokens_than_rows(tmp_path):
     (path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="its tokenizer has 50,258 tokens and its network 50,257"):
         weights.load(path).tokenizer.check()
+
+
+def test_loss_and_bits_per_byte_are_those_of_its_ids(small, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    arguments = [f"--text={tmp_path / 't.txt'}", f"--json={tmp_path / 'r.json'}", "--device=cpu"]
+    assert cli.main(["eval", str(small), *arguments, "--dtype=float32"]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    ids = torch.tensor([[0, *AutoTokenizer.from_pretrained(small).encode(TEXT)]])
+    with torch.no_grad():
+        theirs = GPT2LMHeadModel.from_pretrained(small)(ids, labels=ids).loss.item()
+    assert found["text_loss"] == pytest.approx(theirs, rel=1e-5)
+    nats, size = found["text_loss"] * found["text_tokens"], len(TEXT.encode())
+    assert found["text_bpb"] == pytest.approx(nats / size / np.log(2), rel=1e-5)
+    assert cli.main(["inspect", str(small), TEXT, "--out="]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = AutoTokenizer.from_pretrained(small).encode(TEXT)
+    assert len([line for line in lines if line[:4].strip().isdigit()]) == len(words)
+    with pytest.raises(UserError, match="holds GPT-2's tokens, and"):
+        evaluate.run(str(small), EvalConfig(data_dir="fineweb", device="cpu"))
+
+
+def test_the_harness_asks_in_its_language(small):
+    from gpt2.commands.lm_eval_harness import Harness
+
+    harness, theirs = Harness(str(small), device="cpu"), AutoTokenizer.from_pretrained(small)
+    assert harness.tok_encode(TEXT) == theirs.encode(TEXT)
+    assert harness.eot_token_id == 0
+    written = harness.apply_chat_template([{"role": "user", "content": TEXT}])
+    ids = harness.tok_encode(written)
+    assert ids == encode_prompt([{"role": "user", "content": TEXT}], harness._tokenizer)
+
+
+def test_the_server_speaks_its_language(small):
+    model = GPT2.from_pretrained(str(small), device="cpu")
+    served = describe(str(small), ServeConfig(), model)
+    raw = json.dumps({"prompt": TEXT, "max_tokens": 5, "temperature": 0, "echo": True})
+    request = make_request(parse(raw.encode(), CompletionRequest), served)
+    ids = AutoTokenizer.from_pretrained(small).encode(TEXT)
+    (choice,) = request.choices
+    assert choice.generation.tokens == ids
+    piece = choice.add(ids[1])
+    assert piece.text == TEXT + model.tokenizer.decode([ids[1]])
+    assert choice.add(0).finish == "stop"
+    assert token_name(0, "", model.tokenizer) == "<|endoftext|>"
+    raw = json.dumps({"messages": [{"role": "user", "content": TEXT}], "max_tokens": 5})
+    request = make_request(parse(raw.encode(), ChatRequest), served)
+    prompt = encode_prompt([{"role": "user", "content": TEXT}], model.tokenizer)
+    assert request.choices[0].generation.tokens == prompt

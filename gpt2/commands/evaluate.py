@@ -20,13 +20,13 @@ from ..data.conversations import check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import Dataset, open_datasets, split_eval_tokens
 from ..data.loader import eval_batches
 from ..data.shards import SequenceReader
-from ..data.text_files import read_rows
+from ..data.text_files import garbled, read_rows
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..evaluate.loss import Evaluation, combine, evaluate
 from ..evaluate.scoring import BATCH_TOKENS
-from ..evaluate.tasks import HELLASWAG, LAMBADA, Task, load_items
+from ..evaluate.tasks import HELLASWAG, HUB, LAMBADA, Task, load_items
 from ..files import check_replaceable, write_atomically
 from ..report import console
 from ..tokenizer import Tokenizer
@@ -96,6 +96,11 @@ def _check_sources(checkpoint: Path, config: EvalConfig) -> None:
     """Raises UserError, before gigabytes of weights are read, for what cannot be evaluated on."""
     if config.text and not Path(config.text).is_file():
         raise UserError(f"--text={config.text}: no such file")
+    for spec in (config.hellaswag, config.lambada):
+        if spec and spec != HUB and not Path(spec).is_file():
+            raise UserError(f"{spec}: No such file; or use hub")
+    if config.data_dir and not is_chat(config.data_dir):
+        open_datasets(config.data_dir, with_training=False)
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
     if not asked and not _settings_of_run(checkpoint).get("data_dir", ""):
         raise UserError(
@@ -162,6 +167,8 @@ def _encode(path: Path, limit: int, tokenizer: Tokenizer) -> np.ndarray:
     texts = (text for text, _ in read_rows(path) if text)
     parts, have = [], 0
     while have < limit and (text := next(texts, None)):
+        if why := garbled(text):
+            raise UserError(f"--text={path}: {why}")
         parts.append(tokenizer.encode_documents([text])[0])
         have += len(parts[-1])
     if not parts:

@@ -1,5 +1,6 @@
 """`gpt2 inspect`: a model's predictions for each token of a text, as a table and an HTML page."""
 
+import io
 import math
 import shutil
 import sys
@@ -10,6 +11,7 @@ from ..api import GPT2
 from ..checkpoint import weights
 from ..config.commands import InspectConfig
 from ..config.model import to_dict
+from ..data.text_files import in_utf8
 from ..errors import UserError
 from ..evaluate.loss import Evaluation
 from ..files import write_atomically
@@ -130,10 +132,12 @@ def _quoted(token: int, tokenizer: Tokenizer | None) -> str:
 def _read(text: str, file: str) -> str:
     if bool(text) and bool(file):
         raise UserError("give a text or --file=, not both")
-    try:  # Windows' editors begin a file with a byte order mark
-        if file:
-            return Path(file).read_bytes().decode("utf-8-sig")
-        return sys.stdin.buffer.read().decode("utf-8-sig") if text == "-" else text
+    try:
+        if not file and text != "-":
+            return text
+        raw = Path(file).read_bytes() if file else sys.stdin.buffer.read()
+        # Windows' editors begin a file with a byte order mark
+        return in_utf8(io.BufferedReader(io.BytesIO(raw))).read().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--file={file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -21,7 +21,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup_logging
 
 from ..api import GPT2
-from ..data.chat_template import ROLES, check_messages
+from ..data.chat_formats import ROLES, check_messages
 from ..distributed.devices import choose_device, choose_dtype
 from ..distributed.runtime import Runtime
 from ..errors import UserError

@@ -10,18 +10,15 @@ training data.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
-from ..untrusted.display import shown
 from ..untrusted.long_text import beginning
 
-ROLES = ("system", "user", "assistant")
 LONGEST_TOKEN = 128  # bytes
-OTHER_NAMES = {"developer": "system"}  # OpenAI's newer name of the role
 
-Message = dict[str, str]  # role, content
+NOT_LEARNED = "0"
+Message = dict[str, str]  # role, content; "weight": "0" for an answer that is not learned
 
 
 def encode_conversation(
@@ -29,7 +26,7 @@ def encode_conversation(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and a mask of the learned tokens.
 
-    The assistant's texts are learned, each with its end-of-text token.
+    The assistant's texts are learned, each with its end-of-text token, but for those of weight 0.
 
     Args:
         messages: as returned by `check_messages`.
@@ -52,7 +49,7 @@ def encode_conversation(
         head, text = _head(message["role"], tokenizer), tokenizer.encode(content)
         ids += head + text
         learned += [own] + [False] * (len(head) - 1)
-        own = message["role"] == "assistant"
+        own = message["role"] == "assistant" and message.get("weight") != NOT_LEARNED
         learned += [own] * len(text)
     return [*ids, tokenizer.end_of_text], [*learned, own]
 
@@ -96,67 +93,3 @@ def fit(
 def _head(role: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a message before its text: end of text, role, line break."""
     return [tokenizer.end_of_text, *tokenizer.encode(f"{role}\n")]
-
-
-def messages_of(item: dict[str, Any]) -> list[Message]:
-    """The conversation in a row: OpenAI's `messages`, or Alpaca's `instruction` and `output`.
-
-    Raises:
-        UserError: a key is missing, a role is unknown, or a text is not a string.
-    """
-    if "messages" in item:
-        return check_messages(item["messages"])
-    if "instruction" in item:
-        return _from_alpaca(item)
-    hint = "; text is for `gpt2 prepare`, and then --data=FOLDER" if "text" in item else ""
-    raise UserError(
-        f"neither `messages` (OpenAI) nor `instruction` (Alpaca) among its keys "
-        f"{shown(', '.join(map(str, item))) or '(none)'}{hint}"
-    )
-
-
-def check_messages(value: Any) -> list[Message]:
-    """Role and text of each message of a list in OpenAI's format.
-
-    A text may be split into parts, `[{"type": "text", "text": …}]`. Other keys, such as `name`, are
-    dropped.
-
-    Raises:
-        UserError: a key is missing or a role unknown; messages are numbered from 1.
-    """
-    if not isinstance(value, list) or not value:
-        raise UserError("`messages` must be a list of at least one message")
-    return [_check_message(message, f"message {n}") for n, message in enumerate(value, 1)]
-
-
-def _check_message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise UserError(f"{where} is not an object with `role` and `content`")
-    for key in ("role", "content"):
-        if key not in message:
-            raise UserError(f"{where} has no `{key}`")
-    role = message["role"]
-    role = OTHER_NAMES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise UserError(f"{where}: role {shown(repr(role))} is unknown; use {', '.join(ROLES)}")
-    content = message["content"]
-    if isinstance(content, list):
-        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            raise UserError(f"{where}: only parts of type text can be read")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise UserError(f"{where}: its `content` is not a text")
-    return {"role": role, "content": content}
-
-
-def _from_alpaca(item: dict[str, Any]) -> list[Message]:
-    if "output" not in item:
-        raise UserError("`instruction` without `output`")
-    for key in ("instruction", "input", "output"):
-        if not isinstance(item.get(key) or "", str):
-            raise UserError(f"`{key}` is not a text")
-    asked = [item["instruction"] or "", item.get("input") or ""]
-    return [
-        {"role": "user", "content": "\n\n".join(filter(None, asked))},
-        {"role": "assistant", "content": item["output"] or ""},
-    ]

@@ -10,25 +10,26 @@ Shapes: `T` block_size.
 import hashlib
 import re
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..config.model import IGNORE
 from ..config.options import at_least
 from ..errors import UserError
-from ..untrusted.parsing import load_json, read_bytes
-from .chat_template import encode_conversation, messages_of
+from ..untrusted.display import shown
+from .chat_formats import messages_of, unread_keys
+from .chat_template import encode_conversation
 from .datasets import Dataset, parse_mix
 from .shards import SequenceReader
-from .text_files import DOCUMENT_BYTES, read_items
+from .text_files import read_items
 
 CHAT_FILE = re.compile(r"\.(jsonl?(\.(gz|xz|zst))?|parquet)$", re.IGNORECASE)
-MAX_VALUES = 2_000_000  # strings, lists and objects of a .json file; .jsonl has no such limit
+MOST_KEYS = 8  # that the line about a file names
 TEXT_FILE = re.compile(r"\.txt(\.(gz|xz|zst))?$", re.IGNORECASE)
 
 
@@ -39,6 +40,8 @@ class ConversationCounts:
     read: int = 0
     truncated: int = 0  # the end was cut off to fit the context
     left_out: int = 0  # without a text of the assistant within the context
+    # rows with a key that is not read, by key
+    unread: Counter[str] = field(default_factory=Counter)
 
 
 class Conversations(SequenceReader):
@@ -188,19 +191,28 @@ def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[
         f"{path.name}: {len(encoded) - held:,} conversations in {len(train.packed):,} rows of "
         f"{block_size:,} tokens ({full:.0%} full, {learned:.0%} of the tokens learned), {held:,} "
         f"for validation; {counts.truncated:,} truncated, {counts.left_out:,} left out because "
-        "nothing in them is the assistant's"
+        f"nothing in them is the assistant's{_unread(counts)}"
     )
     return Dataset(folder=path, share=share, train=[train], val=[val]), line
 
 
+def _unread(counts: ConversationCounts) -> str:
+    """What rows say that is not learned, for the line about a file."""
+    listed = [f"{shown(key)} ({n:,} rows)" for key, n in counts.unread.most_common(MOST_KEYS)]
+    more = " …" if len(counts.unread) > MOST_KEYS else ""
+    return f"; not read: {', '.join(listed)}{more}" if listed else ""
+
+
 def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator[tuple[list, list]]:
     """Yields (ids, learned) of conversations with a target, cut to block_size + 1 tokens."""
-    for number, item in _items(path):
+    for number, item in read_items(path):
         try:
-            ids, learned = encode_conversation(messages_of(item), most=block_size + 1)
+            messages = messages_of(item)
+            ids, learned = encode_conversation(messages, most=block_size + 1)
         except UserError as error:
             raise UserError(f"{path}: row {number}: {error}") from None
         counts.read += 1
+        counts.unread.update(unread_keys(item))
         short, mask = ids[: block_size + 1], learned[: block_size + 1]
         counts.truncated += len(short) < len(ids) and any(mask)
         # An empty answer has only its end-of-text token and teaches nothing.
@@ -208,18 +220,6 @@ def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator
         counts.left_out += not teaches
         if teaches:
             yield short, mask
-
-
-def _items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number from 1, fields) of each row of a file."""
-    if path.suffix.lower() == ".json" and path.is_file():  # Alpaca's file is one JSON list
-        data = read_bytes(path, "write one conversation a line, as .jsonl", DOCUMENT_BYTES)
-        values = load_json(data, path, max_values=MAX_VALUES)
-        if isinstance(values, list):
-            if odd := next((n for n, v in enumerate(values, 1) if not isinstance(v, dict)), 0):
-                raise UserError(f"{path}: row {odd} is not a JSON object")
-            return enumerate(values, 1)
-    return read_items(path)
 
 
 def check_eval_tokens(eval_tokens: int, datasets: list[Dataset], block_size: int) -> None:

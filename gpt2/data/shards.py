@@ -30,7 +30,7 @@ CHUNK_TOKENS = 2**22  # read at once by `Shard.chunks`: 8 MB
 SHARD_MANIFEST = "manifest.json"
 SAMPLE_TOKENS = 2**12  # hashed by `SequenceReader.fingerprint`, at each of three places
 PREFIX = re.compile(r"[A-Za-z0-9.-]+")  # of the names that `gpt2 prepare` gives
-SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)_(?P<number>\d+)\.bin")
+SHARD_NAME = re.compile(r"(?P<prefix>.+)_(?P<split>train|val)(_(?P<number>\d+))?\.bin")
 
 
 class SequenceReader:
@@ -168,6 +168,11 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
     paths = [path for path in shard_paths(folder) if _split_of(path) == split]
     if not paths:
         check_joined(folder)
+        if (folder / f"{split}.bin").is_file():
+            raise UserError(
+                f"{folder} holds {split}.bin, as nanoGPT writes it: token ids without a header, "
+                "which shards have; run `gpt2 prepare --source=TEXT` on the text it was made of"
+            )
         raise UserError(
             f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
         )

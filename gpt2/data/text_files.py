@@ -3,14 +3,19 @@
 Every row of a file is yielded, so that counting rows gives row numbers. A row without text (null,
 empty, not JSON) is yielded as None, a row that is too long as `TooLong`. A few bytes of a stranger
 can decompress to any length, so a row is never read further than its limit.
+
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. JSON is one object a line, or one list.
 """
 
+import codecs
 import gzip
 import io
+import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +33,14 @@ AT_ONCE_BYTES = 2**24  # of a batch whose texts become Python's at once
 # A page that Arrow decompresses may hold several documents.
 PAGE_BYTES = 2**27
 OBJECT_BYTES = 64  # of a string or number of Python, besides its value
+MAX_VALUES = 2_000_000  # strings, lists and objects of one JSON list; lines have no such limit
+BOMS = (  # UTF-32 first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+GARBLED = 0.1  # share of a text's characters
 
 
 class Repaired(str):
@@ -109,8 +122,10 @@ def _items(path: Path) -> Iterator[Any]:
                     yield from _items_of_batch(batch, path)
         return
     with _open(path) as (_, data):
+        values, rest = whole_list(data, path, DOCUMENT_BYTES)
+        yield from values or ()
         number = 0
-        for line in _lines(data, DOCUMENT_BYTES):
+        for line in _lines(rest, DOCUMENT_BYTES):
             if line is None or not line.isspace():
                 number += 1
                 where = f"{path}: row {number}"
@@ -175,7 +190,87 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     }
     wrap = decompressors.get(path.suffix.lower(), nullcontext)
     with open(path, "rb") as file, wrap(file) as data:
-        yield file, data
+        yield file, in_utf8(data)
+
+
+def in_utf8(data: Any) -> BinaryIO:
+    """A file as UTF-8: recoded where its byte order mark says UTF-16 or UTF-32.
+
+    Args:
+        data: a binary file that can `peek`.
+    """
+    begin = data.peek(4)[:4]
+    for mark, encoding in BOMS:
+        if begin.startswith(mark):
+            data.read(len(mark))
+            return io.BufferedReader(_Recoded(data, encoding))
+    return data
+
+
+class _Recoded(io.RawIOBase):
+    """A file in UTF-16 or UTF-32 as UTF-8. What is damaged stays invalid UTF-8, for `_decode`."""
+
+    def __init__(self, file: BinaryIO, encoding: str) -> None:
+        self._file, self._left = file, b""
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self._ended = False
+
+    def readable(self) -> bool:
+        """True: `BufferedReader` asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a buffer with UTF-8; 0 at the end."""
+        while not self._left and not self._ended:
+            chunk = self._file.read(io.DEFAULT_BUFFER_SIZE)
+            self._ended = not chunk
+            try:
+                text = self._decoder.decode(chunk, final=self._ended)
+            except UnicodeDecodeError:  # half a character at the end, or no character at all
+                self._decoder.reset()
+                text = "\ud800"  # which UTF-8 cannot hold
+            self._left = text.encode("utf-8", "surrogatepass")
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+
+def whole_list(data: Any, where: object, limit: int) -> tuple[list[Any] | None, BinaryIO]:
+    """(the values of a file that is one JSON list, else None; what is left to be read as lines).
+
+    Args:
+        data: a binary file that can `peek`.
+        where: the file, for messages.
+        limit: most bytes of a list.
+
+    Raises:
+        UserError: the list is larger.
+    """
+    begin = data.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
+    if not begin.startswith(b"["):
+        return None, data
+    content = data.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(
+            f"{where} is one JSON list of more than {limit:,} bytes; write one object a line "
+            "(.jsonl)"
+        )
+    try:
+        return load_json(content, where, list, max_values=MAX_VALUES), io.BytesIO()
+    except UserError:
+        return None, io.BytesIO(content)  # a list in each line
+
+
+def garbled(text: str) -> str:
+    """Why a text is probably no text; empty: it may be one."""
+    for sign, name in (("\ufffd", "no UTF-8"), ("\0", "the null character")):
+        if text.count(sign) > GARBLED * len(text):
+            share = text.count(sign) / len(text)
+            return (
+                f"{share:.0%} of it is {name}; is it in another encoding, or no text? "
+                "(iconv -f ENCODING -t UTF-8 converts it)"
+            )
+    return ""
 
 
 class _XzReader(io.RawIOBase):
@@ -228,7 +323,8 @@ def _txt_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
 def _jsonl_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
     number, texts = 0, start
     with _open(path) as (file, data):
-        for line in _lines(data, limit):
+        values, rest = whole_list(data, path, limit)
+        for line in chain(map(_as_line, values or ()), _lines(rest, limit)):
             if line is not None and line.isspace():
                 continue
             number += 1
@@ -239,6 +335,10 @@ def _jsonl_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
                 yield text, file.tell()
     if number and not texts:
         raise UserError(f"{path}: none of its {number:,} rows is a JSON object with a `text`")
+
+
+def _as_line(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 def _text_of_json(line: bytes) -> tuple[bool, str | None]:

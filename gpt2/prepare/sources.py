@@ -21,6 +21,7 @@ from ..data.text_files import DOCUMENT_BYTES, TextRow, read_rows
 from ..errors import DamagedFile, UserError
 from ..huggingface.downloads import Downloads
 from ..huggingface.hub import File, HubDataset
+from ..untrusted.display import shown
 
 FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"
 FINEWEB_REPOSITORY, FINEWEB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
@@ -36,6 +37,8 @@ HUB_SPEC = re.compile(
     r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]+))?"
 )
 ENDING = re.compile(r"\.(?:parquet|(?:txt|jsonl)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
+# In a folder, a .json file is rather a config than text.
+NAMED_ENDING = re.compile(r"\.(?:parquet|(?:txt|jsonl?)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
 INDENTATION = re.compile(r"^(?: {4})+", re.MULTILINE)
 ACCEPTED = ".txt, .jsonl (both also .gz, .xz, .zst) and .parquet"
 # Tests and tables are a third of the standard library and make poor training text.
@@ -119,7 +122,7 @@ def prefix_of(spec: str) -> str:
         name = _hub_spec(spec)[0].partition("/")[2]
     else:
         name = (_folder_of_glob(spec) if _is_glob(spec) else Path(spec)).resolve().name
-    return _plain(ENDING.sub("", name)) or "text"
+    return _plain(NAMED_ENDING.sub("", name)) or "text"
 
 
 def default_folder(spec: str) -> str:
@@ -162,7 +165,7 @@ def find_source(
         parts = tuple(_standard_library())
         return Source(STDLIB, f"Python {platform.python_version()}", parts)
     try:
-        return Source(prefix_of(spec), "", tuple(_local_parts(spec)))
+        return Source(prefix_of(spec), "", tuple(_local_parts(spec, log)))
     except OSError as error:
         raise UserError(f"--source={spec}: {error.strerror or error}") from None
 
@@ -183,13 +186,18 @@ def _folder_of_glob(pattern: str) -> Path:
     return Path(*parts[:first])
 
 
-def _local_parts(spec: str) -> Iterator[Part]:
-    path = Path(spec)
+def _is_hidden(path: Path) -> bool:
+    """Whether a program left a file there: a copy of a notebook's, or of macOS."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def _local_parts(spec: str, log: Callable[[str], None]) -> Iterator[Part]:
+    path, ending = Path(spec), NAMED_ENDING
     if _is_glob(spec):
         path = _folder_of_glob(spec)
         found = [Path(name) for name in glob.glob(spec, recursive=True)]
     elif spec and path.is_dir():
-        found = list(path.rglob("*"))
+        found, ending = list(path.rglob("*")), ENDING
     elif spec and path.is_file():
         found, path = [path], path.parent
     else:
@@ -199,7 +207,14 @@ def _local_parts(spec: str) -> Iterator[Part]:
             f"--source={spec}: no such file, folder or glob; or use {FINEWEB_EDU}, {STDLIB}, or "
             "hf:OWNER/NAME for a dataset of the Hugging Face Hub"
         )
-    found = [file for file in found if ENDING.search(file.name) and file.is_file()]
+    found = [file for file in found if ending.search(file.name) and file.is_file()]
+    hidden = [file for file in found if _is_hidden(file.relative_to(path))]
+    if hidden and found != [Path(spec)]:
+        log(
+            f"{len(hidden):,} hidden files are left out, such as {shown(hidden[0])}; name a file "
+            "itself to read it"
+        )
+        found = [file for file in found if file not in set(hidden)]
     if not found:
         raise UserError(f"--source={spec}: nothing to read; give {ACCEPTED} files")
     for name, file in sorted((file.relative_to(path).as_posix(), file) for file in found):

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.text_files import Repaired, TooLong
+from ..data.text_files import Repaired, TooLong, garbled
 from ..errors import UserError
+from ..report import console
 from ..tokenizer import END_OF_TEXT_NAME
 from ..untrusted.long_text import has_long_word
 from .fast_tokenizer import FastTokenizer, tokenizer_class
@@ -23,6 +24,7 @@ from .sources import Source
 BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # a batch ends at the first of these limits
 WAITING_CHARS = 40_000_000  # of batches in flight; the next long document waits for the last
 MOST_WORKERS = 16  # default limit: the one reading thread cannot feed more
+MOST_WARNINGS = 5  # of texts that are probably none
 ODD = ("skipped", "repaired", "literal", "too_long")  # kinds of rows that the manifest counts
 CHECK_EVERY = 1000  # rows per document that is compared with tiktoken
 
@@ -162,11 +164,15 @@ def _cores() -> int:
 
 def _batches(source: Source, start: Position) -> Iterator[RowBatch]:
     """All rows from a position on. A batch may span files."""
-    texts, places, chars, earlier_bytes = [], [], 0, 0
+    texts, places, chars, earlier_bytes, warned = [], [], 0, 0, 0
     for index, part in enumerate(source.parts):
         first = start.row if index == start.part else 0
         rows = source.rows(index, first) if index >= start.part else ()
         for number, (text, read_bytes) in enumerate(rows, first):
+            if text and (why := garbled(text)) and warned < MOST_WARNINGS:
+                warned += 1
+                last = "; more are not told" if warned == MOST_WARNINGS else ""
+                console.warn(f"{part.name}, row {number}: {why}{last}")
             texts.append(TooLong() if text and has_long_word(text) else text)
             places.append((index, number))
             chars += len(text or "")

@@ -18,7 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..data.chat_template import check_messages, encode_prompt, fit
+from ..data.chat_formats import check_messages
+from ..data.chat_template import encode_prompt, fit
 from ..errors import UserError
 from ..generate.continuous_batch import Generation
 from ..generate.sampling import MAX_PENALTY, MIN_PENALTY, Sampling

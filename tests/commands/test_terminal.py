@@ -12,7 +12,7 @@ import torch
 from gpt2.api import GPT2
 from gpt2.commands import terminal
 from gpt2.config.commands import ChatConfig
-from gpt2.data.chat_template import messages_of
+from gpt2.data.chat_formats import messages_of
 from gpt2.errors import UserError
 
 from ..conftest import ROOT

@@ -4,12 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2.data.chat_formats import check_messages, messages_of
 from gpt2.data.chat_template import (
-    check_messages,
     encode_conversation,
     encode_prompt,
     fit,
-    messages_of,
 )
 from gpt2.errors import UserError
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer

@@ -15,7 +15,8 @@ from gpt2.checkpoint import model_file
 from gpt2.config.command_line import parse
 from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.model import IGNORE
-from gpt2.data.chat_template import encode_conversation, messages_of
+from gpt2.data.chat_formats import messages_of
+from gpt2.data.chat_template import encode_conversation
 from gpt2.data.conversations import Conversations, is_chat, open_conversations, pack
 from gpt2.data.loader import eval_batches
 from gpt2.errors import UserError

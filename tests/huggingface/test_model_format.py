@@ -70,11 +70,10 @@ def test_half_precision_becomes_float32(folder, dtype):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("activation_function", "gelu"),
         ("activation_function", "relu"),
-        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_by_inverse_layer_idx", "yes"),
         ("scale_attn_weights", False),
-        ("reorder_and_upcast_attn", True),
+        ("reorder_and_upcast_attn", 2),
         ("add_cross_attention", True),
         ("n_inner", 100),
         ("layer_norm_epsilon", 1e-6),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt2.data.chat_template import check_messages
+from gpt2.data.chat_formats import check_messages
 from gpt2.errors import UserError
 from gpt2.serve.messages import plain_messages
 

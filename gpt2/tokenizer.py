@@ -20,7 +20,6 @@ import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tiktoken
@@ -58,7 +57,7 @@ class Tokenizer:
         )
 
     def check(self) -> None:
-        """Raises UserError if ids have no text; see `NoTokenizer`."""
+        """Raises UserError if ids have no text; see `own_tokenizer.NoTokenizer`."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
@@ -112,25 +111,6 @@ class Tokenizer:
         """int64 (V,): number of UTF-8 bytes of each token; 0 for the end-of-text token."""
         lengths = [len(self._encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT)]
         return np.array([*lengths, 0], dtype=np.int64)
-
-
-class NoTokenizer(Tokenizer):
-    """In the place of a tokenizer that is not known: to use it is an error, with the reason."""
-
-    name, sha256 = "none", ""
-    end_of_text = -1  # no token
-    end_of_text_name = ""
-
-    def __init__(self, reason: str):
-        self.reason = reason
-
-    def check(self) -> None:
-        """Raises UserError with the reason."""
-        raise UserError(self.reason)
-
-    def __getattr__(self, name: str) -> Any:
-        # `_encoding`, which every method of a tokenizer needs
-        raise UserError(self.reason) if name == "_encoding" else AttributeError(name)
 
 
 @functools.cache

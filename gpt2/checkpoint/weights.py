@@ -15,11 +15,12 @@ from ..huggingface import model_format
 from ..huggingface.model_download import download
 from ..huggingface.own_tokenizer import (
     SPECIAL_IDS,
+    NoTokenizer,
     OwnTokenizer,
     stored_tokenizer,
     tokenizer_of,
 )
-from ..tokenizer import NoTokenizer, Tokenizer, gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.parsing import read_json
 from . import model_file
 

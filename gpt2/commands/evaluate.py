@@ -20,7 +20,8 @@ from ..data.conversations import check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import Dataset, open_datasets, split_eval_tokens
 from ..data.loader import eval_batches
 from ..data.shards import SequenceReader
-from ..data.text_files import garbled, read_rows
+from ..data.text_encodings import garbled
+from ..data.text_files import read_rows
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError

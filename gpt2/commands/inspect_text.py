@@ -11,7 +11,7 @@ from ..api import GPT2
 from ..checkpoint import weights
 from ..config.commands import InspectConfig
 from ..config.model import to_dict
-from ..data.text_files import in_utf8
+from ..data.text_encodings import in_utf8
 from ..errors import UserError
 from ..evaluate.loss import Evaluation
 from ..files import write_atomically

@@ -23,6 +23,7 @@ from ..errors import DamagedFile, UserError, first_line
 from ..untrusted.display import shown
 from ..untrusted.parsing import load_json
 from .parquet_pages import check_footer, pages_of
+from .text_encodings import in_utf8
 
 DOCUMENT_BYTES = 50_000_000  # of a row in its file, decompressed, unless another limit is given
 SKIPPED_BYTES = 2**20  # read at once of a row that is too long
@@ -34,13 +35,6 @@ AT_ONCE_BYTES = 2**24  # of a batch whose texts become Python's at once
 PAGE_BYTES = 2**27
 OBJECT_BYTES = 64  # of a string or number of Python, besides its value
 MAX_VALUES = 2_000_000  # strings, lists and objects of one JSON list; lines have no such limit
-BOMS = (  # UTF-32 first: its mark begins with that of UTF-16
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
-GARBLED = 0.1  # share of a text's characters
 
 
 class Repaired(str):
@@ -193,48 +187,6 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         yield file, in_utf8(data)
 
 
-def in_utf8(data: Any) -> BinaryIO:
-    """A file as UTF-8: recoded where its byte order mark says UTF-16 or UTF-32.
-
-    Args:
-        data: a binary file that can `peek`.
-    """
-    begin = data.peek(4)[:4]
-    for mark, encoding in BOMS:
-        if begin.startswith(mark):
-            data.read(len(mark))
-            return io.BufferedReader(_Recoded(data, encoding))
-    return data
-
-
-class _Recoded(io.RawIOBase):
-    """A file in UTF-16 or UTF-32 as UTF-8. What is damaged stays invalid UTF-8, for `_decode`."""
-
-    def __init__(self, file: BinaryIO, encoding: str) -> None:
-        self._file, self._left = file, b""
-        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-        self._ended = False
-
-    def readable(self) -> bool:
-        """True: `BufferedReader` asks."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills a buffer with UTF-8; 0 at the end."""
-        while not self._left and not self._ended:
-            chunk = self._file.read(io.DEFAULT_BUFFER_SIZE)
-            self._ended = not chunk
-            try:
-                text = self._decoder.decode(chunk, final=self._ended)
-            except UnicodeDecodeError:  # half a character at the end, or no character at all
-                self._decoder.reset()
-                text = "\ud800"  # which UTF-8 cannot hold
-            self._left = text.encode("utf-8", "surrogatepass")
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-
 def whole_list(data: Any, where: object, limit: int) -> tuple[list[Any] | None, BinaryIO]:
     """(the values of a file that is one JSON list, else None; what is left to be read as lines).
 
@@ -259,18 +211,6 @@ def whole_list(data: Any, where: object, limit: int) -> tuple[list[Any] | None, 
         return load_json(content, where, list, max_values=MAX_VALUES), io.BytesIO()
     except UserError:
         return None, io.BytesIO(content)  # a list in each line
-
-
-def garbled(text: str) -> str:
-    """Why a text is probably no text; empty: it may be one."""
-    for sign, name in (("\ufffd", "no UTF-8"), ("\0", "the null character")):
-        if text.count(sign) > GARBLED * len(text):
-            share = text.count(sign) / len(text)
-            return (
-                f"{share:.0%} of it is {name}; is it in another encoding, or no text? "
-                "(iconv -f ENCODING -t UTF-8 converts it)"
-            )
-    return ""
 
 
 class _XzReader(io.RawIOBase):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError, install_command
-from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, NoTokenizer, Tokenizer, merges_folder
+from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, Tokenizer, merges_folder
 from ..untrusted.display import shown
 from ..untrusted.parsing import load_json, read_bytes, read_json
 
@@ -121,6 +121,25 @@ class OwnTokenizer(Tokenizer):
         lengths = [0 if i in self._special else len(b) for i, b in enumerate(self._bytes)]
         lengths[self.end_of_text] = 0
         return np.array(lengths, dtype=np.int64)
+
+
+class NoTokenizer(Tokenizer):
+    """In the place of a tokenizer that is not known: to use it is an error, with the reason."""
+
+    name, sha256 = "none", ""
+    end_of_text = -1  # no token
+    end_of_text_name = ""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def check(self) -> None:
+        """Raises UserError with the reason."""
+        raise UserError(self.reason)
+
+    def __getattr__(self, name: str) -> Any:
+        # `_encoding`, which every method of a tokenizer needs
+        raise UserError(self.reason) if name == "_encoding" else AttributeError(name)
 
 
 def tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Tokenizer | None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.text_files import Repaired, TooLong, garbled
+from ..data.text_encodings import garbled
+from ..data.text_files import Repaired, TooLong
 from ..errors import UserError
 from ..report import console
 from ..tokenizer import END_OF_TEXT_NAME

@@ -9,7 +9,8 @@ import pytest
 from gpt2 import GPT2, cli
 from gpt2.commands.inspect_text import _read
 from gpt2.data.shards import find_shards, write_shard
-from gpt2.data.text_files import Repaired, garbled, read_items, read_rows
+from gpt2.data.text_encodings import garbled
+from gpt2.data.text_files import Repaired, read_items, read_rows
 from gpt2.errors import UserError
 from gpt2.tokenizer import gpt2_tokenizer
 
@@ -79,7 +80,7 @@ def test_hidden_files_are_left_out_and_counted(tmp_path, capsys):
     assert cli.main(["prepare", f"--source={tmp_path / 't'}", f"--out_dir={tmp_path / 'out'}"]) == 0
     assert "3 hidden files are left out" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert [file["name"] for file in manifest["files"]] == ["a.txt"]
+    assert list(manifest["files"]) == ["a.txt"]
     named = f"--source={tmp_path / 't/._a.txt'}"
     assert cli.main(["prepare", named, f"--out_dir={tmp_path / 'named'}"]) == 0
 

@@ -18,13 +18,14 @@ from gpt2.checkpoint import weights
 from gpt2.commands import evaluate
 from gpt2.config.commands import EvalConfig, ServeConfig
 from gpt2.data.chat_template import encode_prompt
+from gpt2.data.shards import write_shard
 from gpt2.errors import UserError
 from gpt2.huggingface import own_tokenizer
-from gpt2.huggingface.own_tokenizer import OwnTokenizer
+from gpt2.huggingface.own_tokenizer import NoTokenizer, OwnTokenizer
 from gpt2.serve.logprobs import token_name
 from gpt2.serve.requests import ChatRequest, CompletionRequest, make_request, parse
 from gpt2.serve.server import describe
-from gpt2.tokenizer import NoTokenizer, gpt2_tokenizer
+from gpt2.tokenizer import gpt2_tokenizer
 
 SENTENCES = ["o gato dorme na varanda e o cachorro late", "não há pão à mesa amanhã"] * 9
 TEXT = "o gato não dorme 🙂 à mesa\n\n  amanhã"
@@ -265,8 +266,10 @@ def test_loss_and_bits_per_byte_are_those_of_its_ids(small, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     words = AutoTokenizer.from_pretrained(small).encode(TEXT)
     assert len([line for line in lines if line[:4].strip().isdigit()]) == len(words)
+    (tmp_path / "d").mkdir()
+    write_shard(tmp_path / "d/x_val_000000.bin", np.arange(99, dtype=np.uint16))
     with pytest.raises(UserError, match="holds GPT-2's tokens, and"):
-        evaluate.run(str(small), EvalConfig(data_dir="fineweb", device="cpu"))
+        evaluate.run(str(small), EvalConfig(data_dir=str(tmp_path / "d"), device="cpu"))
 
 
 def test_the_harness_asks_in_its_language(small):

@@ -5,12 +5,13 @@
 # make gpu-check  runs everything that needs a GPU at its true size and writes docs/gpu.md
 # make soak    asks `gpt2 serve` with 64 clients for a minute, some of which hang up or read slowly
 # make lint    style, format and types
+# make docs    builds the site of the documentation into site/; a broken link fails
 # make lock    pins all packages by sha256 in requirements/ (needs uv)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-fast faults gpu-check soak lint lock clean
+.PHONY: demo test test-fast faults gpu-check soak lint docs lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
@@ -35,15 +36,18 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate
 LOCK += --custom-compile-command "make lock" --upgrade pyproject.toml requirements/build.in
 
 lock:
 	$(LOCK) -o requirements/run.txt
-	$(LOCK) --extra dev -o requirements/dev.txt
+	$(LOCK) --extra dev --extra docs -o requirements/dev.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
@@ -56,3 +60,7 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(VENV)/installed $@
+
+$(VENV)/installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@

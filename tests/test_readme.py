@@ -16,6 +16,7 @@ import pytest
 
 from gpt2 import cli
 from gpt2.prepare.sources import FINEWEB_FOLDER
+from gpt2.report.throughput import peak_flops
 
 from .conftest import ROOT, TINY, TORCHRUN, run_python
 from .evaluate.test_tasks import hellaswag_items, lambada_items, write_jsonl
@@ -254,6 +255,40 @@ def test_commands_and_python_of_the_text(clone, text, tmp_path):
 
 def test_readme_is_a_front_door():
     assert len(read(ROOT / "README.md").splitlines()) <= 250
+
+
+CARDS = {  # how a row of "Your machine" begins -> name for its driver, 16-bit type, number
+    "T4": ("Tesla T4", "float16", 1),
+    "Kaggle": ("Tesla T4", "float16", 2),
+    "RTX 3060": ("NVIDIA GeForce RTX 3060", "bfloat16", 1),
+    "RTX 4090": ("NVIDIA GeForce RTX 4090", "bfloat16", 1),
+    "RTX 5090": ("NVIDIA GeForce RTX 5090", "bfloat16", 1),
+    "A100": ("NVIDIA A100-SXM4-80GB", "bfloat16", 1),
+}
+
+
+def wrong_rates(readme: str, speed: str) -> list[str]:
+    """Calculated rates of the README that do not follow from the H100's in docs/speed.md."""
+    measured = int(re.search(r"H100, 124M.*?\| this project \| (\d+)k", speed, re.DOTALL)[1])
+    rows = re.findall(r"^\| ([^|]+) \|[^|]*\| (\d+)k \|.*\| calculated", readme, re.MULTILINE)
+    assert len(rows) == len(CARDS)
+    wrong = []
+    for row, rate in rows:
+        ((name, dtype, number),) = (card for key, card in CARDS.items() if row.startswith(key))
+        wanted = 0.8 * measured * number * peak_flops(name, dtype) / 989e12
+        wrong += [] if int(rate) == round(wanted) else [f"{row}: {rate}k, not {wanted:.0f}k"]
+    return wrong
+
+
+def test_calculated_rates_follow_from_the_measured_one():
+    readme, speed = read(ROOT / "README.md"), read(ROOT / "docs/speed.md")
+    assert wrong_rates(readme, speed) == []
+    assert len(wrong_rates(readme, speed.replace("project | 570k", "project | 650k"))) == len(CARDS)
+    scaling = read(ROOT / "docs/scaling.md")
+    for row in ("| RTX 4090", "| Kaggle, 2×T4"):
+        rates = [re.search(rf"^{re.escape(row)}.*?\| (\d+k) \|", page, re.M)[1]
+                 for page in (readme, scaling)]  # fmt: skip
+        assert rates[0] == rates[1]
 
 
 def anchors(page: Path) -> set[str]:

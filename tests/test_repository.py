@@ -82,7 +82,7 @@ def test_workflow_runs_what_make_runs():
     assert set(found) == {"name", True, "permissions", "concurrency", "jobs"}
     assert set(found[True]) == {"push", "pull_request"}
     steps = [step.get("run", "") for job in found["jobs"].values() for step in job["steps"]]
-    assert "make lint" in steps
+    assert {"make lint", "make docs"} <= set(steps)
     makefile = read("Makefile").replace("$(PYTEST_FLAGS)", "--durations=20")
     pytest_of_make = re.search(
         r"^test:.*\n\t\$\(BIN\)/python (-m pytest .*)", makefile, re.MULTILINE
@@ -181,7 +181,7 @@ def wanted_by(extras: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "extras"), [
-    ("run", []), ("dev", ["dev", "eval", "fast", "learn", "serve", "track"]),
+    ("run", []), ("dev", ["dev", "docs", "eval", "fast", "learn", "serve", "track"]),
 ])  # fmt: skip
 def test_every_package_is_pinned_by_hash(name, extras):
     text, wanted = read(f"requirements/{name}.txt"), wanted_by(extras)

@@ -212,7 +212,8 @@ def _only_known(dataset: Dataset, shards: Identity, path: Path) -> Dataset:
             what = "holds other tokens than" if name in now else "is missing; it was there"
             raise UserError(
                 f"{dataset.folder / shown(name)} {what} when {path} was saved: put that file back, "
-                "give the folder another name to go on with it as new text, or use --resume=never"
+                "give the folder another name to go on with it as new text, or use --resume=never "
+                "(docs/troubleshooting.md#resume-refused)"
             )
     names = {shard[0] for shard in shards}
     train = [shard for shard in dataset.train if dataset.name_of(shard) in names]

@@ -94,7 +94,9 @@ def _compile_problem(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "torch.compile needs a GPU of compute capability 7.0 or newer"
     if sys.platform != "win32" and not any(map(shutil.which, ("cc", "gcc", "clang", "g++"))):
-        return "torch.compile needs a C compiler (install gcc)"
+        return (
+            "torch.compile needs a C compiler (install gcc) (docs/troubleshooting.md#no-c-compiler)"
+        )
     try:
         trial = torch.compile(lambda x: x * 2 + 1)
         trial(torch.ones(8, device=device))

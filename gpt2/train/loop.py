@@ -176,5 +176,6 @@ def count_skipped(
         raise UserError(
             f"the loss or the gradient was NaN or infinite in {state.skipped} steps in a row, up "
             f"to step {launched.step}, which read {batch}; the checkpoints are untouched: continue "
-            "with a lower --learning_rate, or with --dtype=float32"
+            "with a lower --learning_rate, or with --dtype=float32 "
+            "(docs/troubleshooting.md#loss-is-nan)"
         )

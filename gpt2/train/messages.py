@@ -96,14 +96,18 @@ def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str) -> 
     if init:
         console.warn(
             f"first loss {loss:.2f}, of the weights of {init}, is no better than guessing "
-            f"({expected:.2f}): are the shards and the model of one tokenizer?"
+            f"({expected:.2f}): are the shards and the model of one tokenizer? "
+            "(docs/troubleshooting.md#another-tokenizer)"
         )
         return
     text = f"first loss {loss:.2f}; fresh weights should give {expected:.2f}"
     if -FIRST_LOSS_BELOW <= loss - expected <= FIRST_LOSS_ABOVE:
         console.log(f"{text}: as expected")
     else:
-        console.warn(f"{text}: check the data, the learning rate and the initialisation")
+        console.warn(
+            f"{text}: check the data, the learning rate and the initialisation "
+            "(docs/troubleshooting.md#first-loss)"
+        )
 
 
 def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, tokens: int) -> str:
@@ -181,9 +185,13 @@ def out_of_memory(plan: BatchPlan, checkpointing: bool = False) -> str:
     smaller = max((n for n in range(1, now) if now % n == 0), default=0)
     if not smaller:
         less = "" if checkpointing else "--activation_checkpointing=True, or "
-        return f"out of GPU memory with batch_size=1; use {less}a smaller --block_size= or --size="
+        return (
+            f"out of GPU memory with batch_size=1; use {less}a smaller --block_size= or --size= "
+            "(docs/troubleshooting.md#out-of-gpu-memory)"
+        )
     accum = plan.grad_accum_steps * now // smaller
     return (
         f"out of GPU memory with batch_size={now}; use --batch_size={smaller} "
-        f"--grad_accum_steps={accum}: the same {plan.tokens_per_step:,} tokens per step"
+        f"--grad_accum_steps={accum}: the same {plan.tokens_per_step:,} tokens per step "
+        "(docs/troubleshooting.md#out-of-gpu-memory)"
     )

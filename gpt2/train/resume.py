@@ -85,7 +85,8 @@ def check_same_run(found: Resumed, options: ModelOptions) -> None:
     if different:
         raise UserError(
             f"{found.path} is of another network: you asked for {', '.join(different)}; "
-            "use the same settings, another --out_dir, or --resume=never"
+            "use the same settings, another --out_dir, or --resume=never "
+            "(docs/troubleshooting.md#resume-refused)"
         )
 
 

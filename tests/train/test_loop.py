@@ -578,7 +578,8 @@ def test_activation_checkpointing_changes_no_bit(data_dir, tmp_path):
         (BatchPlan(7, 10, 2, 1), "--batch_size=1 --grad_accum_steps=14: the same 140 tokens"),
         (
             BatchPlan(1, 1024, 8, 1),
-            "use --activation_checkpointing=True, or a smaller --block_size= or --size=",
+            "use --activation_checkpointing=True, or a smaller --block_size= or --size= "
+            "(docs/troubleshooting.md#out-of-gpu-memory)",
         ),
     ],
 )

@@ -114,8 +114,13 @@ def config_from_hf(values: dict[str, Any], path: Path) -> GPT2Config:
     return config
 
 
-def config_to_hf(config: GPT2Config) -> dict[str, Any]:
-    """The content of config.json for transformers, vLLM and llama.cpp (which reads n_ctx)."""
+def config_to_hf(config: GPT2Config, dtype: str = "float32") -> dict[str, Any]:
+    """The content of config.json for transformers, vLLM and llama.cpp (which reads n_ctx).
+
+    Args:
+        config: shape of the network.
+        dtype: of the tensors in the safetensors file, by torch's name.
+    """
     shape = {name: getattr(config, ours) for ours, name, _ in SHAPE_FIELDS}
     end = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
     return {
@@ -132,7 +137,7 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
         "eos_token_id": end,
         "tie_word_embeddings": True,
         "use_cache": True,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     }
 
 

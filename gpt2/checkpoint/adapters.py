@@ -35,9 +35,9 @@ MAX_RANK = 2**16
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian"),  # others, such as pissa, also change the base
-    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "layer_replication"), ()),
+    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "lora_bias", "layer_replication"), ()),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), ()),
-    "trainable_token_indices": (),
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "arrow_config"), ()),
 }
 
 

@@ -114,7 +114,7 @@ def test_adapters_that_do_not_fit(tuned):
     refused(folder, "missing or damaged")
 
 
-def test_peft_reads_it_after_a_change_by_peft(tuned):
+def test_settings_as_peft_writes_them_are_read(tuned):
     """peft writes more fields than we do; all of them at their defaults are read."""
     peft = pytest.importorskip("peft", reason="pip install peft")
     folder, _ = tuned

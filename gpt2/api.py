@@ -55,8 +55,9 @@ class TextModel(LanguageModel):
     def from_checkpoint(cls, path: str | Path, device: str = "auto") -> Self:
         """Loads a model from a file or folder, in evaluation mode; onto a GPU if there is one.
 
-        Reads an `out_ckpt.pt`, a checkpoint of nanoGPT, build-nanogpt or llm.c, or a folder in
-        Hugging Face's layout. Called on an instance, it still returns a new model.
+        Reads an `out_ckpt.pt`, a checkpoint of nanoGPT, build-nanogpt or llm.c, a folder in Hugging
+        Face's layout, or one of LoRA adapters whose base is found. Called on an instance, it still
+        returns a new model.
 
         Raises:
             UserError: the file is missing, damaged, of an unknown format, or would run code.
@@ -68,7 +69,8 @@ class TextModel(LanguageModel):
         """Loads a model from the Hugging Face Hub, or from a path like `from_checkpoint`.
 
         Args:
-            name: "gpt2", "gpt2-xl", "OWNER/NAME", with `@REVISION` appended or not; or a path.
+            name: "gpt2", "gpt2-xl", "OWNER/NAME", with `@REVISION` appended or not; a path; or
+                "box" or "box-chat", which come with a clone.
             revision: commit, tag or branch; empty: the newest.
             device: "auto", "cpu", "cuda", "mps".
 

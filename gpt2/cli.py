@@ -3,6 +3,8 @@
 Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 75 a rank hung, try again;
 130, 143 and 138 stopped by Ctrl-C, SIGTERM or SIGUSR1, with everything saved. Whoever reads the
 output may close it, as `| head` does: the command ends then, with code 1 and without a traceback.
+
+Longer than 400 lines because every command has its few lines here.
 """
 
 import difflib
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from .config.command_line import parse, parse_with_positional
 from .config.commands import (
+    AverageConfig,
     ChatConfig,
     EvalConfig,
     ExportConfig,
@@ -46,6 +49,7 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
+  gpt2 average   the newest saved states of a run -> one model, their mean
   gpt2 export    a model -> a folder for transformers, vLLM, llama.cpp
   gpt2 push      a model -> the Hugging Face Hub
   gpt2 demo      all four on this machine, in a few minutes
@@ -63,11 +67,19 @@ SHARDS_USAGE = """usage: gpt2 shards COMMAND …
 
 MODEL_SOURCES = (
     "an out_ckpt.pt (or a checkpoint of nanoGPT, build-nanogpt, llm.c), a folder of Hugging "
-    "Face's, gpt2, or OWNER/NAME of the Hub"
+    "Face's or peft's, gpt2, OWNER/NAME of the Hub, or box and box-chat of this repository"
 )
 
 
-WORK = ("prepare", "train", "finetune", "profile", "push", "demo")  # not for their output alone
+WORK = (
+    "prepare",
+    "train",
+    "finetune",
+    "profile",
+    "average",
+    "push",
+    "demo",
+)  # not for their output alone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,6 +290,16 @@ def plot(argv: list[str]) -> int:
     return 0
 
 
+def average(argv: list[str]) -> int:
+    """`gpt2 average`: the mean of saved states as one model."""
+    names = {"out_dir": "folder of a run"}
+    config, (folder,) = parse_with_positional(AverageConfig, argv, "gpt2 average", names)
+    from .checkpoint.average import average_states
+
+    print(shown(average_states(Path(folder), config.last, config.out), limit=0))
+    return 0
+
+
 def export(argv: list[str]) -> int:
     """`gpt2 export`: a model for other programs."""
     names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; new or empty"}
@@ -287,7 +309,8 @@ def export(argv: list[str]) -> int:
     from .commands.export import check_export_folder, export_hf
 
     check_export_folder(Path(folder))
-    print(shown(f"{folder}: {', '.join(export_hf(load(source), Path(folder)))}", limit=0))
+    names_made = export_hf(load(source), Path(folder), config.dtype)
+    print(shown(f"{folder}: {', '.join(names_made)}", limit=0))
     return 0
 
 
@@ -381,6 +404,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "lm_eval": lm_eval,
     "plot": plot,
+    "average": average,
     "export": export,
     "push": push,
     "demo": demo,

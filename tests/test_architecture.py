@@ -15,6 +15,7 @@ import pytest
 
 from gpt2.config.command_line import parse
 from gpt2.config.commands import (
+    AverageConfig,
     ChatConfig,
     EvalConfig,
     ExportConfig,
@@ -343,7 +344,15 @@ def test_planted_violations_are_caught(tmp_path):
 
 
 CONFIGS = [TrainConfig, FinetuneConfig, ProfileConfig, PrepareConfig, SampleConfig, ShowConfig]
-CONFIGS += [EvalConfig, ExportConfig, PushConfig, ChatConfig, ServeConfig, InspectConfig]
+CONFIGS += [
+    AverageConfig,
+    EvalConfig,
+    ExportConfig,
+    PushConfig,
+    ChatConfig,
+    ServeConfig,
+    InspectConfig,
+]
 
 
 def options_never_read(package: Path, names) -> list[str]:

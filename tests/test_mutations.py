@@ -132,7 +132,7 @@ class Safetensors(Folder):
 
 
 class Adapters:
-    """The folder of LoRA's adapters beside a checkpoint, as a model; and the run that wrote it."""
+    """The folder of LoRA's adapters, as a model; and the state of the run that wrote it."""
 
     def __init__(self, folder, data_dir):
         base = folder / "base.pt"
@@ -152,12 +152,25 @@ class Adapters:
         (length,) = struct.unpack("<Q", data[:8])
         self.header, self.body = json.loads(data[8 : 8 + length]), data[8 + length :]
         self.manifest = json.loads((self.step / "manifest.json").read_text())
+        self.adapters = (self.folder / "adapter_model.safetensors").read_bytes()
+
+    def read_folder(self, rng):
+        """A mutated adapter_config.json, or other bytes in the adapters."""
+        settings, data = self.settings, self.adapters
+        if rng.random() < 0.7:
+            settings = mutate(settings, rng)
+        else:
+            data = mutate_bytes(data, rng)
+        (self.folder / "adapter_config.json").write_bytes(to_json(settings))
+        (self.folder / "adapter_model.safetensors").write_bytes(data)
+        with pytest.raises(UserError):
+            GPT2.from_checkpoint(self.folder / "adapter_model.safetensors", "cpu")
+        GPT2.from_checkpoint(self.folder, "cpu")
 
     def read(self, rng):
-        (self.folder / "adapter_config.json").write_bytes(to_json(mutate(self.settings, rng)))
-        for path in (self.folder, self.folder / "adapter_model.safetensors"):
-            with pytest.raises(UserError):
-                GPT2.from_checkpoint(path, "cpu")
+        if rng.random() < 0.5:
+            self.read_folder(rng)
+            return
         text = to_json(mutate(self.header, rng))
         path = self.step / "model.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + self.body)

@@ -24,7 +24,10 @@ from .fake_hub import fake_hub, parquet_bytes
 from .models import reference
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # whose commands run
-LINKING = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING = [
+    *sorted(ROOT.glob("*.md")),
+    *(page for folder in ("docs", "models") for page in sorted((ROOT / folder).rglob("*.md"))),
+]
 SMALL = [*TINY, "--max_steps=2"]
 NO_BATCH = [a for a in SMALL if not a.startswith(("--grad_accum", "--batch_size"))]
 OF_GIVEN_WEIGHTS = [a for a in SMALL if not a.startswith(("--n_", "--learning_rate"))]
@@ -32,6 +35,7 @@ OF_GIVEN_WEIGHTS = [a for a in SMALL if not a.startswith(("--n_", "--learning_ra
 ADDED: dict[str, list[str]] = {
     # README.md
     "python -m gpt2 demo": [*SMALL, "--block_size=32"],
+    'gpt2 sample box --prompt="The river rises in the mountains and"': ["--max_new_tokens=5"],
     "python fineweb.py": ["--shard_tokens=3000"],
     "python train_gpt2.py": SMALL,
     "python train_gpt2.py --compile_model=True --dtype=bfloat16 --grad_accum_steps=8": [
@@ -62,6 +66,7 @@ ADDED: dict[str, list[str]] = {
     ],
     # docs/finetuning.md
     "gpt2 eval out/finetuned/out_ckpt.pt": ["--device=cpu"],
+    'gpt2 sample out/finetuned/out_adapter --prompt="Hello world,"': ["--max_new_tokens=5"],
     # docs/generating.md
     'gpt2 inspect out/out_ckpt.pt "The cat sat on the mat, and the dog sat on the"': [
         "--out=out/inspect.html",
@@ -92,6 +97,7 @@ ADDED: dict[str, list[str]] = {
         *(a for a in TINY if not a.startswith(("--device", "--n_layer", "--eval"))),
     ],
     # docs/training.md
+    "gpt2 average out/ --last=8": ["--last=1"],
     "python fineweb.py --source=data/raw --out_dir=data/corpus": [],
     "python train_gpt2.py --config=configs/gpt2_124m.toml --data_dir=data/corpus "
     "--out_dir=out/h200 --max_steps=480 --eval_every=50 --save_every=100": [

@@ -102,6 +102,14 @@ def test_the_clone_is_not_seen(place):
     assert found.is_relative_to(place[0].parent)
 
 
+def test_models_of_a_clone_are_one_line(place):
+    process = start(place, "gpt2", "sample", "box", "--prompt=Hello")
+    out, _ = process.communicate(timeout=150)
+    assert process.returncode == 2
+    assert out.startswith("gpt2: error: box is not part of the installed package: clone the ")
+    assert out.count("\n") == 1
+
+
 def test_demo_trains_and_writes(demo, place):
     out = place[1] / "out/demo"
     assert {p.name for p in out.iterdir()} >= {"out_ckpt.pt", "metrics.jsonl", "loss.png"}

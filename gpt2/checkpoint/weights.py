@@ -1,8 +1,8 @@
-"""Pretrained weights: from a checkpoint file, a Hugging Face folder, or the Hub."""
+"""Pretrained weights: from a checkpoint file, a folder, the clone of this project, or the Hub."""
 
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config.model import GPT2_VOCAB_SIZE, GPT2Config
 from ..config.switches import switched
 from ..config.train import ModelOptions
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..huggingface import model_format
 from ..huggingface.model_download import download
 from ..huggingface.own_tokenizer import (
@@ -21,10 +21,12 @@ from ..huggingface.own_tokenizer import (
     tokenizer_of,
 )
 from ..tokenizer import Tokenizer, gpt2_tokenizer
+from ..untrusted.display import shown
 from ..untrusted.parsing import read_json
-from . import model_file
+from . import adapters, model_file
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names of OpenAI's weights on the Hub
+IN_CLONE = ("box", "box-chat")  # names of the models that come with a clone, below models/
 BARE = {"distilgpt2": "distilbert/distilgpt2"}  # old names without an owner
 BARE_NAME = re.compile(r"[A-Za-z][\w-]*")
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -58,8 +60,8 @@ def load(source: str | Path, revision: str = "") -> Weights:
 
     Args:
         source: gpt2, gpt2-medium, gpt2-large or gpt2-xl (OpenAI's weights; write `./gpt2` for a
-            folder), a path, or OWNER/NAME. A name of the Hub may end in `@REVISION`. A `Path` is
-            never a name of the Hub.
+            folder), a path, OWNER/NAME, or box or box-chat of a clone of this repository. A name
+            of the Hub may end in `@REVISION`. A `Path` is never a name of the Hub or of the clone.
         revision: commit, tag or branch of the Hub.
 
     Raises:
@@ -67,13 +69,15 @@ def load(source: str | Path, revision: str = "") -> Weights:
     """
     name, _, behind = str(source).partition("@")
     name = BARE.get(name, name) if not isinstance(source, Path) else name
-    local = Path(source)
+    local = locate(source)
     released = name in RELEASED and not isinstance(source, Path)
+    if local != Path(source) and revision:
+        raise UserError(f"{source} comes with the clone; leave revision={revision} out")
     if not released and (local.exists() or not HUB_ID.fullmatch(name)):
         if BARE_NAME.fullmatch(name) and not local.exists():
             raise UserError(
                 f"{source}: no such file or folder here; models of the Hub are named OWNER/NAME, "
-                f"or {', '.join((*RELEASED, *BARE))}"
+                f"or {', '.join((*RELEASED, *BARE, *IN_CLONE))}"
             )
         return load_local(local)
     if local.suffix in CHECKPOINT_SUFFIXES:
@@ -87,8 +91,27 @@ def load(source: str | Path, revision: str = "") -> Weights:
     return replace(found, origin=f"{repository} of the Hub at {folder.name[:12]}")
 
 
+def locate(source: str | Path) -> Path:
+    """The path of a source: for box and box-chat the folder in the clone, unless a path is there.
+
+    Raises:
+        UserError: a name of the clone, and the package does not lie in one.
+    """
+    path = Path(source)
+    if isinstance(source, Path) or source not in IN_CLONE or path.exists():
+        return path
+    root = Path(__file__).parents[2]
+    folder = root / "models" / source
+    if not (root / "pyproject.toml").is_file() or not folder.is_dir():  # in site-packages
+        raise UserError(
+            f"{source} is not part of the installed package: clone the repository and give the "
+            f"folder models/{source} of the clone, or run `pip install -e .` in it"
+        )
+    return folder
+
+
 def load_local(path: str | Path) -> Weights:
-    """Reads a checkpoint file (see `model_file.load_model`) or a Hugging Face folder.
+    """Reads a checkpoint file (see `model_file.load_model`), or a folder of Hugging Face or peft.
 
     Raises:
         UserError: the source is missing, damaged, or not a GPT-2.
@@ -98,6 +121,8 @@ def load_local(path: str | Path) -> Weights:
     if of_folder and (path.parent / model_format.CONFIG_FILE).exists():
         path = path.parent  # its config.json says what the tensors are
     if path.is_dir():
+        if is_adapter(path):
+            return _load_adapter(path)
         if not (path / model_format.CONFIG_FILE).exists():
             if (path / "out_ckpt.pt").is_file():  # the folder of a run
                 return load_local(path / "out_ckpt.pt")
@@ -140,6 +165,39 @@ def load_local(path: str | Path) -> Weights:
         own_tokenizer=own,
         special_ids=ids,
     )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds LoRA adapters and no whole model."""
+    whole = (folder / model_format.CONFIG_FILE).exists()
+    return not whole and (folder / adapters.ADAPTER_CONFIG).exists()
+
+
+def _load_adapter(folder: Path) -> Weights:
+    """Reads LoRA adapters and their base; returns the merged weights.
+
+    The base is what `--init=` was: a known name, OWNER/NAME of the Hub, or a path from the current
+    folder. A base of the clone is looked for beside the adapters first.
+
+    Raises:
+        UserError: base or adapters are missing, damaged, or do not fit one another.
+    """
+    settings = adapters.read_settings(folder)
+    base: str | Path = settings["base_model_name_or_path"]
+    if PureWindowsPath(base).drive.startswith("\\\\"):  # opening it would log in to a stranger
+        raise UserError(f"{folder}: its base {shown(base)} lies on another machine; copy it here")
+    if base in IN_CLONE and (folder.parent / base / model_format.CONFIG_FILE).exists():
+        base = folder.parent / base
+    try:
+        if is_adapter(locate(base)):
+            raise UserError(f"{base} holds adapters as well, not whole weights")
+        found = load(base)
+    except (OSError, ValueError) as error:  # also a name that no file can have
+        reason = str(error) if isinstance(error, UserError) else first_line(error)
+        raise UserError(f"{folder}: its base is {shown(base)}: {reason}") from None
+    state = adapters.merged(folder, settings, found.config, found.state)
+    origin = f"{folder} (adapters on {found.origin})"
+    return replace(found, state=state, origin=origin, step=None, val_loss=None)
 
 
 def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:

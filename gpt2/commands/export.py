@@ -12,6 +12,7 @@ from pathlib import Path
 import safetensors
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..checkpoint.model_file import load_into
 from ..checkpoint.weights import HUB_ID, Weights, load, load_local
@@ -78,17 +79,22 @@ def check_export_folder(folder: Path) -> None:
         raise UserError(f"{folder} is there already; name a new folder, or delete it first")
 
 
-def export_hf(weights: Weights, folder: Path) -> list[str]:
+def export_hf(weights: Weights, folder: Path, dtype: str = "float32") -> list[str]:
     """Writes a model for transformers, vLLM and llama.cpp's converter.
 
     A folder's own tokenizer files and special ids stay as they are. Without them, and without
     GPT-2's vocabulary, there are no tokenizer files, since its ids would mean something else.
 
+    Args:
+        weights: of a GPT-2.
+        folder: what to make; new or empty.
+        dtype: float32, bfloat16 or float16, to which the tensors are rounded.
+
     Returns:
         Names of the files.
 
     Raises:
-        UserError: the folder is not empty, no room, no permission.
+        UserError: the folder is not empty, no room, no permission, a weight beyond float16.
     """
     check_export_folder(folder)
     model = _network(weights)
@@ -99,10 +105,10 @@ def export_hf(weights: Weights, folder: Path) -> list[str]:
         with replacing_folder(folder) as temporary:
             tensors = model_format.to_hf(model.state_dict())
             del tensors["lm_head.weight"]  # the readers tie it themselves
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            tensors = {name: _cast(tensor, name, dtype) for name, tensor in tensors.items()}
             path = temporary / model_format.WEIGHTS_FILE
             save_file(tensors, path, metadata={"format": "pt"})
-            for name, content in _texts(weights, folder.name).items():
+            for name, content in _texts(weights, folder.name, dtype).items():
                 (temporary / name).write_bytes(content)
             # safetensors gives its file to the owner alone; others must read it like the rest
             os.chmod(path, (temporary / CARD_FILE).stat().st_mode)
@@ -180,10 +186,21 @@ def _network(weights: Weights) -> GPT:
     return model
 
 
-def _texts(weights: Weights, title: str) -> dict[str, bytes]:
+def _cast(tensor: Tensor, name: str, dtype: str) -> Tensor:
+    """The tensor in another precision, contiguous; UserError if a finite number would overflow."""
+    cast = tensor.to(getattr(torch, dtype)).contiguous()
+    if not cast.isfinite().all():
+        raise UserError(
+            f"{name} has numbers up to {tensor.abs().max().item():.3g}, and {dtype} ends at "
+            f"{torch.finfo(cast.dtype).max:.3g}; use --dtype=bfloat16 or float32"
+        )
+    return cast
+
+
+def _texts(weights: Weights, title: str, dtype: str) -> dict[str, bytes]:
     """Everything but the tensors, by name."""
     config = weights.config
-    settings = model_format.config_to_hf(config)
+    settings = model_format.config_to_hf(config, dtype)
     tokenizer_texts = _tokenizer_texts(weights)
     if weights.own_tokenizer or weights.special_ids:
         settings |= dict.fromkeys(SPECIAL_IDS[:2]) | weights.special_ids

@@ -72,6 +72,22 @@ class ExportConfig:
     to: str = option(
         "hf", "file format: hf is Hugging Face's, which vLLM and llama.cpp read as well", ("hf",)
     )
+    dtype: str = option(
+        "float32",
+        "of the weights in the file; bfloat16 and float16 take half the room and round",
+        ("float32", "bfloat16", "float16"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """All options of `gpt2 average`."""
+
+    last: int = option(8, "number of newest saved states to average; a run keeps --keep_last")
+    out: str = option("", "checkpoint to write; empty: mean.pt in the folder of the run")
+
+    def __post_init__(self) -> None:
+        at_least(1, last=self.last)
 
 
 @dataclass(frozen=True, kw_only=True)

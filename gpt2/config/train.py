@@ -87,7 +87,7 @@ class ModelOptions(Switches):
     init: str = option(
         "",
         "begin with these weights: a checkpoint (also of nanoGPT, build-nanogpt or llm.c), a "
-        "Hugging Face folder, gpt2, or OWNER/NAME on the Hub; empty: random weights",
+        "Hugging Face folder, gpt2, box, or OWNER/NAME on the Hub; empty: random weights",
     )
     size: str = option("auto", "name of a size; auto: gpt2, or the size of init", ("auto", *SIZES))
     n_layer: int = option(0, "number of blocks; 0: from size")

@@ -167,8 +167,13 @@ def divide_queries(state: dict[str, Tensor], config: GPT2Config) -> None:
             state[name] = state[name] * (scale[:, None] if kind == "weight" else scale)
 
 
-def config_to_hf(config: GPT2Config) -> dict[str, Any]:
-    """The content of config.json for transformers, vLLM and llama.cpp (which reads n_ctx)."""
+def config_to_hf(config: GPT2Config, dtype: str = "float32") -> dict[str, Any]:
+    """The content of config.json for transformers, vLLM and llama.cpp (which reads n_ctx).
+
+    Args:
+        config: shape of the network.
+        dtype: of the tensors in the safetensors file, by torch's name.
+    """
     shape = {name: getattr(config, ours) for ours, name, _ in SHAPE_FIELDS}
     end = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
     return {
@@ -186,7 +191,7 @@ def config_to_hf(config: GPT2Config) -> dict[str, Any]:
         "eos_token_id": end,
         "tie_word_embeddings": True,
         "use_cache": True,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     }
 
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..api import GPT2, TextModel
+from ..checkpoint.weights import locate
 from ..config.command_line import read_toml
 from ..config.commands import ServeConfig
 from ..data.conversations import is_chat
@@ -88,7 +89,7 @@ def run(path: str, config: ServeConfig) -> int:
 
 def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
     """The facts about a model that requests are checked against."""
-    source, chat = Path(path), config.chat
+    source, chat = locate(path), config.chat
     if getattr(model.config, "document_mask", False):
         kind = "impossible"
     elif chat == "True" or (chat == "auto" and _was_chat(source)):
@@ -334,8 +335,9 @@ def _load(path: str, config: ServeConfig) -> TextModel:
 
 
 def _was_chat(source: Path) -> bool:
-    """Whether the config.toml beside a checkpoint says that conversations were trained on."""
-    beside = source.with_name("config.toml")
+    """Whether the config.toml in a folder, or beside a checkpoint, names conversations as data."""
+    inside = source / "config.toml"
+    beside = inside if inside.is_file() else source.with_name("config.toml")
     try:
         settings = read_toml(beside) if beside.is_file() else {}
         return is_chat(str(settings["data_dir"]))

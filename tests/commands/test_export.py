@@ -12,6 +12,7 @@ from gpt2.checkpoint.weights import load
 from gpt2.cli import main
 from gpt2.commands.export import export_hf
 from gpt2.errors import UserError
+from gpt2.huggingface.model_format import from_hf
 from gpt2.tokenizer import gpt2_tokenizer
 
 from ..conftest import ROOT, run_python
@@ -239,3 +240,34 @@ def test_push_without_a_connection(hub, model, tmp_path):
     _, (error,), _ = run_commands(hub, tmp_path, ["push", "m.pt", "me/m"], HF_ENDPOINT=closed)
     assert "me/m not uploaded" in error
     assert error.endswith("the same command tries again")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_cast_weights_are_read_back_by_both(model, tmp_path, name):
+    model.save(tmp_path / "m.pt")
+    folder, dtype = tmp_path / "hf", getattr(torch, name)
+    assert main(["export", str(tmp_path / "m.pt"), str(folder), f"--dtype={name}"]) == 0
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == name
+    ours = GPT2.from_pretrained(folder, device="cpu").state_dict()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert theirs.dtype == dtype
+    theirs = from_hf(theirs.state_dict())
+    for key, tensor in model.state_dict().items():
+        cast = tensor.to(dtype)
+        assert not torch.equal(cast.float(), tensor) or tensor.dim() == 1, key
+        assert torch.equal(ours[key], cast.float())
+        assert torch.equal(theirs[key], cast)
+    size = (folder / "model.safetensors").stat().st_size
+    assert size == pytest.approx(2 * model.num_parameters(), rel=0.01)
+
+
+def test_a_weight_beyond_float16_is_one_line(tmp_path, capsys):
+    model = a_model(vocab_size=20)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = 1e5
+    model.save(tmp_path / "m.pt")
+    command = ["export", str(tmp_path / "m.pt"), str(tmp_path / "hf")]
+    assert main([*command, "--dtype=float16"]) == 2
+    assert "has numbers up to 1e+05, and float16 ends at 6.55e+04; use" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+    assert main([*command, "--dtype=bfloat16"]) == 0

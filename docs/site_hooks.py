@@ -96,11 +96,14 @@ def _outside_code(text: str, change) -> str:
     return "".join(part if n % 2 else change(part) for n, part in enumerate(parts))
 
 
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def on_config(config):
     """Gives headings the anchors that GitHub gives them."""
-    from pymdownx.slugs import slugify
-
-    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
+    config.mdx_configs["toc"]["slugify"] = lambda heading, _: anchor(heading)
     return config
 
 

@@ -121,32 +121,7 @@ def load_local(path: str | Path) -> Weights:
     if of_folder and (path.parent / model_format.CONFIG_FILE).exists():
         path = path.parent  # its config.json says what the tensors are
     if path.is_dir():
-        if is_adapter(path):
-            return _load_adapter(path)
-        if not (path / model_format.CONFIG_FILE).exists():
-            if (path / "out_ckpt.pt").is_file():  # the folder of a run
-                return load_local(path / "out_ckpt.pt")
-            inside = next(iter(sorted(path.glob("*ckpt.pt"), reverse=True)), None)
-            hint = f"; use {inside}" if inside else ""
-            raise UserError(
-                f"{path}: a folder without {model_format.CONFIG_FILE}, so no model{hint}"
-            )
-        config, state = model_format.read_folder(path)
-        model_file.check_finite(state, path)
-        values = read_json(path / model_format.CONFIG_FILE)
-        own = tokenizer_of(path, values, config.vocab_size)
-        told = f"its own tokenizer is used, of {own.vocab_size:,} tokens" if own else ""
-        told_of_tokenizer = (told,) if isinstance(own, OwnTokenizer) else ()
-        notes = told_of_tokenizer + model_format.notes_on(values)
-        return Weights(
-            config,
-            state,
-            f"{path} (Hugging Face)",
-            notes,
-            own_tokenizer=own,
-            folder=path,
-            special_ids={n: values[n] for n in SPECIAL_IDS if values.get(n) is not None},
-        )
+        return _load_folder(path)
     if path.exists() and not path.is_file():  # opening a FIFO waits until somebody writes into it
         raise UserError(f"{path} is neither a file nor a folder; give the path of a checkpoint")
     config, state, rest = model_file.load_model(path)
@@ -164,6 +139,34 @@ def load_local(path: str | Path) -> Weights:
         rest.get("val_loss"),
         own_tokenizer=own,
         special_ids=ids,
+    )
+
+
+def _load_folder(path: Path) -> Weights:
+    """Reads a folder of Hugging Face's layout, of adapters, or of a run."""
+    if is_adapter(path):
+        return _load_adapter(path)
+    if not (path / model_format.CONFIG_FILE).exists():
+        if (path / "out_ckpt.pt").is_file():  # the folder of a run
+            return load_local(path / "out_ckpt.pt")
+        inside = next(iter(sorted(path.glob("*ckpt.pt"), reverse=True)), None)
+        hint = f"; use {inside}" if inside else ""
+        raise UserError(f"{path}: a folder without {model_format.CONFIG_FILE}, so no model{hint}")
+    config, state = model_format.read_folder(path)
+    model_file.check_finite(state, path)
+    values = read_json(path / model_format.CONFIG_FILE)
+    own = tokenizer_of(path, values, config.vocab_size)
+    told = f"its own tokenizer is used, of {own.vocab_size:,} tokens" if own else ""
+    told_of_tokenizer = (told,) if isinstance(own, OwnTokenizer) else ()
+    notes = told_of_tokenizer + model_format.notes_on(values)
+    return Weights(
+        config,
+        state,
+        f"{path} (Hugging Face)",
+        notes,
+        own_tokenizer=own,
+        folder=path,
+        special_ids={n: values[n] for n in SPECIAL_IDS if values.get(n) is not None},
     )
 
 

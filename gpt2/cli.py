@@ -305,11 +305,13 @@ def export(argv: list[str]) -> int:
     names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; new or empty"}
     config, (source, folder) = parse_with_positional(ExportConfig, argv, "gpt2 export", names)
     assert config.to == "hf", config.to  # the only one so far
-    from .checkpoint.weights import load
+    from .checkpoint.weights import load, locate
     from .commands.export import check_export_folder, export_hf
+    from .data.conversations import was_chat
 
     check_export_folder(Path(folder))
-    names_made = export_hf(load(source), Path(folder), config.dtype)
+    chat = was_chat(locate(source))
+    names_made = export_hf(load(source), Path(folder), config.dtype, chat=chat)
     print(shown(f"{folder}: {', '.join(names_made)}", limit=0))
     return 0
 

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint.model_file import load_into
-from ..checkpoint.weights import HUB_ID, Weights, load, load_local
+from ..checkpoint.weights import HUB_ID, Weights, load, load_local, locate
 from ..config.model import GPT2_VOCAB_SIZE, ModernConfig, to_dict
 from ..config.switches import switched
+from ..data.chat_template import jinja_template
+from ..data.conversations import was_chat
 from ..errors import UserError
 from ..files import replacing_folder
 from ..huggingface import model_format
@@ -68,6 +70,12 @@ Write here what it was trained on, for what it is meant, and under which licence
 USE_TEXT = """tokenizer = AutoTokenizer.from_pretrained(folder)
 ids = tokenizer("Hello world,", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))"""
+USE_CHAT = """tokenizer = AutoTokenizer.from_pretrained(folder)
+messages = [{"role": "user", "content": "Who are you?"}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
+                                    return_dict=True)
+answer = model.generate(**ids, max_new_tokens=50)[0, ids["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
 USE_IDS = "# its vocabulary is not GPT-2's: it takes and gives token ids, without a tokenizer"
 
 
@@ -79,7 +87,9 @@ def check_export_folder(folder: Path) -> None:
         raise UserError(f"{folder} is there already; name a new folder, or delete it first")
 
 
-def export_hf(weights: Weights, folder: Path, dtype: str = "float32") -> list[str]:
+def export_hf(
+    weights: Weights, folder: Path, dtype: str = "float32", *, chat: bool = False
+) -> list[str]:
     """Writes a model for transformers, vLLM and llama.cpp's converter.
 
     A folder's own tokenizer files and special ids stay as they are. Without them, and without
@@ -89,6 +99,7 @@ def export_hf(weights: Weights, folder: Path, dtype: str = "float32") -> list[st
         weights: of a GPT-2.
         folder: what to make; new or empty.
         dtype: float32, bfloat16 or float16, to which the tensors are rounded.
+        chat: whether it was trained on conversations; then the tokenizer gets their template.
 
     Returns:
         Names of the files.
@@ -108,7 +119,7 @@ def export_hf(weights: Weights, folder: Path, dtype: str = "float32") -> list[st
             tensors = {name: _cast(tensor, name, dtype) for name, tensor in tensors.items()}
             path = temporary / model_format.WEIGHTS_FILE
             save_file(tensors, path, metadata={"format": "pt"})
-            for name, content in _texts(weights, folder.name, dtype).items():
+            for name, content in _texts(weights, folder.name, dtype, chat).items():
                 (temporary / name).write_bytes(content)
             # safetensors gives its file to the owner alone; others must read it like the rest
             os.chmod(path, (temporary / CARD_FILE).stat().st_mode)
@@ -145,7 +156,7 @@ def push(source: str, repository: str, private: bool) -> str:
             _network(load_local(folder))  # whole, and a GPT-2
         else:
             folder = Path(made) / repository.partition("/")[2]
-            export_hf(load(source), folder)
+            export_hf(load(source), folder, chat=was_chat(locate(source)))
         return _upload(folder, repository, private)
 
 
@@ -197,11 +208,15 @@ def _cast(tensor: Tensor, name: str, dtype: str) -> Tensor:
     return cast
 
 
-def _texts(weights: Weights, title: str, dtype: str) -> dict[str, bytes]:
+def _texts(weights: Weights, title: str, dtype: str, chat: bool) -> dict[str, bytes]:
     """Everything but the tensors, by name."""
     config = weights.config
     settings = model_format.config_to_hf(config, dtype)
     tokenizer_texts = _tokenizer_texts(weights)
+    if chat and SETTINGS_FILE in tokenizer_texts:
+        told = json.loads(tokenizer_texts[SETTINGS_FILE])
+        told["chat_template"] = jinja_template(weights.tokenizer)
+        tokenizer_texts[SETTINGS_FILE] = json.dumps(told, indent=1).encode()
     if weights.own_tokenizer or weights.special_ids:
         settings |= dict.fromkeys(SPECIAL_IDS[:2]) | weights.special_ids
     speaks = bool(tokenizer_texts)
@@ -213,7 +228,7 @@ def _texts(weights: Weights, title: str, dtype: str) -> dict[str, bytes]:
         title=title,
         parameters=sum(t.numel() for n, t in weights.state.items() if n != "lm_head.weight"),
         trained=f"{trained}." if trained else "",
-        use=USE_TEXT if speaks else USE_IDS,
+        use=(USE_CHAT if chat else USE_TEXT) if speaks else USE_IDS,
         **to_dict(config),
     )
     return {

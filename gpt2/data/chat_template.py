@@ -61,6 +61,23 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer | None = Non
     return ids[:-1] + _head("assistant", tokenizer)
 
 
+def jinja_template(tokenizer: Tokenizer) -> str:
+    """The template in the language of transformers' `apply_chat_template`.
+
+    Its ids are those of `encode_prompt`, but for texts that begin with white space, which
+    transformers encodes together with the line break, and for literal end-of-text tokens.
+    """
+    end = tokenizer.end_of_text_name
+    assert "'" not in end, end
+    return (
+        "{% for message in messages %}"
+        f"{{{{ '{end}' + message['role'] + '\\n' + message['content'] }}}}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ '{end}assistant\\n' }}}}"
+        f"{{% else %}}{{{{ '{end}' }}}}{{% endif %}}"
+    )
+
+
 def fit(
     messages: Sequence[Message], room: int, tokenizer: Tokenizer | None = None
 ) -> list[Message]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config.command_line import read_toml
 from ..config.model import IGNORE
 from ..config.options import at_least
 from ..errors import UserError
@@ -139,6 +140,17 @@ def is_chat(text: str) -> bool:
     if any(chats) and not all(chats):
         raise UserError(f"--data={text}: files of conversations and folders of shards do not mix")
     return all(chats)
+
+
+def was_chat(source: Path) -> bool:
+    """Whether the config.toml in a folder, or beside a checkpoint, names conversations as data."""
+    inside = source / "config.toml"
+    beside = inside if inside.is_file() else source.with_name("config.toml")
+    try:
+        settings = read_toml(beside) if beside.is_file() else {}
+        return is_chat(str(settings["data_dir"]))
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def open_conversations(

@@ -19,9 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from ..api import GPT2, TextModel
 from ..checkpoint.weights import locate
-from ..config.command_line import read_toml
 from ..config.commands import ServeConfig
-from ..data.conversations import is_chat
+from ..data.conversations import was_chat
 from ..distributed import environment
 from ..distributed.devices import choose_dtype
 from ..errors import UserError
@@ -92,7 +91,7 @@ def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
     source, chat = locate(path), config.chat
     if getattr(model.config, "document_mask", False):
         kind = "impossible"
-    elif chat == "True" or (chat == "auto" and _was_chat(source)):
+    elif chat == "True" or (chat == "auto" and was_chat(source)):
         kind = "trained"
     else:
         kind = "untrained"
@@ -332,17 +331,6 @@ def _load(path: str, config: ServeConfig) -> TextModel:
     best = choose_dtype("auto", device)[0] if device.type == "cuda" else torch.float32
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and best == torch.bfloat16)
     return model.bfloat16() if half else model
-
-
-def _was_chat(source: Path) -> bool:
-    """Whether the config.toml in a folder, or beside a checkpoint, names conversations as data."""
-    inside = source / "config.toml"
-    beside = inside if inside.is_file() else source.with_name("config.toml")
-    try:
-        settings = read_toml(beside) if beside.is_file() else {}
-        return is_chat(str(settings["data_dir"]))
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:

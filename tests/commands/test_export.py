@@ -11,6 +11,7 @@ from gpt2 import GPT2
 from gpt2.checkpoint.weights import load
 from gpt2.cli import main
 from gpt2.commands.export import export_hf
+from gpt2.data.chat_template import encode_conversation, encode_prompt
 from gpt2.errors import UserError
 from gpt2.huggingface.model_format import from_hf
 from gpt2.tokenizer import gpt2_tokenizer
@@ -271,3 +272,28 @@ def test_a_weight_beyond_float16_is_one_line(tmp_path, capsys):
     assert "has numbers up to 1e+05, and float16 ends at 6.55e+04; use" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
     assert main([*command, "--dtype=bfloat16"]) == 0
+
+
+def test_a_chat_model_brings_its_template(model, tmp_path):
+    model.save(tmp_path / "out_ckpt.pt")
+    (tmp_path / "config.toml").write_text('data_dir = "chats.jsonl"\n')
+    assert main(["export", str(tmp_path / "out_ckpt.pt"), str(tmp_path / "hf")]) == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who are you?\n\nSay it in Ünïcödé 🙂."},
+        {"role": "assistant", "content": "A small model."},
+        {"role": "user", "content": "1999?"},
+    ]
+    asked = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert asked["input_ids"] == encode_prompt(messages)
+    whole = theirs.apply_chat_template(messages[:3], return_dict=True)["input_ids"]
+    assert whole == encode_conversation(messages[:3])[0]
+    card = (tmp_path / "hf/README.md").read_text("utf-8")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    done = run_python("-c", code, cwd=tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_models_have_no_chat_template(folder):
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template is None

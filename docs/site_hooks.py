@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("*.md", "docs/**/*.md", "learn/**/*.md", "dev/*.md")
 COPIED = (".png", ".jsonl")
 CODE = ".code.md"  # added to the name of a file whose page it is
+# Messages are long lines. Line numbers are not copied with their code.
+STYLE = ".language-text code { white-space: pre-wrap } "
+STYLE += ".highlight .linenos { padding-right: 1.5em; opacity: 0.5; user-select: none }"
 UNLINKED = ("learn/gpt2_in_one_file.py",)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 FORMULA = re.compile(r"(\$\$?)([^$]+)\1")
@@ -62,7 +65,7 @@ def code_page(path: str) -> str:
         lexer = get_lexer_for_filename(path)
     except ClassNotFound:
         lexer = TextLexer()
-    look = HtmlFormatter(cssclass="highlight", linenos="inline", lineanchors="L")
+    look = HtmlFormatter(cssclass="highlight", linenos="inline", lineanchors="L", wrapcode=True)
     code = highlight((ROOT / path).read_text("utf-8"), lexer, look)
     return (
         f"---\nsearch: {{exclude: true}}\n---\n\n# {posixpath.basename(path)}\n\n`{path}`\n\n{code}"
@@ -102,8 +105,15 @@ def anchor(heading: str) -> str:
 
 
 def on_config(config):
-    """Gives headings the anchors that GitHub gives them."""
+    """Gives headings the anchors that GitHub gives them, and leaves formulas in their lines."""
+    from markdown.extensions import Extension
+
+    class FormulasInLines(Extension):
+        def extendMarkdown(self, md):
+            md.block_level_elements.remove("math")
+
     config.mdx_configs["toc"]["slugify"] = lambda heading, _: anchor(heading)
+    config.markdown_extensions.append(FormulasInLines())
     return config
 
 
@@ -113,6 +123,7 @@ def on_files(files, config):
 
     for file in [f for f in files if f.src_dir == config.docs_dir]:
         files.remove(file)
+    files.append(File.generated(config, "site.css", content=STYLE))
     linked = set(UNLINKED).union(*map(linked_files, pages()))
     for path in [*pages(), *(p for p in linked if p.endswith(COPIED))]:
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))

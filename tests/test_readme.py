@@ -160,6 +160,7 @@ FOREIGN = {
     "tasks", "model", "model_args", "apply_chat_template", "system_instruction",
     "fewshot_as_multiturn",  # lm_eval
     "outfile",  # llama.cpp
+    "install",  # xcode-select
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

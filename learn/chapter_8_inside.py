@@ -35,7 +35,8 @@ if importlib.util.find_spec("gpt2") is None:
 # ## A model to look into
 #
 # Name a checkpoint of `gpt2 train` or of `learn/gpt2_in_one_file.py` and all of this chapter is
-# about it; `"gpt2"` downloads OpenAI's weights. Without a name, a network of two layers is trained
+# about it; `"box"` is the small trained model of the clone (models/), and `"gpt2"` downloads
+# OpenAI's weights. Without a name, a network of two layers is trained
 # here, for a minute or two. Its texts are sequences of random tokens that begin again after a
 # while. The first round cannot be predicted. In the second, a network can be right every time if it
 # finds where the current token stood before, and what came after it: "… A B … A" is followed by B.
@@ -53,7 +54,7 @@ from gpt2.interpret.logit_lens import look, record
 from gpt2.model.gpt import GPT
 from learn import gpt2_in_one_file as one_file
 
-CHECKPOINT = os.environ.get("LEARN_CHECKPOINT", "")  # or a path, or "gpt2"
+CHECKPOINT = os.environ.get("LEARN_CHECKPOINT", "")  # or a path, "box", "gpt2"
 FAST = "LEARN_FAST" in os.environ  # the project's own tests train for a moment only
 torch.set_num_threads(1)  # more threads would only wait for each other: the network is small
 
@@ -177,6 +178,36 @@ plt.show()
 # alone cannot do it. So the loss falls slowly at first: both heads must be there before either
 # pays.
 # (With few steps of training neither is there yet.)
+#
+# ## In a model that has read
+#
+# Is this a trick of a network that saw nothing but repetitions? `box` comes with the project
+# (models/): eight layers, trained on 1.3 billion tokens of English. Random tokens are as strange to
+# it as anything can be. The measure is the one above, with 25 tokens that come twice.
+
+# %%
+box = GPT2.from_pretrained("box", device="cpu")
+strange = repeated(1, 25, 51, box.config.vocab_size, seed=1)[0].tolist()
+with torch.no_grad():
+    box_logits, _, box_recorder = record(box, strange)
+surprise = F.cross_entropy(box_logits[:-1], torch.tensor(strange[1:]), reduction="none")
+box_weights = torch.stack(box_recorder.weights)
+print(f"first round {surprise[:24].mean():.2f} nats, second {surprise[25:].mean():.2f}")
+for pattern, distance in (("previous token", 1), ("induction", 24)):
+    scores = looks_back(box_weights, distance)
+    best = scores.flatten().topk(3).indices.tolist()
+    named = [f"{i // 4 + 1}.{i % 4} ({scores.flatten()[i]:.2f})" for i in best]
+    print(f"{pattern}: {', '.join(named)}; a head that looks everywhere alike: {1 / 51:.2f}")
+
+plt.figure(figsize=(6, 2))
+plt.plot(surprise)
+plt.axvline(24.5, color="k")
+plt.ylabel("nats")
+plt.xlabel("position; the second round begins at the line")
+plt.show()
+
+# %% [markdown]
+# @FOUND@
 #
 # ## Switching heads off
 #

@@ -1,10 +1,14 @@
 """LoRA: begins as the given network, trains adapters alone, equals peft and its own merged form."""
 
+import json
+import re
+
 import pytest
 import torch
 
 from gpt2.api import GPT2
 from gpt2.checkpoint import model_file, training_state
+from gpt2.cli import main
 from gpt2.config.command_line import parse
 from gpt2.config.finetune import FinetuneConfig, TuningOptions
 from gpt2.config.train import OptimOptions
@@ -90,6 +94,27 @@ def test_a_run_leaves_frozen_weights_alone_and_exports_merged_ones(chats, base, 
     matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert changed == {f"transformer.h.{i}.{n}.weight" for i in range(2) for n in matrices}
     assert (tmp_path / "out_adapter" / "adapter_config.json").exists()
+
+
+def test_adapters_are_evaluated_on_what_their_run_held_out(chats, base, tmp_path, capsys):  # noqa: F811
+    """With the context of their base; another one is refused, since rows would be cut elsewhere."""
+    for name, more, code in (("same", [], 0), ("shorter", ["--block_size=40"], 2)):
+        out = tmp_path / name
+        assert finetune(base, chats, out, "--lora_rank=2", "--max_steps=2", *more) == 0
+        capsys.readouterr()
+        argv = [
+            f"--data={chats}",
+            "--device=cpu",
+            "--dtype=float32",
+            f"--json={tmp_path / 'x.json'}",
+        ]
+        assert main(["eval", str(out / "out_adapter"), *argv]) == code
+    assert "packed for the run's block_size=40, and this model has 48" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "same/out_ckpt.pt"), *argv[:-1]]) == 0
+    shown = re.search(r"nats per token\) +([\d.]+)", capsys.readouterr().out)[1]
+    assert json.loads((tmp_path / "x.json").read_text())["val_loss"] == pytest.approx(
+        float(shown), abs=1e-4
+    )
 
 
 def test_without_a_rank_nothing_is_adapted():

@@ -58,7 +58,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     rank, alpha, base = (values.get(n) for n in ("r", "lora_alpha", "base_model_name_or_path"))
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise UserError(f"{path}: r is {shown(repr(rank))}, and must be from 1 to {MAX_RANK:,}")
-    if type(alpha) not in (int, float) or not 0 < alpha < 1e6:  # type: ignore[operator]
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e6:
         raise UserError(f"{path}: lora_alpha is {shown(repr(alpha))}, and must be a number above 0")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: it does not name its base_model_name_or_path")

@@ -71,15 +71,7 @@ MODEL_SOURCES = (
 )
 
 
-WORK = (
-    "prepare",
-    "train",
-    "finetune",
-    "profile",
-    "average",
-    "push",
-    "demo",
-)  # not for their output alone
+WORK = ("prepare", "train", "finetune", "profile", "push", "demo")  # not for their output alone
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from ..checkpoint import weights
 from ..config.command_line import read_toml
 from ..config.commands import EvalConfig
 from ..config.train import EvalOptions, SystemOptions
-from ..data.conversations import check_eval_tokens, is_chat, open_conversations
+from ..data.conversations import Conversations, check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import Dataset, open_datasets, split_eval_tokens
 from ..data.loader import eval_batches
 from ..data.shards import SequenceReader
@@ -188,6 +188,12 @@ def _loss(
     block_size = model.config.block_size
     found: dict[str, Evaluation] = {}
     for name, shards, tokens in parts:
+        packed = next((s.block_size for s in shards if isinstance(s, Conversations)), block_size)
+        if packed != block_size:  # adapters of a run with a shorter context than their base's
+            raise UserError(
+                f"{source} was packed for the run's block_size={packed}, and this model has "
+                f"{block_size}; evaluate the out_ckpt.pt of the run"
+            )
         batches = eval_batches(
             shards,
             block_size=block_size,

@@ -1,10 +1,13 @@
 """LoRA: begins as the given network, trains adapters alone, equals peft and its own merged form."""
 
+import json
+
 import pytest
 import torch
 
 from gpt2.api import GPT2
 from gpt2.checkpoint import model_file, training_state
+from gpt2.cli import main
 from gpt2.config.command_line import parse
 from gpt2.config.finetune import FinetuneConfig, TuningOptions
 from gpt2.config.train import OptimOptions
@@ -90,6 +93,23 @@ def test_a_run_leaves_frozen_weights_alone_and_exports_merged_ones(chats, base, 
     matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert changed == {f"transformer.h.{i}.{n}.weight" for i in range(2) for n in matrices}
     assert (tmp_path / "out_adapter" / "adapter_config.json").exists()
+
+
+def test_adapters_are_evaluated_on_what_their_run_held_out(chats, base, tmp_path, capsys):  # noqa: F811
+    """With the context of their base; another one is refused, since rows would be cut elsewhere."""
+    assert finetune(base, chats, tmp_path, "--lora_rank=2", "--max_steps=1") == 0
+    options = [f"--data={chats}", "--device=cpu", "--dtype=float32"]
+    losses = []
+    for name in ("out_adapter", "out_ckpt.pt"):
+        result = tmp_path / "x.json"
+        assert main(["eval", str(tmp_path / name), *options, f"--json={result}"]) == 0
+        losses.append(json.loads(result.read_text())["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    settings = tmp_path / "config.toml"
+    settings.write_text(settings.read_text().replace("block_size = 48", "block_size = 40"))
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "out_adapter"), *options]) == 2
+    assert "packed for the run's block_size=40, and this model has 48" in capsys.readouterr().err
 
 
 def test_without_a_rank_nothing_is_adapted():

@@ -188,7 +188,7 @@ def test_an_answer_ends_by_itself():
     assert 0 < len(gpt2_tokenizer().encode(answer)) < 60
 
 
-def test_serve_knows_which_of_them_was_taught_to_answer(elsewhere, box):
+def test_serve_knows_which_of_them_was_taught_to_answer(elsewhere):
     pytest.importorskip("fastapi")
     from gpt2.serve import server
 

@@ -19,8 +19,8 @@ from ..untrusted.display import shown
 from . import other_formats
 
 MAX_ENTRIES = 50_000  # of the zip archive; GPT-2 XL with AdamW's moments has 1,747
-# torch unpickles in Python: up to 1.5 µs for a byte that is an operation, 6 µs for one that makes an
-# object. The pickle of XL's training state, of 580 parameters, takes 316 kB with 1,024 ranks.
+# torch unpickles in Python: up to 1.5 µs for a byte that is an operation, 6 µs for one that makes
+# an object. The pickle of XL's training state, of 580 parameters, takes 316 kB with 1,024 ranks.
 MAX_PICKLE_BYTES = 3 * 2**18
 ZIP_END_BYTES, ZIP64_END_BYTES = 22, 98  # of the last record; with the two records of 64-bit form
 # One-byte opcodes that make an object: marks, empty containers, tuples, calls. The largest object,

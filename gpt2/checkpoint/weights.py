@@ -74,7 +74,8 @@ def load(source: str | Path, revision: str = "") -> Weights:
     if local != Path(source) and revision:
         raise UserError(f"{source} comes with the clone; leave revision={revision} out")
     if not released and (local.exists() or not HUB_ID.fullmatch(name)):
-        if BARE_NAME.fullmatch(name) and not local.exists():
+        is_name = not isinstance(source, Path) and BARE_NAME.fullmatch(name)
+        if is_name and not local.exists():
             raise UserError(
                 f"{source}: no such file or folder here; models of the Hub are named OWNER/NAME, "
                 f"or {', '.join((*RELEASED, *BARE, *IN_CLONE))}"

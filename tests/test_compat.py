@@ -150,10 +150,11 @@ def test_mistakes_are_told_in_the_words_of_before(here, expected, name):
 def as_told(error: str) -> tuple[str, set[str]]:
     """(the line, the commands that it lists): there may be more commands today.
 
-    Without quotes, which Python's argparse puts around choices in some versions, and with the
-    slashes of Linux.
+    Without quotes, which Python's argparse puts around choices in some versions, with the slashes
+    of Linux, and without the page that a line names behind the words of before.
     """
     line = error.replace("\\", "/").replace("'", "")
+    line = re.sub(r" \(docs/troubleshooting\.md#[\w-]+\)(?=\n?$)", "", line)
     listed = re.search(r"unknown command .*; use one of ([\w, ]+)", line)
     if not listed:
         return line, set()

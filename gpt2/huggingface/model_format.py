@@ -40,7 +40,7 @@ SETTLED: dict[str, Any] = {
 }
 # Fields whose other value computes an equal function: in float32 what the first orders anew, and
 # with queries that are divided when they are read (`divide_queries`).
-EQUAL = {"reorder_and_upcast_attn": False, "scale_attn_by_inverse_layer_idx": False}
+EQUAL = {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
 # Names of one function in transformers, which computes GELU by tanh, and of the exact one, by erf.
 TANH_GELUS = (
     *("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"),
@@ -184,8 +184,9 @@ def config_to_hf(config: GPT2Config, dtype: str = "float32") -> dict[str, Any]:
         "n_inner": None,
         "activation_function": TANH_GELUS[0],
         **dict.fromkeys(DROPOUTS, config.dropout),
-        **SETTLED,
+        **{n: SETTLED[n] for n in ("layer_norm_epsilon", "scale_attn_weights")},
         **EQUAL,
+        "add_cross_attention": False,
         "initializer_range": 0.02,
         "bos_token_id": end,
         "eos_token_id": end,

@@ -36,7 +36,7 @@ FILES = (
 )
 DOWNLOADED = (*FILES[:6], "chat_template.jinja")  # of these there may be any
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-MAX_VALUES = 1_500_000  # of a tokenizer.json; 250,000 tokens and their merges have as many
+MAX_VALUES = 800_000  # of a tokenizer.json; 150,000 tokens and their merges have as many
 
 
 class OwnTokenizer(Tokenizer):
@@ -46,18 +46,30 @@ class OwnTokenizer(Tokenizer):
         content: the bytes of a tokenizer.json.
         end_of_text: id of the token that separates documents.
         origin: folder or file, for messages.
+        rows: of the network's token embedding; more tokens are refused.
+        parsed: the value of the JSON, if it is there already.
 
     Raises:
-        UserError: it is damaged, no byte-level BPE, or `tokenizers` is not installed.
+        UserError: it is damaged, no byte-level BPE, too large for the network, or `tokenizers` is
+            not installed.
     """
 
     name = "own"
 
-    def __init__(self, content: bytes, end_of_text: int, origin: str):
-        values = load_json(content, origin, dict, max_values=MAX_VALUES)
+    def __init__(
+        self,
+        content: bytes,
+        end_of_text: int,
+        origin: str,
+        *,
+        rows: int = 2**24,
+        parsed: dict[str, Any] | None = None,
+    ):
+        values = parsed or load_json(content, origin, dict, max_values=MAX_VALUES)
         if problem := _not_byte_level(values):
             raise UserError(f"{origin}: {problem}; its model can be exported, and continue token "
                             "ids in Python")  # fmt: skip
+        self._bytes = _bytes_of_tokens(values, origin, rows)
         try:
             import tokenizers
         except ImportError:
@@ -76,10 +88,7 @@ class OwnTokenizer(Tokenizer):
         self._encoder.encode_special_tokens = True
         self.content, self.origin = content, origin
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self._bytes = _bytes_of_tokens(values, origin)
-        self._special = {
-            token["id"] for token in values.get("added_tokens") or () if token.get("special")
-        }
+        self._special = {t["id"] for t in _added(values, origin) if t.get("special")}
         self.vocab_size = len(self._bytes)
         self.end_of_text = end_of_text
         if not 0 <= end_of_text < self.vocab_size:
@@ -150,8 +159,14 @@ def tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Token
         values: the content of config.json.
         vocab_size: rows of the token embedding.
     """
-    content = _content(folder)
-    end = _end_of_text(folder, values, content)
+    try:
+        return _tokenizer_of(folder, values, vocab_size)
+    except UserError as error:  # the model can be used without text
+        return NoTokenizer(str(error))
+
+
+def _tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Tokenizer | None:
+    content, origin = _content(folder), str(folder / JSON_FILE)
     if content is None:
         odd = [f"{n}={values[n]!r}" for n in SPECIAL_IDS[:2]
                if values.get(n) not in (None, END_OF_TEXT)]  # fmt: skip
@@ -162,18 +177,12 @@ def tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Token
             f"{END_OF_TEXT}: it has another tokenizer, and no {JSON_FILE} beside it; it can be "
             "exported, and continue token ids in Python"
         )
-    if end in (None, END_OF_TEXT) and _is_gpt2(content):
+    parsed = load_json(content, origin, dict, max_values=MAX_VALUES)
+    end = _end_of_text(folder, values, _added(parsed, origin))
+    if end in (None, END_OF_TEXT) and _is_gpt2(parsed, origin):
         return None
-    try:
-        found = OwnTokenizer(content, -1 if end is None else end, str(folder / JSON_FILE))
-    except UserError as error:
-        return NoTokenizer(str(error))
-    if found.vocab_size > vocab_size:
-        return NoTokenizer(
-            f"{folder}: its tokenizer has {found.vocab_size:,} tokens and its network "
-            f"{vocab_size:,}; it can be exported, and continue token ids in Python"
-        )
-    return found
+    number = -1 if end is None else end
+    return OwnTokenizer(content, number, origin, rows=vocab_size, parsed=parsed)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -238,31 +247,39 @@ def _content(folder: Path) -> bytes | None:
     return json.dumps(made).encode()
 
 
-def _end_of_text(folder: Path, values: dict[str, Any], content: bytes | None) -> int | None:
+def _added(values: dict[str, Any], origin: str) -> list[dict[str, Any]]:
+    """The `added_tokens` of a tokenizer.json; raises UserError for another kind of value."""
+    found = values.get("added_tokens") or []
+    if not isinstance(found, list) or not all(
+        isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+        and isinstance(token.get("id"), int)
+        for token in found
+    ):
+        raise UserError(f"{origin}: its added_tokens are no list of texts and ids")
+    return found
+
+
+def _end_of_text(folder: Path, values: dict[str, Any], added: list[dict[str, Any]]) -> int | None:
     """The token that ends a text: by config.json, else by name in tokenizer_config.json."""
     for key in ("eos_token_id", "bos_token_id"):
         value = values.get(key)
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    if content is None or not (folder / SETTINGS_FILE).exists():
+    if not (folder / SETTINGS_FILE).exists():
         return None
     settings = read_json(folder / SETTINGS_FILE)
     ends = settings.get("eos_token") or settings.get("bos_token")
     name = ends.get("content") if isinstance(ends, dict) else ends
-    tokens = load_json(content, folder, dict, max_values=MAX_VALUES)
-    for token in tokens.get("added_tokens") or ():
-        if isinstance(token, dict) and token.get("content") == name:
-            return token.get("id") if isinstance(token.get("id"), int) else None
-    return None
+    return next((token["id"] for token in added if token["content"] == name), None)
 
 
-def _is_gpt2(content: bytes) -> bool:
+def _is_gpt2(values: dict[str, Any], origin: str) -> bool:
     """Whether a tokenizer.json has GPT-2's ids and merges, and no added token but its own."""
+    added = {token["id"]: token["content"] for token in _added(values, origin)}
     try:
-        values = load_json(content, JSON_FILE, dict, max_values=MAX_VALUES)
         model = values["model"]
-        added = {token["id"]: token["content"] for token in values.get("added_tokens") or ()}
         vocab, merges = _gpt2_model()
         found = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         return (
@@ -270,7 +287,7 @@ def _is_gpt2(content: bytes) -> bool:
             and found == merges
             and set(added.items()) <= {(END_OF_TEXT, END_OF_TEXT_NAME)}
         )
-    except (UserError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError):
         return False
 
 
@@ -295,16 +312,21 @@ def _not_byte_level(values: dict[str, Any]) -> str:
     return ""
 
 
-def _bytes_of_tokens(values: dict[str, Any], origin: str) -> list[bytes]:
+def _bytes_of_tokens(values: dict[str, Any], origin: str, rows: int) -> list[bytes]:
     """Bytes of each id; empty for an id that no token has."""
     vocab: dict[str, Any] = values["model"]["vocab"]
-    added = [t for t in values.get("added_tokens") or () if isinstance(t, dict)]
-    named = {t.get("content"): t.get("id") for t in added}
-    numbers = [*vocab.values(), *named.values()]
-    whole = all(isinstance(i, int) and 0 <= i < 2**24 for i in numbers)
-    if not whole or not all(isinstance(name, str) for name in named):
+    added = _added(values, origin)
+    named = {token["content"]: token["id"] for token in added}
+    numbers = [*vocab.values(), *(token["id"] for token in added)]
+    if not all(isinstance(i, int) and 0 <= i < 2**24 for i in numbers):
         raise UserError(f"{origin}: its tokens are not numbered")
-    table, letters = [b""] * (1 + max(numbers, default=-1)), byte_of_letter()
+    size = 1 + max(numbers, default=-1)
+    if size > rows:
+        raise UserError(
+            f"{origin}: its tokenizer has {size:,} tokens and its network {rows:,}; it can be "
+            "exported, and continue token ids in Python"
+        )
+    table, letters = [b""] * size, byte_of_letter()
     for text, number in vocab.items():
         if text not in named:
             table[number] = b"".join(letters.get(c, c.encode("utf-8", "replace")) for c in text)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from random import Random
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from gpt2.serve.logprobs import token_name
 from gpt2.serve.requests import ChatRequest, CompletionRequest, make_request, parse
 from gpt2.serve.server import describe
 from gpt2.tokenizer import gpt2_tokenizer
+
+from ..mutations import mutate, mutate_bytes
 
 SENTENCES = ["o gato dorme na varanda e o cachorro late", "não há pão à mesa amanhã"] * 9
 TEXT = "o gato não dorme 🙂 à mesa\n\n  amanhã"
@@ -299,3 +302,27 @@ def test_the_server_speaks_its_language(small):
     request = make_request(parse(raw.encode(), ChatRequest), served)
     prompt = encode_prompt([{"role": "user", "content": TEXT}], model.tokenizer)
     assert request.choices[0].generation.tokens == prompt
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json"])
+def test_mutated_tokenizers_give_text_or_one_line(name, small, tmp_path):
+    shutil.copytree(small, tmp_path / "m")
+    made = json.loads((small / "tokenizer.json").read_text("utf-8"))
+    if name == "vocab.json":
+        (tmp_path / "m/tokenizer.json").unlink()
+        (tmp_path / "m/vocab.json").write_text(json.dumps(made["model"]["vocab"]), "utf-8")
+        (tmp_path / "m/merges.txt").write_text("#version: 0.2\n", "utf-8")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    content, rng, refused = json.loads((tmp_path / "m" / name).read_text("utf-8")), Random(0), 0
+    for _ in range(150):
+        data = json.dumps(mutate(content, rng)).encode()
+        (tmp_path / "m" / name).write_bytes(data if rng.random() < 0.7 else mutate_bytes(data, rng))
+        asked = config if rng.random() < 0.5 else {}
+        found = own_tokenizer.tokenizer_of(tmp_path / "m", asked, 400)
+        if isinstance(found, NoTokenizer):
+            refused += 1
+            assert "\n" not in found.reason
+            assert found.reason.isprintable()
+        elif found:
+            found.decode(found.encode(TEXT))
+    assert refused

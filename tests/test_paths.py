@@ -55,7 +55,9 @@ OUR_NAMES = {
     "commands/inspect_shards.py: folder / name": "only shown; `read_manifest` has checked it",
     "commands/profile_step.py: Path(made) / name": "constants",
     "data/datasets.py: dataset.folder / shown(name)": "only shown",
+    "data/shards.py: folder / f'{split}.bin'": "train or val",
     "evaluate/tasks.py: DOWNLOADS / task.repository": "constants",
+    "huggingface/own_tokenizer.py: folder / name": "constants",
     "interpret/html_page.py: FOLDER / name": "constants",
     "paths.py: folder / name": "`below` itself",
     "prepare/multi_machine.py: out_dir / f'worker-{self.number:0{width}d}-of-{self.count}'": (

@@ -147,6 +147,7 @@ NOWHERE = {
     'pip install -e ".[eval]"',
     'pip install -e ".[fast]"',
     'pip install -e ".[serve]"',
+    'pip install -e ".[tokenizers]"',
     'pip install "lm-eval[api]"',
     "python ../llama.cpp/convert_hf_to_gguf.py out/hf --outfile=out/model.gguf",
     'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile',

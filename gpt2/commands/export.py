@@ -35,6 +35,7 @@ from ..huggingface.own_tokenizer import (
 from ..huggingface.tokenizer_files import tokenizer_files
 from ..model.gpt import GPT
 from ..report import console
+from ..untrusted.parsing import load_json
 
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
 FILES = {
@@ -214,7 +215,7 @@ def _texts(weights: Weights, title: str, dtype: str, chat: bool) -> dict[str, by
     settings = model_format.config_to_hf(config, dtype)
     tokenizer_texts = _tokenizer_texts(weights)
     if chat and SETTINGS_FILE in tokenizer_texts:
-        told = json.loads(tokenizer_texts[SETTINGS_FILE])
+        told = load_json(tokenizer_texts[SETTINGS_FILE], SETTINGS_FILE, dict)
         told["chat_template"] = jinja_template(weights.tokenizer)
         tokenizer_texts[SETTINGS_FILE] = json.dumps(told, indent=1).encode()
     if weights.own_tokenizer or weights.special_ids:

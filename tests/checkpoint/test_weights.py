@@ -154,9 +154,13 @@ def test_a_path_is_never_a_name(theirs, tmp_path, monkeypatch):
         weights.load("me/mine@a", revision="b")
 
 
-def test_folder_of_a_run_names_its_checkpoint(tmp_path):
-    GPT2(n_layer=1, n_head=1, n_embd=8).save(tmp_path / "out_ckpt.pt")
-    with pytest.raises(UserError, match=r"no model; use .*out_ckpt\.pt"):
+def test_folder_of_a_run_stands_for_its_checkpoint(tmp_path):
+    model = GPT2(n_layer=1, n_head=1, n_embd=8)
+    model.save(tmp_path / "out_ckpt.pt")
+    found = weights.load(tmp_path).state["transformer.wte.weight"]
+    assert torch.equal(found, model.state_dict()["transformer.wte.weight"])
+    (tmp_path / "out_ckpt.pt").rename(tmp_path / "best_ckpt.pt")
+    with pytest.raises(UserError, match=r"no model; use .*best_ckpt\.pt"):
         weights.load(tmp_path)
 
 

@@ -128,7 +128,7 @@ def load_local(path: str | Path) -> Weights:
     config, state, rest = model_file.load_model(path)
     origin = f"{path} ({rest['origin']})" if "origin" in rest else str(path)
     notes = tuple(rest.get("notes", ()))
-    own = stored_tokenizer(rest.get("tokenizer"), path)
+    own = stored_tokenizer(rest.get("tokenizer"), path, config.vocab_size)
     end = own.end_of_text if own else -1
     ids = {"eos_token_id": end, "bos_token_id": end} if end >= 0 else {}
     return Weights(

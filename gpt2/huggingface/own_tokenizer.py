@@ -194,21 +194,26 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {name: read_bytes(folder / name) for name in FILES if (folder / name).exists()}
 
 
-def stored_tokenizer(value: Any, path: Path) -> Tokenizer | None:
+def stored_tokenizer(value: Any, path: Path, rows: int) -> Tokenizer | None:
     """The tokenizer in a checkpoint, as `to_store` made it; None if there is none.
 
+    Args:
+        value: the entry of the checkpoint.
+        path: the checkpoint.
+        rows: of the network's token embedding.
+
     Raises:
-        UserError: it is damaged, or `tokenizers` is not installed.
+        UserError: it is damaged, too large for the network, or `tokenizers` is not installed.
     """
     if value is None:
         return None
     value = value if isinstance(value, dict) else {}
     content, end, reason = (value.get(name) for name in ("content", "end_of_text", "reason"))
     if isinstance(reason, str):
-        return NoTokenizer(reason)
+        return NoTokenizer(shown(reason, limit=500))
     if not isinstance(content, Tensor) or content.dtype != torch.uint8 or not isinstance(end, int):
         raise UserError(f"{path}: its `tokenizer` is damaged")
-    return OwnTokenizer(content.numpy().tobytes(), end, str(path))
+    return OwnTokenizer(content.numpy().tobytes(), end, str(path), rows=rows)
 
 
 def to_store(tokenizer: Tokenizer) -> dict[str, Any]:

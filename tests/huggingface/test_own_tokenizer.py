@@ -326,3 +326,17 @@ def test_mutated_tokenizers_give_text_or_one_line(name, small, tmp_path):
         elif found:
             found.decode(found.encode(TEXT))
     assert refused
+
+
+def test_a_stored_tokenizer_is_not_trusted(small, tmp_path):
+    GPT2.from_pretrained(str(small), device="cpu").save(tmp_path / "m.pt")
+    content = torch.load(tmp_path / "m.pt")
+    stored = own_tokenizer.to_store(OwnTokenizer(library(added=("[x]",)).to_str().encode(), 0, "x"))
+    for tokenizer, message in (
+        (stored, "its tokenizer has 306 tokens and its network 305"),
+        ({"reason": "a \x1b[2J"}, r"a \\x1b\[2J"),
+        ({"content": torch.zeros(3)}, "its `tokenizer` is damaged"),
+    ):
+        torch.save(content | {"tokenizer": tokenizer, "format": None}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=message):
+            weights.load(tmp_path / "x.pt").tokenizer.check()

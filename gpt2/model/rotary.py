@@ -11,7 +11,10 @@ from ..kernels.custom_op import custom_op
 
 @custom_op(name="turns")
 def rope_cos_sin(positions: Tensor, pairs: int, rotated: int, base: float) -> Tensor:
-    """Cosines and sines of the RoPE angles, position · base^(-i/rotated) for pair i (eq. 15).
+    """Cosines and signed sines of the RoPE angles, position · base^(-i/rotated) for pair i.
+
+    Equations 15 and 34: channel i of the first half of D becomes a cos - b sin, of the second half
+    b cos + a sin. So both halves have the cosine, and the sine has a minus in the first.
 
     One opaque operator: the compiler would otherwise recompute them for every head and layer.
 
@@ -22,7 +25,7 @@ def rope_cos_sin(positions: Tensor, pairs: int, rotated: int, base: float) -> Te
         base: of the wavelengths.
 
     Returns:
-        (2, T, D/2) or (2, B, 1, T, D/2), float32.
+        (2, T, D) or (2, B, 1, T, D), float32.
     """
     rates = torch.zeros(pairs, device=positions.device)
     number = torch.arange(rotated, device=positions.device, dtype=torch.float32)
@@ -30,12 +33,13 @@ def rope_cos_sin(positions: Tensor, pairs: int, rotated: int, base: float) -> Te
     angles = positions[..., None] * rates
     if angles.ndim == 3:
         angles = angles[:, None]  # broadcast over heads
-    return torch.stack([angles.cos(), angles.sin()])
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
 
 @torch.library.register_fake("gpt2::turns")
 def _rope_cos_sin_fake(positions: Tensor, pairs: int, rotated: int, base: float) -> Tensor:
-    shape = (2, *positions.shape, pairs)
+    shape = (2, *positions.shape, 2 * pairs)
     shape = shape if positions.ndim == 1 else (*shape[:2], 1, *shape[2:])
     return positions.new_empty(shape, dtype=torch.float32)
 
@@ -43,10 +47,14 @@ def _rope_cos_sin_fake(positions: Tensor, pairs: int, rotated: int, base: float)
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotates pairs of channels (eq. 34): pair i is channel i of each half of D.
 
+    The compiler makes one kernel of it and of a norm before it. Halves computed apart and joined
+    by `cat` would need more.
+
     Args:
         x: (B, H, T, D), queries or keys.
         cos_sin: see `rope_cos_sin`.
     """
     cos, sin = cos_sin
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    other = exact.roll(x.shape[-1] // 2, dims=-1)
+    return (exact * cos + other * sin).to(x.dtype)

@@ -36,7 +36,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = matrices / (SLACK * matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLYNOMIALS:
         square = x @ x.mT
-        x = a * x + (b * square + c * (square @ square)) @ x
+        # (a I + b S + c S²) x, without a pass over x for the sum: PyTorch would copy x first
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = polynomial @ x
     return x
 
 
@@ -54,35 +57,50 @@ def nesterov(  # noqa: PLR0917 - one kernel
     return ahead.to(to)
 
 
-def normalise_rows(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
-    """NorMuon: divides each row by the root of its running mean of squares.
+def row_factors(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
+    """NorMuon: each row's factor, 1 / the root of the running mean of its squares.
 
-    Each matrix keeps its norm. The paper scales to 0.2 √(rows · columns) instead, which would give
-    `muon_lr` another meaning than in Muon.
+    Each matrix keeps its norm, which follows from the sums of rows. The paper scales to
+    0.2 √(rows · columns) instead, which would give `muon_lr` another meaning than in Muon.
 
     Args:
         update: (matrices, rows, columns).
         squares: (matrices, rows, 1) running mean of squares, updated unless skip > 0.
         skip: ().
+
+    Returns:
+        (matrices, rows, 1).
     """
-    exact = update.to(squares.dtype)
-    new = squares.lerp(exact.square().mean(-1, keepdim=True), 1 - ROW_DECAY)
+    own = update.to(squares.dtype).square().mean(-1, keepdim=True)
+    new = squares.lerp(own, 1 - ROW_DECAY)
     new = torch.where(skip > 0, squares, new)
     squares.copy_(new)
-    normalised = exact / (new.sqrt() + 1e-8)
-    before, after = (m.norm(dim=(-2, -1), keepdim=True) for m in (exact, normalised))
-    return normalised * (before / (after + 1e-8))
+    factors = 1 / (new.sqrt() + 1e-8)
+    before, after = (m.sum(dim=1, keepdim=True).sqrt() for m in (own, own * factors.square()))
+    return factors * (before / (after + 1e-8))
 
 
-def apply(p: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor) -> None:
-    """p ← keep · p - rate · update unless skip > 0; the factors are () tensors."""
-    p.copy_(torch.where(skip > 0, p, keep * p - rate * update.to(p.dtype)))
+def apply(  # noqa: PLR0917 - one kernel
+    p: Tensor, update: Tensor, factors: Tensor, keep: Tensor, rate: Tensor, skip: Tensor
+) -> None:
+    """p ← keep · p - rate · factors · update unless skip > 0.
+
+    Args:
+        p: (rows, columns).
+        update: (rows, columns).
+        factors: of the rows, (rows, 1) or ().
+        keep: ().
+        rate: ().
+        skip: ().
+    """
+    step = rate * factors * update.to(p.dtype)
+    p.copy_(torch.where(skip > 0, p, keep * p - step))
 
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    """One kernel on a GPU, or few; the matmuls are compiled for each shape."""
-    return torch.compile(function, dynamic=False if function is orthogonalise else None)
+    """One kernel on a GPU, or few, for each shape: sums of unknown length would be slow."""
+    return torch.compile(function, dynamic=False)
 
 
 class MuonAndAdamW(torch.optim.AdamW):
@@ -116,8 +134,7 @@ class MuonAndAdamW(torch.optim.AdamW):
         self.precision = precision
         prepare = _compiled if compiled else lambda function: function
         self.nesterov: Callable[..., Tensor] = prepare(nesterov)
-        self.orthogonalise: Callable[..., Tensor] = prepare(orthogonalise)
-        self.normalise_rows: Callable[..., Tensor] = prepare(normalise_rows)
+        self.row_factors: Callable[..., Tensor] = prepare(row_factors)
         self.apply: Callable[..., None] = prepare(apply)
 
     @torch.no_grad()
@@ -150,13 +167,13 @@ class MuonAndAdamW(torch.optim.AdamW):
                 for matrix in self._momentum(p, group, number).chunk(group["parts"])
             ]
             wide = torch.stack([m if m.shape[0] <= m.shape[1] else m.mT for m in matrices])
-            pairs = zip(self._share(wide), matrices, strict=True)
-            updates = iter([u if m.shape[0] <= m.shape[1] else u.mT for u, m in pairs])
+            updates, at = self._share(wide), 0
             for p, group in members:
-                update = torch.stack([next(updates) for _ in range(group["parts"])])
-                if group["normuon"]:
-                    update = self._normalise_rows(p, update, number)
-                self._apply(p, cut(update.flatten(0, 1), p), group, number)
+                update = updates[at : at + group["parts"]]
+                update = update if matrices[at].shape[0] <= matrices[at].shape[1] else update.mT
+                factors = self._row_factors(p, update, group, number)
+                self._apply(p, update.flatten(0, 1), factors, group, number)
+                at += group["parts"]
 
     def _momentum(self, p: Tensor, group: dict, number: Callable) -> Tensor:
         """Nesterov momentum of a parameter, whole on every rank; updates the running mean."""
@@ -170,12 +187,14 @@ class MuonAndAdamW(torch.optim.AdamW):
         ahead = self.nesterov(mean, grad, momentum, skip, scale, self.precision)
         return whole(as_part_of(ahead, p))
 
-    def _normalise_rows(self, p: Tensor, update: Tensor, number: Callable) -> Tensor:
-        """`normalise_rows`; every rank holds the mean of squares of all rows."""
+    def _row_factors(self, p: Tensor, update: Tensor, group: dict, number: Callable) -> Tensor:
+        """NorMuon's (rows, 1), or (); every rank holds the mean of squares of all rows."""
+        if not group["normuon"]:
+            return number(1.0, p.device)
         state = self.state[p]
         if "squares" not in state:
             state["squares"] = update.new_zeros(*update.shape[:2], 1, dtype=p.dtype)
-        return self.normalise_rows(update, state["squares"], self._skip(number, p))
+        return self.row_factors(update, state["squares"], self._skip(number, p)).flatten(0, 1)
 
     def _skip(self, number: Callable, p: Tensor) -> Tensor:
         return self._from_loop("found_inf", 0.0, number, p)
@@ -188,17 +207,20 @@ class MuonAndAdamW(torch.optim.AdamW):
     def _share(self, stack: Tensor) -> Tensor:
         """Orthogonalises this rank's share of a stack; an all-reduce gives every rank all."""
         if self.world_size == 1:
-            return self.orthogonalise(stack)
+            return orthogonalise(stack)
         each = -(-len(stack) // self.world_size)
         mine = slice(self.rank * each, min(len(stack), (self.rank + 1) * each))
         update = torch.zeros_like(stack)
         if len(stack[mine]):
-            update[mine] = self.orthogonalise(stack[mine])
+            update[mine] = orthogonalise(stack[mine])
         return self.all_sum(update)
 
-    def _apply(self, p: Tensor, update: Tensor, group: dict, number: Callable) -> None:
-        """p ← (1 - lr·decay) p - lr √max(1, rows/columns) update; the update may be a part."""
+    def _apply(
+        self, p: Tensor, update: Tensor, factors: Tensor, group: dict, number: Callable
+    ) -> None:
+        """p ← (1 - lr·decay) p - lr √max(1, rows/columns) factors · update; of p maybe a part."""
         rows, columns = p.shape[0] // group["parts"], p.shape[1]
         keep = number(1 - group["lr"] * group["weight_decay"], p.device)
         rate = number(group["lr"] * max(1.0, rows / columns) ** 0.5, p.device)
-        self.apply(local(p), update, keep, rate, self._skip(number, p))
+        own = cut(factors, p) if factors.ndim else factors
+        self.apply(local(p), cut(update, p), own, keep, rate, self._skip(number, p))

@@ -50,6 +50,7 @@ from gpt2.train.save import export_model
 from gpt2.train.schedules import attention_window_at, sequences_left
 from gpt2.train.setup import resolve_init
 from gpt2.train.state import TrainState
+from gpt2.train.weight_average import averaged
 
 from .sprint_report import draw, table
 from .throughput import _late, synchronize
@@ -233,7 +234,8 @@ def validate(state: TrainState, rt: Runtime, tokens: int) -> Evaluation | None:
         eval_tokens=available_eval_tokens(shards, tokens),
         device=rt.device,
     )
-    return evaluate(state.model, batches, rt)
+    with averaged(state.optimizer):
+        return evaluate(state.model, batches, rt)
 
 
 def peak_gib(rt: Runtime) -> float | None:

@@ -12,6 +12,7 @@ from ..untrusted.display import shown
 from .model import GPT2Config
 
 LEAST_BYTES = 2  # of a parameter: float16 or bfloat16
+GATE_CHANNELS = 12  # of its layer's input, which the gate of an attention head reads
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -26,11 +27,17 @@ def parameter_shapes(config: GPT2Config) -> Shapes:
         shapes[f"transformer.value_tables.{table}.weight"] = (V, C)
     for layer in range(layers):
         block = f"transformer.h.{layer}"
-        has_values = min(layer, layers - 1 - layer) < s["value_embeddings"]
+        from_end = min(layer, layers - 1 - layer)
+        projects = from_end < s["value_projection"]
+        has_values = projects or from_end < s["value_embeddings"]
+        gate = (config.n_head, min(GATE_CHANNELS, C))
         shapes |= _norm(f"{block}.ln_1", config) | _norm(f"{block}.ln_2", config)
         shapes |= _linear(f"{block}.attn.c_attn", 3 * C, C, config)
         shapes |= _linear(f"{block}.attn.c_proj", C, C, config)
         shapes |= {f"{block}.attn.value_mix": (2,)} if has_values else {}
+        shapes |= {f"{block}.attn.c_value.weight": (C, C)} if projects else {}
+        shapes |= {f"{block}.attn.value_gate": gate} if projects else {}
+        shapes |= {f"{block}.attn.output_gate": gate} if s["attention_gate"] else {}
         wide = -(-8 * C // 3 // 64) * 64 if s["mlp"] == "swiglu" else 4 * C
         shapes |= _linear(
             f"{block}.mlp.c_fc", 2 * wide if s["mlp"] == "swiglu" else wide, C, config

@@ -53,6 +53,13 @@ class Switches:
         0,
         "number of value-embedding tables; table i is for the i-th layer and the i-th from the end",
     )
+    value_projection: int = option(
+        0,
+        "number of layers at either end whose values also get a gated projection of the embedding",
+    )
+    attention_gate: bool = option(
+        False, "the output of each attention head times a gate that reads the layer's input"
+    )
     zero_init: bool = option(
         False, "initialise projections into the residual stream, and an untied head, with zeros"
     )
@@ -88,7 +95,7 @@ def check_switches(
     """Raises UserError for switches without effect, or that contradict one another."""
     _check_kinds(s)
     at_least(0, softcap=s.softcap, window=s.window, value_embeddings=s.value_embeddings)
-    at_least(0, attention_scale=s.attention_scale)
+    at_least(0, attention_scale=s.attention_scale, value_projection=s.value_projection)
     _check_rotary(s, head_width)
     if set(s.window_pattern) - set("SL"):
         raise UserError(
@@ -102,8 +109,11 @@ def check_switches(
         )
     if dropout and (s.window_pattern or s.document_mask):
         raise UserError("dropout does not work with window_pattern or document_mask; leave it out")
-    if s.value_embeddings > n_layer // 2:
-        raise UserError(f"value_embeddings={s.value_embeddings}: use at most n_layer // 2")
+    for name in ("value_embeddings", "value_projection"):
+        if getattr(s, name) > n_layer // 2:
+            raise UserError(f"{name}={getattr(s, name)}: use at most n_layer // 2")
+    if s.value_embeddings and s.value_projection:
+        raise UserError("value_embeddings and value_projection serve one purpose; use one of them")
     if s.skips != "none" and n_layer < 2:
         raise UserError(f"skips={s.skips} needs two layers or more")
 

@@ -32,6 +32,11 @@ class Recipe:
     head_lr: float = option(0.0, "peak learning rate of an untied head; 0: learning_rate")
     schedule: str = option("cosine", "wsd: warm-up, stable, then linear decay", ("cosine", "wsd"))
     cooldown: float = option(0.4, "wsd: share of max_steps in which the learning rate decays")
+    ema_steps: int = option(
+        0,
+        "validation and the exported model take the mean of the weights and their exponential "
+        "moving average over about this many steps; 0: the weights",
+    )
     batch_warmup: float = option(
         0.0, "share of max_steps in which a step grows from an eighth of its micro-batches to all"
     )
@@ -48,6 +53,8 @@ def check_recipe(r: Recipe, s: Switches | None) -> None:
         s: the switches of the network; None: not known yet, because `--init=` names the network.
     """
     at_least(0, muon_lr=r.muon_lr, embedding_lr=r.embedding_lr, head_lr=r.head_lr)
+    at_least(0, ema_steps=r.ema_steps)
+    at_most(10**9, ema_steps=r.ema_steps)
     for name in ("cooldown", "batch_warmup", "window_warmup"):
         if not 0 <= getattr(r, name) <= 1:
             raise UserError(f"{name}={getattr(r, name)}: use a share, from 0 to 1")

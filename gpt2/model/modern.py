@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.model import ModernConfig
+from ..config.parameter_shapes import GATE_CHANNELS
 from ..kernels.linear import add_linear, add_mlp, linear, qkv
 from ..kernels.precision import to_residual_stream
 from .attention_cache import AttentionCache, MaskedAttentionCache
@@ -34,6 +35,18 @@ from .rotary import apply_rope, rope_cos_sin
 EPS = torch.finfo(torch.float32).eps  # of RMSNorm, whatever the precision of its input
 # E[f(x)²] of an activation f for x ~ N(0, v) with small v: its coefficients of v and v².
 SECOND_MOMENTS = {"gelu": (1 / 4, 1 / 2), "relu2": (0, 3 / 2), "swiglu": (0, 1 / 6)}
+
+
+def gated(heads: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Each head times its gate 2 σ(W x), which is 1 for W = 0 (Qiu et al. 2025, arXiv:2505.06708).
+
+    Args:
+        heads: (B, T, H, D).
+        x: (B, T, C); the gate reads the first channels, which suffice (modded-nanogpt).
+        weight: W, (H, channels that are read).
+    """
+    gates = 2 * torch.sigmoid(F.linear(x[..., : weight.shape[1]], weight))
+    return heads * gates[..., None].to(heads.dtype)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -64,8 +77,13 @@ class Attention(nn.Module):
         self.window_letter = pattern[layer % len(pattern)]
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.value_mix = None
-        if value_table(config, layer) is not None:
+        gate = config.n_head, min(GATE_CHANNELS, config.n_embd)
+        self.output_gate = nn.Parameter(torch.zeros(gate)) if config.attention_gate else None
+        self.c_value, self.value_gate, self.value_mix = None, None, None
+        if min(layer, config.n_layer - 1 - layer) < config.value_projection:
+            self.c_value = nn.Linear(config.n_embd, config.n_embd, bias=False)
+            self.value_gate = nn.Parameter(torch.zeros(gate))
+        if self.c_value is not None or value_table(config, layer) is not None:
             self.value_mix = nn.Parameter(torch.full((2,), 0.5))
 
     def add_to(
@@ -80,6 +98,9 @@ class Attention(nn.Module):
         if (
             self.value_mix is not None and value_embedding is not None
         ):  # Zhou et al. 2024, arXiv:2410.17897, and modded-nanogpt
+            if self.value_gate is not None:
+                in_heads = value_embedding.unflatten(-1, (heads, C // heads))
+                value_embedding = gated(in_heads, x, self.value_gate).flatten(-2)
             of_x, of_token = self.value_mix.unbind()
             v = (of_x * v + of_token * value_embedding).to(v.dtype)
         q, k, v = (part.view(B, T, heads, C // heads).transpose(1, 2) for part in (q, k, v))
@@ -89,9 +110,10 @@ class Attention(nn.Module):
             q = q * (config.attention_scale * (C // heads) ** 0.5)
         if context.cos_sin is not None:
             q, k = apply_rope(q, context.cos_sin), apply_rope(k, context.cos_sin)
-        y = self._attend(q.to(v.dtype), k.to(v.dtype), v, context)
+        y = self._attend(q.to(v.dtype), k.to(v.dtype), v, context).transpose(1, 2)
+        y = y if self.output_gate is None else gated(y, x, self.output_gate)
         dropout = config.dropout if self.training else 0.0
-        return add_linear(residual, y.transpose(1, 2).reshape(B, T, C), self.c_proj, dropout)
+        return add_linear(residual, y.reshape(B, T, C), self.c_proj, dropout)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         cache, documents = context.cache, context.documents
@@ -166,6 +188,8 @@ class Block(nn.Module):
             context: of this forward pass.
             value_embedding: (B, T, C), or None for a layer without one.
         """
+        if self.attn.c_value is not None:
+            value_embedding = linear(embedding, self.attn.c_value)
         if self.mix is not None:
             of_x, of_embedding = self.mix.unbind()
             x = (of_x * x + of_embedding * embedding).to(x.dtype)

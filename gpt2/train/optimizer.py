@@ -24,9 +24,9 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) in its fused form, alone or together with Muon.
 
-    Matrices and embeddings decay; biases and norms do not. A group with a peak rate of its own
-    carries `lr_ratio`, that rate divided by `learning_rate`. Every group carries the names of its
-    parameters, which `check_groups` compares with those of a checkpoint.
+    Matrices and embeddings decay; biases, norms and gates do not. A group with a peak rate of its
+    own carries `lr_ratio`, that rate divided by `learning_rate`. Every group carries the names of
+    its parameters, which `check_groups` compares with those of a checkpoint.
 
     Args:
         model: its trainable parameters.
@@ -88,6 +88,8 @@ def _kind(name: str, parameter: nn.Parameter, kinds: set[str]) -> str:
         return "embedding"
     if "head" in kinds and name == "head.weight":
         return "head"
+    if name.endswith("_gate"):
+        return "no_decay"
     if "muon" in kinds and ".h." in name and parameter.ndim == 2:
         return "muon_qkv" if "c_attn" in name else "muon"
     return "decay" if parameter.ndim >= 2 else "no_decay"

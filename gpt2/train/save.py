@@ -23,10 +23,11 @@ from ..report import console
 from .optimizer import check_groups
 from .run_folder import out_dir
 from .state import TrainState
+from .weight_average import averaged
 
 # Keys of the tensors to save. `Saver` names its buffers by them and copies each once a step: a
 # checkpoint and the model for use share one copy of the weights.
-WEIGHTS, MERGED = "model", "merged"
+WEIGHTS, MERGED, AVERAGED = "model", "merged", "averaged"
 COUNTERS = (  # fields of TrainState that a checkpoint holds unchanged
     *("seconds", "skipped", "val_loss", "best_val_loss"),
     *("evals_without_gain", "evaluated_at"),
@@ -118,11 +119,7 @@ def export_model(
     path, shape = out_dir(config) / name, state.model.config
     step, val_loss = state.step, state.val_loss
     adapted = lora.is_adapted(state.model)
-    weights = MERGED if adapted else WEIGHTS
-    whole = fsdp.whole_state(state.model, keep=rt.is_main)
-    tensors = {weights: lora.merged_state(state.model, whole)}
-    if adapted:
-        tensors["adapter"], settings = lora.to_peft(state.model, config.model.init, whole)
+    weights = MERGED if adapted else AVERAGED if config.optim.ema_steps else WEIGHTS
 
     def write_files(t: dict[str, Any]) -> None:
         write_model(path, shape, t[weights], step, val_loss)
@@ -130,7 +127,12 @@ def export_model(
             folder = path.with_name(path.stem.replace("ckpt", "adapter"))
             write_adapter(folder, t["adapter"], settings)
 
-    write(state, rt, tensors, write_files, final)
+    with averaged(state.optimizer):
+        whole = fsdp.whole_state(state.model, keep=rt.is_main)
+        tensors = {weights: lora.merged_state(state.model, whole)}
+        if adapted:
+            tensors["adapter"], settings = lora.to_peft(state.model, config.model.init, whole)
+        write(state, rt, tensors, write_files, final)
 
 
 def write(

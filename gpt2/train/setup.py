@@ -28,6 +28,7 @@ from .run_data import order_data
 from .save import restore
 from .schedules import check_plan, sequences_left
 from .state import TrainState
+from .weight_average import forget_average
 
 DEEP = 24  # a deeper network is compiled block by block
 
@@ -135,6 +136,8 @@ def build(
         except UserError:
             state.loader.close()  # ends its thread
             raise
+        if not config.optim.ema_steps:
+            forget_average(state.optimizer)
     # after `restore`: every rank gets the weights of rank 0
     state.wrapped_model = rt.wrap(model, recorded)
     return state

@@ -23,6 +23,7 @@ from ..report import console
 from .optimizer import clip_gradients
 from .schedules import attention_window_at, micro_batches_at, set_rates
 from .state import TrainState
+from .weight_average import update_average
 
 
 @dataclass
@@ -77,6 +78,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     numbers = DeviceCopy(agreed)
     _update(state, skip=~agreed[:2].isfinite().all())
     state.step += 1
+    update_average(state.optimizer, state.step, config.optim.ema_steps)
     return Launched(state.step, lr, state.tokens, state.tokens - tokens_before, numbers)
 
 

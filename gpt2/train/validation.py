@@ -11,6 +11,7 @@ from .messages import log_evaluation, log_hellaswag
 from .run_folder import BEST_NAME
 from .save import export_model
 from .state import TrainState
+from .weight_average import averaged
 
 
 def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
@@ -27,7 +28,8 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
             world_size=rt.world_size,
             device=rt.device,
         )
-        result = evaluate(state.model, batches, rt)
+        with averaged(state.optimizer):
+            result = evaluate(state.model, batches, rt)
         if result is None:
             state.stop = True
             return
@@ -39,7 +41,8 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
 
 def evaluate_hellaswag(state: TrainState, rt: Runtime, log: metrics.RunLog) -> None:
     """Evaluates on HellaSwag and logs; after a signal the next run evaluates instead."""
-    results = HELLASWAG.ask(state.model, state.hellaswag, rt)
+    with averaged(state.optimizer):
+        results = HELLASWAG.ask(state.model, state.hellaswag, rt)
     if results is None:
         state.stop = True
         return

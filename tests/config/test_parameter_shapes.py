@@ -17,6 +17,7 @@ SWITCHES = {
     "bias": (True, False),
     "untied_head": (False, True),
     "value_embeddings": (0, 1),
+    "attention_gate": (False, True),
     "skips": ("none", "unet", "unet+input"),
 }
 
@@ -37,6 +38,14 @@ def test_shapes_with_every_pair_of_switches(n_layer):
             given = dict(zip((one, two), values, strict=True))
             config = ModernConfig(**SIZES | {"n_layer": n_layer} | given)
             assert parameter_shapes(config) == shapes_of(config), given
+
+
+@pytest.mark.parametrize("n_embd", [8, 48])  # fewer channels than a gate reads, and more
+@pytest.mark.parametrize("gate", [False, True])
+def test_shapes_with_projected_values(gate, n_embd):
+    sizes = SIZES | {"n_layer": 5, "n_embd": n_embd}
+    config = ModernConfig(**sizes, value_projection=2, attention_gate=gate)
+    assert parameter_shapes(config) == shapes_of(config)
 
 
 def test_the_least_size_is_below_that_of_every_network():

@@ -36,13 +36,18 @@ ALL = {
     "qk_norm": True, "norm": "rmsnorm", "norm_embedding": True, "mlp": "relu2", "bias": False,
     "softcap": 5.0, "untied_head": True, "value_embeddings": 2, "skips": "unet+input",
 }  # fmt: skip
+PROJECTED = {
+    **ALL, "untied_head": False, "value_embeddings": 0,
+    "value_projection": 1, "attention_gate": True,
+}  # fmt: skip
 CASES = [
     {"positions": "rotary"}, {"window_pattern": "SL", "window": 5}, {"document_mask": True},
     {"qk_norm": True}, {"norm": "rmsnorm"}, {"norm_embedding": True}, {"mlp": "relu2"},
     {"mlp": "swiglu"}, {"bias": False}, {"softcap": 5.0}, {"untied_head": True},
     {"attention_scale": 0.5}, {"positions": "rotary", "rope_fraction": 0.5, "rope_base": 50.0},
     {"value_embeddings": 2}, {"skips": "unet"}, {"skips": "unet+input"},
-    ALL,
+    {"value_projection": 2}, {"attention_gate": True},
+    ALL, PROJECTED,
 ]  # fmt: skip
 OPTIONS = [f"--{n}={v}" for n, v in ALL.items()]
 
@@ -95,8 +100,25 @@ def test_every_switch_does_something(switches):
     assert torch.equal(model(idx)[:, :25], model(changed)[:, :25])
 
 
+def gate_by_hand(x, weight):
+    return 2 / (1 + (-x[:, :12] @ weight).exp())[:, None]
+
+
+def values_of_tokens(c, s, layer, idx, first, normed):
+    """What a layer's values get of the token itself, (T, C)."""
+    from_end, name = min(layer, c.n_layer - 1 - layer), f"transformer.h.{layer}.attn."
+    if c.value_embeddings:
+        table = s[f"transformer.value_tables.{from_end}.weight"][idx]
+        return table / table.pow(2).mean(-1, keepdim=True).add(1.1920929e-07).sqrt()
+    if from_end >= c.value_projection:
+        return torch.zeros_like(first)
+    projected = (first @ s[name + "c_value.weight"].T).chunk(c.n_head, -1)
+    gates = [gate_by_hand(normed, weight) for weight in s[name + "value_gate"]]
+    return torch.cat([part * gate for part, gate in zip(projected, gates, strict=True)], -1)
+
+
 def by_hand(model, idx):
-    """One sequence through a plain reference of the whole recipe (`ALL`)."""
+    """One sequence through a plain reference of the whole recipe, `ALL` or `PROJECTED`."""
     c, s = model.config, dict(model.named_parameters())
     norm = lambda x: x / x.pow(2).mean(-1, keepdim=True).add(1.1920929e-07).sqrt()  # noqa: E731
     T, D = len(idx), c.n_embd // c.n_head
@@ -108,10 +130,10 @@ def by_hand(model, idx):
             x = x + s["skip_weights"][layer - c.n_layer // 2] * kept.pop()
         mix = s[name + "mix"]
         x = mix[0] * x + mix[1] * first
-        q, k, v = (norm(x) @ s[name + "attn.c_attn.weight"].T).split(c.n_embd, -1)
-        table = min(layer, c.n_layer - 1 - layer)
-        lam = s[name + "attn.value_mix"]
-        v = lam[0] * v + lam[1] * norm(s[f"transformer.value_tables.{table}.weight"][idx])
+        normed = norm(x)
+        q, k, v = (normed @ s[name + "attn.c_attn.weight"].T).split(c.n_embd, -1)
+        lam = s.get(name + "attn.value_mix", torch.tensor([1.0, 0.0]))
+        v = lam[0] * v + lam[1] * values_of_tokens(c, s, layer, idx, first, normed)
         heads = []
         for h in range(c.n_head):
             part = slice(h * D, (h + 1) * D)
@@ -129,16 +151,20 @@ def by_hand(model, idx):
                     if b > a or far or documents[a] != documents[b]:
                         scores[a, b] = -math.inf
             heads.append(scores.softmax(-1) @ v[:, part])
+            if c.attention_gate:
+                heads[-1] *= gate_by_hand(normed, s[name + "attn.output_gate"][h])
         x = x + torch.cat(heads, -1) @ s[name + "attn.c_proj.weight"].T
         inner = (norm(x) @ s[name + "mlp.c_fc.weight"].T).clamp(min=0) ** 2
         x = x + inner @ s[name + "mlp.c_proj.weight"].T
         if layer < c.n_layer // 2:
             kept.append(x)
-    return c.softcap * torch.tanh(norm(x) @ s["head.weight"].T / c.softcap)
+    head = s["head.weight" if c.untied_head else "transformer.wte.weight"]
+    return c.softcap * torch.tanh(norm(x) @ head.T / c.softcap)
 
 
-def test_the_recipe_equals_a_plain_reference():
-    model, idx = disturbed(**ALL), tokens()
+@pytest.mark.parametrize("recipe", [ALL, PROJECTED], ids=["tables", "projected"])
+def test_the_recipe_equals_a_plain_reference(recipe):
+    model, idx = disturbed(**recipe), tokens()
     with torch.no_grad():
         for row in idx:
             torch.testing.assert_close(model(row[None])[0], by_hand(model, row), atol=1e-4, rtol=0)
@@ -182,6 +208,8 @@ def test_config_round_trip(shape):
         ({"rope_base": 5.0}, "rope_base is for"),
         ({"mlp": "tanh"}, "use gelu or relu2 or swiglu"),
         ({"value_embeddings": 3}, "at most n_layer // 2"),
+        ({"value_projection": 3}, "value_projection=3: use at most n_layer // 2"),
+        ({"value_embeddings": 1, "value_projection": 1}, "use one of them"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(switches, message):

@@ -22,6 +22,8 @@ SWITCHES = {
     "softcap": [0.0, 4.0],
     "untied_head": [False, True],
     "value_embeddings": [0, 1, 2],
+    "value_projection": [0, 1, 2],
+    "attention_gate": [False, True],
     "skips": ["none", "unet", "unet+input"],
     "rope_fraction": [1.0, 0.5],
 }
@@ -33,6 +35,8 @@ def model_of(switches, **shape):
     switches = dict(switches)
     if switches.get("window_pattern"):
         switches["window"] = 5
+    if switches.get("value_projection"):
+        switches["value_embeddings"] = 0
     if switches.get("positions", "learned") != "rotary":
         switches.pop("rope_fraction", None)
     torch.manual_seed(0)

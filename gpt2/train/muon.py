@@ -36,7 +36,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = matrices / (SLACK * matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLYNOMIALS:
         square = x @ x.mT
-        # (a I + b S + c S²) x, without a pass over x for the sum: PyTorch would copy x first
+        if not x.is_cuda:
+            x = a * x + (b * square + c * (square @ square)) @ x
+            continue
+        # (a I + b S + c S²) x in fewer passes over memory; `baddbmm` would copy x to add it
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         x = polynomial @ x
@@ -57,11 +60,30 @@ def nesterov(  # noqa: PLR0917 - one kernel
     return ahead.to(to)
 
 
-def row_factors(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
-    """NorMuon: each row's factor, 1 / the root of the running mean of its squares.
+def normalise_rows(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
+    """NorMuon: divides each row by the root of its running mean of squares.
 
-    Each matrix keeps its norm, which follows from the sums of rows. The paper scales to
-    0.2 √(rows · columns) instead, which would give `muon_lr` another meaning than in Muon.
+    Each matrix keeps its norm. The paper scales to 0.2 √(rows · columns) instead, which would give
+    `muon_lr` another meaning than in Muon.
+
+    Args:
+        update: (matrices, rows, columns).
+        squares: (matrices, rows, 1) running mean of squares, updated unless skip > 0.
+        skip: ().
+    """
+    exact = update.to(squares.dtype)
+    new = squares.lerp(exact.square().mean(-1, keepdim=True), 1 - ROW_DECAY)
+    new = torch.where(skip > 0, squares, new)
+    squares.copy_(new)
+    normalised = exact / (new.sqrt() + 1e-8)
+    before, after = (m.norm(dim=(-2, -1), keepdim=True) for m in (exact, normalised))
+    return normalised * (before / (after + 1e-8))
+
+
+def row_factors(update: Tensor, squares: Tensor, skip: Tensor) -> Tensor:
+    """`normalise_rows` as a factor of each row: reads the update once, and writes no copy of it.
+
+    The norm of a matrix follows from the sums of its rows.
 
     Args:
         update: (matrices, rows, columns).
@@ -134,7 +156,7 @@ class MuonAndAdamW(torch.optim.AdamW):
         self.precision = precision
         prepare = _compiled if compiled else lambda function: function
         self.nesterov: Callable[..., Tensor] = prepare(nesterov)
-        self.row_factors: Callable[..., Tensor] = prepare(row_factors)
+        self.row_factors = _compiled(row_factors) if compiled else None
         self.apply: Callable[..., None] = prepare(apply)
 
     @torch.no_grad()
@@ -171,7 +193,7 @@ class MuonAndAdamW(torch.optim.AdamW):
             for p, group in members:
                 update = updates[at : at + group["parts"]]
                 update = update if matrices[at].shape[0] <= matrices[at].shape[1] else update.mT
-                factors = self._row_factors(p, update, group, number)
+                update, factors = self._normalise_rows(p, update, group, number)
                 self._apply(p, update.flatten(0, 1), factors, group, number)
                 at += group["parts"]
 
@@ -187,14 +209,19 @@ class MuonAndAdamW(torch.optim.AdamW):
         ahead = self.nesterov(mean, grad, momentum, skip, scale, self.precision)
         return whole(as_part_of(ahead, p))
 
-    def _row_factors(self, p: Tensor, update: Tensor, group: dict, number: Callable) -> Tensor:
-        """NorMuon's (rows, 1), or (); every rank holds the mean of squares of all rows."""
+    def _normalise_rows(
+        self, p: Tensor, update: Tensor, group: dict, number: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """(update, factors of its rows); every rank holds the mean of squares of all rows."""
         if not group["normuon"]:
-            return number(1.0, p.device)
-        state = self.state[p]
+            return update, number(1.0, p.device)
+        state, skip = self.state[p], self._skip(number, p)
         if "squares" not in state:
             state["squares"] = update.new_zeros(*update.shape[:2], 1, dtype=p.dtype)
-        return self.row_factors(update, state["squares"], self._skip(number, p)).flatten(0, 1)
+        if self.row_factors is None:
+            update = normalise_rows(update.contiguous(), state["squares"], skip)
+            return update, number(1.0, p.device)
+        return update, self.row_factors(update, state["squares"], skip).flatten(0, 1)
 
     def _skip(self, number: Callable, p: Tensor) -> Tensor:
         return self._from_loop("found_inf", 0.0, number, p)

@@ -5,7 +5,7 @@ import torch
 
 from gpt2.config.train import BatchPlan, OptimOptions
 from gpt2.errors import UserError
-from gpt2.train.muon import POLYNOMIALS, orthogonalise
+from gpt2.train.muon import POLYNOMIALS, normalise_rows, orthogonalise, row_factors
 from gpt2.train.optimizer import build_optimizer
 from gpt2.train.schedules import (
     attention_window_at,
@@ -127,6 +127,29 @@ def test_loss_scaling_of_float16(name):
     assert scaler.get_scale() == 512.0
     for p, q in zip(scaled.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_factors_of_rows_equal_the_plain_form():
+    """Over three updates, the second of which is skipped; a matrix of zeros stays one."""
+    torch.manual_seed(0)
+    plain, factors = torch.zeros(2, 4, 1), torch.zeros(2, 4, 1)
+    for skip in (0.0, 1.0, 0.0):
+        update = torch.randn(2, 4, 6) * torch.tensor([1.0, 0.0])[:, None, None]
+        wanted = normalise_rows(update, plain, torch.tensor(skip))
+        found = update * row_factors(update, factors, torch.tensor(skip))
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(factors, plain)
+    assert plain[0].all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(16, 768, 3072), (3, 64, 64)])
+def test_the_form_for_gpus_is_as_orthogonal(shape):
+    x = torch.randn(shape, device="cuda")
+    torch.testing.assert_close(orthogonalise(x).cpu(), orthogonalise(x.cpu()), atol=1e-3, rtol=1e-2)
+    values = torch.linalg.svdvals(orthogonalise(x.bfloat16()).float())
+    assert values.median() > 0.85
+    assert values.max() < 1.2
 
 
 def test_a_batch_that_no_longer_grows_may_have_one_micro_batch():

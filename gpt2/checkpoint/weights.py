@@ -12,14 +12,9 @@ from ..config.switches import switched
 from ..config.train import ModelOptions
 from ..errors import UserError, first_line
 from ..huggingface import model_format
+from ..huggingface.kept_tokenizer import stored_tokenizer
 from ..huggingface.model_download import download
-from ..huggingface.own_tokenizer import (
-    SPECIAL_IDS,
-    NoTokenizer,
-    OwnTokenizer,
-    stored_tokenizer,
-    tokenizer_of,
-)
+from ..huggingface.own_tokenizer import SPECIAL_IDS, NoTokenizer, OwnTokenizer, tokenizer_of
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from ..untrusted.parsing import read_json

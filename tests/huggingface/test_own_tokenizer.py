@@ -21,7 +21,7 @@ from gpt2.config.commands import EvalConfig, ServeConfig
 from gpt2.data.chat_template import encode_prompt
 from gpt2.data.shards import write_shard
 from gpt2.errors import UserError
-from gpt2.huggingface import own_tokenizer
+from gpt2.huggingface import kept_tokenizer, own_tokenizer
 from gpt2.huggingface.own_tokenizer import NoTokenizer, OwnTokenizer
 from gpt2.serve.logprobs import token_name
 from gpt2.serve.requests import ChatRequest, CompletionRequest, make_request, parse
@@ -331,7 +331,9 @@ def test_mutated_tokenizers_give_text_or_one_line(name, small, tmp_path):
 def test_a_stored_tokenizer_is_not_trusted(small, tmp_path):
     GPT2.from_pretrained(str(small), device="cpu").save(tmp_path / "m.pt")
     content = torch.load(tmp_path / "m.pt")
-    stored = own_tokenizer.to_store(OwnTokenizer(library(added=("[x]",)).to_str().encode(), 0, "x"))
+    stored = kept_tokenizer.to_store(
+        OwnTokenizer(library(added=("[x]",)).to_str().encode(), 0, "x")
+    )
     for tokenizer, message in (
         (stored, "its tokenizer has 306 tokens and its network 305"),
         ({"reason": "a \x1b[2J"}, r"a \\x1b\[2J"),

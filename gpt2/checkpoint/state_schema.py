@@ -158,9 +158,10 @@ SCHEMA: dict[str, Check] = {
         ),
     ),
     "settings": _table(_is_text, _is_plain),
+    "tokenizer": _record(content=_is_bytes, end_of_text=_is_count),
     "optimizer": _record(
         state=_table(_is_count, _table(_is_text, _is_buffer)),
         param_groups=_list(_record(params=_list(_is_count))),
     ),
 }
-OPTIONAL = ("data",)  # version 0.1.0 may lack it
+OPTIONAL = ("data", "tokenizer")  # version 0.1.0 may lack the first; the second is not GPT-2's

@@ -216,18 +216,22 @@ def make_tokenizer(
             f"{origin}: nothing says which token ends a text; name it as eos_token in a "
             f"{SETTINGS_FILE} beside it"
         )
-    files = {n: read_bytes(folder / n) for n in USAGE_FILES if (folder / n).exists()}
     number = -1 if end is None else end
-    return OwnTokenizer(content, number, origin, rows=rows, parsed=parsed, files=files)
+    used = files_of(folder, USAGE_FILES)
+    return OwnTokenizer(content, number, origin, rows=rows, parsed=parsed, files=used)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path, names: tuple[str, ...] = FILES) -> dict[str, bytes]:
     """The tokenizer's files in a folder, by name: what `export` copies.
+
+    Args:
+        folder: a model, or shards.
+        names: those that are looked for.
 
     Raises:
         UserError: a file that cannot be read, or is larger than any tokenizer.
     """
-    return {name: read_bytes(folder / name) for name in FILES if (folder / name).exists()}
+    return {name: read_bytes(folder / name) for name in names if (folder / name).exists()}
 
 
 def content_of(folder: Path) -> bytes | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..untrusted.parsing import read_bytes
-from .own_tokenizer import JSON_FILE, USAGE_FILES, OwnTokenizer
+from .own_tokenizer import JSON_FILE, USAGE_FILES, OwnTokenizer, files_of
 
 
 def tokenizer_beside(folder: Path, sha256: str, end_of_text: int) -> OwnTokenizer:
@@ -21,7 +21,7 @@ def tokenizer_beside(folder: Path, sha256: str, end_of_text: int) -> OwnTokenize
     path = folder / JSON_FILE
     advice = "copy the tokenizer that the shards were made with there"
     content = read_bytes(path, advice)
-    files = {n: read_bytes(folder / n) for n in USAGE_FILES if (folder / n).exists()}
+    files = files_of(folder, USAGE_FILES)
     found = OwnTokenizer(content, end_of_text, str(path), files=files)
     if found.sha256 != sha256:
         raise UserError(f"{path} is not the tokenizer of the manifest's shards; {advice}")

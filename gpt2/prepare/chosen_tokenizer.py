@@ -91,10 +91,9 @@ def describe_tokenizer(tokenizer: str | OwnTokenizer) -> dict[str, Any]:
 
 def check_same_tokenizer(old: dict, new: dict, out_dir: Path) -> None:
     """Raises UserError if the shards of a folder are not of the tokenizer that is asked for."""
-    before, now = old.get("tokenizer"), new["tokenizer"]
-    if before == now:
-        return
     has, asked = named_in(old), named_in(new)
+    if has == asked:
+        return
     way_out = f"give --tokenizer={out_dir}, or" if has.sha256 else "leave --tokenizer= out, or"
     raise UserError(
         f"{out_dir} holds shards of {has}, not of {asked}; {way_out} use another --out_dir="

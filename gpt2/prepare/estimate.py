@@ -131,10 +131,10 @@ def forecast(
     source: Source,
     out_dir: Path,
     shards: list[dict],
-    tokenizer: str | Tokenizer,
+    tokenizer: str | Tokenizer = "",
 ) -> str:
     """The text that `--dry_run` prints. Arguments as in `make_plan` and `encode_rows`."""
-    speed, per_token = measure(source, config.num_workers, tokenizer)
+    speed, per_token = measure(source, config.num_workers, tokenizer or config.tokenizer)
     plan = make_plan(config, source, out_dir, shards, per_token)
     revision = source.revision and f" at {source.revision}"
     download, beside = "nothing", ""

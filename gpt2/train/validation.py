@@ -27,7 +27,7 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
             world_size=rt.world_size,
             device=rt.device,
         )
-        result = evaluate(state.model, batches, rt)
+        result = evaluate(state.model, batches, rt, state.own_tokenizer)
         if result is None:
             state.stop = True
             return

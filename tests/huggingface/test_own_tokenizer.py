@@ -238,9 +238,10 @@ def test_a_tokenizer_that_is_not_known_gives_no_text(name, own, tmp_path, capsys
     assert TheirConfig.from_pretrained(tmp_path / "hf").eos_token_id == 0
 
 
-def test_training_says_that_it_is_another_tokenizer(own):
-    with pytest.raises(UserError, match="has a tokenizer of its own, and shards"):
-        weights.for_training(weights.load(own), 64)
+def test_training_keeps_the_rows_of_its_tokenizer(own):
+    found = weights.for_training(weights.load(own), 64)
+    assert found.config.vocab_size == found.tokenizer.vocab_size < 50257
+    assert any("of 50,257 rows are used" in note for note in found.notes)
 
 
 def test_more_tokens_than_rows(tmp_path):
@@ -271,7 +272,7 @@ def test_loss_and_bits_per_byte_are_those_of_its_ids(small, tmp_path, capsys):
     assert len([line for line in lines if line[:4].strip().isdigit()]) == len(words)
     (tmp_path / "d").mkdir()
     write_shard(tmp_path / "d/x_val_000000.bin", np.arange(99, dtype=np.uint16))
-    with pytest.raises(UserError, match="holds GPT-2's tokens, and"):
+    with pytest.raises(UserError, match="has GPT-2's vocabulary of 50257, and"):
         evaluate.run(str(small), EvalConfig(data_dir=str(tmp_path / "d"), device="cpu"))
 
 

@@ -158,7 +158,7 @@ SCHEMA: dict[str, Check] = {
         ),
     ),
     "settings": _table(_is_text, _is_plain),
-    "tokenizer": _record(content=_is_bytes, end_of_text=_is_count),
+    "tokenizer": lambda value: isinstance(value, dict),  # see `kept_tokenizer`
     "optimizer": _record(
         state=_table(_is_count, _table(_is_text, _is_buffer)),
         param_groups=_list(_record(params=_list(_is_count))),

@@ -153,8 +153,10 @@ def _load_folder(path: Path) -> Weights:
     values = read_json(path / model_format.CONFIG_FILE)
     own = tokenizer_of(path, values, config.vocab_size)
     told = f"its own tokenizer is used, of {own.vocab_size:,} tokens" if own else ""
-    told_of_tokenizer = (told,) if isinstance(own, OwnTokenizer) else ()
-    notes = told_of_tokenizer + model_format.notes_on(values)
+    of_tokenizer = [told] if isinstance(own, OwnTokenizer) else []
+    if own and own.template:
+        of_tokenizer.append("its own chat template is used for conversations")
+    notes = (*of_tokenizer, *model_format.notes_on(values))
     return Weights(
         config,
         state,

@@ -23,6 +23,7 @@ from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, Tokenizer, merges_folder
 from ..untrusted.display import shown
 from ..untrusted.long_text import pieces
 from ..untrusted.parsing import load_json, read_bytes, read_json
+from .own_template import template_in, with_template
 
 JSON_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -92,6 +93,7 @@ class OwnTokenizer(Tokenizer):
         self._encoder.no_padding()
         self._encoder.encode_special_tokens = True
         self._encode_batch = self._encoder.encode_batch_fast
+        self._special_encoder: Any = None  # made for the first conversation by a template
         self.content, self.origin, self.files = content, origin, files or {}
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._special = {t["id"] for t in _added(values, origin) if t.get("special")}
@@ -100,6 +102,9 @@ class OwnTokenizer(Tokenizer):
         if not 0 <= end_of_text < self.vocab_size or not self._bytes[end_of_text]:
             raise UserError(f"{origin}: token {end_of_text}, which ends a text, is not in it")
         self.end_of_text_name = self._bytes[end_of_text].decode("utf-8", errors="replace")
+        special = {t["content"]: t["id"] for t in _added(values, origin) if t.get("special")}
+        encode = self._encode_special
+        self.template = template_in(self.files, origin, special, end_of_text, encode)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
@@ -110,6 +115,13 @@ class OwnTokenizer(Tokenizer):
         # In batches of one: they release the GIL, so that threads of `gpt2 prepare` run at a time.
         found = (self._encode_batch([p], add_special_tokens=False) for p in pieces(_whole(text)))
         return [i for (encoding,) in found for i in encoding.ids]
+
+    def _encode_special(self, text: str) -> list[int]:
+        """Ids of a text in which a literal special token is the token."""
+        if self._special_encoder is None:
+            self._special_encoder = self._encoder.from_str(self._encoder.to_str())
+        encoding = self._special_encoder.encode(_whole(text), add_special_tokens=False)
+        return list(encoding.ids)
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of documents one after the other, an end-of-text token in front of each.
@@ -183,7 +195,8 @@ def _tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Toke
         odd = [f"{n}={values[n]!r}" for n in SPECIAL_IDS[:2]
                if values.get(n) not in (None, END_OF_TEXT)]  # fmt: skip
         if not odd or vocab_size < GPT2_VOCAB_SIZE:
-            return None
+            files = files_of(folder, USAGE_FILES)
+            return with_template(folder, files) if vocab_size >= GPT2_VOCAB_SIZE else None
         return NoTokenizer(
             f"{folder}: its config.json says {shown(', '.join(odd))}, and GPT-2's is "
             f"{END_OF_TEXT}: it has another tokenizer, and no {JSON_FILE} beside it; it can be "
@@ -194,8 +207,8 @@ def _tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Toke
 
 def make_tokenizer(
     folder: Path, content: bytes, origin: str, values: dict[str, Any], *, rows: int = 2**24
-) -> OwnTokenizer | None:
-    """The tokenizer of a tokenizer.json; None for GPT-2's.
+) -> Tokenizer | None:
+    """The tokenizer of a tokenizer.json; None for GPT-2's, if no chat template comes with it.
 
     Args:
         folder: the files beside it.
@@ -209,16 +222,16 @@ def make_tokenizer(
     """
     parsed = load_json(content, origin, dict, max_values=MAX_VALUES)
     end = _end_of_text(folder, values, parsed, origin)
+    files = files_of(folder, USAGE_FILES)
     if end in (None, END_OF_TEXT) and _is_gpt2(parsed, origin):
-        return None
+        return with_template(folder, files) if rows >= GPT2_VOCAB_SIZE else None
     if end is None and not _not_byte_level(parsed):
         raise UserError(
             f"{origin}: nothing says which token ends a text; name it as eos_token in a "
             f"{SETTINGS_FILE} beside it"
         )
     number = -1 if end is None else end
-    used = files_of(folder, USAGE_FILES)
-    return OwnTokenizer(content, number, origin, rows=rows, parsed=parsed, files=used)
+    return OwnTokenizer(content, number, origin, rows=rows, parsed=parsed, files=files)
 
 
 def files_of(folder: Path, names: tuple[str, ...] = FILES) -> dict[str, bytes]:

@@ -47,7 +47,7 @@ def chosen_tokenizer(choice: str) -> str | OwnTokenizer:
         raise UserError(f"--tokenizer={choice}: the folder has no {JSON_FILE}")
     origin = str(path / JSON_FILE if path.is_dir() else path)
     found = make_tokenizer(folder, content, origin, _settings(folder))
-    if found is None:
+    if not isinstance(found, OwnTokenizer):  # GPT-2's
         return "auto"
     if found.vocab_size > MAX_SIZE:
         raise UserError(

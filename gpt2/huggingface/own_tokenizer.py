@@ -83,8 +83,13 @@ class OwnTokenizer(Tokenizer):
                 f"{origin}: a tokenizer of its own needs the package tokenizers; run: "
                 f"{install_command('tokenizers')}"
             ) from None
+        read = content
+        for token in _added(values, origin):  # no text is to become the end of a text
+            if token["id"] == end_of_text and not token.get("special"):
+                token["special"] = True
+                read = json.dumps(values).encode()
         try:
-            self._encoder = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+            self._encoder = tokenizers.Tokenizer.from_str(read.decode("utf-8"))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - Exception itself, and panics of Rust

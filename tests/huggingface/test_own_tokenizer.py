@@ -122,8 +122,8 @@ def test_texts_are_written_and_read_in_its_language(small, capsys):
     assert "own tokenizer is used" in capsys.readouterr().err
 
 
-def test_a_conversation_has_its_ids(own):
-    ours = weights.load(own).tokenizer
+def test_a_conversation_has_its_ids():
+    ours = OwnTokenizer(library().to_str().encode(), 0, "test")
     ids = encode_prompt([{"role": "user", "content": TEXT}], ours)
     begin = [0, *ours.encode("user\n"), *ours.encode(TEXT)]
     assert ids == [*begin, 0, *ours.encode("assistant\n")]

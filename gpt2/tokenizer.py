@@ -77,7 +77,7 @@ class Tokenizer:
             document, its end-of-text token included.
         """
         found, lengths = [], []
-        eot = np.array([END_OF_TEXT], dtype=np.uint16)
+        eot = np.array([self.end_of_text], dtype=np.uint16)
         for text in texts:
             try:  # without a list of Python integers: 1.5 × as fast as `encode`
                 parts = [

@@ -117,16 +117,19 @@ class OwnTokenizer(Tokenizer):
         Raises:
             UserError: a word of over 200,000 characters.
         """
-        # In batches of one: they release the GIL, so that threads of `gpt2 prepare` run at a time.
+        # Batches of one release the GIL, so that threads of `gpt2 prepare` run at a time.
         found = (self._encode_batch([p], add_special_tokens=False) for p in pieces(_whole(text)))
         return [i for (encoding,) in found for i in encoding.ids]
+
+    def merge(self, word: str) -> list[Any]:
+        """The tokens that the merges make of one word, which is written in GPT-2's letters."""
+        return self._encoder.model.tokenize(word)
 
     def _encode_special(self, text: str) -> list[int]:
         """Ids of a text in which a literal special token is the token."""
         if self._special_encoder is None:
             self._special_encoder = self._encoder.from_str(self._encoder.to_str())
-        encoding = self._special_encoder.encode(_whole(text), add_special_tokens=False)
-        return list(encoding.ids)
+        return list(self._special_encoder.encode(_whole(text), add_special_tokens=False).ids)
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of documents one after the other, an end-of-text token in front of each.

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..report import console
 from ..tokenizer import END_OF_TEXT_NAME, Tokenizer
 from ..untrusted.long_text import has_long_word
-from .fast_tokenizer import FastTokenizer, tokenizer_class
+from .fast_tokenizer import FastTokenizer, OwnByTiktoken, faster, tokenizer_class
 from .sources import Source
 
 BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # a batch ends at the first of these limits
@@ -104,7 +104,8 @@ def encode_rows(
     of_thread, one_at_a_time = threading.local(), threading.Lock()
     make: Callable[[], Tokenizer]
     if isinstance(tokenizer, Tokenizer):
-        make, end_name = (lambda: tokenizer), tokenizer.end_of_text_name
+        fast = faster(tokenizer)
+        make, end_name = (lambda: fast), tokenizer.end_of_text_name
     else:
         make, end_name = tokenizer_class(tokenizer), END_OF_TEXT_NAME
 
@@ -114,7 +115,7 @@ def encode_rows(
             with one_at_a_time:  # the first thread loads the merges for all
                 of_thread.tokenizer = make()
         encoded = _per_row(batch, *of_thread.tokenizer.encode_documents(batch.documents()))
-        if make is FastTokenizer:
+        if isinstance(of_thread.tokenizer, FastTokenizer | OwnByTiktoken):
             _compare(source, of_thread.tokenizer, encoded, first)
         return encoded
 
@@ -131,8 +132,10 @@ def encode_rows(
         pool.shutdown(cancel_futures=True)
 
 
-def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: bool) -> None:
-    """Compares every 1000th row, and with `first` the first document, with tiktoken's tokens.
+def _compare(
+    source: Source, tokenizer: FastTokenizer | OwnByTiktoken, encoded: Encoded, first: bool
+) -> None:
+    """Compares every 1000th row, and with `first` the first document, with the slower library's.
 
     Raises:
         UserError: the tokens differ.
@@ -144,8 +147,8 @@ def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: 
             first = False
             if tokenizer.differs(text, tokens[ends[row] - lengths[row] : ends[row]]):
                 raise UserError(
-                    f"{source.parts[part].name}, row {number}: gigatoken and tiktoken make "
-                    "different tokens of it; use --tokenizer=tiktoken with a new --out_dir="
+                    f"{source.parts[part].name}, row {number}: {tokenizer.libraries} make "
+                    f"different tokens of it; {tokenizer.way_out}"
                 )
 
 

@@ -1,5 +1,6 @@
 """`gpt2 prepare --tokenizer=`: shards with a tokenizer that is not GPT-2's."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -18,8 +21,10 @@ from gpt2.errors import UserError
 from gpt2.huggingface.own_tokenizer import OwnTokenizer
 from gpt2.huggingface.shard_tokenizer import tokenizer_beside
 from gpt2.huggingface.tokenizer_files import tokenizer_files
+from gpt2.prepare import fast_tokenizer
 from gpt2.prepare import run as run_module
 from gpt2.prepare.chosen_tokenizer import chosen_tokenizer
+from gpt2.prepare.fast_tokenizer import OwnByTiktoken, faster
 from gpt2.prepare.multi_machine import merge
 
 LINES = [f"o gato {n} não dorme à mesa, e o cachorro late {n * n} vezes 🙂" for n in range(60)]
@@ -210,3 +215,61 @@ def test_it_needs_no_torch():
         "assert not {'torch', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=80) | st.text("o gatão'sll \n\t12.🙂", max_size=80))
+def test_tiktoken_makes_the_ids_of_tokenizers(text):
+    made = OwnTokenizer(library(500).to_str().encode(), 1, "test")
+    fast = _fast(made)
+    texts = [text, f"{END} {text}", "", text + "\u088f"]
+    for ours, theirs in zip(
+        fast.encode_documents(texts), made.encode_documents(texts), strict=True
+    ):
+        assert ours.tolist() == theirs.tolist()
+
+
+@functools.cache
+def _ranks_of(content):
+    return faster(OwnTokenizer(content, 1, "test"))
+
+
+def _fast(made):
+    found = _ranks_of(made.content)
+    assert isinstance(found, OwnByTiktoken)
+    return found
+
+
+def changed(change):
+    values = json.loads(library().to_str())
+    change(values)
+    return OwnTokenizer(json.dumps(values).encode(), 1, "test")
+
+
+UNLIKE = {
+    "a space before the text": lambda v: v["pre_tokenizer"].update(add_prefix_space=True),
+    "a normalizer": lambda v: v.update(normalizer={"type": "NFC"}),
+    "another order of the merges": lambda v: v["model"]["merges"].reverse(),
+    "whole words first": lambda v: v["model"].update(ignore_merges=True),
+    "a token that no merge makes": lambda v: v["model"]["vocab"].update(xyz=999),
+    "an added token that is a word": lambda v: v["added_tokens"][0].update(special=False),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_tokenizer_unlike_gpt2s_is_encoded_by_its_library(name):
+    made = changed(UNLIKE[name])
+    assert faster(made) is made
+
+
+def test_a_fault_of_the_faster_library_is_found(own, texts, tmp_path, monkeypatch):
+    right = fast_tokenizer._ranks
+
+    def wrong(made):
+        ranks = right(made)
+        a, b = b"a", b"o"
+        return ranks | {a: ranks[b], b: ranks[a]}
+
+    monkeypatch.setattr(fast_tokenizer, "_ranks", wrong)
+    with pytest.raises(UserError, match="row 0: tiktoken and tokenizers make different tokens"):
+        prepare(texts, tmp_path / "d", own)

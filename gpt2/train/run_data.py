@@ -69,7 +69,7 @@ def _open_data(
     tuning = tuning_options(config)
     if tuning is None or not is_chat(config.data.data_dir):
         datasets = open_datasets(config.data.data_dir)
-        if tokenizer is None:
+        if tokenizer is None or not datasets[0].val[0].vocabulary.sha256:
             return datasets, []
         return datasets, [f"the shards' own tokenizer has {tokenizer.vocab_size:,} tokens"]
     if config.data.sequence_start != "anywhere":

@@ -106,21 +106,28 @@ def run_tokenizer(
         UserError: a damaged tokenizer, or a network with fewer rows than the shards have ids.
     """
     rows, vocabulary = config.model.shape().vocab_size, data_vocabulary(config)
-    if vocabulary is None:
-        if resumed:
-            kept, path = resumed.state.get("tokenizer"), resumed.path / STATE_FILE
-            return stored_tokenizer(kept, path, rows)
-
-        def look() -> dict | None:
-            return to_store(init.own_tokenizer) if init and init.own_tokenizer else None
-
-        return stored_tokenizer(rt.on_main(look), Path(config.model.init), rows)
-    if vocabulary.size != rows:
+    if vocabulary is not None and vocabulary.size != rows:
         raise UserError(
             f"{config.data.data_dir} has {vocabulary}, and the network {rows} rows; "
             f"use --vocab_size={vocabulary.size}"
         )
-    if vocabulary == GPT2_VOCABULARY:
-        return None
+    if vocabulary is None or vocabulary == GPT2_VOCABULARY:
+        return _of_model(config, rt, resumed, init, rows)
     folder, _ = parse_mix(config.data.data_dir)[0]
     return tokenizer_beside(Path(folder), vocabulary.sha256, vocabulary.end_of_text)
+
+
+def _of_model(
+    config: TrainConfig, rt: Runtime, resumed: Resumed | None, init: Weights | None, rows: int
+) -> Tokenizer | None:
+    """The tokenizer that came with `--init=`, which may be GPT-2's with another chat template."""
+    if resumed:
+        path = resumed.path / STATE_FILE
+        return stored_tokenizer(resumed.state.get("tokenizer"), path, rows)
+    if not config.model.init:
+        return None
+
+    def look() -> dict | None:
+        return to_store(init.own_tokenizer) if init and init.own_tokenizer else None
+
+    return stored_tokenizer(rt.on_main(look), Path(config.model.init), rows)

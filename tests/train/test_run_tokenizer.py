@@ -15,6 +15,7 @@ from gpt2.checkpoint import weights
 from gpt2.config.command_line import parse
 from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.train import TrainConfig
+from gpt2.data.sequence_order import document_sequences
 from gpt2.data.shards import find_shards, write_shard
 from gpt2.errors import UserError
 from gpt2.train import loop, setup
@@ -167,6 +168,10 @@ def test_sequences_and_masks_begin_at_its_documents(home, tmp_path):
     asked = [f"--data_dir={home / 'data'}", f"--out_dir={tmp_path / 'out'}", "--max_steps=2"]
     switches = ["--sequence_start=document", "--document_mask=True"]
     assert train(*asked, *switches) == 0
+    shard = find_shards(home / "data", "train")[0]
+    starts = document_sequences(shard, 64).tolist()  # no document is longer than that
+    assert all(shard.read(start, 1)[0] == 0 for start in starts[1:])
+    assert len(starts) > 50
     model = GPT2.from_checkpoint(tmp_path / "out", "cpu")
     with torch.no_grad():
         a, b = (model(torch.tensor([[0, first, 9, 0, 7, 8]])) for first in (5, 6))

@@ -95,6 +95,7 @@ class TextModel(LanguageModel):
             model = kind(found.config)
         model_file.load_into(model, found.state, found.origin)
         model.own_tokenizer = found.own_tokenizer
+        model.end_of_text = found.own_tokenizer.end_of_text if found.own_tokenizer else None
         return cast(Self, model.to(choose_device(device)).eval())
 
     def save(self, path: str | Path) -> None:

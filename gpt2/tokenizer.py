@@ -28,6 +28,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from .config.model import GPT2_VOCAB_SIZE
 from .errors import UserError
 from .untrusted.long_text import pieces
+from .untrusted.templates import ModelTemplate
 
 END_OF_TEXT, END_OF_TEXT_NAME = 50256, "<|endoftext|>"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -42,6 +43,7 @@ class Tokenizer:
     name = "gpt2"
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text, end_of_text_name = END_OF_TEXT, END_OF_TEXT_NAME
+    template: ModelTemplate | None = None  # None: that of `data/chat_template.py`
     # Identity of the encoding: a hash over the hashes of the two files and the pattern.
     sha256 = hashlib.sha256(
         f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256} {PATTERN}".encode()
@@ -75,7 +77,7 @@ class Tokenizer:
             document, its end-of-text token included.
         """
         found, lengths = [], []
-        eot = np.array([END_OF_TEXT], dtype=np.uint16)
+        eot = np.array([self.end_of_text], dtype=np.uint16)
         for text in texts:
             try:  # without a list of Python integers: 1.5 × as fast as `encode`
                 parts = [

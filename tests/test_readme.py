@@ -58,6 +58,14 @@ ADDED: dict[str, list[str]] = {
     "gpt2 shards verify fineweb": [],
     "gpt2 shards info fineweb": [],
     "gpt2 shards show fineweb --doc=17": ["--doc=2"],
+    "gpt2 prepare --source=my_texts --tokenizer=my_tokenizer --out_dir=data/own": [],
+    "gpt2 train --data_dir=data/own --out_dir=out/own --size=gpt2-mini --block_size=256": SMALL,
+    'gpt2 sample out/own --prompt="Hello world,"': ["--max_new_tokens=5"],
+    "gpt2 finetune --init=out/own --data=chats.jsonl --out_dir=out/own_chat": [
+        *OF_GIVEN_WEIGHTS, "--eval_every=1",
+    ],
+    "gpt2 chat out/own_chat": ["--max_new_tokens=5"],
+    "gpt2 export out/own_chat --to=hf out/own_hf": [],
     "gpt2 train --data_dir=fineweb:0.8,data/mine:0.2 --out_dir=out/mix": SMALL,
     # docs/evaluating.md
     "gpt2 eval out/out_ckpt.pt --hellaswag=hub --lambada=hub --text=my_texts/one.txt "
@@ -247,6 +255,8 @@ def test_commands_and_python_of_the_text(clone, text, tmp_path):
         model = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
         hub.models["openai-community/gpt2"] = model
         online = {**hub.environment(tmp_path), "HF_TOKEN": "any"}
+        (tokenizer,) = [block for block in blocks("python") if "BpeTrainer" in block]
+        run(["python", "-c", tokenizer], clone, **online)
         for command, added in ADDED.items():
             words = [new for word in shlex.split(command) for new in HERE.get(word, [word])]
             run([*words, *added], clone, **online)
@@ -257,7 +267,8 @@ def test_commands_and_python_of_the_text(clone, text, tmp_path):
                  "out/demo/loss.png", "out/demo/metrics.jsonl", "out/demo/out_ckpt.pt",
                  "out/loss.png", "out/eval.json", "out/inspect.html", "out/two/out_ckpt.pt",
                  "out/mine/out_ckpt.pt", "out/finetuned/out_ckpt.pt", "out/shared/out_ckpt.pt",
-                 "out/h200/loss.png", "out/tuned/out_ckpt.pt", "out/hf/config.json"):  # fmt: skip
+                 "out/h200/loss.png", "out/tuned/out_ckpt.pt", "out/hf/config.json",
+                 "data/own/tokenizer.json", "out/own_hf/tokenizer.json"):  # fmt: skip
         assert (clone / path).exists(), path
 
 

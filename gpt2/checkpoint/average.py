@@ -2,7 +2,8 @@
 
 The mean of weights from the end of a run often has a lower loss than the last of them (Izmailov et
 al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407).
-Only `model.safetensors` of each state is read, after its sha256 was compared with the manifest.
+Only `model.safetensors` of each state is read, after its sha256 was compared with the manifest, and
+the tokenizer of the newest.
 """
 
 from pathlib import Path
@@ -16,13 +17,16 @@ from ..config.model import GPT2Config
 from ..config.parameter_shapes import check_fit, check_size, parameter_shapes
 from ..errors import UserError, first_line
 from ..files import check_replaceable
+from ..huggingface.kept_tokenizer import stored_tokenizer
 from ..huggingface.safetensors_header import read_header
 from .model_file import check_finite, config_of, write_model
+from .safe_load import torch_load
 from .state_schema import not_whole
 from .training_state import (
     MANIFEST,
     MODEL_FILE,
     PART_FILE,
+    STATE_FILE,
     check_files,
     read_manifest,
     state_folders,
@@ -57,7 +61,10 @@ def average_states(out_dir: Path, last: int, out: str = "") -> str:
             f"--last={len(folders)}, or train with --keep_last={last}"
         )
     step, config, mean = _mean(folders[-last:])
-    write_model(path, config, mean, step, None)
+    state = torch_load(folders[-1] / STATE_FILE)  # mapped: the optimizer state is not read
+    kept = state.get("tokenizer") if isinstance(state, dict) else None
+    own = stored_tokenizer(kept, folders[-1] / STATE_FILE, config.vocab_size)
+    write_model(path, config, mean, step, None, own_tokenizer=own)
     first = folders[-last].name.removeprefix("step_").lstrip("0") or "0"
     return f"{path}: the mean of {last} saved states, steps {int(first):,} to {step:,}"
 

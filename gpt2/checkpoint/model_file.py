@@ -20,8 +20,8 @@ from ..config.switches import SWITCH_NAMES
 from ..distributed import fsdp
 from ..errors import UserError
 from ..files import replacing_file, replacing_folder
+from ..huggingface.kept_tokenizer import to_store
 from ..huggingface.model_format import WRAPPER_PREFIX, with_table
-from ..huggingface.own_tokenizer import to_store
 from ..model.lora import merged_state
 from ..tokenizer import Tokenizer
 from ..untrusted.display import shown

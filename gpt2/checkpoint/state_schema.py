@@ -158,9 +158,10 @@ SCHEMA: dict[str, Check] = {
         ),
     ),
     "settings": _table(_is_text, _is_plain),
+    "tokenizer": lambda value: isinstance(value, dict),  # see `kept_tokenizer`
     "optimizer": _record(
         state=_table(_is_count, _table(_is_text, _is_buffer)),
         param_groups=_list(_record(params=_list(_is_count))),
     ),
 }
-OPTIONAL = ("data",)  # version 0.1.0 may lack it
+OPTIONAL = ("data", "tokenizer")  # version 0.1.0 may lack the first; the second is not GPT-2's

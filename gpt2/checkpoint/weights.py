@@ -12,14 +12,9 @@ from ..config.switches import switched
 from ..config.train import ModelOptions
 from ..errors import UserError, first_line
 from ..huggingface import model_format
+from ..huggingface.kept_tokenizer import stored_tokenizer
 from ..huggingface.model_download import download
-from ..huggingface.own_tokenizer import (
-    SPECIAL_IDS,
-    NoTokenizer,
-    OwnTokenizer,
-    stored_tokenizer,
-    tokenizer_of,
-)
+from ..huggingface.own_tokenizer import SPECIAL_IDS, NoTokenizer, OwnTokenizer, tokenizer_of
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from ..untrusted.parsing import read_json
@@ -158,8 +153,10 @@ def _load_folder(path: Path) -> Weights:
     values = read_json(path / model_format.CONFIG_FILE)
     own = tokenizer_of(path, values, config.vocab_size)
     told = f"its own tokenizer is used, of {own.vocab_size:,} tokens" if own else ""
-    told_of_tokenizer = (told,) if isinstance(own, OwnTokenizer) else ()
-    notes = told_of_tokenizer + model_format.notes_on(values)
+    of_tokenizer = [told] if isinstance(own, OwnTokenizer) else []
+    if own and own.template:
+        of_tokenizer.append("its own chat template is used for conversations")
+    notes = (*of_tokenizer, *model_format.notes_on(values))
     return Weights(
         config,
         state,
@@ -230,38 +227,37 @@ def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:
             f"init={options.init} has attention windows of {window} positions; use "
             f"--block_size={window + 1} or larger"
         )
-    return replace(options, **have, block_size=options.block_size or found.block_size)
+    own = found.vocab_size != GPT2_VOCAB_SIZE
+    vocab_size = found.vocab_size if own else options.vocab_size
+    length = options.block_size or found.block_size
+    return replace(options, **have, block_size=length, vocab_size=vocab_size)
 
 
 def for_training(found: Weights, block_size: int) -> Weights:
-    """Cuts the weights to GPT-2's vocabulary and to `block_size` positions.
+    """Cuts the weights to the vocabulary of their tokenizer and to `block_size` positions.
 
     Training never reads the removed rows.
 
     Raises:
-        UserError: the vocabulary is smaller than GPT-2's.
+        UserError: the vocabulary is smaller than GPT-2's, and there is no tokenizer for it.
     """
     config = found.config
     assert block_size <= config.block_size, (block_size, config.block_size)
     found.tokenizer.check()
-    if found.own_tokenizer:
-        raise UserError(
-            f"{found.origin} has a tokenizer of its own, and shards and conversations are encoded "
-            "by GPT-2's; it can be sampled, evaluated and exported"
-        )
+    vocab_size = found.tokenizer.vocab_size
     state, notes = dict(found.state), list(found.notes)
     for key in found.state:
         if key.startswith(BY_POSITION):
             rows, have = block_size, config.block_size
         elif key.startswith(BY_TOKEN):
-            rows, have = GPT2_VOCAB_SIZE, config.vocab_size
+            rows, have = vocab_size, config.vocab_size
         else:
             continue
         if rows < have:
             state[key] = state[key][:rows].clone()
             name = key.removeprefix("transformer.").removesuffix(".weight")
             notes.append(f"{name}: the first {rows:,} of {have:,} rows are used")
-    config = replace(config, vocab_size=GPT2_VOCAB_SIZE, block_size=block_size)
+    config = replace(config, vocab_size=vocab_size, block_size=block_size)
     return replace(found, config=config, state=state, notes=tuple(notes))
 
 

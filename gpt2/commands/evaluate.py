@@ -22,6 +22,7 @@ from ..data.loader import eval_batches
 from ..data.shards import SequenceReader
 from ..data.text_encodings import garbled
 from ..data.text_files import read_rows
+from ..data.vocabulary import vocabulary_of
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -119,13 +120,8 @@ def _measurements(
     of_run = {} if asked else settings
     data_dir = config.data_dir or of_run.get("data_dir", "")
     eval_tokens = config.eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
-    if data_dir and found.own_tokenizer:
-        raise UserError(
-            f"{data_dir} holds GPT-2's tokens, and {found.origin} has a tokenizer of its own; use "
-            "--text=FILE"
-        )
     if data_dir:
-        datasets = _open(data_dir, settings, eval_tokens)
+        datasets = _open(data_dir, settings, eval_tokens, found)
         counts = split_eval_tokens(datasets, eval_tokens)
         parts = [(d.name, d.val, n) for d, n in zip(datasets, counts, strict=True)]
         yield partial(_loss, "val", data_dir, parts)
@@ -141,16 +137,26 @@ def _measurements(
             yield partial(_ask, task, spec, items)
 
 
-def _open(data_dir: str, settings: Results, eval_tokens: int) -> list[Dataset]:
+def _open(
+    data_dir: str, settings: Results, eval_tokens: int, found: weights.Weights
+) -> list[Dataset]:
     """Folders of shards, or the conversations that the checkpoint's run held out."""
     if not is_chat(data_dir):
-        return open_datasets(data_dir, with_training=False)
+        datasets, has = open_datasets(data_dir, with_training=False), vocabulary_of(found.tokenizer)
+        for dataset in datasets:
+            if dataset.val[0].vocabulary != has:
+                raise UserError(
+                    f"{dataset.folder} has {dataset.val[0].vocabulary}, and {found.origin} {has}; "
+                    "use --text=FILE, or shards of that tokenizer"
+                )
+        return datasets
     if "val_share" not in settings:
         raise UserError(
             f"{data_dir}: which conversations were held out stands in the config.toml beside a "
             "checkpoint of `gpt2 finetune`, and there is none; use --text= or shards"
         )
-    datasets, _ = open_conversations(data_dir, settings["block_size"], settings["val_share"])
+    length, share = settings["block_size"], settings["val_share"]
+    datasets, _ = open_conversations(data_dir, length, share, found.tokenizer)
     check_eval_tokens(eval_tokens, datasets, settings["block_size"])
     return datasets
 

@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..files import replacing_folder
 from ..huggingface import model_format
 from ..huggingface.hub import http_library
+from ..huggingface.own_template import TEMPLATE_FILE, TemplatedTokenizer
 from ..huggingface.own_tokenizer import FILES as TOKENIZER_FILES
 from ..huggingface.own_tokenizer import (
     JSON_FILE,
@@ -214,14 +215,20 @@ def _texts(weights: Weights, title: str, dtype: str, chat: bool) -> dict[str, by
     config = weights.config
     settings = model_format.config_to_hf(config, dtype)
     tokenizer_texts = _tokenizer_texts(weights)
-    if chat and SETTINGS_FILE in tokenizer_texts:
+    template = weights.tokenizer.template
+    if SETTINGS_FILE in tokenizer_texts and (template or chat):
         told = load_json(tokenizer_texts[SETTINGS_FILE], SETTINGS_FILE, dict)
-        told["chat_template"] = jinja_template(weights.tokenizer)
-        tokenizer_texts[SETTINGS_FILE] = json.dumps(told, indent=1).encode()
+        if not template or (TEMPLATE_FILE not in tokenizer_texts and "chat_template" not in told):
+            told["chat_template"] = (
+                template.source if template else jinja_template(weights.tokenizer)
+            )
+            tokenizer_texts[SETTINGS_FILE] = json.dumps(told, indent=1).encode()
     if weights.own_tokenizer or weights.special_ids:
         settings |= dict.fromkeys(SPECIAL_IDS[:2]) | weights.special_ids
     speaks = bool(tokenizer_texts)
     ends = {name: settings[name] for name in SPECIAL_IDS if settings.get(name) is not None}
+    if template and template.turn_end != ends.get("eos_token_id", template.turn_end):
+        ends["eos_token_id"] = [ends["eos_token_id"], template.turn_end]
     trained = f"It was trained for {weights.step:,} steps" if weights.step else ""
     if trained and weights.val_loss is not None:
         trained += f"; last measured validation loss {weights.val_loss:.4f} nats per token"
@@ -229,7 +236,7 @@ def _texts(weights: Weights, title: str, dtype: str, chat: bool) -> dict[str, by
         title=title,
         parameters=sum(t.numel() for n, t in weights.state.items() if n != "lm_head.weight"),
         trained=f"{trained}." if trained else "",
-        use=(USE_CHAT if chat else USE_TEXT) if speaks else USE_IDS,
+        use=(USE_CHAT if chat or template else USE_TEXT) if speaks else USE_IDS,
         **to_dict(config),
     )
     return {
@@ -249,9 +256,11 @@ def _tokenizer_texts(weights: Weights) -> dict[str, bytes]:
         end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), own.end_of_text_name)
         kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
         length = {"model_max_length": weights.config.block_size}
-        return {
-            JSON_FILE: own.content,
-            SETTINGS_FILE: json.dumps(kind | length | end, indent=1).encode(),
-        }
-    fits = not own and weights.config.vocab_size >= GPT2_VOCAB_SIZE
+        told = {**end, **kind}
+        if SETTINGS_FILE in own.files:
+            told = load_json(own.files[SETTINGS_FILE], SETTINGS_FILE, dict)
+        settings = json.dumps(told | length, indent=1).encode()
+        return {**own.files, JSON_FILE: own.content, SETTINGS_FILE: settings}
+    fits = own is None or isinstance(own, TemplatedTokenizer)
+    fits = fits and weights.config.vocab_size >= GPT2_VOCAB_SIZE
     return tokenizer_files(weights.config.block_size) if fits else {}

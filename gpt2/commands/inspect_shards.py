@@ -22,9 +22,12 @@ from ..data.shards import (
     redo,
     shard_paths,
 )
+from ..data.vocabulary import TOKENIZER_FILE, Vocabulary, named_in, of_shards
 from ..errors import UserError
+from ..files import sha256_of
+from ..huggingface.shard_tokenizer import tokenizer_beside
 from ..report.console import log, warn
-from ..tokenizer import END_OF_TEXT, gpt2_tokenizer
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 
 PICTURE = "document_lengths.png"
 COLUMNS = ("shard", "split", "tokens", "documents", "mean", "median", "MB")
@@ -39,13 +42,14 @@ def verify(folder: Path) -> int:
     paths, manifest = _open_folder(folder)
     entries = {entry["name"]: entry for entry in manifest["shards"]} if manifest else {}
     problems = list(_folder_problems(folder, paths, manifest)) if manifest else []
+    vocabulary = of_shards(folder / SHARD_MANIFEST)
     total = sum(path.stat().st_size for path in paths)
     tokens = 0
     with _bar(total) as bar:
         for path in paths:
             entry = entries.get(path.name, {})
             try:
-                shard = open_shard(path)
+                shard = open_shard(path, vocabulary)
                 tokens += shard.tokens
                 problems += _shard_problems(shard, entry, bar.update)
             except UserError as error:
@@ -80,7 +84,8 @@ def info(folder: Path) -> int:
         UserError: no shards there, or a damaged one.
     """
     paths, manifest = _open_folder(folder)
-    splits = {s: [open_shard(p) for p in paths if _split(p) == s] for s in ("val", "train")}
+    known = of_shards(folder / SHARD_MANIFEST)
+    splits = {s: [open_shard(p, known) for p in paths if _split(p) == s] for s in ("val", "train")}
     lengths: dict[str, Counter[int]] = {}
     rows = [list(COLUMNS)]
     with _bar(sum(path.stat().st_size for path in paths)) as bar:
@@ -121,19 +126,20 @@ def show(path: Path, number: int) -> int:
     is_shard = path.is_file() or path.suffix == ".bin"
     folder = path.parent if is_shard else path
     manifest = read_manifest(folder)
+    known = of_shards(folder / SHARD_MANIFEST)
     if is_shard:
-        shards = [open_shard(path)]
+        shards = [open_shard(path, known)]
     else:
-        shards = [open_shard(p) for p in _open_folder(path)[0] if _split(p) == "train"]
+        shards = [open_shard(p, known) for p in _open_folder(path)[0] if _split(p) == "train"]
     counts = {e["name"]: e["documents"] for e in manifest["shards"]} if manifest else {}
     before = 0
     for index, shard in enumerate(shards):
         count = counts.get(shard.path.name)
         if count is None:
-            count = sum(_count(chunk) for chunk in shard.chunks())
+            count = sum(_count(shard, chunk) for chunk in shard.chunks())
         if before <= number < before + count:
             tokens, ended = _document(shards[index:], number - before)
-            log(gpt2_tokenizer().decode(tokens.tolist()))
+            log(_tokenizer(folder, known).decode(tokens.tolist()))
             if not ended and (why := _why_cut(shards[-1].path, manifest)):
                 warn(why)
             return 0
@@ -142,11 +148,19 @@ def show(path: Path, number: int) -> int:
     raise UserError(f"--doc={number}: {path} holds {before:,} documents; {numbers}")
 
 
+def _tokenizer(folder: Path, known: Vocabulary) -> Tokenizer:
+    """The tokenizer of a folder of shards."""
+    if not known.sha256:
+        return gpt2_tokenizer()
+    return tokenizer_beside(folder, known.sha256, known.end_of_text)
+
+
 def _why_cut(path: Path, manifest: dict | None) -> str:
     """Why a document that reaches the end of a shard may not be whole; empty if it is."""
     paths = sorted(shard_paths(path.parent), key=lambda p: _split(p) == "train")  # as made
     if path in paths[:-1]:
-        if _tokens_before_next([open_shard(paths[paths.index(path) + 1])]):
+        following = paths[paths.index(path) + 1]
+        if _tokens_before_next([open_shard(following, named_in(manifest))]):
             return f"{path} ends inside this document; name the folder to see all of it"
     elif not (manifest and manifest.get("complete")):
         return f"{path} ends here, and the document perhaps does not"
@@ -162,7 +176,7 @@ def document_lengths(
     """
     starts, offset = [], 0
     for chunk in shards[index].chunks():
-        starts.append(offset + np.flatnonzero(chunk == END_OF_TEXT))
+        starts.append(offset + np.flatnonzero(chunk == shards[index].vocabulary.end_of_text))
         offset += len(chunk)
         progress(chunk.nbytes)
     places = np.concatenate([*starts, np.empty(0, np.int64)])
@@ -176,7 +190,7 @@ def _tokens_before_next(shards: list[Shard]) -> int:
     before = 0
     for shard in shards:
         for chunk in shard.chunks():
-            starts = np.flatnonzero(chunk == END_OF_TEXT)
+            starts = np.flatnonzero(chunk == shard.vocabulary.end_of_text)
             if len(starts):
                 return before + int(starts[0])
             before += len(chunk)
@@ -190,16 +204,16 @@ def _document(shards: list[Shard], number: int) -> tuple[np.ndarray, bool]:
         (tokens, whole): uint16; whole is whether an end-of-text token follows.
     """
     pieces: list[np.ndarray] = []
-    begun = False
+    begun, end = False, shards[0].vocabulary.end_of_text
     for chunk in (chunk for shard in shards for chunk in shard.chunks()):
-        starts = np.flatnonzero(chunk == END_OF_TEXT)
+        starts = np.flatnonzero(chunk == end)
         piece = chunk
         if not begun:
             if number >= len(starts):
                 number -= len(starts)
                 continue
             piece, begun = chunk[starts[number] + 1 :], True
-            starts = np.flatnonzero(piece == END_OF_TEXT)
+            starts = np.flatnonzero(piece == end)
         if len(starts):
             return np.concatenate([*pieces, piece[: starts[0]]]), True
         pieces.append(piece)
@@ -233,6 +247,9 @@ def _folder_problems(folder: Path, paths: list[Path], manifest: dict) -> Iterato
         yield f"{folder / name}: missing; {redo(entries[name], missing=True)}"
     for name in sorted(names - entries.keys()):
         yield f"{folder / name}: not in {SHARD_MANIFEST}, but training would read it; move it away"
+    known = named_in(manifest)
+    if known.sha256 and (problem := _tokenizer_problem(folder, known)):
+        yield problem
     for key in ("tokens", "documents"):
         total = sum(entry[key] for entry in manifest["shards"])
         if manifest.get(key) != total:
@@ -242,12 +259,20 @@ def _folder_problems(folder: Path, paths: list[Path], manifest: dict) -> Iterato
             )
 
 
+def _tokenizer_problem(folder: Path, known: Vocabulary) -> str:
+    """What is wrong with the tokenizer beside the shards; "" for nothing."""
+    path = folder / TOKENIZER_FILE
+    if path.is_file() and sha256_of(path) == known.sha256:
+        return ""
+    return f"{path}: is not the tokenizer of these shards, or missing; copy it there again"
+
+
 def _shard_problems(shard: Shard, entry: dict, progress: Callable) -> Iterator[str]:
     """The fault of a shard, compared with its entry in the manifest; empty: none."""
     digest, documents = hashlib.sha256(shard.header_bytes()), 0
     for chunk in shard.chunks():
         digest.update(chunk.data)
-        documents += _count(chunk)
+        documents += _count(shard, chunk)
         progress(chunk.nbytes)
     if not entry:
         return
@@ -266,9 +291,9 @@ def _split(path: Path) -> str:
     return match["split"]
 
 
-def _count(chunk: np.ndarray) -> int:
-    """Documents that begin in these tokens."""
-    return int(np.count_nonzero(chunk == END_OF_TEXT))
+def _count(shard: Shard, chunk: np.ndarray) -> int:
+    """Documents that begin in these tokens of a shard."""
+    return int(np.count_nonzero(chunk == shard.vocabulary.end_of_text))
 
 
 def median_length(lengths: Counter[int]) -> int:
@@ -296,7 +321,8 @@ def _origin(manifest: dict | None) -> Iterator[str]:
     tokenizer = manifest.get("tokenizer", {})
     yield f"source: {manifest.get('source')}, {len(manifest.get('files', {})):,} files"
     yield f"revision: {manifest.get('revision') or 'none (local files)'}"
-    yield f"tokenizer: {tokenizer.get('name')}, sha256 {tokenizer.get('sha256')}"
+    size = f" of {named_in(manifest).size:,} tokens" if named_in(manifest).sha256 else ""
+    yield f"tokenizer: {tokenizer.get('name')}{size}, sha256 {tokenizer.get('sha256')}"
     if "workers" in manifest or "worker" in manifest:
         made_by = manifest.get("worker") or f"{manifest['workers']}, joined"
         yield f"worker: {made_by}"

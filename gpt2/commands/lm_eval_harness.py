@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup
 
 from ..api import GPT2
 from ..data.chat_formats import ROLES, check_messages
+from ..data.chat_template import turn_end
 from ..distributed.devices import choose_device, choose_dtype
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -114,6 +115,8 @@ class Harness(TemplateLM):
         """Ids of a text, or of a conversation as `apply_chat_template` writes it."""
         if not self._chat:
             return self._tokenizer.encode(string)
+        if self._tokenizer.template:
+            return self._tokenizer.template.encode(string)
         first, *messages = self._head.split(string)  # then role, text, role, text, …
         ids = self._tokenizer.encode(first)
         for role, text in zip(messages[::2], messages[1::2], strict=True):
@@ -140,6 +143,8 @@ class Harness(TemplateLM):
                 "end-of-text tokens that separate messages"
             )
         self._chat = True
+        if self._tokenizer.template:
+            return self._tokenizer.template.source
         return f"{self._tokenizer.end_of_text_name}{{role}}\n{{content}}"
 
     def apply_chat_template(
@@ -157,6 +162,8 @@ class Harness(TemplateLM):
         """
         self._chat = True
         messages = check_messages(chat_history)
+        if self._tokenizer.template:
+            return self._by_template(messages, add_generation_prompt)
         for message in messages:
             if found := self._head.search(message["content"]):
                 raise UserError(
@@ -167,12 +174,27 @@ class Harness(TemplateLM):
         text = "".join(f"{end}{m['role']}\n{m['content']}" for m in messages)
         return text + f"{end}assistant\n" * add_generation_prompt
 
+    def _by_template(self, messages: list[dict[str, str]], ask: bool) -> str:
+        """A conversation as the template of the model writes it."""
+        template = self._tokenizer.template
+        assert template
+        for text in (message["content"] for message in messages):
+            if found := [literal for literal in template.special if literal in text]:
+                raise UserError(
+                    f"a text of the task holds {found[0]!r}, a token of the chat template; leave "
+                    "--apply_chat_template out"
+                )
+        text, last = template.render(messages, ask=ask), messages[-1]["content"]
+        return text if ask else text[: text.rindex(last) + len(last)] if last in text else text
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of what continues it.
 
         The line break that ends the head of a message stays in the context. The harness moves other
         white space of its end to the continuation.
         """
+        if self._chat and self._tokenizer.template:
+            return self.tok_encode(context), self._tokenizer.encode(continuation)
         if self._chat and self._head.split(context)[-1] == "":
             return self.tok_encode(context), self.tok_encode(continuation)
         return super()._encode_pair(context, continuation)
@@ -233,7 +255,7 @@ class Harness(TemplateLM):
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
-                stop_token=self._tokenizer.end_of_text,
+                stop_token=turn_end(self._tokenizer),
             ):
                 # ids behind the vocabulary have no text
                 if token is not None and token < self._tokenizer.vocab_size:

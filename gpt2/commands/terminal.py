@@ -8,7 +8,7 @@ from typing import Any
 
 from ..api import GPT2, TextModel
 from ..config.commands import ChatConfig, SampleConfig, WritingConfig
-from ..data.chat_template import Message, encode_prompt, fit
+from ..data.chat_template import Message, encode_prompt, fit, turn_end
 from ..errors import UserError
 from ..files import check_replaceable
 from ..generate.sampling import check_sampling
@@ -75,12 +75,14 @@ class Chat:
             [prompt],
             longest,
             seed=seed,
-            stop_token=tokenizer.end_of_text,
+            stop_token=turn_end(tokenizer),
             **_sampling(self.config),
         )
         writer, written = TextWriter(tokenizer=tokenizer), ""
         try:
             for (token,) in tokens:
+                if token == tokenizer.end_of_text:
+                    break
                 if token is not None and (piece := writer.add(token)):
                     written += piece
                     yield piece

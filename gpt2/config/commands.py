@@ -25,8 +25,8 @@ class PrepareConfig:
     num_workers: int = option(0, "threads that tokenise; 0: one per core, at most 16")
     tokenizer: str = option(
         "auto",
-        "auto: gigatoken if installed; both make equal shards",
-        ("auto", "gigatoken", "tiktoken"),
+        "GPT-2's, by gigatoken or tiktoken, which make equal shards (auto: gigatoken if "
+        "installed); or your own: a tokenizer.json of byte-level BPE, or a folder with one",
     )
     max_shards: int = option(
         0, "stop after this many shards (of this worker), validation included; 0: no limit"

@@ -100,6 +100,7 @@ class ModelOptions(Switches):
     n_layer: int = option(0, "number of blocks; 0: from size")
     n_head: int = option(0, "attention heads per block; 0: from size")
     n_embd: int = option(0, "width of the residual stream; 0: from size")
+    vocab_size: int = option(0, "tokens of the vocabulary; 0: those of the shards' tokenizer")
     block_size: int = option(0, "context length, in tokens; 0: 1024, or the length of init")
     dropout: float = option(0.0, "probability of dropping an activation while training")
 
@@ -116,7 +117,7 @@ class ModelOptions(Switches):
 
     def given(self) -> dict[str, Any]:
         """The numbers of the named size, and over them those that were given one by one."""
-        names = ("n_layer", "n_head", "n_embd", "block_size")
+        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
         numbers = {name: getattr(self, name) for name in names if getattr(self, name)}
         return SIZES.get(self.size, {}) | numbers
 

@@ -7,6 +7,8 @@ only special token (Zhang et al. 2020, arXiv:1911.00536).
 The tokenizer encodes a literal `<|endoftext|>` as text, so a text cannot forge a message of another
 role. Role and text are encoded separately, so a prompt at inference has exactly the tokens of the
 training data.
+
+A model that brings another template is asked and taught by that (`model_template.py`).
 """
 
 from collections.abc import Sequence
@@ -14,10 +16,10 @@ from collections.abc import Sequence
 from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.long_text import beginning
+from .model_template import NOT_LEARNED, conversation_ids, prompt_ids
 
 LONGEST_TOKEN = 128  # bytes
 
-NOT_LEARNED = "0"
 Message = dict[str, str]  # role, content; "weight": "0" for an answer that is not learned
 
 
@@ -37,6 +39,8 @@ def encode_conversation(
         (token ids, True for each learned token).
     """
     tokenizer = tokenizer or gpt2_tokenizer()
+    if tokenizer.template:
+        return conversation_ids(messages, tokenizer.template, tokenizer)
     ids: list[int] = []
     learned: list[bool] = []
     own = False  # the next head begins with the end-of-text token of this assistant's message
@@ -57,8 +61,15 @@ def encode_conversation(
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer | None = None) -> list[int]:
     """Token ids of a conversation, ending with the head of the assistant's next message."""
     tokenizer = tokenizer or gpt2_tokenizer()
+    if tokenizer.template:
+        return prompt_ids(messages, tokenizer.template, tokenizer)
     ids, _ = encode_conversation(messages, tokenizer=tokenizer)
     return ids[:-1] + _head("assistant", tokenizer)
+
+
+def turn_end(tokenizer: Tokenizer) -> int:
+    """The token that ends an answer: end of text, or what the model's template says."""
+    return tokenizer.template.turn_end if tokenizer.template else tokenizer.end_of_text
 
 
 def jinja_template(tokenizer: Tokenizer) -> str:
@@ -94,17 +105,36 @@ def fit(
         UserError: system messages and the last message alone are too long.
     """
     tokenizer = tokenizer or gpt2_tokenizer()
+    if tokenizer.template:
+        return _fit_by_template(messages, room, tokenizer)
     kept, answer = list(messages), len(_head("assistant", tokenizer))
     lengths = [len(encode_prompt([m], tokenizer)) - answer for m in kept]  # of each message
     while (length := sum(lengths) + answer) > room:
         oldest = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), None)
         if oldest is None:
-            raise UserError(
-                f"the message takes {length:,} tokens with what belongs to it, and there is room "
-                f"for {max(0, room):,}; shorten it, or ask for a shorter answer"
-            )
+            raise _too_long(length, room)
         del kept[oldest], lengths[oldest]
     return kept
+
+
+def _fit_by_template(messages: Sequence[Message], room: int, tokenizer: Tokenizer) -> list[Message]:
+    """`fit` by the model's template, which may refuse a conversation that an answer begins."""
+    kept = list(messages)
+    while (length := len(encode_prompt(kept, tokenizer))) > room:
+        oldest = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), None)
+        if oldest is None:
+            raise _too_long(length, room)
+        del kept[oldest]
+        while oldest < len(kept) - 1 and kept[oldest]["role"] == "assistant":
+            del kept[oldest]
+    return kept
+
+
+def _too_long(length: int, room: int) -> UserError:
+    return UserError(
+        f"the message takes {length:,} tokens with what belongs to it, and there is room "
+        f"for {max(0, room):,}; shorten it, or ask for a shorter answer"
+    )
 
 
 def _head(role: str, tokenizer: Tokenizer) -> list[int]:

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from ..config.command_line import read_toml
-from ..config.model import IGNORE
+from ..config.model import GPT2_VOCAB_SIZE, IGNORE
 from ..config.options import at_least
 from ..errors import UserError
+from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from .chat_formats import messages_of, unread_keys
 from .chat_template import encode_conversation
@@ -52,16 +53,24 @@ class Conversations(SequenceReader):
         path: name in messages and checkpoints.
         encoded: (ids, learned) of each conversation, at most block_size + 1 tokens each.
         block_size: T.
+        vocab_size: ids are below it.
 
     Attributes:
         packed: indices of the conversations in each sequence.
     """
 
-    def __init__(self, path: Path, encoded: list[tuple[list[int], list[bool]]], block_size: int):
+    def __init__(
+        self,
+        path: Path,
+        encoded: list[tuple[list[int], list[bool]]],
+        block_size: int,
+        vocab_size: int = GPT2_VOCAB_SIZE,
+    ):
         self.path, self.block_size = path, block_size
+        kind = np.uint16 if vocab_size <= 2**16 else np.uint32
         lengths = [len(ids) for ids, _ in encoded]
         self._ends = np.cumsum([0, *lengths])
-        self._ids = np.fromiter(chain.from_iterable(i for i, _ in encoded), np.uint16)
+        self._ids = np.fromiter(chain.from_iterable(i for i, _ in encoded), kind)
         self._learned = np.fromiter(chain.from_iterable(m for _, m in encoded), bool)
         self.packed = pack([n - 1 for n in lengths], block_size)
         self.tokens = len(self.packed) * block_size + 1
@@ -154,7 +163,7 @@ def was_chat(source: Path) -> bool:
 
 
 def open_conversations(
-    text: str, block_size: int, val_share: float
+    text: str, block_size: int, val_share: float, tokenizer: Tokenizer | None = None
 ) -> tuple[list[Dataset], list[str]]:
     """Opens the files of conversations of `--data=`: one, or `a.jsonl:0.8,b.jsonl:0.2`.
 
@@ -162,6 +171,7 @@ def open_conversations(
         text: value of the option.
         block_size: tokens per sequence.
         val_share: share of each file's conversations that is held out for validation.
+        tokenizer: the model's; by default GPT-2's.
 
     Returns:
         (a dataset per file, a line to print per file).
@@ -174,7 +184,7 @@ def open_conversations(
     datasets: list[Dataset] = []
     lines: list[str] = []
     for name, weight in parts:
-        dataset, line = _open(Path(name), weight / total, block_size, val_share)
+        dataset, line = _open(Path(name), weight / total, block_size, val_share, tokenizer)
         if any(dataset.name == other.name for other in datasets):
             raise UserError(f"--data={text}: two of the files are named {dataset.name}; rename one")
         datasets.append(dataset)
@@ -182,9 +192,11 @@ def open_conversations(
     return datasets, lines
 
 
-def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[Dataset, str]:
-    counts = ConversationCounts()
-    encoded = list(_encode(path, block_size, counts))
+def _open(
+    path: Path, share: float, block_size: int, val_share: float, tokenizer: Tokenizer | None
+) -> tuple[Dataset, str]:
+    counts, tokenizer = ConversationCounts(), tokenizer or gpt2_tokenizer()
+    encoded = list(_encode(path, block_size, counts, tokenizer))
     held = max(1, round(val_share * len(encoded)))
     if len(encoded) <= held:
         left = f" ({counts.left_out:,} have nothing to learn from)" if counts.left_out else ""
@@ -194,8 +206,9 @@ def _open(path: Path, share: float, block_size: int, val_share: float) -> tuple[
         )
     # The validation set does not depend on the run's seed. numpy keeps Philox's integers stable.
     order = np.argsort(np.random.Philox(key=[0, 0]).random_raw(len(encoded)), kind="stable")
+    size = tokenizer.vocab_size
     train, val = (
-        Conversations(path / split, [encoded[i] for i in sorted(numbers)], block_size)
+        Conversations(path / split, [encoded[i] for i in sorted(numbers)], block_size, size)
         for split, numbers in (("train", order[held:]), ("val", order[:held]))
     )
     full, learned = train.shares()
@@ -215,12 +228,14 @@ def _unread(counts: ConversationCounts) -> str:
     return f"; not read: {', '.join(listed)}{more}" if listed else ""
 
 
-def _encode(path: Path, block_size: int, counts: ConversationCounts) -> Iterator[tuple[list, list]]:
+def _encode(
+    path: Path, block_size: int, counts: ConversationCounts, tokenizer: Tokenizer
+) -> Iterator[tuple[list, list]]:
     """Yields (ids, learned) of conversations with a target, cut to block_size + 1 tokens."""
     for number, item in read_items(path):
         try:
             messages = messages_of(item)
-            ids, learned = encode_conversation(messages, most=block_size + 1)
+            ids, learned = encode_conversation(messages, block_size + 1, tokenizer)
         except UserError as error:
             raise UserError(f"{path}: row {number}: {error}") from None
         counts.read += 1

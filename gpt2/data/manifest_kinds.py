@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from .vocabulary import is_described
+
 LARGEST = 2**53  # of any count, so that sums stay exact in numpy as well
 
 
@@ -46,7 +48,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "complete": lambda value: isinstance(value, bool),
     "files": _is_table_of(_is_count),
     "files_sha256": _is_table_of(_is_text),
-    "tokenizer": lambda value: isinstance(value, dict),
+    "tokenizer": is_described,
     "cuts": lambda value: isinstance(value, list) and all(map(_is_count, value)),
 }
 ENTRY_KINDS: dict[str, Callable[[Any], bool]] = {

@@ -32,7 +32,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..tokenizer import END_OF_TEXT
 from .shards import SequenceReader
 
 # Limits of a group. A shard of more tokens is a group by itself; 128M tokens are 256 MB.
@@ -201,7 +200,7 @@ def _document_starts(shard: SequenceReader) -> np.ndarray:
     """Index of every end-of-text token, and 0 because a shard may begin within a document."""
     found, first = [np.zeros(1, dtype=np.int64)], 0
     for chunk in shard.chunks():
-        found.append(first + np.flatnonzero(chunk == END_OF_TEXT))
+        found.append(first + np.flatnonzero(chunk == shard.vocabulary.end_of_text))
         first += len(chunk)
     return np.unique(np.concatenate(found))
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError
 from ..files import write_atomically
 from ..paths import is_below
 from ..untrusted.parsing import read_json
 from .manifest_kinds import has_right_kinds
+from .vocabulary import GPT2_VOCABULARY, Vocabulary, of_shards
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -38,6 +38,7 @@ class SequenceReader:
 
     path: Path  # of the file, for messages and checkpoints
     tokens: int  # how many there are
+    vocabulary: Vocabulary = GPT2_VOCABULARY
 
     def read(self, start: int, count: int) -> np.ndarray:
         """uint16 tokens [start, start + count)."""
@@ -68,6 +69,7 @@ class Shard(SequenceReader):
 
     path: Path
     tokens: int
+    vocabulary: Vocabulary = GPT2_VOCABULARY
 
     def read(self, start: int, count: int) -> np.ndarray:
         """uint16 tokens [start, start + count).
@@ -76,7 +78,7 @@ class Shard(SequenceReader):
         kills this process without a message.
 
         Raises:
-            UserError: the file has become shorter than its header says, or a token is not GPT-2's.
+            UserError: the file has become shorter than its header says, or a token is unknown.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
         tokens = np.empty(count, dtype="<u2")
@@ -94,12 +96,12 @@ class Shard(SequenceReader):
             return file.read(HEADER_BYTES)
 
     def check_ids(self, tokens: np.ndarray, start: int) -> None:
-        """Raises UserError for a token outside GPT-2's vocabulary, with its offset in the shard."""
-        if len(tokens) and tokens.max() >= GPT2_VOCAB_SIZE:
-            at = int(np.argmax(tokens >= GPT2_VOCAB_SIZE))
+        """Raises UserError for a token outside the vocabulary, with its offset in the shard."""
+        if len(tokens) and tokens.max() >= self.vocabulary.size:
+            at = int(np.argmax(tokens >= self.vocabulary.size))
             raise UserError(
-                f"{self.path}: token {tokens[at]} at offset {start + at} is outside GPT-2's "
-                f"vocabulary of {GPT2_VOCAB_SIZE}; {REDO}"
+                f"{self.path}: token {tokens[at]} at offset {start + at} is outside "
+                f"{self.vocabulary}; {REDO}"
             )
 
 
@@ -122,7 +124,7 @@ def redo(entry: dict[str, Any], missing: bool = False) -> str:
     )
 
 
-def open_shard(path: Path) -> Shard:
+def open_shard(path: Path, vocabulary: Vocabulary = GPT2_VOCABULARY) -> Shard:
     """The shard in a file, after its header has been checked against the file's size.
 
     Raises:
@@ -150,7 +152,7 @@ def open_shard(path: Path) -> Shard:
             f"{path}: header says {header[2]} tokens, file holds {held} "
             f"(truncated download?); {REDO}"
         )
-    return Shard(path, int(header[2]))
+    return Shard(path, int(header[2]), vocabulary)
 
 
 def find_shards(folder: str | Path, split: str) -> list[Shard]:
@@ -176,7 +178,8 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
         raise UserError(
             f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
         )
-    return [open_shard(path) for path in paths]
+    vocabulary = of_shards(folder / SHARD_MANIFEST)
+    return [open_shard(path, vocabulary) for path in paths]
 
 
 def _split_of(path: Path) -> str:

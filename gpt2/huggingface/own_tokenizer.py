@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError, install_command
 from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, Tokenizer, merges_folder
 from ..untrusted.display import shown
+from ..untrusted.long_text import pieces
 from ..untrusted.parsing import load_json, read_bytes, read_json
+from .own_template import template_in, with_template
 
 JSON_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -35,6 +35,10 @@ FILES = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 DOWNLOADED = (*FILES[:6], "chat_template.jinja")  # of these there may be any
+# Small files that say how a tokenizer is used; a checkpoint keeps them beside its tokenizer.json.
+USAGE_FILES = (SETTINGS_FILE, SPECIAL_FILE, "chat_template.jinja")
+# Names of the token that ends a text, where no file says which it is.
+END_NAMES = (END_OF_TEXT_NAME, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 MAX_VALUES = 800_000  # of a tokenizer.json; 150,000 tokens and their merges have as many
 
@@ -48,6 +52,7 @@ class OwnTokenizer(Tokenizer):
         origin: folder or file, for messages.
         rows: of the network's token embedding; more tokens are refused.
         parsed: the value of the JSON, if it is there already.
+        files: content of those of `USAGE_FILES` that there are, by name.
 
     Raises:
         UserError: it is damaged, no byte-level BPE, too large for the network, or `tokenizers` is
@@ -64,6 +69,7 @@ class OwnTokenizer(Tokenizer):
         *,
         rows: int = 2**24,
         parsed: dict[str, Any] | None = None,
+        files: dict[str, bytes] | None = None,
     ):
         values = parsed or load_json(content, origin, dict, max_values=MAX_VALUES)
         if problem := _not_byte_level(values):
@@ -77,8 +83,13 @@ class OwnTokenizer(Tokenizer):
                 f"{origin}: a tokenizer of its own needs the package tokenizers; run: "
                 f"{install_command('tokenizers')}"
             ) from None
+        read = content
+        for token in _added(values, origin):  # no text is to become the end of a text
+            if token["id"] == end_of_text and not token.get("special"):
+                token["special"] = True
+                read = json.dumps(values).encode()
         try:
-            self._encoder = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+            self._encoder = tokenizers.Tokenizer.from_str(read.decode("utf-8"))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - Exception itself, and panics of Rust
@@ -86,18 +97,39 @@ class OwnTokenizer(Tokenizer):
         self._encoder.no_truncation()
         self._encoder.no_padding()
         self._encoder.encode_special_tokens = True
-        self.content, self.origin = content, origin
+        self._encode_batch = self._encoder.encode_batch_fast
+        self._special_encoder: Any = None  # made for the first conversation by a template
+        self.content, self.origin, self.files = content, origin, files or {}
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._special = {t["id"] for t in _added(values, origin) if t.get("special")}
         self.vocab_size = len(self._bytes)
         self.end_of_text = end_of_text
-        if not 0 <= end_of_text < self.vocab_size:
+        if not 0 <= end_of_text < self.vocab_size or not self._bytes[end_of_text]:
             raise UserError(f"{origin}: token {end_of_text}, which ends a text, is not in it")
         self.end_of_text_name = self._bytes[end_of_text].decode("utf-8", errors="replace")
+        special = {t["content"]: t["id"] for t in _added(values, origin) if t.get("special")}
+        encode = self._encode_special
+        self.template = template_in(self.files, origin, special, end_of_text, encode)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
-        return list(self._encoder.encode(_whole(text), add_special_tokens=False).ids)
+        """Ids of a text. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+
+        Raises:
+            UserError: a word of over 200,000 characters.
+        """
+        # Batches of one release the GIL, so that threads of `gpt2 prepare` run at a time.
+        found = (self._encode_batch([p], add_special_tokens=False) for p in pieces(_whole(text)))
+        return [i for (encoding,) in found for i in encoding.ids]
+
+    def merge(self, word: str) -> list[Any]:
+        """The tokens that the merges make of one word, which is written in GPT-2's letters."""
+        return self._encoder.model.tokenize(word)
+
+    def _encode_special(self, text: str) -> list[int]:
+        """Ids of a text in which a literal special token is the token."""
+        if self._special_encoder is None:
+            self._special_encoder = self._encoder.from_str(self._encoder.to_str())
+        return list(self._special_encoder.encode(_whole(text), add_special_tokens=False).ids)
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of documents one after the other, an end-of-text token in front of each.
@@ -166,65 +198,64 @@ def tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Token
 
 
 def _tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Tokenizer | None:
-    content, origin = _content(folder), str(folder / JSON_FILE)
+    content, origin = content_of(folder), str(folder / JSON_FILE)
     if content is None:
         odd = [f"{n}={values[n]!r}" for n in SPECIAL_IDS[:2]
                if values.get(n) not in (None, END_OF_TEXT)]  # fmt: skip
         if not odd or vocab_size < GPT2_VOCAB_SIZE:
-            return None
+            files = files_of(folder, USAGE_FILES)
+            return with_template(folder, files) if vocab_size >= GPT2_VOCAB_SIZE else None
         return NoTokenizer(
             f"{folder}: its config.json says {shown(', '.join(odd))}, and GPT-2's is "
             f"{END_OF_TEXT}: it has another tokenizer, and no {JSON_FILE} beside it; it can be "
             "exported, and continue token ids in Python"
         )
+    return make_tokenizer(folder, content, origin, values, rows=vocab_size)
+
+
+def make_tokenizer(
+    folder: Path, content: bytes, origin: str, values: dict[str, Any], *, rows: int = 2**24
+) -> Tokenizer | None:
+    """The tokenizer of a tokenizer.json; None for GPT-2's, if no chat template comes with it.
+
+    Args:
+        folder: the files beside it.
+        content: the bytes of the tokenizer.json.
+        origin: of it, for messages.
+        values: the content of config.json.
+        rows: of the network's token embedding.
+
+    Raises:
+        UserError: as in `OwnTokenizer`, or nothing says which token ends a text.
+    """
     parsed = load_json(content, origin, dict, max_values=MAX_VALUES)
-    end = _end_of_text(folder, values, _added(parsed, origin))
+    end = _end_of_text(folder, values, parsed, origin)
+    files = files_of(folder, USAGE_FILES)
     if end in (None, END_OF_TEXT) and _is_gpt2(parsed, origin):
-        return None
+        return with_template(folder, files) if rows >= GPT2_VOCAB_SIZE else None
+    if end is None and not _not_byte_level(parsed):
+        raise UserError(
+            f"{origin}: nothing says which token ends a text; name it as eos_token in a "
+            f"{SETTINGS_FILE} beside it"
+        )
     number = -1 if end is None else end
-    return OwnTokenizer(content, number, origin, rows=vocab_size, parsed=parsed)
+    return OwnTokenizer(content, number, origin, rows=rows, parsed=parsed, files=files)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path, names: tuple[str, ...] = FILES) -> dict[str, bytes]:
     """The tokenizer's files in a folder, by name: what `export` copies.
+
+    Args:
+        folder: a model, or shards.
+        names: those that are looked for.
 
     Raises:
         UserError: a file that cannot be read, or is larger than any tokenizer.
     """
-    return {name: read_bytes(folder / name) for name in FILES if (folder / name).exists()}
+    return {name: read_bytes(folder / name) for name in names if (folder / name).exists()}
 
 
-def stored_tokenizer(value: Any, path: Path, rows: int) -> Tokenizer | None:
-    """The tokenizer in a checkpoint, as `to_store` made it; None if there is none.
-
-    Args:
-        value: the entry of the checkpoint.
-        path: the checkpoint.
-        rows: of the network's token embedding.
-
-    Raises:
-        UserError: it is damaged, too large for the network, or `tokenizers` is not installed.
-    """
-    if value is None:
-        return None
-    value = value if isinstance(value, dict) else {}
-    content, end, reason = (value.get(name) for name in ("content", "end_of_text", "reason"))
-    if isinstance(reason, str):
-        return NoTokenizer(shown(reason, limit=500))
-    if not isinstance(content, Tensor) or content.dtype != torch.uint8 or not isinstance(end, int):
-        raise UserError(f"{path}: its `tokenizer` is damaged")
-    return OwnTokenizer(content.numpy().tobytes(), end, str(path), rows=rows)
-
-
-def to_store(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer for a checkpoint. A tensor, because pickles of strangers must be small."""
-    if not isinstance(tokenizer, OwnTokenizer):
-        return {"reason": getattr(tokenizer, "reason", "")}
-    content = torch.frombuffer(bytearray(tokenizer.content), dtype=torch.uint8)
-    return {"content": content, "end_of_text": tokenizer.end_of_text}
-
-
-def _content(folder: Path) -> bytes | None:
+def content_of(folder: Path) -> bytes | None:
     """A tokenizer.json: the folder's, or one made of its vocab.json and merges.txt."""
     if (folder / JSON_FILE).exists():
         return read_bytes(folder / JSON_FILE)
@@ -265,19 +296,26 @@ def _added(values: dict[str, Any], origin: str) -> list[dict[str, Any]]:
     return found
 
 
-def _end_of_text(folder: Path, values: dict[str, Any], added: list[dict[str, Any]]) -> int | None:
-    """The token that ends a text: by config.json, else by name in tokenizer_config.json."""
+def _end_of_text(
+    folder: Path, values: dict[str, Any], parsed: dict[str, Any], origin: str
+) -> int | None:
+    """The token that ends a text: by config.json, by tokenizer_config.json, or by its name."""
     for key in ("eos_token_id", "bos_token_id"):
         value = values.get(key)
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    if not (folder / SETTINGS_FILE).exists():
-        return None
-    settings = read_json(folder / SETTINGS_FILE)
+    added = {token["content"]: token["id"] for token in _added(parsed, origin)}
+    path = folder / SETTINGS_FILE
+    settings = read_json(path) if path.exists() else {}
     ends = settings.get("eos_token") or settings.get("bos_token")
     name = ends.get("content") if isinstance(ends, dict) else ends
-    return next((token["id"] for token in added if token["content"] == name), None)
+    if not name:
+        return next((added[name] for name in END_NAMES if name in added), None)
+    model = parsed.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    found = {**(vocab if isinstance(vocab, dict) else {}), **added}.get(str(name))
+    return found if isinstance(found, int) else None
 
 
 def _is_gpt2(values: dict[str, Any], origin: str) -> bool:

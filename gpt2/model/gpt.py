@@ -101,6 +101,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
+        self.end_of_text: int | None = None  # id; None: the last of the vocabulary
         self.fp8_head = False  # in training, see `head_loss`
         self.checkpoint_activations = False  # in training, recompute each block in backward
         self.compiled_apart = False  # each block is compiled by itself, not the whole model

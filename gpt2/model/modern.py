@@ -284,8 +284,9 @@ class Modern(LanguageModel):
         if isinstance(cache, Packed):  # its documents go into the mask, beside windows
             assert not config.document_mask  # `train.setup` refuses it
             documents, dropout, masked = cache.begins, cache.dropout, None
-        elif config.document_mask:  # the last id of the vocabulary is the end-of-text token
-            begins = idx == config.vocab_size - 1
+        elif config.document_mask:
+            last = config.vocab_size - 1  # GPT-2's end-of-text token
+            begins = idx == (last if self.end_of_text is None else self.end_of_text)
             if masked is None:
                 documents = document_ids(begins)
             else:

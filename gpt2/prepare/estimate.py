@@ -13,6 +13,7 @@ from pathlib import Path
 from ..config.commands import PrepareConfig
 from ..data.shards import HEADER_BYTES, TOKEN_BYTES
 from ..errors import UserError
+from ..tokenizer import Tokenizer
 from .sources import STDLIB, Part, Source, find_source
 from .tokenize_rows import Position, encode_rows
 
@@ -93,7 +94,7 @@ def check_room(plan: Plan, out_dir: Path) -> None:
         )
 
 
-def measure(source: Source, num_workers: int, tokenizer: str) -> tuple[float, float]:
+def measure(source: Source, num_workers: int, tokenizer: str | Tokenizer) -> tuple[float, float]:
     """Tokenises for about two seconds.
 
     The standard library stands in for a source that still has to be downloaded.
@@ -125,9 +126,15 @@ def measure(source: Source, num_workers: int, tokenizer: str) -> tuple[float, fl
     return speed, 0.0 if source.downloads or not tokens else read_bytes / tokens
 
 
-def forecast(config: PrepareConfig, source: Source, out_dir: Path, shards: list[dict]) -> str:
-    """The text that `--dry_run` prints. Arguments as in `make_plan`."""
-    speed, per_token = measure(source, config.num_workers, config.tokenizer)
+def forecast(
+    config: PrepareConfig,
+    source: Source,
+    out_dir: Path,
+    shards: list[dict],
+    tokenizer: str | Tokenizer = "",
+) -> str:
+    """The text that `--dry_run` prints. Arguments as in `make_plan` and `encode_rows`."""
+    speed, per_token = measure(source, config.num_workers, tokenizer or config.tokenizer)
     plan = make_plan(config, source, out_dir, shards, per_token)
     revision = source.revision and f" at {source.revision}"
     download, beside = "nothing", ""

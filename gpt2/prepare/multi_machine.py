@@ -20,10 +20,12 @@ from ..data.shards import (
     shard_paths,
     write_manifest,
 )
+from ..data.vocabulary import named_in
 from ..errors import UserError
 from ..files import leftovers, move, sha256_of
 from ..paths import below, check_unlinked
 from ..report.console import log
+from .chosen_tokenizer import copy_files
 from .sources import Source
 
 FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
@@ -184,6 +186,8 @@ def merge(out_dir: Path) -> int:
     try:
         for path in leftovers(out_dir, SHARD_MANIFEST):
             path.unlink()
+        if named_in(first).sha256:
+            copy_files(Worker(1, len(manifests)).folder(out_dir), out_dir)
         write_manifest(out_dir, merged | {"shards": [entry for _, _, entry in moves]})
     except OSError as error:
         raise UserError(

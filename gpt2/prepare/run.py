@@ -15,7 +15,8 @@ from tqdm import tqdm
 from ..config.commands import PrepareConfig
 from ..errors import DamagedFile, UserError, install_command
 from ..report.console import log
-from ..tokenizer import Tokenizer
+from ..tokenizer import END_OF_TEXT_NAME, Tokenizer
+from ..untrusted.display import shown
 from ..untrusted.long_text import PIECE
 from .estimate import forecast, limit_name, limit_text
 from .fast_tokenizer import tokenizer_class
@@ -36,7 +37,7 @@ def run(config: PrepareConfig) -> int:
     try:
         job = open_job(config)
         if config.dry_run and not job.enough:
-            log(forecast(config, job.source, job.out_dir, job.shards))
+            log(forecast(config, job.source, job.out_dir, job.shards, job.tokenizer))
             return 0
         if job.enough:
             log(
@@ -69,10 +70,10 @@ def make_shards(job: ShardJob) -> None:
     total_bytes = sum(part.size_bytes for part in job.source.parts)
     limit = job.config.shard_limit * job.manifest["shard_tokens"] or math.inf
     done = job.manifest["tokens"]
-    if job.config.tokenizer == "auto" and tokenizer_class("auto") is Tokenizer:
+    if job.tokenizer == "auto" and tokenizer_class("auto") is Tokenizer:
         log(f"tokenising with tiktoken; faster with gigatoken: {install_command('fast')}")
     bar = tqdm(unit=" tokens", unit_scale=True, initial=done, disable=None, dynamic_ncols=True)
-    rows = encode_rows(job.source, cutter.start, job.config.num_workers, job.config.tokenizer)
+    rows = encode_rows(job.source, cutter.start, job.config.num_workers, job.tokenizer)
     with bar, closing(rows) as stream:
         for batch, tokens, lengths in stream:
             cutter.add(batch, tokens, lengths)
@@ -191,7 +192,10 @@ def _summary(job: ShardJob) -> str:
     if done.get("repaired_rows"):
         odd += f", {done['repaired_rows']:,} with invalid UTF-8 were repaired"
     if done.get("literal_rows"):
-        odd += f", {done['literal_rows']:,} hold a literal <|endoftext|>, which stays text"
+        name = END_OF_TEXT_NAME
+        if isinstance(job.tokenizer, Tokenizer):
+            name = job.tokenizer.end_of_text_name
+        odd += f", {done['literal_rows']:,} hold a literal {shown(name)}, which stays text"
     odd += _left_out(done.get("too_long_rows", 0), job.config)
     if not done["complete"]:
         note = f"stopped at {limit_text(job.config)}; a larger one continues\n"

@@ -21,12 +21,19 @@ from ..data.shards import (
     write_manifest,
     write_shard,
 )
+from ..data.vocabulary import named_in
 from ..errors import UserError
 from ..files import leftovers, locked
+from ..huggingface.own_tokenizer import OwnTokenizer
 from ..paths import below, check_unlinked
 from ..report.console import log
-from ..tokenizer import END_OF_TEXT, Tokenizer
 from ..untrusted.display import shown
+from .chosen_tokenizer import (
+    check_same_tokenizer,
+    chosen_tokenizer,
+    copy_tokenizer,
+    describe_tokenizer,
+)
 from .estimate import check_room, make_plan
 from .multi_machine import Worker, begun_by_others, folder_for
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
@@ -46,6 +53,7 @@ class ShardJob:
     found: dict | None  # manifest.json as `open_job` read it
     config: PrepareConfig
     worker: Worker
+    tokenizer: str | OwnTokenizer  # a library for GPT-2's
     dropped: list[dict] = field(default_factory=list)  # manifest entries of shards to make again
 
     @property
@@ -92,7 +100,7 @@ class ShardJob:
         number = len(self.shards) + (not self.validates)  # 0 is for validation
         split = "train" if number else "val"
         name = f"{self.manifest['prefix']}_{split}_{number:06d}.bin"
-        documents = int(np.count_nonzero(tokens == END_OF_TEXT))
+        documents = int(np.count_nonzero(tokens == named_in(self.manifest).end_of_text))
         path = below(self.out_dir, name)
         with _writing(path):
             sha256 = write_shard(path, tokens)
@@ -109,6 +117,8 @@ def open_job(config: PrepareConfig) -> ShardJob:
         UserError: unusable source or folder, or the folder holds other shards.
     """
     names = {"source": normal_name(config.source), "prefix": prefix_of(config.source)}
+    tokenizer = chosen_tokenizer(config.tokenizer)
+    its = {"tokenizer": describe_tokenizer(tokenizer)}
     worker = Worker.parse(config.worker)
     shared = Path(config.out_dir or default_folder(config.source))
     out_dir = folder_for(shared, worker)
@@ -118,6 +128,7 @@ def open_job(config: PrepareConfig) -> ShardJob:
         _check_whole(old, out_dir)
     dropped = _drop_damaged(old)
     if old:  # a mistake should not need the network to be found
+        check_same_tokenizer(old, its, out_dir)
         _check_same(old, names, out_dir)
     known = old or begun_by_others(shared, worker, names["source"])
     downloads = out_dir / DOWNLOADS
@@ -128,7 +139,7 @@ def open_job(config: PrepareConfig) -> ShardJob:
         "format": FORMAT,
         **names,
         **source.identity(),
-        "tokenizer": {key: getattr(Tokenizer, key) for key in ("name", "vocab_size", "sha256")},
+        **its,
         "shard_tokens": config.shard_tokens,
         "max_document_mb": config.max_document_mb,
     }
@@ -144,7 +155,7 @@ def open_job(config: PrepareConfig) -> ShardJob:
         sizes = [part.size_bytes for part in source.parts]
         manifest |= {"worker": str(worker), "cuts": known.get("cuts") or worker.cuts(sizes)}
         source = worker.share(source, manifest["cuts"])
-    job = ShardJob(out_dir, source, old or manifest, found, config, worker, dropped)
+    job = ShardJob(out_dir, source, old or manifest, found, config, worker, tokenizer, dropped)
     _keep_intact(job)
     return job
 
@@ -164,6 +175,8 @@ def started(job: ShardJob) -> Iterator[None]:
                     path.unlink()
             for entry in job.dropped:  # training would read them
                 below(job.out_dir, entry["name"]).unlink(missing_ok=True)
+            if isinstance(job.tokenizer, OwnTokenizer):
+                copy_tokenizer(job.config.tokenizer, job.tokenizer, job.out_dir)
         job.save()
         yield
 

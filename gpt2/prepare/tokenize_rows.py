@@ -7,7 +7,7 @@ need no copies between processes.
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ from ..data.text_encodings import garbled
 from ..data.text_files import Repaired, TooLong
 from ..errors import UserError
 from ..report import console
-from ..tokenizer import END_OF_TEXT_NAME
+from ..tokenizer import END_OF_TEXT_NAME, Tokenizer
 from ..untrusted.long_text import has_long_word
-from .fast_tokenizer import FastTokenizer, tokenizer_class
+from .fast_tokenizer import FastTokenizer, OwnByTiktoken, faster, tokenizer_class
 from .sources import Source
 
 BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # a batch ends at the first of these limits
@@ -58,6 +58,7 @@ class RowBatch:
     texts: list[str | None]  # None: a row without a text; TooLong, which is empty: left out
     places: list[tuple[int, int]]  # (part, row) of each row
     read_bytes: int  # of the source up to the last of these rows
+    end_name: str = END_OF_TEXT_NAME  # which as text in a row is counted
 
     def odd(self) -> np.ndarray:
         """(rows, 4) bool: which rows are skipped, repaired, literal and too long."""
@@ -66,7 +67,7 @@ class RowBatch:
                 (
                     text is None,
                     isinstance(text, Repaired),
-                    END_OF_TEXT_NAME in (text or ""),
+                    self.end_name in (text or ""),
                     isinstance(text, TooLong),
                 )
                 for text in self.texts
@@ -84,7 +85,7 @@ class RowBatch:
 
 
 def encode_rows(
-    source: Source, start: Position, num_workers: int, tokenizer: str
+    source: Source, start: Position, num_workers: int, tokenizer: str | Tokenizer
 ) -> Generator[Encoded, None, None]:
     """Encodes all rows from a position on, in order.
 
@@ -94,13 +95,19 @@ def encode_rows(
         source: the source of the rows.
         start: the first row to encode.
         num_workers: encoding threads; 0: one per core, at most 16.
-        tokenizer: auto, gigatoken or tiktoken.
+        tokenizer: auto, gigatoken or tiktoken for GPT-2's; or another, which all threads use.
 
     Raises:
         UserError: a damaged source; gigatoken is missing or differs from tiktoken.
     """
     num_workers = num_workers or min(_cores(), MOST_WORKERS)
-    make, of_thread, one_at_a_time = tokenizer_class(tokenizer), threading.local(), threading.Lock()
+    of_thread, one_at_a_time = threading.local(), threading.Lock()
+    make: Callable[[], Tokenizer]
+    if isinstance(tokenizer, Tokenizer):
+        fast = faster(tokenizer)
+        make, end_name = (lambda: fast), tokenizer.end_of_text_name
+    else:
+        make, end_name = tokenizer_class(tokenizer), END_OF_TEXT_NAME
 
     def encode(batch: RowBatch) -> Encoded:
         first = not hasattr(of_thread, "tokenizer")
@@ -108,14 +115,14 @@ def encode_rows(
             with one_at_a_time:  # the first thread loads the merges for all
                 of_thread.tokenizer = make()
         encoded = _per_row(batch, *of_thread.tokenizer.encode_documents(batch.documents()))
-        if make is FastTokenizer:
+        if isinstance(of_thread.tokenizer, FastTokenizer | OwnByTiktoken):
             _compare(source, of_thread.tokenizer, encoded, first)
         return encoded
 
     pool = ThreadPoolExecutor(num_workers)
     waiting: deque[tuple[Future[Encoded], int]] = deque()  # with their characters
     try:
-        for batch in _batches(source, start):
+        for batch in _batches(source, start, end_name):
             waiting.append((pool.submit(encode, batch), batch.chars))
             while len(waiting) > 2 * num_workers or sum(n for _, n in waiting) > WAITING_CHARS:
                 yield waiting.popleft()[0].result()
@@ -125,8 +132,10 @@ def encode_rows(
         pool.shutdown(cancel_futures=True)
 
 
-def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: bool) -> None:
-    """Compares every 1000th row, and with `first` the first document, with tiktoken's tokens.
+def _compare(
+    source: Source, tokenizer: FastTokenizer | OwnByTiktoken, encoded: Encoded, first: bool
+) -> None:
+    """Compares every 1000th row, and with `first` the first document, with the slower library's.
 
     Raises:
         UserError: the tokens differ.
@@ -138,8 +147,8 @@ def _compare(source: Source, tokenizer: FastTokenizer, encoded: Encoded, first: 
             first = False
             if tokenizer.differs(text, tokens[ends[row] - lengths[row] : ends[row]]):
                 raise UserError(
-                    f"{source.parts[part].name}, row {number}: gigatoken and tiktoken make "
-                    "different tokens of it; use --tokenizer=tiktoken with a new --out_dir="
+                    f"{source.parts[part].name}, row {number}: {tokenizer.libraries} make "
+                    f"different tokens of it; {tokenizer.way_out}"
                 )
 
 
@@ -163,7 +172,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _batches(source: Source, start: Position) -> Iterator[RowBatch]:
+def _batches(source: Source, start: Position, end_name: str) -> Iterator[RowBatch]:
     """All rows from a position on. A batch may span files."""
     texts, places, chars, earlier_bytes, warned = [], [], 0, 0, 0
     for index, part in enumerate(source.parts):
@@ -178,8 +187,8 @@ def _batches(source: Source, start: Position) -> Iterator[RowBatch]:
             places.append((index, number))
             chars += len(text or "")
             if chars >= BATCH_CHARS or len(texts) == BATCH_ROWS:
-                yield RowBatch(texts, places, earlier_bytes + read_bytes)
+                yield RowBatch(texts, places, earlier_bytes + read_bytes, end_name)
                 texts, places, chars = [], [], 0
         earlier_bytes += part.size_bytes
     if texts:
-        yield RowBatch(texts, places, earlier_bytes)
+        yield RowBatch(texts, places, earlier_bytes, end_name)

@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..data.chat_template import turn_end
 from ..generate.continuous_batch import Generation
 from ..generate.logprobs import TokenLogprobs
 from ..generate.stream import TextWriter
@@ -71,7 +72,7 @@ class Choice:
         return Piece(self, text, self.finish, self._scored() if self._places else ())
 
     def _write(self, token: int) -> str:
-        if token == self.tokenizer.end_of_text:
+        if token in (self.tokenizer.end_of_text, turn_end(self.tokenizer)):
             self.finish = "stop"
             return self.writer.finish()
         self.written += 1

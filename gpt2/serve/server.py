@@ -91,7 +91,7 @@ def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
     source, chat = locate(path), config.chat
     if getattr(model.config, "document_mask", False):
         kind = "impossible"
-    elif chat == "True" or (chat == "auto" and was_chat(source)):
+    elif chat == "True" or (chat == "auto" and (model.tokenizer.template or was_chat(source))):
         kind = "trained"
     else:
         kind = "untrained"

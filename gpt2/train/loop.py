@@ -25,6 +25,7 @@ from .messages import (
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
 from .run_folder import MODEL_NAME, open_log, out_dir, run_folder_lock
+from .run_tokenizer import resolve_vocabulary
 from .save import export_model, save_checkpoint
 from .setup import build, resolve_init, resolve_steps
 from .state import TrainState
@@ -44,6 +45,7 @@ def run(config: TrainConfig) -> int:
         UserError: anything that a person can correct; whatever had been saved is still there.
     """
     with runtime.start(config.system, console.error) as rt, run_folder_lock(config, rt):
+        config = resolve_vocabulary(config)
         resumed = find_checkpoint(config, rt)
         config, init = resolve_init(config, rt, resumed)
         state = build(config, rt, resumed, init)

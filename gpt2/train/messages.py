@@ -155,7 +155,8 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     console.log(f"validation on {have:,} tokens{fewer}")
     if resumed:
         console.log(f"continuing from {resumed.path}")
-        before, now = current_names(resumed.state["settings"]), flatten(config)
+        now = flatten(config)
+        before = {"vocab_size": 0} | current_names(resumed.state["settings"])
         for name in now:
             if name not in MAY_DIFFER and before.get(name) != now[name]:
                 console.log(f"changed since then: {name} {before.get(name)} -> {now[name]}")

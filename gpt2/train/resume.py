@@ -17,6 +17,7 @@ from ..report import console, metrics
 from ..untrusted.display import shown
 from . import run_folder
 from .run_folder import out_dir
+from .run_tokenizer import check_resumed_tokenizer
 from .state import TrainState
 
 
@@ -33,6 +34,7 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
             console.warn(f"{line}; using an older checkpoint")
         if found:
             check_complete(found.state, found.path / training_state.STATE_FILE)
+            check_resumed_tokenizer(found, config)
             check_same_run(found, config.model)
             kept.append(found)
         return str(found.path) if found else None

@@ -17,21 +17,24 @@ from ..data.datasets import (
 from ..data.sequence_order import Mixture
 from ..distributed.runtime import Runtime
 from ..errors import UserError
+from ..evaluate.tasks import HELLASWAG, MultipleChoice, load_items
 from ..report import console
+from ..tokenizer import Tokenizer
 
 
 def order_data(
-    config: TrainConfig, rt: Runtime, resumed: Resumed | None
+    config: TrainConfig, rt: Runtime, resumed: Resumed | None, tokenizer: Tokenizer | None
 ) -> tuple[list[Dataset], Mixture, list[str]]:
     """The datasets, the order of their sequences, and notes for the reader of the log.
 
-    The order begins anew, or goes on where a checkpoint stopped.
+    The order begins anew, or goes on where a checkpoint stopped. Conversations are encoded by
+    `tokenizer`; None is GPT-2's.
 
     Raises:
         UserError: damaged datasets, or datasets that changed since the checkpoint was saved.
     """
     shape, seed = config.model.shape(), config.system.seed
-    datasets, notes = _open_data(config, shape.block_size)
+    datasets, notes = _open_data(config, shape.block_size, tokenizer)
     identities = rt.on_main(lambda: [identify(dataset) for dataset in datasets])
     datasets = [replace(d, identity=i) for d, i in zip(datasets, identities, strict=True)]
     start = MixStart()
@@ -49,11 +52,26 @@ def order_data(
     return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start), notes
 
 
-def _open_data(config: TrainConfig, block_size: int) -> tuple[list[Dataset], list[str]]:
+def read_hellaswag(
+    config: TrainConfig, rt: Runtime, tokenizer: Tokenizer | None
+) -> list[MultipleChoice]:
+    """HellaSwag's items if the run evaluates on them; broadcast: other machines may lack them."""
+    if not config.eval.eval_hellaswag_every:
+        return []
+    where = config.eval.hellaswag
+    return rt.on_main(lambda: load_items(HELLASWAG, where, console.log, tokenizer))
+
+
+def _open_data(
+    config: TrainConfig, block_size: int, tokenizer: Tokenizer | None
+) -> tuple[list[Dataset], list[str]]:
     """Folders of shards or, for `gpt2 finetune`, files of conversations; and notes on them."""
     tuning = tuning_options(config)
     if tuning is None or not is_chat(config.data.data_dir):
-        return open_datasets(config.data.data_dir), []
+        datasets = open_datasets(config.data.data_dir)
+        if tokenizer is None or not datasets[0].val[0].vocabulary.sha256:
+            return datasets, []
+        return datasets, [f"the shards' own tokenizer has {tokenizer.vocab_size:,} tokens"]
     if config.data.sequence_start != "anywhere":
         raise UserError("--window_start=document is for text; conversations are always whole")
     if config.model.document_mask:
@@ -61,6 +79,7 @@ def _open_data(config: TrainConfig, block_size: int) -> tuple[list[Dataset], lis
             f"init={config.model.init} has document_mask: the end-of-text tokens between messages "
             "would hide them from one another; begin with another model"
         )
-    datasets, notes = open_conversations(config.data.data_dir, block_size, tuning.val_share)
+    data, share = config.data.data_dir, tuning.val_share
+    datasets, notes = open_conversations(data, block_size, share, tokenizer)
     check_eval_tokens(config.eval.eval_tokens, datasets, block_size)
     return datasets, list(notes)

@@ -18,6 +18,7 @@ from ..distributed import fsdp
 from ..distributed.random_state import rng_state, set_rng_state
 from ..distributed.runtime import Runtime
 from ..errors import UserError
+from ..huggingface.kept_tokenizer import to_store
 from ..model import lora
 from ..report import console
 from .optimizer import check_groups
@@ -48,6 +49,8 @@ def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: 
         "data": remember(state.datasets, state.loader.order, state.loader.position),
         "settings": flatten(config),
     }
+    if state.own_tokenizer:
+        content["tokenizer"] = to_store(state.own_tokenizer)
     tensors = {WEIGHTS: state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
     folder, step, shape = out_dir(config), state.step, state.model.config
     keep = config.output.keep_last
@@ -122,7 +125,8 @@ def export_model(
     weights = MERGED if adapted else AVERAGED if config.optim.ema_steps else WEIGHTS
 
     def write_files(t: dict[str, Any]) -> None:
-        write_model(path, shape, t[weights], step, val_loss)
+        own = state.own_tokenizer
+        write_model(path, shape, t[weights], step, val_loss, own_tokenizer=own)
         if adapted:
             folder = path.with_name(path.stem.replace("ckpt", "adapter"))
             write_adapter(folder, t["adapter"], settings)

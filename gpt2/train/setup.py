@@ -9,14 +9,12 @@ from ..checkpoint.training_state import Resumed
 from ..checkpoint.weights import Weights
 from ..config.finetune import tuning_options
 from ..config.model import GPT2Config, ModernConfig
-from ..config.train import BatchPlan, TrainConfig, check_of_switches, plan_batch
+from ..config.train import TrainConfig, check_of_switches, plan_batch
 from ..data.loader import TrainLoader
-from ..data.sequence_order import Mixture
 from ..distributed import devices
 from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..evaluate.tasks import HELLASWAG, load_items
 from ..kernels.linear import describe_path
 from ..model import lora
 from ..model.gpt import GPT, LanguageModel
@@ -24,7 +22,8 @@ from ..report import console, throughput
 from ..report.trackers import check_names
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
-from .run_data import order_data
+from .run_data import order_data, read_hellaswag
+from .run_tokenizer import check_init_tokenizer, run_tokenizer
 from .save import restore
 from .schedules import check_plan, sequences_left
 from .state import TrainState
@@ -52,6 +51,7 @@ def resolve_init(
     def look() -> GPT2Config:
         found = weights.load(options.init)
         resolved = weights.resolve_options(options, found.config)
+        check_init_tokenizer(found, config)
         found = weights.for_training(found, resolved.block_size)
         console.log(f"beginning with {found.origin}")
         for note in found.notes:
@@ -101,12 +101,12 @@ def build(
     shape = config.model.shape()
     plan = plan_batch(config.data, shape.block_size, rt.world_size)
     check_plan(resumed.step if resumed else 0, config.optim, plan)
-    datasets, mixture, data_notes = order_data(config, rt, resumed)
+    tokenizer = run_tokenizer(config, rt, resumed, init)
+    datasets, mixture, data_notes = order_data(config, rt, resumed, tokenizer)
     check_names(config.output.log_to)
-    hellaswag = []
-    if config.eval.eval_hellaswag_every:  # broadcast: other machines may lack the file
-        hellaswag = rt.on_main(lambda: load_items(HELLASWAG, config.eval.hellaswag, console.log))
+    hellaswag = read_hellaswag(config, rt, tokenizer)
     model = build_network(config, rt, init)
+    model.end_of_text = tokenizer.end_of_text if tokenizer else None
     compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         compile_network(model, rt.sharded)
@@ -116,19 +116,21 @@ def build(
         tokens = plan.batch_size * plan.block_size
         notes.append(describe_path(model, rt.device, rt.dtype, tokens, shape.dropout))
         notes.append(f"CUDA graph {recorded}: {graph_note}")
+    position = resumed.state["position"] if resumed else 0
     seed(config.system.seed + rt.rank)  # from here on only dropout draws
     state = TrainState(
         model=model,
         wrapped_model=model,
         optimizer=build_optimizer(model, config.optim, rt),
         scaler=rt.grad_scaler(),
-        loader=_loader(mixture, plan, rt, resumed),
+        loader=TrainLoader(mixture, plan, rank=rt.rank, position=position, device=rt.device),
         datasets=datasets,
         plan=plan,
         clock=throughput.Throughput(),
         graph=MicroBatchGraph(model, recorded, console.warn),
         notes=tuple(notes),
         hellaswag=hellaswag,
+        own_tokenizer=tokenizer,
     )
     if resumed:
         try:
@@ -141,11 +143,6 @@ def build(
     # after `restore`: every rank gets the weights of rank 0
     state.wrapped_model = rt.wrap(model, recorded)
     return state
-
-
-def _loader(mixture: Mixture, plan: BatchPlan, rt: Runtime, resumed: Resumed | None) -> TrainLoader:
-    position = resumed.state["position"] if resumed else 0
-    return TrainLoader(mixture, plan, rank=rt.rank, position=position, device=rt.device)
 
 
 def network(config: GPT2Config) -> LanguageModel:

@@ -13,6 +13,7 @@ from ..data.loader import TrainLoader
 from ..evaluate.tasks import MultipleChoice
 from ..model.gpt import LanguageModel
 from ..report import console, throughput
+from ..tokenizer import Tokenizer
 from .cuda_graph import MicroBatchGraph
 
 
@@ -37,6 +38,7 @@ class TrainState:
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
     evaluated_at: int = -1  # the step of the last evaluation
+    own_tokenizer: Tokenizer | None = None  # None: GPT-2's
     stop: bool = False  # agreed by all ranks
     hellaswag: list[MultipleChoice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation

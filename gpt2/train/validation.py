@@ -29,7 +29,7 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
             device=rt.device,
         )
         with averaged(state.optimizer):
-            result = evaluate(state.model, batches, rt)
+            result = evaluate(state.model, batches, rt, state.own_tokenizer)
         if result is None:
             state.stop = True
             return

@@ -21,7 +21,7 @@ from gpt2.config.commands import EvalConfig, ServeConfig
 from gpt2.data.chat_template import encode_prompt
 from gpt2.data.shards import write_shard
 from gpt2.errors import UserError
-from gpt2.huggingface import own_tokenizer
+from gpt2.huggingface import kept_tokenizer, own_tokenizer
 from gpt2.huggingface.own_tokenizer import NoTokenizer, OwnTokenizer
 from gpt2.serve.logprobs import token_name
 from gpt2.serve.requests import ChatRequest, CompletionRequest, make_request, parse
@@ -122,8 +122,8 @@ def test_texts_are_written_and_read_in_its_language(small, capsys):
     assert "own tokenizer is used" in capsys.readouterr().err
 
 
-def test_a_conversation_has_its_ids(own):
-    ours = weights.load(own).tokenizer
+def test_a_conversation_has_its_ids():
+    ours = OwnTokenizer(library().to_str().encode(), 0, "test")
     ids = encode_prompt([{"role": "user", "content": TEXT}], ours)
     begin = [0, *ours.encode("user\n"), *ours.encode(TEXT)]
     assert ids == [*begin, 0, *ours.encode("assistant\n")]
@@ -238,9 +238,10 @@ def test_a_tokenizer_that_is_not_known_gives_no_text(name, own, tmp_path, capsys
     assert TheirConfig.from_pretrained(tmp_path / "hf").eos_token_id == 0
 
 
-def test_training_says_that_it_is_another_tokenizer(own):
-    with pytest.raises(UserError, match="has a tokenizer of its own, and shards"):
-        weights.for_training(weights.load(own), 64)
+def test_training_keeps_the_rows_of_its_tokenizer(own):
+    found = weights.for_training(weights.load(own), 64)
+    assert found.config.vocab_size == found.tokenizer.vocab_size < 50257
+    assert any("of 50,257 rows are used" in note for note in found.notes)
 
 
 def test_more_tokens_than_rows(tmp_path):
@@ -271,7 +272,7 @@ def test_loss_and_bits_per_byte_are_those_of_its_ids(small, tmp_path, capsys):
     assert len([line for line in lines if line[:4].strip().isdigit()]) == len(words)
     (tmp_path / "d").mkdir()
     write_shard(tmp_path / "d/x_val_000000.bin", np.arange(99, dtype=np.uint16))
-    with pytest.raises(UserError, match="holds GPT-2's tokens, and"):
+    with pytest.raises(UserError, match="has GPT-2's vocabulary of 50257, and"):
         evaluate.run(str(small), EvalConfig(data_dir=str(tmp_path / "d"), device="cpu"))
 
 
@@ -331,7 +332,9 @@ def test_mutated_tokenizers_give_text_or_one_line(name, small, tmp_path):
 def test_a_stored_tokenizer_is_not_trusted(small, tmp_path):
     GPT2.from_pretrained(str(small), device="cpu").save(tmp_path / "m.pt")
     content = torch.load(tmp_path / "m.pt")
-    stored = own_tokenizer.to_store(OwnTokenizer(library(added=("[x]",)).to_str().encode(), 0, "x"))
+    stored = kept_tokenizer.to_store(
+        OwnTokenizer(library(added=("[x]",)).to_str().encode(), 0, "x")
+    )
     for tokenizer, message in (
         (stored, "its tokenizer has 306 tokens and its network 305"),
         ({"reason": "a \x1b[2J"}, r"a \\x1b\[2J"),

@@ -19,6 +19,7 @@ from .config.command_line import parse, parse_with_positional
 from .config.commands import (
     AverageConfig,
     ChatConfig,
+    CompareConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -49,6 +50,7 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
+  gpt2 compare   runs side by side: curves, means over seeds, what differs, what is real
   gpt2 average   the newest saved states of a run -> one model, their mean
   gpt2 export    a model -> a folder for transformers, vLLM, llama.cpp
   gpt2 push      a model -> the Hugging Face Hub
@@ -282,6 +284,17 @@ def plot(argv: list[str]) -> int:
     return 0
 
 
+def compare(argv: list[str]) -> int:
+    """`gpt2 compare`: runs side by side."""
+    names = {"run": "folders of runs, several seeds of each recipe; or a folder around them"}
+    config, (folders,) = parse_with_positional(
+        CompareConfig, argv, "gpt2 compare", names, several="run"
+    )
+    from .commands.compare_runs import run
+
+    return run([Path(folder) for folder in folders], Path(config.out))
+
+
 def average(argv: list[str]) -> int:
     """`gpt2 average`: the mean of saved states as one model."""
     names = {"out_dir": "folder of a run"}
@@ -398,6 +411,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "lm_eval": lm_eval,
     "plot": plot,
+    "compare": compare,
     "average": average,
     "export": export,
     "push": push,

@@ -52,7 +52,9 @@ def parse_with_positional(
     prog: str,
     positional: dict[str, str],
     optional: tuple[str, ...] = (),
-) -> tuple[Config, list[str]]:
+    *,
+    several: str = "",
+) -> tuple[Config, list[Any]]:
     """Like `parse`, for a command that also takes arguments without dashes.
 
     Args:
@@ -61,6 +63,7 @@ def parse_with_positional(
         prog: as for `parse`.
         positional: name -> help of each argument without dashes.
         optional: names of the arguments that may be left out. Their value is "" then.
+        several: name of the argument that is given once or more. Its value is a list.
 
     Returns:
         (instance of cls, values of the positional arguments in their order).
@@ -73,6 +76,8 @@ def parse_with_positional(
     for name, text in positional.items():
         if name in optional:
             parser.add_argument(name, help=text, nargs="?", default="")
+        elif name == several:
+            parser.add_argument(name, help=text, nargs="+")
         else:
             parser.add_argument(name, help=text)
     given = vars(parser.parse_args(arguments))

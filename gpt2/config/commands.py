@@ -91,6 +91,13 @@ class AverageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """All options of `gpt2 compare`."""
+
+    out: str = option("compare.png", "picture to write: loss by step, tokens and seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushConfig:
     """All options of `gpt2 push`."""
 

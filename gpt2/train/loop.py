@@ -51,7 +51,7 @@ def run(config: TrainConfig) -> int:
         try:
             archive_previous_run(config, rt, resumed)
             with state.saver, open_log(config, rt, resumed) as log:
-                announce(state, config, rt, resumed)
+                announce(state, config, rt, resumed, log)
                 restore_logged_evaluation(state, config, rt, log, resumed)
                 loop(state, config, rt, log)
         finally:

@@ -1,7 +1,9 @@
 """Console lines and log entries of a training run: before the first step, and for each step."""
 
 import contextlib
+import hashlib
 import json
+from typing import Any
 
 from ..checkpoint.training_state import Resumed
 from ..config.options import flatten
@@ -135,10 +137,28 @@ def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, token
     return f"{first} and {len(sequences) - 1} more sequences (all in {path})"
 
 
-def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> None:
-    """Logs the network, the device, the batch and the data of the run, before its first step."""
+def announce(
+    state: TrainState,
+    config: TrainConfig,
+    rt: Runtime,
+    resumed: Resumed | None,
+    log: metrics.RunLog,
+) -> None:
+    """Logs the network, the device, the batch and the data of the run, before its first step.
+
+    What `gpt2 compare` must know goes to history.jsonl: the options that changed since the
+    checkpoint, the vocabulary, and a fingerprint of the validation tokens.
+    """
     if not rt.is_main:
         return
+    changed = changed_options(config, resumed)
+    log.started(
+        state.step,
+        changed={name: list(values) for name, values in changed.items()},
+        validation=validation_fingerprint(state),
+        vocab_size=state.model.config.vocab_size,
+        device=rt.device_name,
+    )
     c = state.model.config
     console.log(
         f"GPT-2 with {state.model.num_parameters():,} parameters: {c.n_layer} layers, "
@@ -155,10 +175,29 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     console.log(f"validation on {have:,} tokens{fewer}")
     if resumed:
         console.log(f"continuing from {resumed.path}")
-        before, now = current_names(resumed.state["settings"]), flatten(config)
-        for name in now:
-            if name not in MAY_DIFFER and before.get(name) != now[name]:
-                console.log(f"changed since then: {name} {before.get(name)} -> {now[name]}")
+        for name, (before, now) in changed.items():
+            console.log(f"changed since then: {name} {before} -> {now}")
+
+
+def changed_options(config: TrainConfig, resumed: Resumed | None) -> dict[str, tuple[Any, Any]]:
+    """Options that differ from those of the checkpoint: name -> (before, now)."""
+    if not resumed:
+        return {}
+    before, now = current_names(resumed.state["settings"]), flatten(config)
+    names = [name for name in now if name not in MAY_DIFFER and before.get(name) != now[name]]
+    return {name: (before.get(name), now[name]) for name in names}
+
+
+def validation_fingerprint(state: TrainState) -> str:
+    """A hash that is equal for runs whose validation loss is about the same tokens.
+
+    It covers each dataset's share and the samples of its validation shards, not their names.
+    """
+    parts = [
+        [round(dataset.share, 6), *([shard.tokens, shard.fingerprint()] for shard in dataset.val)]
+        for dataset in state.datasets
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def describe_data(state: TrainState, options: OptimOptions) -> list[str]:

@@ -31,6 +31,7 @@ from .config.commands import (
     ShowConfig,
 )
 from .config.finetune import FinetuneConfig
+from .config.sweep import SweepConfig, jobs, split_arguments
 from .config.train import TrainConfig
 from .errors import UserError, install_command
 from .report.console import closed_pipes, one_line
@@ -51,6 +52,7 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
   gpt2 compare   runs side by side: curves, means over seeds, what differs, what is real
+  gpt2 sweep     a recipe with several seeds and values of options, on all GPUs; then compare
   gpt2 average   the newest saved states of a run -> one model, their mean
   gpt2 export    a model -> a folder for transformers, vLLM, llama.cpp
   gpt2 push      a model -> the Hugging Face Hub
@@ -73,7 +75,15 @@ MODEL_SOURCES = (
 )
 
 
-WORK = ("prepare", "train", "finetune", "profile", "push", "demo")  # not for their output alone
+WORK = (
+    "prepare",
+    "train",
+    "finetune",
+    "sweep",
+    "profile",
+    "push",
+    "demo",
+)  # not for their output alone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -295,6 +305,20 @@ def compare(argv: list[str]) -> int:
     return run([Path(folder) for folder in folders], Path(config.out))
 
 
+def sweep(argv: list[str]) -> int:
+    """`gpt2 sweep`: a grid of options, each with several seeds, and their comparison."""
+    own, texts, rest = split_arguments(argv)
+    if not rest or rest[0].startswith("-"):
+        if {"-h", "--help"} & {*own}:
+            parse_with_positional(SweepConfig, own, "gpt2 sweep", {"recipe": "TOML file"})
+        raise UserError("name the recipe first: gpt2 sweep RECIPE.toml --set muon_lr=0.01,0.02")
+    config = parse(SweepConfig, own, "gpt2 sweep")
+    found = jobs(rest[0], config, texts, rest[1:])
+    from .commands.sweep import run
+
+    return run(found, config)
+
+
 def average(argv: list[str]) -> int:
     """`gpt2 average`: the mean of saved states as one model."""
     names = {"out_dir": "folder of a run"}
@@ -412,6 +436,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "lm_eval": lm_eval,
     "plot": plot,
     "compare": compare,
+    "sweep": sweep,
     "average": average,
     "export": export,
     "push": push,

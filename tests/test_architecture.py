@@ -30,6 +30,7 @@ from gpt2.config.commands import (
 )
 from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.options import flatten
+from gpt2.config.sweep import SweepConfig
 from gpt2.config.train import TrainConfig
 
 from .conftest import ROOT, run_python
@@ -354,6 +355,7 @@ CONFIGS += [
     ChatConfig,
     ServeConfig,
     InspectConfig,
+    SweepConfig,
 ]
 
 

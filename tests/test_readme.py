@@ -77,6 +77,8 @@ ADDED: dict[str, list[str]] = {
     "--learning_rate=3e-5 --max_steps=200": OF_GIVEN_WEIGHTS,
     "gpt2 export out/out_ckpt.pt --to=hf out/hf": [],
     "gpt2 push out/out_ckpt.pt OWNER/NAME": [],
+    # docs/research.md
+    "gpt2 compare out/ out/recipe out/two": [],
     # docs/scaling.md
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
     "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
@@ -116,6 +118,12 @@ HERE = {
 }
 # Commands that are not run here: the test file that runs them, and what it calls there.
 ELSEWHERE = {
+    "gpt2 sweep configs/sprint_gpt2_muon.toml --seeds=1,2,3 --set muon_lr=0.01,0.02": (
+        "commands/test_sweep.py", '"sweep"',
+    ),
+    "gpt2 sweep configs/sprint_gpt2_muon.toml --set muon_lr=0.01,0.02 --seconds=200": (
+        "commands/test_sweep.py", '"sweep"',
+    ),
     "python -m benchmarks.finetune": ("test_benchmarks.py", "benchmarks.finetune"),
     "python -m benchmarks.generate --nanogpt=../nanoGPT": (
         "test_benchmarks.py", "benchmarks.generate",

@@ -44,7 +44,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Comparison:
     if not error:
         return Comparison(difference, 0.0, 0.0 if difference else 1.0)
     counts = (len(first), len(second))
-    spread = sum(part**2 / (n - 1) for part, n in zip(parts, counts, strict=True))
+    spread = sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))
     freedom = sum(parts) ** 2 / spread  # Welch-Satterthwaite
     return Comparison(difference, error, two_sided_p(difference / error, freedom))
 

@@ -1,13 +1,20 @@
 """GPT-2 from scratch: `from gpt2 import GPT2`."""
 
+import importlib
+
 __all__ = ["GPT2"]
+
+# Name -> module of the package that has it; imported when asked for, because torch takes seconds.
+_LAZY = {
+    "GPT2": "api",
+    "load_plugin": "config.registry",
+    "register": "config.registry",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "GPT2":  # imported when asked for: torch takes seconds, `gpt2 --help` must not
-        from .api import GPT2
-
-        return GPT2
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     if name == "__version__":
         return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

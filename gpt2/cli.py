@@ -280,7 +280,12 @@ def lm_eval(argv: list[str]) -> int:
         if (error.name or "").split(".")[0] != "lm_eval":
             raise
         raise UserError(f"lm_eval is not installed; run: {install_command('eval')}") from None
-    return main(argv[0], argv[1:])
+    from .config.registry import load_plugin
+
+    ours = [argument for argument in argv if argument.startswith("--plugin=")]
+    for argument in ours:
+        load_plugin(argument.partition("=")[2])
+    return main(argv[0], [argument for argument in argv[1:] if argument not in ours])
 
 
 def plot(argv: list[str]) -> int:

@@ -64,6 +64,13 @@ ADDED: dict[str, list[str]] = {
     "--json=out/eval.json": [
         "--hellaswag=h.jsonl", "--lambada=l.jsonl", "--eval_tokens=500", "--device=cpu",
     ],
+    # docs/extending.md
+    "gpt2 train --plugin=my_idea.py --mlp=silu --schedule=linear --out_dir=out/idea": [
+        *SMALL, "--n_layer=1",
+    ],
+    'gpt2 sample out/idea/out_ckpt.pt --plugin=my_idea.py --prompt="Hello world,"': [
+        "--max_new_tokens=5",
+    ],
     # docs/finetuning.md
     "gpt2 eval out/finetuned/out_ckpt.pt": ["--device=cpu"],
     'gpt2 sample out/finetuned/out_adapter --prompt="Hello world,"': ["--max_new_tokens=5"],
@@ -216,6 +223,7 @@ def clone(tmp_path_factory, text) -> Path:
     for name in ("my_texts", "data/raw"):
         (folder / name).mkdir(parents=True)
         (folder / name / "one.txt").write_text(text, encoding="utf-8")
+    (folder / "my_idea.py").write_text(FENCE.search(read(ROOT / "docs/extending.md"))[2])
     write_jsonl(folder / "h.jsonl", hellaswag_items(5))
     write_jsonl(folder / "l.jsonl", lambada_items(5))
     write_jsonl(folder / "chats.jsonl", [
@@ -356,7 +364,7 @@ def missing_paths(page: Path) -> list[str]:
         rooted = re.fullmatch(r"(gpt2|tests|benchmarks|configs|docs|dev)/[\w./-]*", span)
         if rooted or re.fullmatch(r"[\w/]+\.py", span):
             places = [ROOT / span, ROOT / "gpt2" / span]
-            known = any(place.exists() for place in places) or span in ("hellaswag.py",)
+            known = any(place.exists() for place in places) or span in ("hellaswag.py", "my_idea.py")
             if not known and not ("/" not in span and any((ROOT / "tests").rglob(span))):
                 missing.append(span)
     return missing

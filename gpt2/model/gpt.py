@@ -10,6 +10,7 @@ Shapes: `B` batch, `T` new positions, `S` positions so far, `C` channels (n_embd
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.model import GPT2Config
 from ..kernels.attention import causal_attention
-from ..kernels.head_loss import head_logits, head_loss, soft_cap
+from ..kernels.head_loss import head_logits, head_loss, own_loss, soft_cap
 from ..kernels.layer_norm import LayerNorm
 from ..kernels.linear import add_linear, add_mlp, qkv
 from ..kernels.precision import to_residual_stream
@@ -103,6 +104,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.fp8_head = False  # in training, see `head_loss`
         self.checkpoint_activations = False  # in training, recompute each block in backward
+        self.own_loss: Callable | None = None  # of a plugin, in training; see `own_loss`
         self.compiled_apart = False  # each block is compiled by itself, not the whole model
 
     @torch.no_grad()
@@ -144,6 +146,8 @@ class LanguageModel(nn.Module):
             return self.logits(hidden)
         padded_rows, fp8 = self.config.padded_vocab_size, self.fp8_head and self.training
         hidden, targets, weight = hidden.flatten(0, 1), targets.flatten(), self.head_weight
+        if self.own_loss is not None and self.training:
+            return own_loss(self.own_loss, self.logits(hidden), targets, reduction)
         return head_loss(hidden, weight, targets, padded_rows, reduction, fp8, self.softcap)
 
     def hidden(self, idx: Tensor, cache: AttentionCache | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..checkpoint.training_state import Resumed
 from ..config.options import flatten
+from ..config.registry import plugins
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, current_names
 from ..data.datasets import split_eval_tokens
 from ..distributed.runtime import Runtime
@@ -157,6 +158,7 @@ def announce(
         changed={name: list(values) for name, values in changed.items()},
         validation=validation_fingerprint(state),
         vocab_size=state.model.config.vocab_size,
+        plugins=plugins() or None,
         device=rt.device_name,
     )
     c = state.model.config
@@ -175,6 +177,9 @@ def announce(
     console.log(f"validation on {have:,} tokens{fewer}")
     if resumed:
         console.log(f"continuing from {resumed.path}")
+        for path, digest in plugins().items():
+            if resumed.plugins.get(path, digest) != digest:
+                console.warn(f"{path} has changed since {resumed.path} was saved")
         for name, (before, now) in changed.items():
             console.log(f"changed since then: {name} {before} -> {now}")
 

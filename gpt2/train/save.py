@@ -20,7 +20,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..model import lora
 from ..report import console
-from .optimizer import check_groups
+from .optimizer_state import check_groups
 from .run_folder import out_dir
 from .state import TrainState
 

@@ -364,7 +364,10 @@ def missing_paths(page: Path) -> list[str]:
         rooted = re.fullmatch(r"(gpt2|tests|benchmarks|configs|docs|dev)/[\w./-]*", span)
         if rooted or re.fullmatch(r"[\w/]+\.py", span):
             places = [ROOT / span, ROOT / "gpt2" / span]
-            known = any(place.exists() for place in places) or span in ("hellaswag.py", "my_idea.py")
+            known = any(place.exists() for place in places) or span in (
+                "hellaswag.py",
+                "my_idea.py",
+            )
             if not known and not ("/" not in span and any((ROOT / "tests").rglob(span))):
                 missing.append(span)
     return missing

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -88,6 +88,31 @@ def parse_with_positional(
             parser.add_argument(name, help=text)
     values = vars(parser.parse_args(arguments))
     return _instantiate(cls, values), [values[name] for name in positional]
+
+
+def parse_keywords(cls: type[Config], options: Mapping[str, Any], prog: str) -> Config:
+    """An instance of `cls` from keywords of Python, checked as a command line is.
+
+    Args:
+        cls: as for `parse`.
+        options: name -> value; `config` may name a TOML file.
+        prog: name of the function, for messages.
+
+    Raises:
+        UserError: unknown name, value of a wrong type, unreadable TOML file.
+    """
+    names = {name.removeprefix("--") for _, f in _options(cls) for name in _flags(f)}
+    check_keywords(options, names | {"config"}, prog)
+    return parse(cls, [f"--{name}={value}" for name, value in options.items()], prog)
+
+
+def check_keywords(options: Iterable[str], names: Collection[str], prog: str) -> None:
+    """Raises UserError for a keyword that is none of `names`, with the closest of them."""
+    for name in options:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(sorted(names))}"
+            raise UserError(f"{prog}({shown(name)}=…): unknown option; {hint}")
 
 
 def to_toml(settings: Mapping[str, Any]) -> str:

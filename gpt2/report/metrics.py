@@ -71,6 +71,11 @@ class RunLog:
                 if sink.notice:
                     console.log(sink.notice)
 
+    def attach(self, name: str, sink: Sink) -> None:
+        """Forwards values to a sink of the caller, too; on the first rank only."""
+        if self._path is not None:
+            self._sinks[name] = sink
+
     def close(self, failed: bool) -> None:
         """Closes the sinks; `failed` marks the run as failed where a service knows that."""
         for name in list(self._sinks):

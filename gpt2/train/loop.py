@@ -16,6 +16,7 @@ from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
+from ..report.trackers import Sink
 from .messages import (
     announce,
     check_first_loss,
@@ -34,8 +35,12 @@ from .validation import evaluate_hellaswag, validate
 MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig, watch: Sink | None = None) -> int:
     """Trains, or continues, the run in `config.output.out_dir`.
+
+    Args:
+        config: every option.
+        watch: gets the numbers that metrics.jsonl gets, such as a progress bar.
 
     Returns:
         Exit code: 0 when finished, 128 + signal when a signal asked to stop (all is saved).
@@ -51,6 +56,8 @@ def run(config: TrainConfig) -> int:
         try:
             archive_previous_run(config, rt, resumed)
             with state.saver, open_log(config, rt, resumed) as log:
+                if watch:
+                    log.attach("watch", watch)
                 announce(state, config, rt, resumed, log)
                 restore_logged_evaluation(state, config, rt, log, resumed)
                 loop(state, config, rt, log)

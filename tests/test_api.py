@@ -68,7 +68,7 @@ def test_the_package_lists_what_it_has_and_imports_it_late():
     assert {*said[1:]} == {*dir(gpt2)} >= {*gpt2.__all__}
     assert {"GPT2", "TrainConfig", "run", "train", "register", "__version__"} <= {*said}
     assert all(getattr(gpt2, name) for name in dir(gpt2))
-    import gpt2.train.loop as loop
+    from gpt2.train import loop
 
     assert gpt2.run is loop.run
     assert callable(gpt2.train)

@@ -220,6 +220,15 @@ class LanguageModel(nn.Module):
         """
         return math.log(self.config.vocab_size) + self.config.n_embd * INIT_STD**2 / 2
 
+    def own_logit(self) -> float:
+        """Mean logit that fresh weights give the token just read; 0 is that of all others.
+
+        The tied head meets the token's own embedding in the normalised stream, whose variance is
+        2σ² of the embeddings and 2v·E[gelu²] of the MLPs: v / √(2σ² + 2v·E[gelu²]), v = C·σ².
+        """
+        v = self.config.n_embd * INIT_STD**2
+        return v / (2 * INIT_STD**2 + 2 * v * (v / 4 + v**2 / 2)) ** 0.5
+
 
 class GPT(LanguageModel):
     """GPT-2."""

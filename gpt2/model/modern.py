@@ -331,8 +331,7 @@ class Modern(LanguageModel):
         """Loss in nats of fresh weights; see `LanguageModel.expected_first_loss`. NaN: unknown.
 
         A head of zeros makes a uniform guess. If the residual stream is little more than the
-        embedding, a tied head predicts the token just read: its logit is σ·C, times 1/√2 with
-        learned positions, while the other logits have variance C·σ².
+        embedding, a tied head predicts the token just read, see `own_logit`.
         """
         c = self.config
         if c.mlp not in SECOND_MOMENTS or registered("norm", c.norm):
@@ -342,10 +341,20 @@ class Modern(LanguageModel):
         spread = super().expected_first_loss()
         if self.head is not None or not (c.zero_init or c.norm_embedding):
             return spread
-        own = INIT_STD * c.n_embd * (1.0 if c.positions == "rotary" else 0.5**0.5)
-        if not c.zero_init:  # MLPs add to the stream, whose variance is 1: 4C weights over L layers
-            v = INIT_STD**2 * c.n_embd  # variance of the input of the activation
-            of_v, of_square = SECOND_MOMENTS[c.mlp]
-            own /= (1 + 2 * v * (of_v * v + of_square * v**2)) ** 0.5
-        own = c.softcap * math.tanh(own / c.softcap) if c.softcap else own
-        return spread + math.log1p(math.exp(own - spread))
+        return spread + math.log1p(math.exp(self.own_logit() - spread))
+
+    def own_logit(self) -> float:
+        """As of GPT-2; without MLPs in the stream it is σ·C, times 1/√2 with learned positions."""
+        c = self.config
+        if self.head is not None:
+            return 0.0
+        v, tables = INIT_STD**2 * c.n_embd, 1 if c.positions == "rotary" else 2
+        of_v, of_square = SECOND_MOMENTS[c.mlp]
+        of_mlps = 0.0 if c.zero_init else 2 * v * (of_v * v + of_square * v**2)  # 4C over L layers
+        embedded = (
+            tables * INIT_STD**2
+        )  # variance of the embeddings, which `norm_embedding` sets to 1
+        own = v / (embedded + of_mlps) ** 0.5
+        if c.norm_embedding:
+            own = v * embedded**-0.5 / (1 + of_mlps) ** 0.5
+        return c.softcap * math.tanh(own / c.softcap) if c.softcap else own

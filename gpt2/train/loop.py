@@ -17,9 +17,9 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
 from ..report.trackers import Sink
+from .first_loss import check_first_loss
 from .messages import (
     announce,
-    check_first_loss,
     log_training_step,
     note_batch,
     out_of_memory,
@@ -161,7 +161,7 @@ def log_step(
     state.stop = state.stop or stops > 0
     state.clock.step(launched.own_tokens, launched.numbers.finished_at())
     if launched.step == 1:
-        check_first_loss(loss, state, rt, config.model.init)
+        check_first_loss(loss, launched.own_tokens, state, rt, config.model.init)
     last = launched.step == config.optim.max_steps or state.stop
     if due(launched.step, config.output.log_every) or last:
         values = {"loss": loss, "lr": launched.lr, "grad_norm": norm, "tokens": launched.tokens}

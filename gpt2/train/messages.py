@@ -18,7 +18,6 @@ from .run_folder import out_dir
 from .schedules import sequences_left
 from .state import TrainState
 
-FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
 MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that do not change the run itself
 
 
@@ -81,36 +80,6 @@ def log_training_step(  # noqa: PLR0917
         left = state.clock.seconds_left(sequences * state.plan.block_size)
         line = {"step": step} | values
         console.log(console.console_line(line, max_steps=steps, seconds_left=left))
-
-
-def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str) -> None:
-    """Compares the first loss with `GPT.expected_first_loss`, and warns where they differ.
-
-    Given weights (`init`) must only do better than guessing. With fresh weights, text that often
-    repeats its last token, such as source code with its spaces, lies a little below the theory: a
-    fresh network slightly prefers the token that it has just read.
-    """
-    if not rt.is_main:
-        return
-    expected = state.model.expected_first_loss()
-    if init and loss < expected:
-        console.log(f"first loss {loss:.4f}, of the weights of {init}")
-        return
-    if init:
-        console.warn(
-            f"first loss {loss:.2f}, of the weights of {init}, is no better than guessing "
-            f"({expected:.2f}): are the shards and the model of one tokenizer? "
-            "(docs/troubleshooting.md#another-tokenizer)"
-        )
-        return
-    text = f"first loss {loss:.2f}; fresh weights should give {expected:.2f}"
-    if -FIRST_LOSS_BELOW <= loss - expected <= FIRST_LOSS_ABOVE:
-        console.log(f"{text}: as expected")
-    else:
-        console.warn(
-            f"{text}: check the data, the learning rate and the initialisation "
-            "(docs/troubleshooting.md#first-loss)"
-        )
 
 
 def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, tokens: int) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor
 
 from .checkpoint import model_file, weights
@@ -27,6 +26,7 @@ from .errors import UserError
 from .generate import stream as generation
 from .generate.stream import TextWriter, check_stops
 from .model.gpt import GPT, LanguageModel
+from .model.unfilled import unfilled
 from .report import console
 from .tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ class TextModel(LanguageModel):
         fitting = model_class(found.config)
         # A subclass is kept. `SwitchedGPT2` refuses GPT-2's config by itself.
         kind = cls if fitting is GPT2 or fitting in cls.__mro__ else fitting
-        with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
+        with unfilled():
             model = kind(found.config)
         model_file.load_into(model, found.state, found.origin)
         model.own_tokenizer = found.own_tokenizer

@@ -18,8 +18,18 @@ _LAZY = {
     "register": "config.registry",
     "run": "train.loop",
 }
-__all__ = ["GPT2", "GPT2Config", "ModernConfig", "TrainConfig", "TrainResult", "UserError"]
-__all__ += ["load_plugin", "register", "run", "train"]
+__all__ = [
+    "GPT2",
+    "GPT2Config",
+    "ModernConfig",
+    "TrainConfig",
+    "TrainResult",
+    "UserError",
+    "load_plugin",
+    "register",
+    "run",
+    "train",
+]
 
 
 class _Train(types.ModuleType):

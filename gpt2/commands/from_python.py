@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -16,9 +16,6 @@ from ..report.metrics import METRICS, read_metrics
 from ..report.plot import plot_run
 from ..train.loop import run
 from ..train.run_folder import MODEL_NAME
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ class TrainResult:
         """The lowest validation loss in nats per token; None before the first evaluation."""
         return min(self._losses(), default=None)
 
-    def to_pandas(self) -> "pandas.DataFrame":
-        """The metrics as a table with the step as its index.
+    def to_pandas(self) -> Any:
+        """The metrics as a `pandas.DataFrame` with the step as its index.
 
         Raises:
             UserError: pandas is not installed.

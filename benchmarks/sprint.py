@@ -24,22 +24,21 @@ import inspect
 import json
 import queue
 import shlex
-import statistics
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from gpt2.commands.on_devices import on_devices
 from gpt2.config.command_line import parse
 from gpt2.config.switches import Switches
-from gpt2.config.train import OptimOptions, Recipe, TrainConfig
-from gpt2.data.loader import TrainLoader, available_eval_tokens, eval_batches
+from gpt2.config.train import Recipe, TrainConfig
+from gpt2.data.loader import available_eval_tokens, eval_batches
 from gpt2.distributed import runtime
 from gpt2.distributed.runtime import Runtime
 from gpt2.errors import UserError
@@ -47,17 +46,14 @@ from gpt2.evaluate.loss import Evaluation, evaluate
 from gpt2.train import setup
 from gpt2.train import step as step_module
 from gpt2.train.save import export_model
-from gpt2.train.schedules import attention_window_at, sequences_left
 from gpt2.train.setup import resolve_init
 from gpt2.train.state import TrainState
+from gpt2.train.time_budget import FAR, calibrate, synchronize
 from gpt2.train.weight_average import averaged
 
 from .sprint_report import draw, table
-from .throughput import _late, synchronize
+from .throughput import _late
 
-FAR = 10**9  # steps, while the speed is measured
-STRETCH_SECONDS = 2.0  # of each of three measurements of the speed; no longer than the sprint
-SLOWER = 0.015  # by which cards get slower as they warm up; H100s did by 0.2 to 1.8 %
 TOGETHER = {  # switched off with the switch that they belong to
     "window_pattern": ("window", "window_warmup"),
     "positions": ("rope_base", "rope_fraction"),
@@ -134,57 +130,6 @@ def sprint(options: argparse.Namespace) -> Iterator[dict]:
             state.loader.close()
 
 
-def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: float) -> TrainConfig:
-    """The settings whose `max_steps` fill the time; all else is as it was before."""
-    weights = state.model.state_dict().items()
-    before = {name: w.to("cpu", copy=True) for name, w in weights}  # no part of the GiB
-    options = config.optim
-    still = replace(options, max_steps=FAR, batch_warmup=0, window_warmup=0)
-    compiling = replace(config, optim=still)
-    many, full = replace(options, max_steps=1000), state.plan.block_size
-    cost = 0.0  # seconds per token: along a line in the width while windows grow
-    for width, share in shares_of_ends(many, full).items():
-        if options.window_warmup:
-            state.model.limit_attention_window(width)
-        cost += share * seconds_per_token(state, compiling, rt, min(STRETCH_SECONDS, seconds))
-    # while the batch grows, a step has fewer tokens
-    average = sequences_left(0, many, state.plan) / many.max_steps * full
-    steps = max(1, int((1 - SLOWER) * seconds / cost / average))
-    state.model.load_state_dict(before)
-    state.optimizer.state.clear()
-    state.step = 0
-    state.loader.close()
-    order, plan = state.loader.order, state.plan
-    state.loader = TrainLoader(order, plan, rank=rt.rank, position=0, device=rt.device)
-    return replace(config, optim=replace(options, max_steps=steps))
-
-
-def shares_of_ends(options: OptimOptions, full: int) -> dict[int, float]:
-    """The first and the last width of windows, with what each counts in the mean over all steps."""
-    widths = [attention_window_at(step, options, full) for step in range(options.max_steps)]
-    first = widths[0]
-    of_last = (statistics.mean(widths) - first) / (full - first) if first < full else 0.0
-    return {first: 1 - of_last} | ({full: of_last} if of_last else {})
-
-
-def seconds_per_token(state: TrainState, config: TrainConfig, rt: Runtime, stretch: float) -> float:
-    """As the median of stretches of so many seconds, after what the first steps compile."""
-    for _ in range(3):
-        step_module.train_step(state, config, rt).read()
-    steps = 1 + int(stretch * speed(state, config, rt, 3) / state.plan.tokens_per_step)
-    return 1 / statistics.median(speed(state, config, rt, steps) for _ in range(3))
-
-
-def speed(state: TrainState, config: TrainConfig, rt: Runtime, steps: int) -> float:
-    """Tokens per second over some steps."""
-    synchronize(rt)
-    began = time.perf_counter()
-    for _ in range(steps):
-        step_module.train_step(state, config, rt)
-    synchronize(rt)
-    return steps * state.plan.tokens_per_step / (time.perf_counter() - began)
-
-
 def timed(
     state: TrainState, config: TrainConfig, rt: Runtime, options: argparse.Namespace, row: dict
 ) -> Iterator[dict]:
@@ -247,30 +192,9 @@ def peak_gib(rt: Runtime) -> float | None:
 
 def run_all(jobs: list[Job], options: argparse.Namespace) -> Iterator[dict]:
     """The rows of all jobs, as they come; on each device one job after the other."""
-    waiting: queue.Queue = queue.Queue()
-    rows: queue.Queue = queue.Queue()
-    for job in jobs:
-        waiting.put(job)
-    devices = options.devices.split(",")
-
-    def work(device: str):
-        while True:
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                break
-            run_one(job, device, options, rows)
-        rows.put(None)
-
-    for device in devices:
-        threading.Thread(target=work, args=(device,), daemon=True).start()
-    ended = 0
-    while ended < len(devices):
-        row = rows.get()
-        if row is None:
-            ended += 1
-        else:
-            yield row
+    yield from on_devices(
+        jobs, options.devices.split(","), lambda *of_job: run_one(*of_job[:2], options, of_job[2])
+    )
 
 
 def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queue):

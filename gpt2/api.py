@@ -7,6 +7,7 @@ print(model.generate("Hello world,"))
 plain GPT-2 must not import the modern network. `isinstance(model, GPT2)` is true for both.
 """
 
+import dataclasses
 import functools
 import operator
 from abc import ABCMeta
@@ -14,16 +15,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor
 
 from .checkpoint import model_file, weights
+from .config.command_line import check_keywords
 from .config.model import SIZES, GPT2Config, ModernConfig
+from .config.switches import SWITCH_NAMES, Switches, chosen, switched
 from .distributed.devices import choose_device
 from .errors import UserError
 from .generate import stream as generation
 from .generate.stream import TextWriter, check_stops
 from .model.gpt import GPT, LanguageModel
+from .model.unfilled import unfilled
 from .report import console
 from .tokenizer import Tokenizer
 
@@ -35,9 +38,7 @@ class TextModel(LanguageModel):
 
     def __init__(self, shape: str | GPT2Config = "gpt2", **given: Any) -> None:
         if isinstance(shape, str):
-            if shape not in SIZES:
-                raise UserError(f"unknown size {shape!r}; use one of {', '.join(SIZES)}")
-            shape = GPT2Config(**(SIZES[shape] | given))
+            shape = config_of(shape, given)
         elif given:
             raise UserError("give a GPT2Config or single fields, not both")
         fitting = model_class(shape)
@@ -91,7 +92,7 @@ class TextModel(LanguageModel):
         fitting = model_class(found.config)
         # A subclass is kept. `SwitchedGPT2` refuses GPT-2's config by itself.
         kind = cls if fitting is GPT2 or fitting in cls.__mro__ else fitting
-        with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
+        with unfilled():
             model = kind(found.config)
         model_file.load_into(model, found.state, found.origin)
         model.own_tokenizer = found.own_tokenizer
@@ -178,16 +179,24 @@ class TextModel(LanguageModel):
         prompt: str,
         max_new_tokens: int = 50,
         *,
+        temperature: float = 0.8,
+        top_k: int = 50,
         stop: str | Sequence[str] = (),
+        stop_at_end_of_text: bool = True,
         **settings: Any,
     ) -> Iterator[str]:
         """Yields the text that follows a prompt piece by piece; never half a character.
 
+        With equal settings and an equal seed the pieces are what `generate` adds to the prompt.
+
         Args:
             prompt: the text to continue.
             max_new_tokens: tokens to generate.
+            temperature: as for `generate`.
+            top_k: as for `generate`.
             stop: a string, or several, before which the text ends; text that may be the start of a
                 stop string is held back until the next tokens decide.
+            stop_at_end_of_text: whether the end-of-text token ends the text.
             **settings: see `generate.stream.stream`.
 
         Raises:
@@ -195,7 +204,8 @@ class TextModel(LanguageModel):
         """
         prompts, _, _ = self._read_prompts(prompt)
         writer = TextWriter(check_stops(stop), self.tokenizer)
-        settings = {"stop_token": self.tokenizer.end_of_text} | settings
+        end = self.tokenizer.end_of_text if stop_at_end_of_text else None
+        settings = {"temperature": temperature, "top_k": top_k, "stop_token": end} | settings
         for (token,) in generation.stream(self, prompts, max_new_tokens, **settings):
             if token is not None and (piece := writer.add(token)):
                 yield piece
@@ -234,11 +244,37 @@ class GPT2(TextModel, GPT, metaclass=ABCMeta):
 
     Args:
         shape: a name of the table of sizes, or a whole `GPT2Config`.
-        **given: fields of `GPT2Config` to use instead of the size's.
+        **given: fields of `GPT2Config` to use instead of the size's, or switches of the modern
+            network, such as mlp="relu2", which make a `SwitchedGPT2`.
 
     Raises:
-        UserError: unknown size, numbers that do not fit together.
+        UserError: unknown size or option, numbers that do not fit together.
     """
+
+    def __new__(cls, shape: str | GPT2Config = "gpt2", **given: Any) -> Any:
+        """A `SwitchedGPT2` where switches are given; Python then leaves __init__ out."""
+        if cls is GPT2 and isinstance(shape, str) and SWITCH_NAMES & given.keys():
+            found = config_of(shape, given)
+            if isinstance(found, ModernConfig):
+                return _switched_gpt2()(found)
+        return super().__new__(cls)
+
+
+def config_of(size: str, given: dict[str, Any]) -> GPT2Config:
+    """The config of a named size, with fields and switches changed.
+
+    Raises:
+        UserError: unknown size or option, values that do not fit together.
+    """
+    if size not in SIZES:
+        raise UserError(f"unknown size {size!r}; use one of {', '.join(SIZES)}")
+    fields = {f.name for f in dataclasses.fields(GPT2Config)}
+    check_keywords(given, fields | SWITCH_NAMES, "GPT2")
+    switches = Switches(**{name: value for name, value in given.items() if name in SWITCH_NAMES})
+    numbers = SIZES[size] | {name: value for name, value in given.items() if name in fields}
+    if switched(switches):
+        return ModernConfig(**numbers, **chosen(switches))
+    return GPT2Config(**numbers)
 
 
 def model_class(config: GPT2Config) -> type[TextModel]:

@@ -19,6 +19,7 @@ from .config.command_line import parse, parse_with_positional
 from .config.commands import (
     AverageConfig,
     ChatConfig,
+    CompareConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -30,6 +31,7 @@ from .config.commands import (
     ShowConfig,
 )
 from .config.finetune import FinetuneConfig
+from .config.sweep import SweepConfig, jobs, split_arguments
 from .config.train import TrainConfig
 from .errors import UserError, install_command
 from .report.console import closed_pipes, one_line
@@ -49,6 +51,8 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
+  gpt2 compare   runs side by side: curves, means over seeds, what differs, what is real
+  gpt2 sweep     a recipe with several seeds and values of options, on all GPUs; then compare
   gpt2 average   the newest saved states of a run -> one model, their mean
   gpt2 export    a model -> a folder for transformers, vLLM, llama.cpp
   gpt2 push      a model -> the Hugging Face Hub
@@ -71,7 +75,15 @@ MODEL_SOURCES = (
 )
 
 
-WORK = ("prepare", "train", "finetune", "profile", "push", "demo")  # not for their output alone
+WORK = (
+    "prepare",
+    "train",
+    "finetune",
+    "sweep",
+    "profile",
+    "push",
+    "demo",
+)  # not for their output alone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,7 +280,12 @@ def lm_eval(argv: list[str]) -> int:
         if (error.name or "").split(".")[0] != "lm_eval":
             raise
         raise UserError(f"lm_eval is not installed; run: {install_command('eval')}") from None
-    return main(argv[0], argv[1:])
+    from .config.registry import load_plugin
+
+    ours = [argument for argument in argv if argument.startswith("--plugin=")]
+    for argument in ours:
+        load_plugin(argument.partition("=")[2])
+    return main(argv[0], [argument for argument in argv[1:] if argument not in ours])
 
 
 def plot(argv: list[str]) -> int:
@@ -280,6 +297,31 @@ def plot(argv: list[str]) -> int:
 
     print(shown(plot_run(Path(folder)), limit=0))
     return 0
+
+
+def compare(argv: list[str]) -> int:
+    """`gpt2 compare`: runs side by side."""
+    names = {"run": "folders of runs, several seeds of each recipe; or a folder around them"}
+    config, (folders,) = parse_with_positional(
+        CompareConfig, argv, "gpt2 compare", names, several="run"
+    )
+    from .commands.compare_runs import run
+
+    return run([Path(folder) for folder in folders], Path(config.out))
+
+
+def sweep(argv: list[str]) -> int:
+    """`gpt2 sweep`: a grid of options, each with several seeds, and their comparison."""
+    own, texts, rest = split_arguments(argv)
+    if not rest or rest[0].startswith("-"):
+        if {"-h", "--help"} & {*own}:
+            parse_with_positional(SweepConfig, own, "gpt2 sweep", {"recipe": "TOML file"})
+        raise UserError("name the recipe first: gpt2 sweep RECIPE.toml --set muon_lr=0.01,0.02")
+    config = parse(SweepConfig, own, "gpt2 sweep")
+    found = jobs(rest[0], config, texts, rest[1:])
+    from .commands.sweep import run
+
+    return run(found, config)
 
 
 def average(argv: list[str]) -> int:
@@ -398,6 +440,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "lm_eval": lm_eval,
     "plot": plot,
+    "compare": compare,
+    "sweep": sweep,
     "average": average,
     "export": export,
     "push": push,

@@ -17,6 +17,7 @@ from gpt2.config.command_line import parse
 from gpt2.config.commands import (
     AverageConfig,
     ChatConfig,
+    CompareConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -29,6 +30,7 @@ from gpt2.config.commands import (
 )
 from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.options import flatten
+from gpt2.config.sweep import SweepConfig
 from gpt2.config.train import TrainConfig
 
 from .conftest import ROOT, run_python
@@ -346,12 +348,14 @@ def test_planted_violations_are_caught(tmp_path):
 CONFIGS = [TrainConfig, FinetuneConfig, ProfileConfig, PrepareConfig, SampleConfig, ShowConfig]
 CONFIGS += [
     AverageConfig,
+    CompareConfig,
     EvalConfig,
     ExportConfig,
     PushConfig,
     ChatConfig,
     ServeConfig,
     InspectConfig,
+    SweepConfig,
 ]
 
 

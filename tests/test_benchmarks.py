@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from benchmarks import memory, sprint
-from benchmarks.sprint import ablations, shares_of_ends
+from benchmarks.sprint import ablations
 from benchmarks.throughput import fastest, make_data
 from gpt2.api import GPT2
 from gpt2.config.command_line import parse
 from gpt2.config.options import flatten
 from gpt2.config.train import OptimOptions, TrainConfig
 from gpt2.model.modern import Modern
+from gpt2.train.time_budget import shares_of_ends
 
 from .conftest import ROOT, run_python
 

@@ -261,3 +261,20 @@ def test_version_of_a_checkout_that_is_not_installed(tmp_path):
     environment = {**os.environ, "PYTHONPATH": ""}
     done = run_python("-S", "-m", "gpt2", "--version", cwd=tmp_path, env=environment, real=True)
     assert done.stdout == "gpt2 7.8.9\n"
+
+
+def test_a_typo_of_any_command_is_answered_without_torch(tmp_path):
+    (tmp_path / "a.toml").write_text("")
+    names = {"shards": ["info", "x"], "sweep": [str(tmp_path / "a.toml")]}
+    bare = ("prepare", "train", "finetune", "profile", "demo")
+    lines = [
+        [name, *names.get(name, [] if name in bare else ["a", "b"]), "--tpyo=1"]
+        for name in cli.COMMANDS
+        if name != "lm_eval"  # whose options are the harness's
+    ]
+    for name in ("sample", "chat", "serve", "eval", "plot", "average", "compare"):
+        next(line for line in lines if line[0] == name).remove("b")
+    code = f"import sys; from gpt2 import cli; print([cli.main(line) for line in {lines}]); "
+    done = run_python("-c", f"{code}print({{'torch', 'numpy'}} & {{*sys.modules}})", real=True)
+    assert done.stdout == f"{[2] * len(lines)}\nset()\n"
+    assert done.stderr.count("unknown option --tpyo") == len(lines)

@@ -54,6 +54,7 @@ OUR_NAMES = {
     "commands/export.py: temporary / name": "constants",
     "commands/inspect_shards.py: folder / name": "only shown; `read_manifest` has checked it",
     "commands/profile_step.py: Path(made) / name": "constants",
+    "config/sweep.py: Path(config.out_dir, name)": "letters, digits and .=,+-_, and `seed=`",
     "data/datasets.py: dataset.folder / shown(name)": "only shown",
     "data/shards.py: folder / f'{split}.bin'": "train or val",
     "evaluate/tasks.py: DOWNLOADS / task.repository": "constants",

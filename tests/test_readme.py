@@ -72,6 +72,13 @@ ADDED: dict[str, list[str]] = {
     "--json=out/eval.json": [
         "--hellaswag=h.jsonl", "--lambada=l.jsonl", "--eval_tokens=500", "--device=cpu",
     ],
+    # docs/extending.md
+    "gpt2 train --plugin=my_idea.py --mlp=silu --schedule=linear --out_dir=out/idea": [
+        *SMALL, "--n_layer=1",
+    ],
+    'gpt2 sample out/idea/out_ckpt.pt --plugin=my_idea.py --prompt="Hello world,"': [
+        "--max_new_tokens=5",
+    ],
     # docs/finetuning.md
     "gpt2 eval out/finetuned/out_ckpt.pt": ["--device=cpu"],
     'gpt2 sample out/finetuned/out_adapter --prompt="Hello world,"': ["--max_new_tokens=5"],
@@ -85,6 +92,8 @@ ADDED: dict[str, list[str]] = {
     "--learning_rate=3e-5 --max_steps=200": OF_GIVEN_WEIGHTS,
     "gpt2 export out/out_ckpt.pt --to=hf out/hf": [],
     "gpt2 push out/out_ckpt.pt OWNER/NAME": [],
+    # docs/research.md
+    "gpt2 compare out/ out/recipe out/two": [],
     # docs/scaling.md
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
     "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
@@ -124,6 +133,12 @@ HERE = {
 }
 # Commands that are not run here: the test file that runs them, and what it calls there.
 ELSEWHERE = {
+    "gpt2 sweep configs/sprint_gpt2_muon.toml --seeds=1,2,3 --set muon_lr=0.01,0.02": (
+        "commands/test_sweep.py", '"sweep"',
+    ),
+    "gpt2 sweep configs/sprint_gpt2_muon.toml --set muon_lr=0.01,0.02 --seconds=200": (
+        "commands/test_sweep.py", '"sweep"',
+    ),
     "python -m benchmarks.finetune": ("test_benchmarks.py", "benchmarks.finetune"),
     "python -m benchmarks.generate --nanogpt=../nanoGPT": (
         "test_benchmarks.py", "benchmarks.generate",
@@ -216,6 +231,7 @@ def clone(tmp_path_factory, text) -> Path:
     for name in ("my_texts", "data/raw"):
         (folder / name).mkdir(parents=True)
         (folder / name / "one.txt").write_text(text, encoding="utf-8")
+    (folder / "my_idea.py").write_text(FENCE.search(read(ROOT / "docs/extending.md"))[2])
     write_jsonl(folder / "h.jsonl", hellaswag_items(5))
     write_jsonl(folder / "l.jsonl", lambada_items(5))
     write_jsonl(folder / "chats.jsonl", [
@@ -359,7 +375,10 @@ def missing_paths(page: Path) -> list[str]:
         rooted = re.fullmatch(r"(gpt2|tests|benchmarks|configs|docs|dev)/[\w./-]*", span)
         if rooted or re.fullmatch(r"[\w/]+\.py", span):
             places = [ROOT / span, ROOT / "gpt2" / span]
-            known = any(place.exists() for place in places) or span in ("hellaswag.py",)
+            known = any(place.exists() for place in places) or span in (
+                "hellaswag.py",
+                "my_idea.py",
+            )
             if not known and not ("/" not in span and any((ROOT / "tests").rglob(span))):
                 missing.append(span)
     return missing

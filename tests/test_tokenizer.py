@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from gpt2 import tokenizer
 from gpt2.errors import UserError
 from gpt2.prepare.fast_tokenizer import FastTokenizer
-from gpt2.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from gpt2.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    gpt2_tokenizer,
+    merge_ranks,
+    merges_folder,
+)
 
 
 def encode_documents(texts):
@@ -193,3 +199,13 @@ def test_cutting_long_white_space_changes_no_token(text, monkeypatch):
     whole = [Tokenizer().encode(text.format(s * 150_000)) for s in (" ", "\n", " \n")]
     monkeypatch.setattr(tokenizer, "pieces", lambda text: [text])
     assert [Tokenizer().encode(text.format(s * 150_000)) for s in (" ", "\n", " \n")] == whole
+
+
+def test_merge_ranks_are_those_of_tiktoken():
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    folder = merges_folder()
+    theirs = data_gym_to_mergeable_bpe_ranks(
+        str(folder / "vocab.bpe"), str(folder / "encoder.json")
+    )
+    assert list(merge_ranks(folder).items()) == list(theirs.items())

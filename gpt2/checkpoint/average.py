@@ -98,7 +98,7 @@ def _read(folder: Path) -> tuple[int, GPT2Config, dict[str, Tensor]]:
             f"{folder} holds FSDP parts, which are not averaged; continue the run without "
             "--parallel=fsdp, whose next saved states are whole"
         )
-    config = config_of(manifest["config"], folder / MANIFEST)
+    config = config_of(manifest["config"], folder / MANIFEST, manifest.get("plugins"))
     try:
         check_files(folder, files, [MODEL_FILE], verify=True)
         shapes, _ = read_header(path)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config.model import GPT2Config, to_dict
 from ..config.parameter_shapes import check_fit, check_size, parameter_shapes
+from ..config.registry import check_known, plugins
 from ..config.switches import SWITCH_NAMES
 from ..distributed import fsdp
 from ..errors import UserError
@@ -76,6 +77,8 @@ def write_model(
         "step": step,
         "val_loss": val_loss,
     }
+    if parts := plugins():
+        content["plugins"] = parts
     if own_tokenizer:
         content["tokenizer"] = to_store(own_tokenizer)
     with write_errors(path, bytes_of(tensors)):
@@ -147,7 +150,7 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     else:
         if number_of(rest.get("format")) == FORMAT:
             check_sums(path)
-        config = config_of(rest["config"], path)
+        config = config_of(rest["config"], path, rest.get("plugins"))
         check_size(config, path.stat().st_size, path)
         theirs = {n: t for n, t in state.items() if n != "lm_head.weight"}
         check_fit(parameter_shapes(config), shapes(theirs), path)
@@ -157,13 +160,14 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
     return config, in_memory(state), rest
 
 
-def config_of(settings: Any, path: Path) -> GPT2Config:
-    """The config in a checkpoint; raises UserError unless it describes a network."""
+def config_of(settings: Any, path: Path, found: Any = None) -> GPT2Config:
+    """The config in a checkpoint, with its plugins; raises UserError unless it is a network's."""
     if not isinstance(settings, dict) or not all(
         isinstance(value, int | float) or name in SWITCH_NAMES for name, value in settings.items()
     ):
         raise UserError(f"{path}: its `config` is not a table of numbers")
     with named(path):
+        check_known(settings, found)
         return GPT2Config.from_dict(settings)
 
 

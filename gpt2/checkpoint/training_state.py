@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..config.model import GPT2Config, to_dict
 from ..config.parameter_shapes import check_size
+from ..config.registry import plugins
 from ..errors import UserError, first_line
 from ..files import discard, fingerprint, replacing_folder
 from ..huggingface.safetensors_header import read_header
@@ -53,6 +54,7 @@ class Resumed:
     model: dict[str, Tensor]  # empty if in_parts
     state: dict[str, Any]
     in_parts: bool = False  # FSDP parts, read by `sharded_state.read`
+    plugins: dict[str, Any] = field(default_factory=dict)  # path -> sha256
 
 
 def write_state(
@@ -116,6 +118,8 @@ def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         files = dict(zip(names, pool.map(lambda n: fingerprint(folder / n), names), strict=True))
     manifest = {"format": STATE_FORMAT, "step": step, "config": to_dict(config), "files": files}
+    if parts := plugins():
+        manifest["plugins"] = parts
     manifest["sha256"] = _digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -136,7 +140,10 @@ def load_state(path: Path, verify: bool = True) -> Resumed:
         UserError: a file is damaged or missing.
     """
     manifest = read_manifest(path)
-    files, config = manifest["files"], config_of(manifest["config"], path / MANIFEST)
+    files, config = (
+        manifest["files"],
+        config_of(manifest["config"], path / MANIFEST, manifest.get("plugins")),
+    )
     parts = [name for name in files if PART_FILE.fullmatch(name)]
     tensors = [path / name for name in parts or [MODEL_FILE]]
     try:
@@ -151,7 +158,9 @@ def load_state(path: Path, verify: bool = True) -> Resumed:
     check_kinds(state, path / STATE_FILE)
     with whole(path / STATE_FILE):
         state = in_memory(state)
-    return Resumed(path, manifest["step"], config, model, state, bool(parts))
+    used = manifest.get("plugins")
+    used = used if isinstance(used, dict) else {}
+    return Resumed(path, manifest["step"], config, model, state, bool(parts), used)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

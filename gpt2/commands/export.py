@@ -35,6 +35,7 @@ from ..huggingface.own_tokenizer import (
 )
 from ..huggingface.tokenizer_files import tokenizer_files
 from ..model.gpt import GPT
+from ..model.unfilled import unfilled
 from ..report import console
 from ..untrusted.parsing import load_json
 
@@ -193,7 +194,7 @@ def _network(weights: Weights) -> GPT:
             f"{weights.origin} is not GPT-2's network ({names}), which other programs do not "
             "know; it can be sampled, evaluated and continued here"
         )
-    with torch.device("meta"):
+    with unfilled():
         model = GPT(weights.config)
     load_into(model, weights.state, weights.origin)
     return model

@@ -9,15 +9,18 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import UserError
+from ..untrusted.display import shown
 from ..untrusted.parsing import read_toml
-from .options import type_of
+from .options import choices_of, type_of
+from .registry import load_plugin
 
 Config = TypeVar("Config")
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
@@ -52,7 +55,9 @@ def parse_with_positional(
     prog: str,
     positional: dict[str, str],
     optional: tuple[str, ...] = (),
-) -> tuple[Config, list[str]]:
+    *,
+    several: str = "",
+) -> tuple[Config, list[Any]]:
     """Like `parse`, for a command that also takes arguments without dashes.
 
     Args:
@@ -61,22 +66,53 @@ def parse_with_positional(
         prog: as for `parse`.
         positional: name -> help of each argument without dashes.
         optional: names of the arguments that may be left out. Their value is "" then.
+        several: name of the argument that is given once or more. Its value is a list.
 
     Returns:
         (instance of cls, values of the positional arguments in their order).
     """
     settings = {name for _, f in _options(cls) for name in _flags(f)}
-    arguments = _expand_config_files([_normalise(a) for a in argv], settings)
+    given = [_normalise(a) for a in argv]
+    arguments = _expand_config_files(given, settings)
+    if "plugin" in {f.name for _, f in _options(cls)}:
+        _load_plugins(arguments, set(_plugins(given)))
     for argument in arguments:
         _check_name(argument, settings | {"-h", "--help", "--config"})
     parser = _build_parser(cls, prog)
     for name, text in positional.items():
         if name in optional:
             parser.add_argument(name, help=text, nargs="?", default="")
+        elif name == several:
+            parser.add_argument(name, help=text, nargs="+")
         else:
             parser.add_argument(name, help=text)
-    given = vars(parser.parse_args(arguments))
-    return _instantiate(cls, given), [given[name] for name in positional]
+    values = vars(parser.parse_args(arguments))
+    return _instantiate(cls, values), [values[name] for name in positional]
+
+
+def parse_keywords(cls: type[Config], options: Mapping[str, Any], prog: str) -> Config:
+    """An instance of `cls` from keywords of Python, checked as a command line is.
+
+    Args:
+        cls: as for `parse`.
+        options: name -> value; `config` may name a TOML file.
+        prog: name of the function, for messages.
+
+    Raises:
+        UserError: unknown name, value of a wrong type, unreadable TOML file.
+    """
+    names = {name.removeprefix("--") for _, f in _options(cls) for name in _flags(f)}
+    check_keywords(options, names | {"config"}, prog)
+    return parse(cls, [f"--{name}={value}" for name, value in options.items()], prog)
+
+
+def check_keywords(options: Iterable[str], names: Collection[str], prog: str) -> None:
+    """Raises UserError for a keyword that is none of `names`, with the closest of them."""
+    for name in options:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(sorted(names))}"
+            raise UserError(f"{prog}({shown(name)}=…): unknown option; {hint}")
 
 
 def to_toml(settings: Mapping[str, Any]) -> str:
@@ -127,7 +163,8 @@ def _add_option(parser: Any, f: dataclasses.Field) -> None:
     kind = type_of(f)
     convert: Any = {int: _int, float: _float, bool: _bool, str: str}[kind]
     extra: dict[str, Any] = {"metavar": kind.__name__.upper()}
-    if choices := f.metadata["choices"]:
+    choices = choices_of(f)
+    if choices:
         extra = {"choices": choices}
         convert = functools.partial(_choice, choices)
     if kind is bool or "True" in choices:  # the bare name means True
@@ -192,6 +229,28 @@ def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:
         else:
             rest.append(argument)
     return from_files + rest
+
+
+def _plugins(arguments: list[str]) -> list[str]:
+    """The values of `--plugin` among arguments."""
+    behind = [b for a, b in itertools.pairwise(arguments) if a == "--plugin"]
+    return behind + [a.partition("=")[2] for a in arguments if a.startswith("--plugin=")]
+
+
+def _load_plugins(arguments: list[str], named: set[str]) -> None:
+    """Runs the plugins of the command line, whose names become choices of options.
+
+    Raises:
+        UserError: a TOML file, which may be a stranger's, names a plugin that `named` lacks.
+    """
+    for value in filter(None, dict.fromkeys(_plugins(arguments))):
+        if value not in named:
+            raise UserError(
+                f"this recipe needs {shown(value)}, which is code: read it, then say so with "
+                f"--plugin={shown(value)} beside --config="
+            )
+        for path in value.split(","):
+            load_plugin(path)
 
 
 def _arguments_of(path: str, settings: set[str]) -> list[str]:

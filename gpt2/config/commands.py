@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from .options import at_least, at_most, check_seed, option
-from .train import TrainConfig
+from .train import PLUGIN_HELP, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ class ExportConfig:
         "of the weights in the file; bfloat16 and float16 take half the room and round",
         ("float32", "bfloat16", "float16"),
     )
+    plugin: str = option("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,17 @@ class AverageConfig:
 
     last: int = option(8, "number of newest saved states to average; a run keeps --keep_last")
     out: str = option("", "checkpoint to write; empty: mean.pt in the folder of the run")
+    plugin: str = option("", PLUGIN_HELP)
 
     def __post_init__(self) -> None:
         at_least(1, last=self.last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """All options of `gpt2 compare`."""
+
+    out: str = option("compare.png", "picture to write: loss by step, tokens and seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +104,7 @@ class PushConfig:
     """All options of `gpt2 push`."""
 
     private: bool = option(False, "make a private repository, if it is new")
+    plugin: str = option("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +128,7 @@ class WritingConfig:
         "of the weights; bfloat16 is faster on a GPU, and less precise",
         ("float32", "bfloat16"),
     )
+    plugin: str = option("", PLUGIN_HELP)
 
     def __post_init__(self) -> None:
         check_seed(max(0, self.seed))
@@ -172,6 +183,7 @@ class ServeConfig:
         "of the weights; auto: bfloat16 on a GPU that has it, else float32",
         ("auto", "float32", "bfloat16"),
     )
+    plugin: str = option("", PLUGIN_HELP)
 
     def __post_init__(self) -> None:
         at_least(0, port=self.port, max_queue=self.max_queue, max_new_tokens=self.max_new_tokens)
@@ -193,6 +205,7 @@ class InspectConfig:
         False, "read a literal <|endoftext|> as the token between documents instead of text"
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    plugin: str = option("", PLUGIN_HELP)
 
     def __post_init__(self) -> None:
         at_least(1, top=self.top)
@@ -229,6 +242,7 @@ class EvalConfig:
     json: str = option("", "file for the results, as JSON")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option("auto", "precision of matmuls", ("auto", "float32", "bfloat16", "float16"))
+    plugin: str = option("", PLUGIN_HELP)
 
     def __post_init__(self) -> None:
         at_least(0, eval_tokens=self.eval_tokens)

@@ -4,6 +4,7 @@ from dataclasses import Field, field, fields, is_dataclass
 from typing import Any
 
 from ..errors import UserError
+from .registry import with_registered
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = (), alias: str = "") -> Any:
@@ -16,6 +17,12 @@ def option(default: Any, help: str, choices: tuple[str, ...] = (), alias: str = 
         alias: a second name on the command line and in TOML files.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
+
+
+def choices_of(f: Field) -> tuple[str, ...]:
+    """The values of an option that are allowed, those of plugins included; empty: all."""
+    choices = f.metadata["choices"]
+    return with_registered(f.name, choices) if choices else ()
 
 
 def type_of(f: Field) -> type:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from ..errors import UserError
 from ..untrusted.display import shown
 from .model import GPT2Config
+from .registry import own_shapes
 
 LEAST_BYTES = 2  # of a parameter: float16 or bfloat16
 GATE_CHANNELS = 12  # of its layer's input, which the gate of an attention head reads
@@ -38,12 +39,16 @@ def parameter_shapes(config: GPT2Config) -> Shapes:
         shapes |= {f"{block}.attn.c_value.weight": (C, C)} if projects else {}
         shapes |= {f"{block}.attn.value_gate": gate} if projects else {}
         shapes |= {f"{block}.attn.output_gate": gate} if s["attention_gate"] else {}
+        shapes |= {f"{block}.mix": (2,)} if s["skips"] == "unet+input" else {}
+        own = own_shapes("mlp", s["mlp"], config)
+        if own is not None:
+            shapes |= {f"{block}.mlp.own.{name}": shape for name, shape in own.items()}
+            continue
         wide = -(-8 * C // 3 // 64) * 64 if s["mlp"] == "swiglu" else 4 * C
         shapes |= _linear(
             f"{block}.mlp.c_fc", 2 * wide if s["mlp"] == "swiglu" else wide, C, config
         )
         shapes |= _linear(f"{block}.mlp.c_proj", C, wide, config)
-        shapes |= {f"{block}.mix": (2,)} if s["skips"] == "unet+input" else {}
     shapes |= _norm("transformer.ln_f", config)
     shapes |= {"head.weight": (V, C)} if s["untied_head"] else {}
     return shapes | ({"skip_weights": (layers // 2,)} if s["skips"] != "none" else {})
@@ -55,6 +60,9 @@ def _linear(name: str, out: int, width: int, config: GPT2Config) -> Shapes:
 
 
 def _norm(name: str, config: GPT2Config) -> Shapes:
+    own = own_shapes("norm", config.switches()["norm"], config)
+    if own is not None:
+        return {f"{name}.own.{inner}": shape for inner, shape in own.items()}
     if config.switches()["norm"] == "rmsnorm":
         return {}
     bias = {f"{name}.bias": (config.n_embd,)} if config.switches()["bias"] else {}

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..untrusted.display import shown
-from .options import at_least, option, type_of
+from .options import at_least, choices_of, option, type_of
+from .registry import BUILT_IN
 
 LARGEST = 1e12  # of a number among the switches
 DEFAULT_ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.3.2
@@ -40,10 +41,10 @@ class Switches:
         0.0, "factor of the attention scores; 0: 1 / √(n_embd / n_head)"
     )
     norm: str = option(
-        "layernorm", "normalisation; rmsnorm has neither gain nor bias", ("layernorm", "rmsnorm")
+        "layernorm", "normalisation; rmsnorm has neither gain nor bias", BUILT_IN["norm"]
     )
     norm_embedding: bool = option(False, "RMSNorm over the token embeddings")
-    mlp: str = option("gelu", "activation of the MLP", ("gelu", "relu2", "swiglu"))
+    mlp: str = option("gelu", "activation of the MLP", BUILT_IN["mlp"])
     bias: bool = option(True, "biases in the linear layers and LayerNorms")
     softcap: float = option(0.0, "logit softcapping: softcap × tanh(logits / softcap); 0: none")
     untied_head: bool = option(
@@ -120,7 +121,7 @@ def check_switches(
 
 def _check_kinds(s: Switches) -> None:
     for f in fields(Switches):
-        value, kind, choices = getattr(s, f.name), type_of(f), f.metadata["choices"]
+        value, kind, choices = getattr(s, f.name), type_of(f), choices_of(f)
         if not isinstance(value, (int, float) if kind is float else kind):
             raise UserError(f"{f.name}={shown(repr(value))}: use a {kind.__name__}")
         if choices and value not in choices:

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UserError
 from .model import SIZES, GPT2Config, ModernConfig
 from .options import at_least, at_most, check_seed, option, resolve
+from .registry import BUILT_IN, check_loaded, registered
 from .switches import Switches, chosen, switched
 
 
@@ -22,7 +23,7 @@ class Recipe:
         "adamw",
         "muon or normuon (Muon with rows of about equal norm) for the matrices of the blocks, and "
         "AdamW for the rest",
-        ("adamw", "muon", "normuon"),
+        BUILT_IN["optimizer"],
     )
     muon_lr: float = option(0.02, "peak learning rate of Muon")
     muon_momentum: float = option(0.95, "Muon: momentum")
@@ -30,7 +31,14 @@ class Recipe:
     muon_weight_decay: float = option(-1.0, "Muon: weight decay; -1: as weight_decay")
     embedding_lr: float = option(0.0, "peak learning rate of embeddings; 0: learning_rate")
     head_lr: float = option(0.0, "peak learning rate of an untied head; 0: learning_rate")
-    schedule: str = option("cosine", "wsd: warm-up, stable, then linear decay", ("cosine", "wsd"))
+    schedule: str = option(
+        "cosine", "wsd: warm-up, stable, then linear decay", BUILT_IN["schedule"]
+    )
+    loss: str = option(
+        "cross_entropy",
+        "loss of training, by a plugin; validation: cross-entropy",
+        BUILT_IN["loss"],
+    )
     cooldown: float = option(0.4, "wsd: share of max_steps in which the learning rate decays")
     ema_steps: int = option(
         0,
@@ -69,7 +77,7 @@ def check_recipe(r: Recipe, s: Switches | None) -> None:
         raise UserError(f"muon_momentum={r.muon_momentum}: muon_momentum_warmup begins at 0.85")
     if r.muon_weight_decay < 0 and r.muon_weight_decay != default.muon_weight_decay:
         raise UserError(f"muon_weight_decay={r.muon_weight_decay}: use 0 or more, or -1")
-    if r.schedule != "wsd" and r.cooldown != default.cooldown:
+    if r.schedule == "cosine" and r.cooldown != default.cooldown:
         raise UserError("cooldown is for --schedule=wsd; give both")
     if s:
         check_of_switches(r, s)
@@ -83,6 +91,10 @@ def check_of_switches(r: Recipe, s: Switches) -> None:
         raise UserError("window_warmup is for --window_pattern; give both")
 
 
+PLUGIN_HELP = (
+    "file of Python that runs at the start and registers parts of its own (docs/extending.md); "
+    "several with commas"
+)
 DEFAULT_BATCH_TOKENS = 524_288  # 2**19, the "0.5M tokens" of the GPT-3 paper, table 2.1
 WARMUP_FRACTION = 715 / 19_073  # GPT-3 warms up over 375M tokens; here as a share of a 10B run
 
@@ -226,6 +238,7 @@ class SystemOptions:
         "hangs; 0: leave it to PyTorch, which ends it after half an hour",
     )
     seed: int = option(1337, "seed of the weights, the order of the data and dropout")
+    plugin: str = option("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +278,13 @@ class TrainConfig:
         if not 0 <= o.min_lr_ratio <= 1:
             raise UserError(f"min_lr_ratio={o.min_lr_ratio}: use a number from 0 to 1")
         check_seed(self.system.seed)
+        check_loaded(self.system.plugin)
         check_recipe(o, None if self.model.init else self.model)
+        if self.system.parallel == "fsdp" and registered("optimizer", o.optimizer):
+            raise UserError(
+                f"optimizer={o.optimizer} is a plugin's, which gets whole matrices; use "
+                "--parallel=ddp"
+            )
         if not o.learning_rate and (o.optimizer != "adamw" or o.embedding_lr or o.head_lr):
             raise UserError("learning_rate=0: other rates follow its schedule; use one above 0")
 

@@ -7,12 +7,14 @@ of 128.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.model import IGNORE
+from ..errors import UserError
 from .custom_op import custom_op
 from .precision import HAS_TRITON
 
@@ -76,6 +78,28 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     if not cap:
         return logits
     return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
+
+
+def own_loss(function: Callable, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """A loss of a plugin over the targets that are not `IGNORE`.
+
+    Args:
+        function: (logits (N, V), targets (N,)) -> losses (N,).
+        logits: (N, V), in any precision; the function gets float32.
+        targets: (N,) ids or `IGNORE`.
+        reduction: "mean" over the predicted tokens, "sum", or "none" for (N,).
+    """
+    predicted = targets != IGNORE
+    losses = function(logits.float(), targets.clamp(min=0))
+    if losses.shape != targets.shape:
+        raise UserError(
+            f"the loss of the plugin gave {tuple(losses.shape)} for {targets.shape[0]} targets; it "
+            "must give one loss for each"
+        )
+    losses = losses.masked_fill(~predicted, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / predicted.sum() if reduction == "mean" else losses.sum()
 
 
 def head_loss_reference(  # noqa: PLR0917

@@ -10,6 +10,7 @@ Shapes: `B` batch, `T` new positions, `S` positions so far, `C` channels (n_embd
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.model import GPT2Config
 from ..kernels.attention import causal_attention
-from ..kernels.head_loss import head_logits, head_loss, soft_cap
+from ..kernels.head_loss import head_logits, head_loss, own_loss, soft_cap
 from ..kernels.layer_norm import LayerNorm
 from ..kernels.linear import add_linear, add_mlp, qkv
 from ..kernels.precision import to_residual_stream
@@ -104,6 +105,7 @@ class LanguageModel(nn.Module):
         self.end_of_text: int | None = None  # id; None: the last of the vocabulary
         self.fp8_head = False  # in training, see `head_loss`
         self.checkpoint_activations = False  # in training, recompute each block in backward
+        self.own_loss: Callable | None = None  # of a plugin, in training; see `own_loss`
         self.compiled_apart = False  # each block is compiled by itself, not the whole model
 
     @torch.no_grad()
@@ -145,6 +147,8 @@ class LanguageModel(nn.Module):
             return self.logits(hidden)
         padded_rows, fp8 = self.config.padded_vocab_size, self.fp8_head and self.training
         hidden, targets, weight = hidden.flatten(0, 1), targets.flatten(), self.head_weight
+        if self.own_loss is not None and self.training:
+            return own_loss(self.own_loss, self.logits(hidden), targets, reduction)
         return head_loss(hidden, weight, targets, padded_rows, reduction, fp8, self.softcap)
 
     def hidden(self, idx: Tensor, cache: AttentionCache | None = None) -> Tensor:
@@ -216,6 +220,15 @@ class LanguageModel(nn.Module):
         exp(C·σ²/2): 0.15 nats more at C = 768.
         """
         return math.log(self.config.vocab_size) + self.config.n_embd * INIT_STD**2 / 2
+
+    def own_logit(self) -> float:
+        """Mean logit that fresh weights give the token just read; 0 is that of all others.
+
+        The tied head meets the token's own embedding in the normalised stream, whose variance is
+        2σ² of the embeddings and 2v·E[gelu²] of the MLPs: v / √(2σ² + 2v·E[gelu²]), v = C·σ².
+        """
+        v = self.config.n_embd * INIT_STD**2
+        return v / (2 * INIT_STD**2 + 2 * v * (v / 4 + v**2 / 2)) ** 0.5
 
 
 class GPT(LanguageModel):

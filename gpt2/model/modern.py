@@ -8,7 +8,7 @@ Shapes: `B` batch, `T` new positions, `C` channels (n_embd), `V` vocabulary; mas
 """
 
 import math
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config.model import ModernConfig
 from ..config.parameter_shapes import GATE_CHANNELS
+from ..config.registry import registered
 from ..kernels.linear import add_linear, add_mlp, linear, qkv
 from ..kernels.precision import to_residual_stream
 from .attention_cache import AttentionCache, MaskedAttentionCache
@@ -125,12 +126,24 @@ class Attention(nn.Module):
         return masked_attention(q, k, v, context.masks[self.window_letter], context.dropout)
 
 
+def build_own(kind: str, name: str, config: ModernConfig) -> Any:
+    """The part of a plugin: a module for a class, the function itself, None if it is ours."""
+    part = registered(kind, name)
+    return part(config) if isinstance(part, type) else part
+
+
 class MLP(nn.Module):
-    """GELU, ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020), with about 8 C² weights each."""
+    """GELU, ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020), with about 8 C² weights each.
+
+    Or what a plugin registered: a module instead of all of it, or the function between the layers.
+    """
 
     def __init__(self, config: ModernConfig) -> None:
         super().__init__()
         self.config, C = config, config.n_embd
+        self.own = build_own("mlp", config.mlp, config)
+        if isinstance(self.own, nn.Module):
+            return
         wide = -(-8 * C // 3 // 64) * 64 if config.mlp == "swiglu" else 4 * C
         first = 2 * wide if config.mlp == "swiglu" else wide
         self.c_fc = nn.Linear(C, first, bias=config.bias)
@@ -141,8 +154,12 @@ class MLP(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         if self.config.mlp == "gelu":
             return add_mlp(residual, x, self.c_fc, self.c_proj, dropout)
+        if isinstance(self.own, nn.Module):
+            return residual + F.dropout(self.own(x), dropout).to(residual.dtype)
         x = linear(x, self.c_fc)
-        if self.config.mlp == "swiglu":
+        if self.own is not None:
+            x = self.own(x)
+        elif self.config.mlp == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         else:
@@ -151,17 +168,20 @@ class MLP(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm, or RMSNorm without parameters."""
+    """LayerNorm, RMSNorm without parameters, or a function or module of a plugin."""
 
     def __init__(self, config: ModernConfig) -> None:
         super().__init__()
         self.weight: nn.Parameter | None = None
+        self.own = build_own("norm", config.norm, config)
         if config.norm == "layernorm":
             self.weight = nn.Parameter(torch.ones(config.n_embd))
             self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) -> (…, C)."""
+        if self.own is not None:
+            return self.own(x)
         if self.weight is None:
             return rms_norm(x)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
@@ -333,22 +353,33 @@ class Modern(LanguageModel):
         return sum(p.numel() for name, p in named if name.startswith(names))
 
     def expected_first_loss(self) -> float:
-        """Loss in nats of fresh weights; see `LanguageModel.expected_first_loss`.
+        """Loss in nats of fresh weights; see `LanguageModel.expected_first_loss`. NaN: unknown.
 
         A head of zeros makes a uniform guess. If the residual stream is little more than the
-        embedding, a tied head predicts the token just read: its logit is σ·C, times 1/√2 with
-        learned positions, while the other logits have variance C·σ².
+        embedding, a tied head predicts the token just read, see `own_logit`.
         """
         c = self.config
+        if c.mlp not in SECOND_MOMENTS or registered("norm", c.norm):
+            return math.nan  # of a plugin, which may do anything
         if c.zero_init and self.head is not None:
             return math.log(c.vocab_size)
         spread = super().expected_first_loss()
         if self.head is not None or not (c.zero_init or c.norm_embedding):
             return spread
-        own = INIT_STD * c.n_embd * (1.0 if c.positions == "rotary" else 0.5**0.5)
-        if not c.zero_init:  # MLPs add to the stream, whose variance is 1: 4C weights over L layers
-            v = INIT_STD**2 * c.n_embd  # variance of the input of the activation
-            of_v, of_square = SECOND_MOMENTS[c.mlp]
-            own /= (1 + 2 * v * (of_v * v + of_square * v**2)) ** 0.5
-        own = c.softcap * math.tanh(own / c.softcap) if c.softcap else own
-        return spread + math.log1p(math.exp(own - spread))
+        return spread + math.log1p(math.exp(self.own_logit() - spread))
+
+    def own_logit(self) -> float:
+        """As of GPT-2; without MLPs in the stream it is σ·C, times 1/√2 with learned positions."""
+        c = self.config
+        if self.head is not None:
+            return 0.0
+        v, tables = INIT_STD**2 * c.n_embd, 1 if c.positions == "rotary" else 2
+        of_v, of_square = SECOND_MOMENTS[c.mlp]
+        of_mlps = 0.0 if c.zero_init else 2 * v * (of_v * v + of_square * v**2)  # 4C over L layers
+        embedded = (
+            tables * INIT_STD**2
+        )  # variance of the embeddings, which `norm_embedding` sets to 1
+        own = v / (embedded + of_mlps) ** 0.5
+        if c.norm_embedding:
+            own = v * embedded**-0.5 / (1 + of_mlps) ** 0.5
+        return c.softcap * math.tanh(own / c.softcap) if c.softcap else own

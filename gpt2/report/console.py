@@ -3,6 +3,8 @@
 import math
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from ..untrusted.display import shown
@@ -10,9 +12,23 @@ from ..untrusted.display import shown
 LONGEST = 2000  # characters of a warning or error, which may quote several names
 
 
+_muted: list[bool] = []  # an entry for each `muted` block around this point
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Within the block `log` prints nothing; warnings and errors stay."""
+    _muted.append(True)
+    try:
+        yield
+    finally:
+        _muted.pop()
+
+
 def log(text: str) -> None:
     """Print one message to stdout, at once; control characters but line breaks are shown."""
-    _write(sys.stdout, shown(text, limit=0, keep="\n\t"))
+    if not _muted:
+        _write(sys.stdout, shown(text, limit=0, keep="\n\t"))
 
 
 def warn(text: str) -> None:

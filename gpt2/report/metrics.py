@@ -15,6 +15,7 @@ from . import console
 from .trackers import Sink, check_names, open_sink
 
 METRICS = "metrics.jsonl"
+HISTORY = "history.jsonl"  # a line for each start of the run: what changed, and on what data
 MAX_STEP = 10**12  # of a line that is read
 
 
@@ -40,10 +41,16 @@ class RunLog:
         plain = {name: _plain(value) for name, value in values.items() if value is not None}
         bad = [n for n, v in plain.items() if isinstance(v, float) and not math.isfinite(v)]
         finite = {name: value for name, value in plain.items() if name not in bad}
-        self._append({"step": int(step), **finite, **({"nonfinite": bad} if bad else {})})
+        odd = {"nonfinite": bad} if bad else {}
+        self._append(self._path, {"step": int(step), **finite, **odd})
         numbers = {n: v for n, v in finite.items() if isinstance(v, int | float)}
         for name in list(self._sinks):
             self._guard(name, self._sinks[name].log, int(step), numbers)
+
+    def started(self, step: int, **facts: Any) -> None:
+        """Writes a line of history.jsonl: the run begins, or goes on, at this step."""
+        if self._path is not None:
+            self._append(self._path.with_name(HISTORY), {"step": int(step), **facts})
 
     def recorded(self, step: int) -> dict[str, Any]:
         """The values that metrics.jsonl holds for a step; empty on ranks other than the first."""
@@ -64,25 +71,27 @@ class RunLog:
                 if sink.notice:
                     console.log(sink.notice)
 
+    def attach(self, name: str, sink: Sink) -> None:
+        """Forwards values to a sink of the caller, too; on the first rank only."""
+        if self._path is not None:
+            self._sinks[name] = sink
+
     def close(self, failed: bool) -> None:
         """Closes the sinks; `failed` marks the run as failed where a service knows that."""
         for name in list(self._sinks):
             self._guard(name, self._sinks[name].close, failed)
         self._sinks.clear()
 
-    def _append(self, line: dict) -> None:
+    def _append(self, path: Path, line: dict) -> None:
         """Opens the file anew each time, so that it comes back when it was deleted or moved."""
-        assert self._path is not None  # `record` has looked
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a", encoding="utf-8", newline="\n", opener=no_follow) as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8", newline="\n", opener=no_follow) as file:
                 file.write(text)
         except OSError as problem:  # a full disk costs a line of the log, not the run
             if not self._warned:
-                console.warn(
-                    f"{self._path}: {problem.strerror or problem}; this part of the log is lost"
-                )
+                console.warn(f"{path}: {problem.strerror or problem}; this part of the log is lost")
             self._warned = True
 
     def _guard(self, name: str, call: Callable, *args: Any, **kwargs: Any) -> Any:

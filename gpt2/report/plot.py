@@ -49,7 +49,7 @@ def plot_run(out_dir: Path, target: Path | None = None) -> Path:
     if not rows:
         raise UserError(f"{path} holds no steps yet; plot again once the run has logged some")
     target = Path(target) if target else out_dir / "loss.png"
-    return _save(draw(rows, out_dir.resolve().name), target)
+    return save_figure(draw(rows, out_dir.resolve().name), target)
 
 
 def plot_lengths(
@@ -92,10 +92,11 @@ def plot_lengths(
     axes.set_title(f"{shown(name)}: document lengths", fontsize=12, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=10)
-    return _save(figure, target)
+    return save_figure(figure, target)
 
 
-def _save(figure: Figure, target: Path) -> Path:
+def save_figure(figure: Figure, target: Path) -> Path:
+    """Writes a figure as PNG; raises UserError where it cannot, or something else is there."""
     check_replaceable(target, PNG, "picture")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)

@@ -16,9 +16,10 @@ from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
+from ..report.trackers import Sink
+from .first_loss import check_first_loss
 from .messages import (
     announce,
-    check_first_loss,
     log_training_step,
     note_batch,
     out_of_memory,
@@ -35,8 +36,12 @@ from .validation import evaluate_hellaswag, validate
 MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig, watch: Sink | None = None) -> int:
     """Trains, or continues, the run in `config.output.out_dir`.
+
+    Args:
+        config: every option.
+        watch: gets the numbers that metrics.jsonl gets, such as a progress bar.
 
     Returns:
         Exit code: 0 when finished, 128 + signal when a signal asked to stop (all is saved).
@@ -53,7 +58,9 @@ def run(config: TrainConfig) -> int:
         try:
             archive_previous_run(config, rt, resumed)
             with state.saver, open_log(config, rt, resumed) as log:
-                announce(state, config, rt, resumed)
+                if watch:
+                    log.attach("watch", watch)
+                announce(state, config, rt, resumed, log)
                 restore_logged_evaluation(state, config, rt, log, resumed)
                 loop(state, config, rt, log)
         finally:
@@ -156,7 +163,7 @@ def log_step(
     state.stop = state.stop or stops > 0
     state.clock.step(launched.own_tokens, launched.numbers.finished_at())
     if launched.step == 1:
-        check_first_loss(loss, state, rt, config.model.init)
+        check_first_loss(loss, launched.own_tokens, state, rt, config.model.init)
     last = launched.step == config.optim.max_steps or state.stop
     if due(launched.step, config.output.log_every) or last:
         values = {"loss": loss, "lr": launched.lr, "grad_norm": norm, "tokens": launched.tokens}

@@ -1,10 +1,13 @@
 """Console lines and log entries of a training run: before the first step, and for each step."""
 
 import contextlib
+import hashlib
 import json
+from typing import Any
 
 from ..checkpoint.training_state import Resumed
 from ..config.options import flatten
+from ..config.registry import plugins
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, current_names
 from ..data.datasets import split_eval_tokens
 from ..distributed.runtime import Runtime
@@ -15,7 +18,6 @@ from .run_folder import out_dir
 from .schedules import sequences_left
 from .state import TrainState
 
-FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
 MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that do not change the run itself
 
 
@@ -80,36 +82,6 @@ def log_training_step(  # noqa: PLR0917
         console.log(console.console_line(line, max_steps=steps, seconds_left=left))
 
 
-def check_first_loss(loss: float, state: TrainState, rt: Runtime, init: str) -> None:
-    """Compares the first loss with `GPT.expected_first_loss`, and warns where they differ.
-
-    Given weights (`init`) must only do better than guessing. With fresh weights, text that often
-    repeats its last token, such as source code with its spaces, lies a little below the theory: a
-    fresh network slightly prefers the token that it has just read.
-    """
-    if not rt.is_main:
-        return
-    expected = state.model.expected_first_loss()
-    if init and loss < expected:
-        console.log(f"first loss {loss:.4f}, of the weights of {init}")
-        return
-    if init:
-        console.warn(
-            f"first loss {loss:.2f}, of the weights of {init}, is no better than guessing "
-            f"({expected:.2f}): are the shards and the model of one tokenizer? "
-            "(docs/troubleshooting.md#another-tokenizer)"
-        )
-        return
-    text = f"first loss {loss:.2f}; fresh weights should give {expected:.2f}"
-    if -FIRST_LOSS_BELOW <= loss - expected <= FIRST_LOSS_ABOVE:
-        console.log(f"{text}: as expected")
-    else:
-        console.warn(
-            f"{text}: check the data, the learning rate and the initialisation "
-            "(docs/troubleshooting.md#first-loss)"
-        )
-
-
 def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, tokens: int) -> str:
     """Writes the places of all sequences that a step read into nonfinite.json.
 
@@ -135,10 +107,29 @@ def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, token
     return f"{first} and {len(sequences) - 1} more sequences (all in {path})"
 
 
-def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> None:
-    """Logs the network, the device, the batch and the data of the run, before its first step."""
+def announce(
+    state: TrainState,
+    config: TrainConfig,
+    rt: Runtime,
+    resumed: Resumed | None,
+    log: metrics.RunLog,
+) -> None:
+    """Logs the network, the device, the batch and the data of the run, before its first step.
+
+    What `gpt2 compare` must know goes to history.jsonl: the options that changed since the
+    checkpoint, the vocabulary, and a fingerprint of the validation tokens.
+    """
     if not rt.is_main:
         return
+    changed = changed_options(config, resumed)
+    log.started(
+        state.step,
+        changed={name: list(values) for name, values in changed.items()},
+        validation=validation_fingerprint(state),
+        vocab_size=state.model.config.vocab_size,
+        plugins=plugins() or None,
+        device=rt.device_name,
+    )
     c = state.model.config
     console.log(
         f"GPT-2 with {state.model.num_parameters():,} parameters: {c.n_layer} layers, "
@@ -155,11 +146,34 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     console.log(f"validation on {have:,} tokens{fewer}")
     if resumed:
         console.log(f"continuing from {resumed.path}")
-        now = flatten(config)
-        before = {"vocab_size": 0} | current_names(resumed.state["settings"])
-        for name in now:
-            if name not in MAY_DIFFER and before.get(name) != now[name]:
-                console.log(f"changed since then: {name} {before.get(name)} -> {now[name]}")
+        for path, digest in plugins().items():
+            if resumed.plugins.get(path, digest) != digest:
+                console.warn(f"{path} has changed since {resumed.path} was saved")
+        for name, (before, now) in changed.items():
+            console.log(f"changed since then: {name} {before} -> {now}")
+
+
+def changed_options(config: TrainConfig, resumed: Resumed | None) -> dict[str, tuple[Any, Any]]:
+    """Options that differ from those of the checkpoint: name -> (before, now)."""
+    if not resumed:
+        return {}
+    # an option that is younger than the checkpoint had its default
+    before = flatten(TrainConfig()) | current_names(resumed.state["settings"])
+    now = flatten(config)
+    names = [name for name in now if name not in MAY_DIFFER and before.get(name) != now[name]]
+    return {name: (before.get(name), now[name]) for name in names}
+
+
+def validation_fingerprint(state: TrainState) -> str:
+    """A hash that is equal for runs whose validation loss is about the same tokens.
+
+    It covers each dataset's share and the samples of its validation shards, not their names.
+    """
+    parts = [
+        [round(dataset.share, 6), *([shard.tokens, shard.fingerprint()] for shard in dataset.val)]
+        for dataset in state.datasets
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def describe_data(state: TrainState, options: OptimOptions) -> list[str]:

@@ -1,22 +1,16 @@
 """Parameter groups, AdamW or Muon with it, and gradient clipping."""
 
-import itertools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..config.registry import registered
 from ..config.train import OptimOptions
 from ..distributed.devices import choose_dtype
 from ..distributed.runtime import Runtime
-from ..errors import UserError
 from .muon import MuonAndAdamW
-
-# Tensors that an optimizer keeps for each parameter.
-OF_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
-OF_MUON = {"step", "momentum"}
-OTHER = "use another checkpoint, or --resume=never"
+from .optimizer_state import own_optimizer
 
 
 def build_optimizer(
@@ -44,7 +38,7 @@ def build_optimizer(
     if o.head_lr:
         ratio = o.head_lr / o.learning_rate
         settings["head"] = {"weight_decay": o.weight_decay, "lr_ratio": ratio}
-    if o.optimizer != "adamw":
+    if o.optimizer in ("muon", "normuon"):
         muon = {
             "weight_decay": o.weight_decay if o.muon_weight_decay < 0 else o.muon_weight_decay,
             "lr_ratio": o.muon_lr / o.learning_rate,
@@ -59,12 +53,10 @@ def build_optimizer(
             group = groups[_kind(name, parameter, set(settings))]
             group["params"].append(parameter)
             group["names"].append(name)
-    common: dict[str, Any] = {
-        "lr": o.learning_rate,
-        "betas": (o.beta1, o.beta2),
-        "eps": 1e-8,
-        "fused": True,
-    }
+    if own := registered("optimizer", o.optimizer):
+        return own_optimizer(own, [group for group in groups.values() if group["params"]], o)
+    common: dict[str, Any] = {"lr": o.learning_rate, "eps": 1e-8, "fused": True}
+    common["betas"] = (o.beta1, o.beta2)
     if o.optimizer == "adamw":
         return torch.optim.AdamW(list(groups.values()), **common)
     device = rt.device if rt else torch.device("cpu")
@@ -93,60 +85,6 @@ def _kind(name: str, parameter: nn.Parameter, kinds: set[str]) -> str:
     if "muon" in kinds and ".h." in name and parameter.ndim == 2:
         return "muon_qkv" if "c_attn" in name else "muon"
     return "decay" if parameter.ndim >= 2 else "no_decay"
-
-
-def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -> None:
-    """Checks that the optimizer state of a checkpoint fits the parameters of this run.
-
-    Args:
-        optimizer: of this run.
-        stored: the checkpoint's optimizer state dict.
-        origin: the checkpoint, for the message.
-
-    Raises:
-        UserError: the groups differ, or the shape of a tensor does (torch compares no shapes).
-    """
-    ours, theirs = optimizer.param_groups, stored["param_groups"]
-    pairs = itertools.zip_longest(ours, theirs, fillvalue={"params": (), "names": ()})
-    for own, other in pairs:
-        same = own["names"] == other.get("names", own["names"])  # older ones had no names
-        if not same or len(own["params"]) != len(other["params"]):
-            raise UserError(
-                f"{origin} is of a run with another optimizer for some parameters; give the same "
-                "optimizer, and embedding_lr and head_lr where they were given, or use another "
-                "--out_dir"
-            )
-    numbers_of_file = [number for other in theirs for number in other["params"]]
-    if numbers_of_file != list(range(len(numbers_of_file))):  # torch would mix parameters up
-        raise UserError(f"{origin}: the parameters of the optimizer are not in order; {OTHER}")
-    members = [
-        (name, parameter, OF_MUON if "momentum" in own else OF_ADAMW)
-        for own in ours
-        for name, parameter in zip(own["names"], own["params"], strict=True)
-    ]
-    for number, (name, parameter, wanted) in enumerate(members):
-        buffers = stored["state"].get(number, {})
-        if buffers and not wanted <= {*buffers}:
-            raise UserError(f"{origin}: the optimizer state of {name} is not whole; {OTHER}")
-        _check_tensors(name, parameter, buffers, origin)
-
-
-def _check_tensors(name: str, parameter: nn.Parameter, buffers: dict, origin: Path) -> None:
-    """Raises UserError for a tensor of the optimizer that does not fit its parameter."""
-    for kind, tensor in buffers.items():
-        if tensor is None:  # in an FSDP part
-            continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise UserError(f"{origin}: {kind} of {name} holds no numbers; {OTHER}")
-        # `step` counts, and `squares` has a number for each row.
-        numbers = {"step": 1, "squares": len(parameter)}
-        fits, wanted = tensor.shape == parameter.shape, str(tuple(parameter.shape))
-        if kind in numbers:
-            fits, wanted = tensor.numel() == numbers[kind], f"{numbers[kind]:,} numbers"
-        if not fits:
-            raise UserError(
-                f"{origin}: {kind} of {name} is {tuple(tensor.shape)} instead of {wanted}; {OTHER}"
-            )
 
 
 def clip_gradients(

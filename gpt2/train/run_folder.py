@@ -24,11 +24,11 @@ from ..untrusted.parsing import SURROGATES
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
 BUSY = "run folder {folder} is in use by {holder}"
 RUN_FILES = (  # and folders, of a run, besides its states
-    *("metrics.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png"),
+    *("metrics.jsonl", "history.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png"),
     *("tensorboard", "wandb", "wandb_id.txt", "out_adapter", "best_adapter", "nonfinite.json"),
 )
 # Opened in place, or written into: none of them may be a symbolic link.
-IN_PLACE = ("state", "metrics.jsonl", "tensorboard", "wandb", LOCK)
+IN_PLACE = ("state", "metrics.jsonl", "history.jsonl", "tensorboard", "wandb", LOCK)
 
 
 def out_dir(config: TrainConfig) -> Path:

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..huggingface.kept_tokenizer import to_store
 from ..model import lora
 from ..report import console
-from .optimizer import check_groups
+from .optimizer_state import check_groups
 from .run_folder import out_dir
 from .state import TrainState
 from .weight_average import averaged

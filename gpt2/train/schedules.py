@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from ..config.registry import registered
 from ..config.train import BatchPlan, OptimOptions, warmup_steps
 from ..errors import UserError
 
@@ -22,6 +23,8 @@ def learning_rate_at(step: int, options: OptimOptions) -> float:
     the last `cooldown` of the steps (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024).
     """
     peak, warmup = options.learning_rate, warmup_steps(options)
+    if own := registered("schedule", options.schedule):
+        return peak * own(step, options)
     if step < warmup:
         return peak * (step + 1) / warmup
     if options.schedule == "wsd":

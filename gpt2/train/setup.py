@@ -9,6 +9,7 @@ from ..checkpoint.training_state import Resumed
 from ..checkpoint.weights import Weights
 from ..config.finetune import tuning_options
 from ..config.model import GPT2Config, ModernConfig
+from ..config.registry import registered
 from ..config.train import TrainConfig, check_of_switches, plan_batch
 from ..data.loader import TrainLoader
 from ..distributed import devices
@@ -164,6 +165,7 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
     if init:
         model_file.load_into(model, init.state, init.origin)
     lora.adapt(model, tuning_options(config))
+    model.own_loss = registered("loss", config.optim.loss)
     rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing

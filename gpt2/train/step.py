@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..model.packed_documents import Packed
 from ..report import console
 from .optimizer import clip_gradients
+from .optimizer_state import supports_found_inf
 from .schedules import attention_window_at, micro_batches_at, set_rates
 from .state import TrainState
 from .weight_average import update_average
@@ -71,6 +72,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     grad_norm = fsdp.gradient_norm(state.model.parameters())
     if config.optim.grad_clip:
         in_optimizer = rt.device.type == "cuda" and not state.scaler.is_enabled()
+        in_optimizer = in_optimizer and supports_found_inf(state.optimizer)
         clip_gradients(state.optimizer, grad_norm, config.optim.grad_clip, in_optimizer)
     # One all-reduce for all that ranks must agree on; its copy to the CPU overlaps the update.
     own = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
@@ -141,7 +143,11 @@ def _update(state: TrainState, skip: Tensor) -> None:
     needs no synchronisation.
     """
     if not state.scaler.is_enabled():  # an enabled scaler skips by itself, and lowers its scale
-        state.optimizer.found_inf = skip.float()  # type: ignore[attr-defined] # of GradScaler
+        if supports_found_inf(state.optimizer):
+            state.optimizer.found_inf = skip.float()  # type: ignore[attr-defined] # of GradScaler
+        elif skip:  # of a plugin: this waits for the device
+            state.optimizer.zero_grad(set_to_none=True)
+            return
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,8 @@ from gpt2.config.train import OptimOptions
 from gpt2.distributed.fsdp import gradient_norm
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
-from gpt2.train.optimizer import build_optimizer, check_groups, clip_gradients
+from gpt2.train.optimizer import build_optimizer, clip_gradients
+from gpt2.train.optimizer_state import check_groups
 from gpt2.train.schedules import learning_rate_at
 
 

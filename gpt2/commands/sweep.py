@@ -1,0 +1,234 @@
+"""`gpt2 sweep`: runs each recipe with several seeds, on several devices, and compares them.
+
+Each run is a `gpt2 train` in a process of its own, with its output in a file beside its folder. A
+sweep that was stopped, however it was, goes on by the same command: finished runs are not repeated,
+and a run that was cut off continues from its last checkpoint.
+"""
+
+import bisect
+import json
+import queue
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.options import flatten
+from ..config.sweep import Job, SweepConfig
+from ..config.train import current_names, plan_batch
+from ..distributed import signals
+from ..distributed.devices import choose_device
+from ..errors import UserError
+from ..files import locked, write_atomically
+from ..report import console
+from ..report.compare import SAME_RESULT, read_run
+from ..train.run_folder import MODEL_NAME
+from ..train.schedules import sequences_left
+from ..untrusted.display import shown
+from ..untrusted.parsing import load_json, read_json
+from . import compare_runs
+from .on_devices import on_devices
+
+BUDGETS = "budgets.json"  # of a sweep by seconds: recipe -> what was asked, and max_steps
+BATCH = ("batch_size", "grad_accum_steps", "total_batch_tokens", "block_size", "batch_warmup")
+BUSY = "another sweep ({holder}) is working in {folder}"
+
+
+def run(jobs: list[Job], config: SweepConfig) -> int:
+    """Runs what is not finished, then compares all runs.
+
+    Returns:
+        Exit code: 0 when all runs are finished, 1 when one failed, 128 + signal after a signal.
+
+    Raises:
+        UserError: a run folder of another recipe, or a device that is not there.
+    """
+    out = Path(config.out_dir)
+    devices = _devices(config.devices)
+    with locked(out, BUSY):
+        processes = _Processes()
+        with signals.caught(processes.stop):
+            if config.seconds:
+                jobs = _with_equal_seconds(jobs, config.seconds, devices[0], out, processes)
+            else:
+                jobs = _with_equal_tokens(jobs, config.tokens)
+            waiting = [job for job in jobs if not _is_finished(job)]
+            if len(waiting) < len(jobs):
+                console.log(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
+            done = len(jobs) - len(waiting)
+            failed = []
+            for job, code in on_devices(waiting, devices, processes.train):
+                done += not code
+                if code and not processes.signal:
+                    failed.append(job)
+                if not processes.signal:
+                    console.log(f"{job.folder.name}: {_result(job, code)} ({done} of {len(jobs)})")
+        if processes.signal:
+            console.log(f"stopped with {done} of {len(jobs)} runs finished; run it again to go on")
+            return 128 + processes.signal
+        finished = [job.folder for job in jobs if job not in failed]
+        if finished:
+            console.log("")
+            compare_runs.run(finished, out / "compare.png")
+        return int(bool(failed))
+
+
+class _Processes:
+    """The processes of a sweep, which a signal ends."""
+
+    def __init__(self) -> None:
+        self.signal = 0  # that asked to stop
+        self._lock = threading.Lock()
+        self._running: list[subprocess.Popen] = []
+
+    def stop(self, number: int) -> None:
+        """Asks all processes to save and end; no other one starts."""
+        self.signal = number
+        console.log("stopping: the runs are saving")
+        for process in list(self._running):
+            process.terminate()
+
+    def train(self, job: Job, device: str, results: queue.Queue) -> None:
+        """Runs a job to its end; puts (job, exit code) into the queue."""
+        log = job.folder.with_name(job.folder.name + ".log")
+        with open(log, "ab") as output:
+            console.log(f"{job.folder.name}: begins on {device}; its output is {log}")
+            code = self.call(["-m", "gpt2", "train", *job.argv, f"--device={device}"], output)
+        results.put((job, code))
+
+    def call(self, arguments: list[str], output: Any) -> int:
+        """The exit code of `python ARGUMENTS`; its output goes to a file."""
+        with self._lock:
+            if self.signal:
+                return 128 + self.signal
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            self._running.append(process)
+            if self.signal:  # it came in between
+                process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self._running.remove(process)
+
+
+# ---- budgets ------------------------------------------------------------------------------------
+
+
+def _with_equal_tokens(jobs: list[Job], tokens: int) -> list[Job]:
+    """The jobs with `max_steps` for equal numbers of tokens, to within a step.
+
+    Without a number, and with one batch for all, or with max_steps among the swept options, the
+    jobs stay as they are.
+    """
+    batches = {tuple(flatten(job.config)[name] for name in BATCH) for job in jobs}
+    swept = len({job.config.optim.max_steps for job in jobs}) > 1
+    if not tokens and (len(batches) == 1 or swept):
+        return jobs
+    wanted = tokens or _tokens(jobs[0], jobs[0].config.optim.max_steps)
+    return [job.with_steps(_steps(job, wanted)) for job in jobs]
+
+
+def _tokens(job: Job, steps: int) -> int:
+    """Tokens that a job trains on in so many steps."""
+    model = job.config.model
+    if model.init and not model.block_size:
+        raise UserError("equal tokens need the length of a sequence: give --block_size= with init")
+    plan = plan_batch(job.config.data, model.block_size or model.shape().block_size, 1)
+    return sequences_left(0, replace(job.config.optim, max_steps=steps), plan) * plan.block_size
+
+
+def _steps(job: Job, tokens: int) -> int:
+    """Steps in which a job trains on so many tokens, rounded up."""
+    high = 1
+    while _tokens(job, high) < tokens:
+        high *= 2
+    return bisect.bisect_left(range(high), tokens, lo=1, key=lambda steps: _tokens(job, steps))
+
+
+def _with_equal_seconds(
+    jobs: list[Job], seconds: float, device: str, out: Path, processes: _Processes
+) -> list[Job]:
+    """The jobs with `max_steps` for equal seconds; each recipe is measured once, on one device."""
+    path = out / BUDGETS
+    known = read_json(path) if path.is_file() else {}
+    for job in {job.recipe: job for job in reversed(jobs)}.values():
+        asked = [seconds, *(a for a in job.argv if not a.startswith(("--seed=", "--out_dir=")))]
+        if isinstance(old := known.get(job.recipe), dict) and old.get("asked") == asked:
+            continue
+        console.log(f"measuring {job.recipe} on {device}")
+        log = out / "measure.log"
+        arguments = ["-m", "gpt2.train.time_budget", str(seconds), *job.argv]
+        with open(log, "wb") as output:
+            code = processes.call([*arguments, f"--device={device}"], output)
+        if processes.signal:
+            return jobs
+        if code:
+            raise UserError(f"{job.recipe}: cannot be measured: {_last_line(log)}")
+        steps = load_json(log.read_bytes().splitlines()[-1], log, dict)["max_steps"]
+        known[job.recipe] = {"asked": asked, "max_steps": steps}
+        write_atomically(path, json.dumps(known, indent=1).encode())
+    return [job.with_steps(known[job.recipe]["max_steps"]) for job in jobs]
+
+
+# ---- the state of a run -------------------------------------------------------------------------
+
+
+def _is_finished(job: Job) -> bool:
+    """Whether the run of a job is at its end.
+
+    Raises:
+        UserError: the folder holds a run with other options.
+    """
+    if not (job.folder / "config.toml").is_file() or not (job.folder / "metrics.jsonl").is_file():
+        return False
+    found = read_run(job.folder)
+    asked, theirs = flatten(job.config), current_names(found.settings)
+    of_weights = flatten(job.config.model) if job.config.model.init else {}  # filled in from them
+    differ = [
+        f"{name} {shown(theirs.get(name))} instead of {value}"
+        for name, value in asked.items()
+        if name not in SAME_RESULT and name not in of_weights and theirs.get(name) != value
+    ]
+    if differ:
+        raise UserError(
+            f"{job.folder} is of a run with other options: {', '.join(differ)}; use another "
+            "--out_dir= for this sweep"
+        )
+    return (job.folder / MODEL_NAME).is_file() and not found.unfinished()
+
+
+def _result(job: Job, code: int) -> str:
+    if code:
+        log = job.folder.with_name(job.folder.name + ".log")
+        return f"failed with exit code {code}: {_last_line(log)}"
+    found = read_run(job.folder)
+    step, loss = found.evaluations[-1]
+    return f"validation loss {loss:.4f} after {step:,} steps"
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log, for a message."""
+    lines = log.read_bytes()[-4000:].decode(errors="replace").strip().splitlines()
+    return shown(lines[-1]) if lines else "it said nothing"
+
+
+def _devices(text: str) -> list[str]:
+    """The devices by name; each is there.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    if text == "auto":
+        gpus = torch.cuda.device_count()
+        return [f"cuda:{i}" for i in range(gpus)] if gpus else [str(choose_device("auto"))]
+    names = [name.strip() for name in text.split(",")]
+    return [str(choose_device(name)) for name in names]

@@ -1,0 +1,369 @@
+"""Runs side by side: recipes with their seeds, what differs, and which difference is real.
+
+Runs whose options are equal but for the seed are one recipe. Recipes are compared by their last
+validation loss. Runs that have not reached their end, and runs of other validation tokens or of
+another vocabulary, are named and left out of every number.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config.options import flatten
+from ..config.train import TrainConfig, current_names
+from ..errors import UserError
+from ..untrusted.display import shown
+from ..untrusted.parsing import read_toml
+from .console import format_count, format_seconds
+from .metrics import HISTORY, METRICS, read_metrics
+from .statistics import LEVEL, POWER, holm, mean_and_error, seeds_needed, variance, welch
+
+# Options that do not change what a run computes.
+SAME_RESULT = {
+    *("seed", "out_dir", "resume", "run_name", "log_to", "log_every", "save_every", "keep_last"),
+    *("device", "hang_timeout_seconds"),
+}
+LONGEST_NAME = 60  # characters of a recipe named by its options
+MOST_RUNS = 1000
+UNEQUAL = 1.02  # times as many tokens as another recipe, from which on the table says so
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run, as read from its files."""
+
+    folder: Path
+    settings: dict[str, Any]  # every option of training
+    rows: list[dict]  # of metrics.jsonl
+    starts: list[dict]  # of history.jsonl; empty for runs of older versions
+
+    @property
+    def seed(self) -> int:
+        """The seed of weights and data."""
+        return self.settings["seed"]
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(step, validation loss in nats) in the order of steps; the last of a repeated step."""
+        found = {r["step"]: r["val_loss"] for r in self.rows if _is_number(r.get("val_loss"))}
+        return sorted(found.items())
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Options that were changed on the way, in words."""
+        found = [
+            f"{name} {old} -> {new} from step {start['step']}"
+            for start in self.starts
+            for name, (old, new) in _pairs(start.get("changed"))
+            if name not in SAME_RESULT
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def last(self, name: str) -> float | None:
+        """The last number of this name in metrics.jsonl."""
+        numbers = [row[name] for row in self.rows if _is_number(row.get(name))]
+        return numbers[-1] if numbers else None
+
+    def unfinished(self) -> str:
+        """Why the run has no result yet; "" for one that has."""
+        asked, evaluations = self.settings["max_steps"], self.evaluations
+        if not evaluations:
+            return f"no evaluation yet (step {self.last_step:,} of {asked:,})"
+        patience = self.settings["early_stop_evals"]
+        losses = [loss for _, loss in evaluations]
+        stopped = 0 < patience <= len(losses) - 1 - losses.index(min(losses))
+        if evaluations[-1][0] < asked and not stopped:
+            return f"at step {self.last_step:,} of {asked:,}"
+        return ""
+
+    def validation(self) -> tuple:
+        """What a validation loss is about: the tokens, how many of them, and the vocabulary."""
+        known: dict = next((s for s in reversed(self.starts) if s.get("validation")), {})
+        where = known.get("validation") or f"--data_dir={self.settings['data_dir']}"
+        return str(where), known.get("vocab_size"), self.last("val_tokens")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A recipe: runs that differ in their seed alone."""
+
+    name: str
+    runs: list[Run]
+    settings: dict[str, Any]  # those that change a result, and "changed on the way"
+
+    @property
+    def last(self) -> list[float]:
+        """The last validation loss of each run, in nats per token."""
+        return [run.evaluations[-1][1] for run in self.runs]
+
+    @property
+    def best(self) -> list[float]:
+        """The lowest validation loss of each run."""
+        return [min(loss for _, loss in run.evaluations) for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Recipes that can be compared, and the runs that cannot, with the reason."""
+
+    groups: list[Group]
+    left_out: list[tuple[Run, str]]
+    notes: list[str] = field(default_factory=list)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders: each the folder of a run, or one that holds folders of runs.
+
+    Raises:
+        UserError: a folder that is missing or holds no run.
+    """
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; name the folders of runs (--out_dir=)")
+        inside = [folder] if (folder / METRICS).is_file() else []
+        if not inside:
+            inside = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
+        if not inside:
+            raise UserError(
+                f"{folder} is no run and holds none (no {METRICS}); name the --out_dir= of "
+                "`gpt2 train`, or the folder around several"
+            )
+        found |= {path.resolve(): path for path in inside}
+    if len(found) > MOST_RUNS:
+        raise UserError(f"{len(found):,} runs; compare at most {MOST_RUNS:,} at a time")
+    return [read_run(path) for path in found.values()]
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        UserError: no config.toml, or one that is not of a run.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing, so the options of this run are not known; leave it out"
+        )
+    settings = flatten(TrainConfig()) | current_names(read_toml(path))
+    for name in ("seed", "max_steps", "early_stop_evals"):
+        if type(settings[name]) is not int:
+            raise UserError(f"{path}: {name}={shown(settings[name])} is no whole number")
+    history = folder / HISTORY
+    starts = read_metrics(history) if history.is_file() else []
+    return Run(folder, settings, read_metrics(folder / METRICS), starts)
+
+
+# ---- recipes ------------------------------------------------------------------------------------
+
+
+def find_groups(runs: list[Run]) -> Findings:
+    """Sorts runs into recipes, in the order given; says which are left out, and why."""
+    left_out = [(run, why) for run in runs if (why := run.unfinished())]
+    ended = [run for run in runs if not run.unfinished()]
+    kept: list[Run] = []
+    for run in ended:
+        if other := _other_validation(ended[0], run):
+            left_out.append((run, f"{other} than {ended[0].folder}: the losses do not compare"))
+        else:
+            kept.append(run)
+    groups: dict[tuple, list[Run]] = {}
+    for run in kept:
+        same = groups.setdefault(_identity(run), [])
+        twin = next((other for other in same if other.seed == run.seed), None)
+        if twin:
+            left_out.append((run, f"the options and the seed of {twin.folder}: it counts once"))
+        else:
+            same.append(run)
+    named = _names(list(groups.values()))
+    settings = [_settings(of_one[0]) for of_one in groups.values()]
+    found = [Group(*parts) for parts in zip(named, groups.values(), settings, strict=True)]
+    return Findings(found, left_out, _notes(found, kept))
+
+
+def differences(groups: list[Group]) -> dict[str, list[Any]]:
+    """Options in which the recipes differ: name -> value of each recipe; None: it has none."""
+    names = dict.fromkeys(name for group in groups for name in group.settings)
+    values = {name: [group.settings.get(name) for group in groups] for name in names}
+    return {name: found for name, found in values.items() if len({repr(v) for v in found}) > 1}
+
+
+def _other_validation(first: Run, run: Run) -> str:
+    """In what the validation of a run differs from the first one's; "" if it does not."""
+    (data, vocabulary, tokens), (data_1, vocabulary_1, tokens_1) = (
+        run.validation(),
+        first.validation(),
+    )
+    if vocabulary != vocabulary_1:
+        return "another vocabulary"
+    if data != data_1:
+        return "other validation data"
+    return "" if tokens == tokens_1 else "another number of validation tokens"
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    own = {name: value for name, value in run.settings.items() if name not in SAME_RESULT}
+    plugins = next((s["plugins"] for s in reversed(run.starts) if s.get("plugins")), None)
+    if plugins:
+        own["plugin_sha256"] = str(plugins)[:200]
+    return own | ({"changed on the way": "; ".join(run.changes)} if run.changes else {})
+
+
+def _identity(run: Run) -> tuple:
+    return tuple(sorted((name, repr(value)) for name, value in _settings(run).items()))
+
+
+def _names(groups: list[list[Run]]) -> list[str]:
+    """Each recipe by the options in which it differs, or by its first folder if those are many."""
+    if len(groups) < 2:
+        return [runs[0].folder.name or str(runs[0].folder) for runs in groups]
+    settings = [_settings(runs[0]) for runs in groups]
+    names = dict.fromkeys(name for own in settings for name in own)
+    differ = [n for n in names if len({repr(own.get(n)) for own in settings}) > 1]
+    by_options = [", ".join(f"{n}={own.get(n)}" for n in differ) for own in settings]
+    if max(map(len, by_options)) <= LONGEST_NAME:
+        return [shown(name) for name in by_options]
+    by_folder = [shown(str(runs[0].folder), LONGEST_NAME) for runs in groups]
+    return [f"{name} …" if len(r) > 1 else name for name, r in zip(by_folder, groups, strict=True)]
+
+
+def _notes(groups: list[Group], runs: list[Run]) -> list[str]:
+    """What a reader must know before believing the table."""
+    notes = []
+    if runs and not all(run.starts for run in runs):
+        notes.append(
+            "some runs are of an older version, which did not record its validation tokens: their "
+            "data was compared by --data_dir= alone"
+        )
+    trained = [run.last("tokens") or 0 for group in groups for run in group.runs]
+    if trained and max(trained) > UNEQUAL * max(min(trained), 1):
+        few, many = format_count(min(trained)), format_count(max(trained))
+        notes.append(f"the runs trained on unequal numbers of tokens: {few} to {many}")
+    return notes
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def report(findings: Findings) -> str:
+    """The table, what differs, the runs left out, and the verdict, as Markdown."""
+    groups = findings.groups
+    parts = [table(groups)] if groups else []
+    differ = differences(groups)
+    if differ:
+        lines = [_row(["option", *(g.name for g in groups)]), "|---" * (len(groups) + 1) + "|"]
+        lines += [_row([name, *("" if v is None else v for v in differ[name])]) for name in differ]
+        parts.append("\n".join(lines))
+    notes = [f"{shown(run.folder)} is left out: {why}" for run, why in findings.left_out]
+    if notes or findings.notes:
+        parts.append("\n".join([*notes, *findings.notes]))
+    return "\n\n".join([*parts, "\n".join(verdict(groups))])
+
+
+def table(groups: list[Group]) -> str:
+    """One row for each recipe: mean ± standard error over seeds."""
+    lines = [_row(["recipe", "seeds", "last loss", "best loss", "steps", "tokens", "seconds"])]
+    lines.append("|---" * 7 + "|")
+    for group in groups:
+        tokens = [run.last("tokens") or math.nan for run in group.runs]
+        seconds = [run.last("seconds") or math.nan for run in group.runs]
+        steps = sorted({run.last_step for run in group.runs})
+        lines.append(
+            _row([
+                group.name,
+                len(group.runs),
+                plus_minus(group.last),
+                plus_minus(group.best),
+                " to ".join(f"{step:,}" for step in dict.fromkeys((steps[0], steps[-1]))),
+                format_count(sum(tokens) / len(tokens)),
+                format_seconds(sum(seconds) / len(seconds)),
+            ])
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def plus_minus(values: Sequence[float]) -> str:
+    """Mean ± standard error; the error is left out for one value."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
+
+
+def verdict(groups: list[Group]) -> list[str]:
+    """One sentence for each recipe beside the best one: is it worse by more than the seeds do?
+
+    Welch's t-test of the last validation loss. All pairs of recipes count for Holm's correction,
+    because the best one is chosen by its result.
+    """
+    if not groups:
+        return ["There is nothing to compare."]
+    if len(groups) == 1:
+        return [f"One recipe: there is nothing to compare it with ({len(groups[0].runs)} seeds)."]
+    testable = [group for group in groups if len(group.runs) > 1]
+    pairs = itertools.combinations(testable, 2)
+    tests = {frozenset((id(a), id(b))): welch(a.last, b.last) for a, b in pairs}
+    corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
+    best = min(groups, key=lambda group: mean_and_error(group.last)[0])
+    lines = []
+    for group in groups:
+        if group is best:
+            continue
+        difference = mean_and_error(group.last)[0] - mean_and_error(best.last)[0]
+        begin = f"`{best.name}` is {difference:.4f} nats below `{group.name}`"
+        alone = [g.name for g in (best, group) if len(g.runs) < 2]
+        if alone:
+            named = " and ".join(f"`{name}`" for name in alone)
+            lines.append(
+                f"{begin}, but {named} ran with one seed, whose spread nobody knows: run each "
+                "recipe with three seeds or more."
+            )
+            continue
+        pair = frozenset((id(best), id(group)))
+        lines.append(_sentence(begin, group, best, tests[pair].error, corrected[pair], len(tests)))
+    return lines
+
+
+def _sentence(  # noqa: PLR0917
+    begin: str, group: Group, best: Group, error: float, p: float, tests: int
+) -> str:
+    how = f"± {error:.4f}, Welch's t-test p = {p:.2g}"
+    how += f" after Holm's correction for {tests} pairs" if tests > 1 else ""
+    counts = sorted((len(group.runs), len(best.runs)))
+    seeds = f"{counts[0]} seeds each" if counts[0] == counts[1] else f"{counts} seeds"
+    if p < LEVEL:
+        return f"{begin} ({how}, {seeds}): larger than the seeds' difference."
+    difference = mean_and_error(group.last)[0] - mean_and_error(best.last)[0]
+    deviation = math.sqrt((variance(group.last) + variance(best.last)) / 2)
+    needed = seeds_needed(difference, deviation, LEVEL / tests) if difference else None
+    more = "no number of seeds that one would run tells it"
+    if needed:
+        missing = max(1, needed - counts[0])
+        more = f"about {missing} more seeds of each would tell a difference of this size"
+        more += f" (with a chance of {POWER:.0%})"
+    return f"{begin} ({how}, {seeds}): not larger than the seeds' difference; {more}."
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(shown(cell).replace("|", "/") for cell in cells) + " |"
+
+
+def _pairs(changed: Any) -> list[tuple[str, tuple[Any, Any]]]:
+    """The entries name -> [before, after] of a line of history.jsonl."""
+    if not isinstance(changed, dict):
+        return []
+    return [(n, tuple(v)) for n, v in changed.items() if isinstance(v, list) and len(v) == 2]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

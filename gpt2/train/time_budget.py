@@ -1,0 +1,120 @@
+"""Optimizer steps that fill a number of seconds of training, measured on the device.
+
+Compilation and first allocations are left out of the measurement: the clock of a run that is given
+equal seconds counts training only.
+
+`python -m gpt2.train.time_budget SECONDS …`, with options of `gpt2 train`, ends with the number as
+JSON: `gpt2 sweep --seconds=` measures in a process of its own.
+"""
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from ..config.command_line import parse
+from ..config.train import OptimOptions, TrainConfig
+from ..data.loader import TrainLoader
+from ..distributed import runtime
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..report import console
+from . import setup
+from .schedules import attention_window_at, sequences_left
+from .setup import resolve_init
+from .state import TrainState
+from .step import train_step
+
+FAR = 10**9  # steps, while the speed is measured
+STRETCH_SECONDS = 2.0  # of each of three measurements of the speed; no longer than the budget
+SLOWER = 0.015  # by which cards get slower as they warm up; H100s did by 0.2 to 1.8 %
+
+
+def steps_for(config: TrainConfig, seconds: float) -> int:
+    """`max_steps` of a run with these settings that trains for so many seconds.
+
+    Raises:
+        UserError: settings that cannot be trained with.
+    """
+    with runtime.start(config.system) as rt:
+        config, init = resolve_init(config, rt, None)
+        state = setup.build(config, rt, None, init)
+        try:
+            return calibrate(state, config, rt, seconds).optim.max_steps
+        finally:
+            state.loader.close()
+
+
+def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: float) -> TrainConfig:
+    """The settings whose `max_steps` fill the time; all else is as it was before."""
+    weights = state.model.state_dict().items()
+    before = {name: w.to("cpu", copy=True) for name, w in weights}  # no part of the GiB
+    options = config.optim
+    still = replace(options, max_steps=FAR, batch_warmup=0, window_warmup=0)
+    compiling = replace(config, optim=still)
+    many, full = replace(options, max_steps=1000), state.plan.block_size
+    cost = 0.0  # seconds per token: along a line in the width while windows grow
+    for width, share in shares_of_ends(many, full).items():
+        if options.window_warmup:
+            state.model.limit_attention_window(width)
+        cost += share * seconds_per_token(state, compiling, rt, min(STRETCH_SECONDS, seconds))
+    # while the batch grows, a step has fewer tokens
+    average = sequences_left(0, many, state.plan) / many.max_steps * full
+    steps = max(1, int((1 - SLOWER) * seconds / cost / average))
+    state.model.load_state_dict(before)
+    state.optimizer.state.clear()
+    state.step = 0
+    state.loader.close()
+    order, plan = state.loader.order, state.plan
+    state.loader = TrainLoader(order, plan, rank=rt.rank, position=0, device=rt.device)
+    return replace(config, optim=replace(options, max_steps=steps))
+
+
+def shares_of_ends(options: OptimOptions, full: int) -> dict[int, float]:
+    """The first and the last width of windows, with what each counts in the mean over all steps."""
+    widths = [attention_window_at(step, options, full) for step in range(options.max_steps)]
+    first = widths[0]
+    of_last = (statistics.mean(widths) - first) / (full - first) if first < full else 0.0
+    return {first: 1 - of_last} | ({full: of_last} if of_last else {})
+
+
+def seconds_per_token(state: TrainState, config: TrainConfig, rt: Runtime, stretch: float) -> float:
+    """As the median of stretches of so many seconds, after what the first steps compile."""
+    for _ in range(3):
+        train_step(state, config, rt).read()
+    steps = 1 + int(stretch * speed(state, config, rt, 3) / state.plan.tokens_per_step)
+    return 1 / statistics.median(speed(state, config, rt, steps) for _ in range(3))
+
+
+def speed(state: TrainState, config: TrainConfig, rt: Runtime, steps: int) -> float:
+    """Tokens per second over some steps."""
+    synchronize(rt)
+    began = time.perf_counter()
+    for _ in range(steps):
+        train_step(state, config, rt)
+    synchronize(rt)
+    return steps * state.plan.tokens_per_step / (time.perf_counter() - began)
+
+
+def synchronize(rt: Runtime) -> None:
+    """Waits for the device."""
+    if rt.device.type == "cuda":
+        torch.cuda.synchronize(rt.device)
+
+
+def main(argv: list[str]) -> int:
+    """Measures; returns the exit code."""
+    try:
+        steps = steps_for(parse(TrainConfig, argv[1:], "gpt2 sweep"), float(argv[0]))
+    except UserError as error:
+        console.error(str(error))
+        return 2
+    console.log(json.dumps({"max_steps": steps}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

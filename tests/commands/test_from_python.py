@@ -1,0 +1,52 @@
+import pytest
+
+import gpt2
+from gpt2.commands import from_python
+from gpt2.errors import UserError
+
+SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 32, "batch_size": 2}
+SMALL |= {"grad_accum_steps": 1, "eval_tokens": 200, "device": "cpu", "dtype": "float32"}
+
+
+def test_a_run_from_python_gives_its_result(tmp_path, data_dir, capsys):
+    given = {**SMALL, "data_dir": data_dir, "mlp": "relu2", "out_dir": tmp_path}
+    result = gpt2.train(**given, max_steps=2, eval_every=1, progress=True)
+    said = capsys.readouterr()
+    assert said.out == ""  # a bar instead
+    assert "2/2" in said.err
+    assert "val_loss" in said.err
+    assert (result.exit_code, result.config.model.mlp) == (0, "relu2")
+    steps = [row["step"] for row in result.metrics]
+    assert steps == [1, 2]
+    assert result.val_loss == result.metrics[-1]["val_loss"]
+    assert result.best_val_loss == min(row["val_loss"] for row in result.metrics)
+    assert f"step 2, validation loss {result.val_loss:.4f}" in repr(result)
+    assert result._repr_png_().startswith(b"\x89PNG")
+    assert result.plot() == tmp_path / "loss.png"
+    assert result.model().config.mlp == "relu2"
+    pandas = pytest.importorskip("pandas")
+    assert list(pandas.DataFrame(result.metrics)["step"]) == steps
+    assert list(result.to_pandas().index) == steps
+    again = gpt2.train(**given, max_steps=3, eval_every=1)
+    assert again.metrics[:2] == result.metrics
+    assert "continuing from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"mpl": "relu2"}, r"gpt2.train\(mpl=…\): unknown option; did you mean mlp\?"),
+    ({"max_steps": "many"}, "argument --max_steps: invalid whole number"),
+    ({"max_steps": 0}, "max_steps=0: use 1 or more"),
+    ({"config": "nowhere.toml"}, "config=nowhere.toml: No such file"),
+])  # fmt: skip
+def test_mistakes_are_those_of_the_command_line(given, said):
+    with pytest.raises(UserError, match=said):
+        gpt2.train(**given)
+
+
+def test_a_run_without_metrics_is_shown_as_such(tmp_path):
+    config = gpt2.TrainConfig()
+    (tmp_path / "metrics.jsonl").write_text("")
+    rows = from_python.rows_by_step(tmp_path / "metrics.jsonl")
+    result = from_python.TrainResult(tmp_path, config, 0, rows)
+    assert result._repr_png_() is None
+    assert "none yet" in repr(result)

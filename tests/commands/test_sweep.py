@@ -1,0 +1,193 @@
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from gpt2 import cli
+from gpt2.commands import sweep
+from gpt2.commands.on_devices import on_devices
+from gpt2.config.command_line import parse, to_toml
+from gpt2.config.options import flatten
+from gpt2.config.train import TrainConfig
+from gpt2.train import time_budget
+
+from ..conftest import TINY, run_python
+
+SMALL = [*TINY, "--n_layer=1", "--n_embd=8", "--max_steps=4"]
+SMALL.remove("--device=cpu")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("eval_every = 2\nsave_every = 2\n")
+    return path
+
+
+class Trainer:
+    """In the place of processes: writes what a run leaves behind."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.exit_codes, self.steps = [], {}, 50
+        monkeypatch.setattr(sweep._Processes, "call", lambda _, *given: self(*given))
+
+    def __call__(self, arguments, output):
+        self.calls.append(arguments)
+        if arguments[1] == "gpt2.train.time_budget":
+            output.write(b'compiling\n{"max_steps": %d}\n' % self.steps)
+            return 0
+        config = parse(TrainConfig, arguments[3:], "gpt2 train")
+        folder, seed = sweep.Path(config.output.out_dir), config.system.seed
+        if code := self.exit_codes.get(folder.name):
+            output.write(b"a\nerror: no data\n")
+            return code
+        folder.mkdir(exist_ok=True)
+        settings = {n: v for n, v in flatten(config).items() if n != "resume"}
+        (folder / "config.toml").write_text(to_toml(settings))
+        row = {"step": config.optim.max_steps, "val_loss": 3 + seed / 10, "val_tokens": 7}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        (folder / "out_ckpt.pt").write_text("")
+        return 0
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    return Trainer(monkeypatch)
+
+
+@pytest.fixture
+def call(recipe, tmp_path):
+    def call(*more):
+        argv = ["sweep", str(recipe), "--seeds=1,2", "--devices=cpu", f"--out_dir={tmp_path}/o"]
+        return cli.main([*argv, *SMALL, *more])
+
+    return call
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_and_is_not_repeated(tmp_path, recipe, data_dir):
+    argv = ["-m", "gpt2", "sweep", recipe, "--seeds=1", "--set", "learning_rate=1e-3,2e-3"]
+    argv += ["--devices=cpu,cpu", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o", *SMALL]
+    said = run_python(*argv).stdout
+    assert said.count("validation loss") == 2
+    assert "| learning_rate=0.001 | 1 |" in said
+    assert "left out" not in said
+    assert (tmp_path / "o/compare.png").exists()
+    half = tmp_path / "o/learning_rate=2e-3,seed=1"  # killed after its first checkpoint
+    shutil.rmtree(half / "state/step_00000004")
+    (half / "out_ckpt.pt").unlink()
+    again = run_python(*argv).stdout
+    assert "1 of 2 runs are finished already" in again
+    assert again.count("begins on cpu") == 1
+    log = (tmp_path / "o/learning_rate=2e-3,seed=1.log").read_text()
+    assert "continuing from" in log
+    assert said.partition("| recipe |")[2] == again.partition("| recipe |")[2]  # the same bits
+
+
+def test_what_is_finished_is_not_run_again(call, trainer, tmp_path, capsys):
+    trainer.exit_codes["seed=2"] = 75
+    assert call() == 1
+    assert "seed=2: failed with exit code 75: error: no data (1 of 2)" in capsys.readouterr().out
+    trainer.exit_codes.clear()
+    assert call() == 0
+    assert [argv[-3] for argv in trainer.calls] == ["--seed=1", "--seed=2", "--seed=2"]
+    assert "One recipe: there is nothing to compare it with (2 seeds)" in capsys.readouterr().out
+    assert call() == 0
+    assert len(trainer.calls) == 3
+    assert call("--learning_rate=7") == 2
+    line = capsys.readouterr().err
+    assert "is of a run with other options: learning_rate 0.001 instead of 7.0; use" in line
+
+
+def test_equal_tokens_are_so_for_every_batch(call, trainer, tmp_path):
+    assert call("--seeds=1", "--set", "grad_accum_steps=2,4,3") == 0
+    steps = [argv[-2] for argv in trainer.calls]
+    assert steps[0].startswith("--out_dir=") or steps == [f"--max_steps={n}" for n in (4, 2, 3)]
+    assert [a for argv in trainer.calls for a in argv[-2:-1]] == [
+        f"--max_steps={n}" for n in (4, 2, 3)
+    ]
+    shutil.rmtree(tmp_path / "o")
+    assert call("--seeds=1", "--tokens=1000") == 0
+    assert trainer.calls[-1][-2] == "--max_steps=8"  # of 128 tokens
+
+
+def test_steps_that_are_swept_stay(call, trainer):
+    assert call("--seeds=1", "--set", "max_steps=3,5", "--set", "batch_size=1,2") == 0
+    assert {parse(TrainConfig, a[3:], "x").optim.max_steps for a in trainer.calls} == {3, 5}
+
+
+def test_equal_seconds_are_measured_once_for_each_recipe(call, trainer, capsys):
+    given = ("--seconds=9", "--set", "learning_rate=1e-3,2e-3")
+    assert call(*given) == 0
+    measured = [argv for argv in trainer.calls if "gpt2.train.time_budget" in argv]
+    assert [argv[2] for argv in measured] == ["9.0", "9.0"]
+    trained = [argv for argv in trainer.calls if "train" in argv]
+    assert {argv[-2] for argv in trained} == {"--max_steps=50"}
+    assert len(trained) == 4
+    trainer.steps = 60  # a measurement that would make it another run
+    assert call(*given) == 0
+    assert len(trainer.calls) == 6
+
+
+def test_steps_are_measured(data_dir, capsys):
+    argv = ["0.02", *SMALL, "--device=cpu", f"--data_dir={data_dir}"]
+    assert time_budget.main(argv) == 0
+    steps = json.loads(capsys.readouterr().out.splitlines()[-1])["max_steps"]
+    assert steps >= 1
+    assert time_budget.main([argv[0], "--data_dir=/nowhere"]) == 2
+
+
+def test_mistakes_are_one_line(call, trainer, recipe, capsys):
+    for argv, said in (
+        ([], "name the recipe first"),
+        (["--seeds=1"], "name the recipe first"),
+        ([f"{recipe}x"], f"{recipe}x: No such file"),
+        ([str(recipe), "--seedz=1"], "unknown option --seedz; did you mean --seed?"),
+        ([str(recipe), "--devices=gpu"], "device=gpu: use auto, cpu, cuda, cuda:1 or mps"),
+    ):
+        assert cli.main(["sweep", *argv]) == 2
+        line = capsys.readouterr().err
+        assert said in line, line
+        assert line.count("\n") == 1
+    assert trainer.calls == []
+
+
+def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(call, trainer, monkeypatch, capsys):
+    real = Trainer.__call__
+
+    def interrupted(self, arguments, output):
+        signal.raise_signal(signal.SIGINT)
+        return real(self, arguments, output)
+
+    monkeypatch.setattr(sweep.threading, "Thread", _Now)  # signals come to the main thread
+    monkeypatch.setattr(Trainer, "__call__", interrupted)
+    monkeypatch.setattr(sweep._Processes, "stop", _stop)
+    assert call() == 130
+    assert "run it again to go on" in capsys.readouterr().out
+    monkeypatch.setattr(Trainer, "__call__", real)
+    assert call() == 0
+
+
+def _stop(processes, number):
+    processes.signal = number
+
+
+class _Now:
+    def __init__(self, target, args, daemon):
+        self.start = lambda: target(*args)
+
+
+def test_jobs_of_several_devices(tmp_path):
+    def work(job, device, results):
+        if job == "bad":
+            raise ValueError(device)
+        time.sleep(0.01)
+        results.put((job, device))
+
+    found = list(on_devices(range(6), ["a", "b"], work))
+    assert sorted(job for job, _ in found) == [*range(6)]
+    assert {device for _, device in found} == {"a", "b"}
+    with pytest.raises(ValueError, match="a"):
+        list(on_devices([1, "bad", 2], ["a"], work))

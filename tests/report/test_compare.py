@@ -1,0 +1,148 @@
+import json
+
+import pytest
+
+from gpt2.config.command_line import to_toml
+from gpt2.errors import UserError
+from gpt2.report.compare import differences, find_groups, find_runs, report, verdict
+
+LAST = {0.01: (3.10, 3.12, 3.09), 0.02: (3.25, 3.27, 3.23), 0.03: (3.11, 3.13, 3.10)}
+
+
+def write_run(folder, losses=(4.0, 3.5), seed=1, steps=100, **given):
+    """A run with evaluations at even distances; `given` are options, or `validation`, `changed`."""
+    start = {"step": 0, "validation": "abc", "vocab_size": 50257, "changed": {}}
+    start |= {n: given.pop(n) for n in ("validation", "vocab_size", "changed") if n in given}
+    tokens = given.pop("val_tokens", 1000)
+    folder.mkdir(parents=True)
+    settings = {"seed": seed, "max_steps": steps, "out_dir": str(folder)} | given
+    (folder / "config.toml").write_text(to_toml(settings))
+    rows = []
+    for number, loss in enumerate(losses, 1):
+        step = number * 100 // len(losses)
+        rows.append({"step": step, "loss": 9.0, "tokens": step * 10, "seconds": step / 10})
+        rows.append({"step": step, "val_loss": loss, "val_tokens": tokens, "tokens": step * 10})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if start["validation"]:
+        (folder / "history.jsonl").write_text(json.dumps(start) + "\n")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for rate, losses in LAST.items():
+        for seed, loss in enumerate(losses):
+            write_run(tmp_path / f"{rate}-{seed}", (4, loss), seed, learning_rate=rate)
+    return tmp_path
+
+
+def found(*folders):
+    return find_groups(find_runs(folders))
+
+
+def test_recipes_have_their_seeds_and_means(sweep):
+    groups = found(sweep).groups
+    assert [(g.name, [run.seed for run in g.runs]) for g in groups] == [
+        (f"learning_rate={rate}", [0, 1, 2]) for rate in LAST
+    ]
+    assert differences(groups) == {"learning_rate": [*LAST]}
+    said = report(found(sweep))
+    row = "| learning_rate=0.01 | 3 | 3.1033 ± 0.0088 | 3.1033 ± 0.0088 | 100 | 1.00k | 10s |"
+    assert row in said
+
+
+def test_the_best_loss_is_not_the_last(tmp_path):
+    write_run(tmp_path / "a", (4, 3.0, 3.2))
+    (group,) = found(tmp_path / "a").groups
+    assert (group.last, group.best) == ([3.2], [3.0])
+
+
+def test_the_verdict_tells_differences_larger_than_the_seeds(sweep):
+    second, third = verdict(found(sweep).groups)
+    assert second.startswith("`learning_rate=0.01` is 0.1467 nats below `learning_rate=0.02` (± ")
+    assert second.endswith(": larger than the seeds' difference.")
+    assert "p = 0.0023 after Holm's correction for 3 pairs, 3 seeds each" in second
+    assert ": not larger than the seeds' difference; about 48 more seeds of each would" in third
+
+
+def test_one_seed_tells_nothing(tmp_path):
+    write_run(tmp_path / "a", (3.0,), learning_rate=0.1)
+    write_run(tmp_path / "b", (3.5,), learning_rate=0.2)
+    (line,) = verdict(found(tmp_path).groups)
+    assert "`learning_rate=0.1` and `learning_rate=0.2` ran with one seed, whose spread" in line
+    assert verdict(found(tmp_path / "a").groups) == [
+        "One recipe: there is nothing to compare it with (1 seeds)."
+    ]
+
+
+@pytest.mark.parametrize(("given", "why"), [
+    ({"validation": "xyz"}, "other validation data than"),
+    ({"val_tokens": 999}, "another number of validation tokens than"),
+    ({"vocab_size": 512}, "another vocabulary than"),
+    ({"losses": ()}, "no evaluation yet (step 0 of 100)"),
+    ({"steps": 200}, "at step 100 of 200"),
+    ({}, "the options and the seed of"),
+])  # fmt: skip
+def test_what_does_not_compare_is_named_and_left_out(given, why, tmp_path):
+    write_run(tmp_path / "a")
+    odd = write_run(tmp_path / "b", **{"learning_rate": 0.5} | given if given else {})
+    findings = found(tmp_path)
+    assert [run.folder.name for group in findings.groups for run in group.runs] == ["a"]
+    assert f"{odd} is left out: {why}" in report(findings)
+
+
+def test_an_early_stop_is_an_end(tmp_path):
+    write_run(tmp_path / "a", (4, 3, 3.1, 3.2), steps=400, early_stop_evals=2)
+    write_run(tmp_path / "b", (4, 3, 3.1, 2.9), steps=400, early_stop_evals=2)
+    assert [run.folder.name for group in found(tmp_path).groups for run in group.runs] == ["a"]
+
+
+def test_options_changed_on_the_way_make_another_recipe(tmp_path):
+    write_run(tmp_path / "a")
+    changed = {"learning_rate": [0.1, 0.2], "out_dir": ["x", "y"]}
+    write_run(tmp_path / "b", seed=2, changed=changed)
+    findings = found(tmp_path)
+    assert len(findings.groups) == 2
+    assert differences(findings.groups) == {
+        "changed on the way": [None, "learning_rate 0.1 -> 0.2 from step 0"]
+    }
+
+
+def test_runs_of_older_versions_are_compared_by_their_data_dir(tmp_path):
+    write_run(tmp_path / "a", validation="", learning_rate=0.1, data_dir="x")
+    write_run(tmp_path / "b", validation="", learning_rate=0.2, data_dir="x")
+    write_run(tmp_path / "c", validation="", learning_rate=0.2, data_dir="y")
+    findings = found(tmp_path)
+    assert len(findings.groups) == 2
+    assert "was compared by --data_dir= alone" in findings.notes[0].replace("data was", "was")
+    assert "c is left out: other validation data" in report(findings)
+
+
+def test_unequal_tokens_are_said(tmp_path):
+    write_run(tmp_path / "a", learning_rate=0.1)
+    folder = write_run(tmp_path / "b", learning_rate=0.2)
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"tokens": 1000', '"tokens": 2000'))
+    assert "unequal numbers of tokens: 1.00k to 2.00k" in report(found(tmp_path))
+
+
+@pytest.mark.parametrize(("files", "said"), [
+    (None, "no such folder; name the folders of runs"),
+    ({}, r"is no run and holds none \(no metrics.jsonl\)"),
+    ({"metrics.jsonl": ""}, "config.toml is missing, so the options of this run are not known"),
+    ({"metrics.jsonl": "", "config.toml": "seed = 'x'"}, "config.toml: seed=x is no whole number"),
+    ({"metrics.jsonl": "", "config.toml": "seed"}, "is not a TOML file"),
+])  # fmt: skip
+def test_bad_folders_are_one_line(files, said, tmp_path):
+    folder = tmp_path / "run"
+    if files is not None:
+        folder.mkdir()
+    for name, text in (files or {}).items():
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        find_runs([folder])
+    assert str(folder) in str(caught.value)
+
+
+def test_a_run_that_is_named_twice_counts_once(sweep):
+    assert len(find_runs([sweep, sweep / "0.01-1", sweep / ".." / sweep.name])) == 9

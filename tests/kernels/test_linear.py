@@ -78,3 +78,13 @@ def test_small_inputs_dropout_and_inference_take_the_plain_way(monkeypatch):
     torch.manual_seed(0)
     y = linear.add_linear(torch.zeros_like(x), x, block.attn.c_proj, dropout=0.5)
     assert 0.4 < (y == 0).float().mean() < 0.6
+
+
+def test_gelu_backward_without_the_operator(monkeypatch):
+    dy, x = torch.randn(2, 5, 7, dtype=torch.float64)
+    by_operator = linear.gelu_backward(dy, x)
+    monkeypatch.setattr(torch.ops, "aten", object())
+    with torch.no_grad():  # as in an operator's own backward
+        found = linear.gelu_backward(dy, x)
+    torch.testing.assert_close(found, by_operator)
+    assert not found.requires_grad

@@ -25,6 +25,7 @@ from .generate import stream as generation
 from .generate.stream import TextWriter, check_stops
 from .model.gpt import GPT, LanguageModel
 from .report import console
+from .report.versions import warn_of_newer_torch
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Tensor
@@ -86,6 +87,7 @@ class TextModel(LanguageModel):
         Raises:
             UserError: tensors that do not fit the network.
         """
+        warn_of_newer_torch()
         for note in found.notes:
             console.warn(f"{found.origin}: {note}")
         fitting = model_class(found.config)

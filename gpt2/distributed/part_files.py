@@ -67,9 +67,7 @@ def read(folder: Path, tensors: dict[str, Rows]) -> None:
                 stack.enter_context(safetensors.safe_open(path, "pt"))
                 for path in sorted(folder.glob("shard-*.safetensors"))
             ]
-            offsets = [
-                load_json(file.metadata()[OFFSETS].encode(), folder, dict) for file in files
-            ]
+            offsets = [load_json(file.metadata()[OFFSETS].encode(), folder, dict) for file in files]
             for name, rows in tensors.items():
                 parts = [
                     (file.get_slice(name), of_file[name]["saved_offsets"][0])

@@ -262,7 +262,7 @@ def average(tensors: list[Tensor]) -> None:
             dist.all_reduce(tensor, operation)
     if not by_nccl:
         for tensor in tensors:
-            tensor /= dist.get_world_size()
+            tensor.div_(dist.get_world_size())
 
 
 def _join(rt: Runtime) -> tuple[str, Any]:

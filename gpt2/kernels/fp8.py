@@ -4,15 +4,10 @@
 rounding, but slower and with float32 copies of both factors.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from .precision import HAS_TRITON
-
-E4M3_MAX = 448.0
-GRADIENT_SCALE = 14  # gradients of logits are stored as e5m2 times 2^14: 2^-30 … 3.5
+from .precision import E4M3_MAX, GRADIENT_SCALE, HAS_TRITON, e4m3_scale
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,15 +27,10 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from .triton_training import quantize as by_kernel
 
         return by_kernel(x)
-    scale = scale_of(x)
+    scale = e4m3_scale(x)
     # The quotient may round upwards, beyond 448.
     out = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return out, out.t().contiguous(), scale
-
-
-def scale_of(x: Tensor) -> Tensor:
-    """The largest magnitude divided by 448, () float32; NaN or infinite if a number of x is."""
-    return (torch.linalg.vector_norm(x, math.inf).float() / E4M3_MAX).clamp(min=1e-12)
 
 
 def gradient_to_fp8(gradient: Tensor) -> tuple[Tensor, Tensor]:

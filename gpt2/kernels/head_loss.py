@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..config.model import IGNORE
 from .custom_op import custom_op
-from .fp8 import GRADIENT_SCALE, gradient_to_fp8, quantize, scaled_matmul
-from .precision import HAS_TRITON
+from .fp8 import gradient_to_fp8, quantize, scaled_matmul
+from .precision import GRADIENT_SCALE, HAS_TRITON
 
 # Which gradients `head_loss` computes along with the loss.
 NO_GRADIENT, OF_INPUT, OF_INPUT_AND_WEIGHT = 0, 1, 2

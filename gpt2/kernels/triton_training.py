@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8 import GRADIENT_SCALE, scale_of
+from .precision import GRADIENT_SCALE, e4m3_scale
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x · log2 e); GPUs have 2^x in hardware
 BLOCK, WARPS = 2048, 4  # columns at a time, and warps per row: the fastest on an H200
@@ -210,7 +210,7 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
 def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`fp8.quantize` by one kernel: (N, C) contiguous to (N, C), (C, N), () float32."""
     rows, columns = x.shape
-    scale = scale_of(x)
+    scale = e4m3_scale(x)
     out = x.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
     transposed = x.new_empty(columns, rows, dtype=torch.float8_e4m3fn)
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))

@@ -11,6 +11,7 @@ from ..distributed.runtime import Runtime
 from ..evaluate.loss import Evaluation, combine
 from ..files import write_atomically
 from ..report import console, metrics, throughput
+from ..report.versions import warn_of_newer_torch
 from .run_folder import out_dir
 from .schedules import sequences_left
 from .state import TrainState
@@ -139,6 +140,7 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     """Logs the network, the device, the batch and the data of the run, before its first step."""
     if not rt.is_main:
         return
+    warn_of_newer_torch()
     c = state.model.config
     console.log(
         f"GPT-2 with {state.model.num_parameters():,} parameters: {c.n_layer} layers, "

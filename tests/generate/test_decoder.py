@@ -95,7 +95,8 @@ def test_linear_layers_of_the_draft(missing, monkeypatch):
         with torch.inference_mode():
             found = half_linear(layer)(x)
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found, exact, atol=1e-5 if missing == "nothing" else 1e-2, rtol=1e-2)
+        atol = 1e-5 if missing == "nothing" else 1e-2
+        torch.testing.assert_close(found, exact, atol=atol, rtol=1e-2)
 
 
 def other_arguments(x, packed):

@@ -50,7 +50,7 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
   gpt2 plot      metrics.jsonl -> loss.png
   gpt2 average   the newest saved states of a run -> one model, their mean
-  gpt2 export    a model -> a folder for transformers, vLLM, llama.cpp
+  gpt2 export    a model -> a folder for transformers, vLLM; a file for llama.cpp
   gpt2 push      a model -> the Hugging Face Hub
   gpt2 demo      all four on this machine, in a few minutes
 
@@ -294,13 +294,18 @@ def average(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """`gpt2 export`: a model for other programs."""
-    names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; new or empty"}
+    names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; for gguf the name of a file"}
     config, (source, folder) = parse_with_positional(ExportConfig, argv, "gpt2 export", names)
-    assert config.to == "hf", config.to  # the only one so far
     from .checkpoint.weights import load, locate
-    from .commands.export import check_export_folder, export_hf
+    from .commands.export import check_export_file, check_export_folder, export_gguf, export_hf
     from .data.conversations import was_chat
 
+    if config.to == "gguf":
+        check_export_file(Path(folder))
+        chat = was_chat(locate(source))
+        export_gguf(load(source), Path(folder), config.dtype, chat=chat)
+        print(shown(folder, limit=0))
+        return 0
     check_export_folder(Path(folder))
     chat = was_chat(locate(source))
     names_made = export_hf(load(source), Path(folder), config.dtype, chat=chat)

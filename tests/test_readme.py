@@ -76,6 +76,7 @@ ADDED: dict[str, list[str]] = {
     "python train_gpt2.py --init=gpt2 --data_dir=data/mine --out_dir=out/tuned "
     "--learning_rate=3e-5 --max_steps=200": OF_GIVEN_WEIGHTS,
     "gpt2 export out/out_ckpt.pt --to=hf out/hf": [],
+    "gpt2 export out/out_ckpt.pt out/model.gguf --to=gguf": [],
     "gpt2 push out/out_ckpt.pt OWNER/NAME": [],
     # docs/scaling.md
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
@@ -149,7 +150,6 @@ NOWHERE = {
     'pip install -e ".[serve]"',
     'pip install -e ".[tokenizers]"',
     'pip install "lm-eval[api]"',
-    "python ../llama.cpp/convert_hf_to_gguf.py out/hf --outfile=out/model.gguf",
     'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile',
     'ollama run my-gpt2 "Hello world,"',
     "vllm serve out/hf",
@@ -160,7 +160,6 @@ FOREIGN = {
     "rdzv_id", "signals-to-handle",  # torchrun
     "tasks", "model", "model_args", "apply_chat_template", "system_instruction",
     "fewshot_as_multiturn",  # lm_eval
-    "outfile",  # llama.cpp
     "install",  # xcode-select
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -70,7 +70,11 @@ class ExportConfig:
     """All options of `gpt2 export`."""
 
     to: str = option(
-        "hf", "file format: hf is Hugging Face's, which vLLM and llama.cpp read as well", ("hf",)
+        "hf",
+        "hf: a folder in Hugging Face's format, which vLLM reads too; gguf: a file for llama.cpp "
+        "and Ollama",
+        ("hf", "gguf"),
+        alias="format",
     )
     dtype: str = option(
         "float32",

@@ -56,6 +56,9 @@ OUR_NAMES = {
     "commands/profile_step.py: Path(made) / name": "constants",
     "data/datasets.py: dataset.folder / shown(name)": "only shown",
     "data/shards.py: folder / f'{split}.bin'": "train or val",
+    "distributed/part_files.py: folder / f'shard-{rank + 1:05}-model-00001-of-00001.safetensors'": (
+        "a number"
+    ),
     "evaluate/tasks.py: DOWNLOADS / task.repository": "constants",
     "huggingface/own_tokenizer.py: folder / name": "constants",
     "interpret/html_page.py: FOLDER / name": "constants",

@@ -19,6 +19,7 @@ from .config.command_line import parse, parse_with_positional
 from .config.commands import (
     AverageConfig,
     ChatConfig,
+    DoctorConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -53,6 +54,7 @@ USAGE = """usage: gpt2 COMMAND [OPTIONS]
   gpt2 export    a model -> a folder for transformers, vLLM; a file for llama.cpp
   gpt2 push      a model -> the Hugging Face Hub
   gpt2 demo      all four on this machine, in a few minutes
+  gpt2 doctor    what this machine has, and why something is off: for a bug report
 
 `gpt2 COMMAND --help` explains every option. Options are written --name=value; --config=FILE.toml
 reads them from a file. `gpt2 --version` prints the version."""
@@ -326,6 +328,14 @@ def push(argv: list[str]) -> int:
     return 0
 
 
+def doctor(argv: list[str]) -> int:
+    """`gpt2 doctor`: versions, device, compiler, disk and network, for a bug report."""
+    config = parse(DoctorConfig, argv, "gpt2 doctor")
+    from .commands.doctor import run
+
+    return run(config)
+
+
 def demo(argv: list[str]) -> int:
     """`gpt2 demo`: prepares the embedded corpus, trains, plots and samples.
 
@@ -407,6 +417,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "push": push,
     "demo": demo,
+    "doctor": doctor,
 }
 
 SHARDS_COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -17,6 +17,7 @@ from gpt2.config.command_line import parse
 from gpt2.config.commands import (
     AverageConfig,
     ChatConfig,
+    DoctorConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -346,6 +347,7 @@ def test_planted_violations_are_caught(tmp_path):
 CONFIGS = [TrainConfig, FinetuneConfig, ProfileConfig, PrepareConfig, SampleConfig, ShowConfig]
 CONFIGS += [
     AverageConfig,
+    DoctorConfig,
     EvalConfig,
     ExportConfig,
     PushConfig,

@@ -236,3 +236,14 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         at_least(0, eval_tokens=self.eval_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """All options of `gpt2 doctor`."""
+
+    timeout_seconds: float = option(3.0, "how long the Hub may take to answer; 0: do not ask it")
+
+    def __post_init__(self) -> None:
+        at_least(0, timeout_seconds=self.timeout_seconds)
+        at_most(60, timeout_seconds=self.timeout_seconds)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import model_file, weights
-from .config.model import SIZES, GPT2Config, ModernConfig
+from .config.model import OLD_SIZES, SIZES, GPT2Config, ModernConfig
 from .distributed.devices import choose_device
 from .errors import UserError
 from .generate import stream as generation
@@ -36,6 +36,7 @@ class TextModel(LanguageModel):
 
     def __init__(self, shape: str | GPT2Config = "gpt2", **given: Any) -> None:
         if isinstance(shape, str):
+            shape = OLD_SIZES.get(shape, shape)
             if shape not in SIZES:
                 raise UserError(f"unknown size {shape!r}; use one of {', '.join(SIZES)}")
             shape = GPT2Config(**(SIZES[shape] | given))

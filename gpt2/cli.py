@@ -38,26 +38,38 @@ from .untrusted.display import shown
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
+begin:
+  gpt2 demo      data, training, a plot and text on this machine, in a few minutes
+  gpt2 doctor    what this machine has, and why something is off: for a bug report
+
+text to shards:
   gpt2 prepare   text -> shards of tokens (FineWeb-Edu, your own files, or --source=stdlib)
   gpt2 shards    verify, info, show, merge: look into shards, join those of many machines
+
+train:
   gpt2 train     shards -> a model; the same command again continues the run
   gpt2 finetune  a model -> one that has learned your text or conversations (also by LoRA)
+  gpt2 average   the newest saved states of a run -> one model, their mean
+  gpt2 plot      metrics.jsonl -> loss.png
   gpt2 profile   where the time of a training step goes
+
+use:
   gpt2 sample    a model -> text
   gpt2 chat      talk with a model that was fine-tuned on conversations
   gpt2 serve     a model -> a chat page, and OpenAI's API
   gpt2 inspect   what a model makes of a text: probabilities, layers, attention, as a page
+
+measure:
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
-  gpt2 plot      metrics.jsonl -> loss.png
-  gpt2 average   the newest saved states of a run -> one model, their mean
+
+pass on:
   gpt2 export    a model -> a folder for transformers, vLLM; a file for llama.cpp
   gpt2 push      a model -> the Hugging Face Hub
-  gpt2 demo      all four on this machine, in a few minutes
-  gpt2 doctor    what this machine has, and why something is off: for a bug report
 
-`gpt2 COMMAND --help` explains every option. Options are written --name=value; --config=FILE.toml
-reads them from a file. `gpt2 --version` prints the version."""
+`gpt2 COMMAND --help` explains the daily options, `gpt2 COMMAND --help=all` every one. Options are
+written --name=value; --config=FILE.toml reads them from a file. `gpt2 --version` prints the
+version, and `gpt2 --completion=bash` (zsh, fish) a script that completes commands and options."""
 
 SHARDS_USAGE = """usage: gpt2 shards COMMAND …
 
@@ -111,7 +123,9 @@ def _run(command: str, rest: list[str]) -> int:
         print(f"gpt2 {gpt2.__version__}")
         return 0
     try:
-        return _choose(command, COMMANDS)(rest)
+        name, _, shell = command.partition("=")
+        call = completion if name == "--completion" else _choose(command, COMMANDS)
+        return call([shell, *rest] if call is completion and shell else rest)
     except UserError as error:
         return _complain(str(error))
     except OSError as error:
@@ -336,6 +350,14 @@ def doctor(argv: list[str]) -> int:
     return run(config)
 
 
+def completion(argv: list[str]) -> int:
+    """`gpt2 --completion=bash`: a script for the shell."""
+    from .config.completion import script
+
+    print(script(" ".join(argv), OPTIONS, tuple(COMMANDS), tuple(SHARDS_COMMANDS)))
+    return 0
+
+
 def demo(argv: list[str]) -> int:
     """`gpt2 demo`: prepares the embedded corpus, trains, plots and samples.
 
@@ -425,4 +447,21 @@ SHARDS_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": shards_info,
     "show": shards_show,
     "merge": shards_merge,
+}
+
+OPTIONS: dict[str, type] = {  # of commands that have some, for `--completion`
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "finetune": FinetuneConfig,
+    "profile": ProfileConfig,
+    "sample": SampleConfig,
+    "chat": ChatConfig,
+    "serve": ServeConfig,
+    "inspect": InspectConfig,
+    "eval": EvalConfig,
+    "average": AverageConfig,
+    "export": ExportConfig,
+    "push": PushConfig,
+    "demo": TrainConfig,
+    "doctor": DoctorConfig,
 }

@@ -74,9 +74,7 @@ def features(device: torch.device) -> list[tuple[str, str]]:
         fp8 = "no: needs a GPU of compute capability 8.9 or newer (RTX 4090, L4, H100, …)"
     flex = "yes: attention windows and documents skip what they hide"
     if not compiles:
-        flex = (
-            f"no: {missing or f'it needs an NVIDIA GPU, and this is a {device.type}'}; dense masks"
-        )
+        flex = f"no: {missing or f'it needs an NVIDIA GPU, not a {device.type}'}; dense masks"
     compiler = next(filter(shutil.which, devices.COMPILERS), "none")
     return [
         ("C compiler", compiler),

@@ -1,6 +1,7 @@
 """Options of the commands other than `gpt2 train` and `gpt2 finetune`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import UserError
 from .options import at_least, at_most, check_seed, option
@@ -207,6 +208,10 @@ class InspectConfig:
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig(TrainConfig):
     """All options of `gpt2 profile`: those of `gpt2 train`, and one more."""
+
+    DAILY: ClassVar[tuple[str, ...]] = (*TrainConfig.DAILY, "trace")
+    HELP_END: ClassVar[str] = """example:
+  gpt2 profile --batch_size=64 --grad_accum_steps=1"""
 
     trace: str = option("trace.json.gz", "file for the Chrome trace")
 

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         nothing = os.open(os.devnull, os.O_WRONLY)
         for number in closed:  # what is left must not complain at exit
             os.dup2(nothing, number)
-        if arguments[0] in WORK:
+        if arguments[0] in WORK and not {"-h", "--help", "--help=all"} & set(arguments):
             _complain(f"{arguments[0]} stopped, because nobody reads its output any more")
         return 1
 

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..untrusted.parsing import read_toml
 from .model import OLD_SIZES
 from .options import type_of
+from .run_paths import from_here
 
 Config = TypeVar("Config")
 # What people call an option elsewhere -> its names here; the first that a command has is meant.
@@ -269,7 +270,8 @@ def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:
 def _arguments_of(path: str, settings: set[str]) -> list[str]:
     """The settings of a TOML file as arguments."""
     arguments = []
-    for name, value in read_toml(Path(path), f"--config={path}").items():
+    settings_there = from_here(Path(path), read_toml(Path(path), f"--config={path}"))
+    for name, value in settings_there.items():
         if not isinstance(value, bool | int | float | str):
             raise UserError(f"{path}: {name} must be a plain value (no tables, no lists)")
         argument = _normalise(f"--{name}={value}")

@@ -76,8 +76,10 @@ ADDED: dict[str, list[str]] = {
     "python train_gpt2.py --init=gpt2 --data_dir=data/mine --out_dir=out/tuned "
     "--learning_rate=3e-5 --max_steps=200": OF_GIVEN_WEIGHTS,
     "gpt2 export out/out_ckpt.pt --to=hf out/hf": [],
-    "gpt2 export out/out_ckpt.pt out/model.gguf --to=gguf": [],
     "gpt2 push out/out_ckpt.pt OWNER/NAME": [],
+    "gpt2 export out/out_ckpt.pt out/model.gguf --to=gguf": [],
+    # docs/install.md
+    "gpt2 doctor": ["--timeout_seconds=0"],
     # docs/scaling.md
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
     "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
@@ -142,6 +144,14 @@ ELSEWHERE = {
 # index does not have.
 NOWHERE = {
     "make demo",  # `make -n demo` below
+    "python -m venv .venv && . .venv/bin/activate",
+    "docker build -t gpt2 .",  # by a job of the workflow
+    "docker run --rm gpt2 doctor",
+    'docker run --rm --gpus=all -v "$PWD:/work" gpt2 train --data_dir=data/mine --out_dir=out/mine',
+    'docker run --rm -p 8000:8000 -v "$PWD:/work" gpt2 serve out/out_ckpt.pt --host=0.0.0.0 '
+    "--api_key=KEY",
+    "pip uninstall gpt2-from-scratch",
+    "hf cache ls",
     "make test",
     "python -m pip install -e .",
     'python -m pip install -e ".[dev]" && python -m pytest -n auto',
@@ -161,6 +171,7 @@ FOREIGN = {
     "tasks", "model", "model_args", "apply_chat_template", "system_instruction",
     "fewshot_as_multiturn",  # lm_eval
     "install",  # xcode-select
+    "build-arg", "gpus", "ipc", "user", "rm", "index-url",  # docker, and pip inside
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -19,7 +19,8 @@ from gpt2.report.versions import NEWEST_TORCH
 from .conftest import LONG, ROOT
 from .lower_bounds import bounds, not_reached
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PROJECT_FILE = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = PROJECT_FILE["project"]
 PATH = os.environ.get("PATH", "").split(os.pathsep)
 SYSTEMS = {"ubuntu-latest": "Linux", "macos-latest": "MacOS", "windows-latest": "Windows"}
 FORM_ITEMS = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
@@ -97,7 +98,7 @@ def test_workflow_runs_what_make_runs():
         r"^test:.*\n\t\$\(BIN\)/python (-m pytest .*)", makefile, re.MULTILINE
     )
     assert f"python {pytest_of_make[1]}" in steps
-    assert {"make newest", "make lowest"} <= set(steps)
+    assert {"make newest", "make lowest", "docker build -t gpt2 ."} <= set(steps)
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])
@@ -241,6 +242,40 @@ def test_make_asks_for_the_cpu_build(given, offered, gpu, asked, code, tmp_path)
     wanted = [f"-m pip install --quiet {asked}"] if asked else []
     assert calls == wanted + (["-m pip install --quiet -e .[dev]"] if code == 0 else [])
     assert ("\nno torch 2.13" in made.stdout) == (asked != "" and not offered and not given)
+
+
+def loose_in_image(dockerfile: str, ignore: str) -> list[str]:
+    """What is wrong with a Dockerfile and its .dockerignore, as far as reading them can tell."""
+    lines = re.sub(r"\\\n", " ", dockerfile).splitlines()
+    steps = [line.split(None, 1) for line in lines if line.strip() and line[0] != "#"]
+    copied = [name for key, rest in steps if key == "COPY" for name in rest.split()[:-1]]
+    sent = {line[1:] for line in ignore.splitlines() if line.startswith("!")}
+    wrong = [f"{name} is not sent" for name in copied if name not in sent]
+    wrong += [f"{name} is not there" for name in copied if not (ROOT / name).exists()]
+    base = steps[0][1]
+    wrong += [] if re.fullmatch(r"python:3\.\d+-slim", base) else [f"loose base {base}"]
+    users = [rest for key, rest in steps if key == "USER"]
+    wrong += [] if users and users[-1] != "root" else ["it runs as root"]
+    for extra in re.findall(r"\.\[([\w,]+)\]", dockerfile):
+        gone = set(extra.split(",")) - set(PROJECT["optional-dependencies"])
+        wrong += [f"no extra {name}" for name in sorted(gone)]
+    return wrong
+
+
+def test_image_of_docker():
+    """A build is for the workflow: here it is only read."""
+    image, ignore = read("Dockerfile"), read(".dockerignore")
+    assert loose_in_image(image, ignore) == []
+    assert loose_in_image(image, ignore.replace("!configs\n", "")) == ["configs is not sent"]
+    assert loose_in_image(image.replace("USER user", "USER root"), ignore) == ["it runs as root"]
+    assert loose_in_image(image.replace("3.12-slim", "latest"), ignore) == [
+        "loose base python:latest"
+    ]
+    assert loose_in_image(image.replace("serve,", "serv,"), ignore) == ["no extra serv"]
+    build = PROJECT_FILE["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {PROJECT["readme"], *PROJECT["license-files"], *build["packages"]}
+    needed |= {Path(name).parts[0] for name in build["force-include"]}
+    assert needed <= {line[1:] for line in ignore.splitlines()}
 
 
 def wanted_by(extras: list[str]) -> list[str]:

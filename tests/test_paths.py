@@ -54,6 +54,9 @@ OUR_NAMES = {
     "commands/export.py: temporary / name": "constants",
     "commands/inspect_shards.py: folder / name": "only shown; `read_manifest` has checked it",
     "commands/profile_step.py: Path(made) / name": "constants",
+    "config/run_paths.py: folder / name": "`_plain` has refused absolute paths and ..; read only",
+    "config/run_paths.py: start / name": "a folder to read, which --config= could name as well",
+    "config/run_paths.py: start / settings['out_dir']": "the folder of the config.toml itself",
     "data/datasets.py: dataset.folder / shown(name)": "only shown",
     "data/shards.py: folder / f'{split}.bin'": "train or val",
     "distributed/part_files.py: folder / f'shard-{rank + 1:05}-model-00001-of-00001.safetensors'": (

@@ -6,12 +6,18 @@
 # make soak    asks `gpt2 serve` with 64 clients for a minute, some of which hang up or read slowly
 # make lint    style, format and types
 # make docs    builds the site of the documentation into site/; a broken link fails
+# make lowest  installs every lower bound of pyproject.toml and runs the tests of these packages (needs uv)
+# make newest  installs the newest version of everything and runs all tests
 # make lock    pins all packages by sha256 in requirements/ (needs uv)
+# make TORCH=2.14.1 …  any of these with another version of torch; TORCH= with the one that pip chooses.
+#              A machine without an NVIDIA GPU gets the CPU build, where the package index offers one.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+CPU    := 2.13.0+cpu
+TORCH  ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,$(CPU))
 
-.PHONY: demo test test-fast faults gpu-check soak lint docs lock clean
+.PHONY: demo test test-fast faults gpu-check soak lint docs lowest newest lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/gpt2 demo
@@ -39,6 +45,27 @@ lint: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m mkdocs build --strict --quiet
 
+# What a lower bound promises is tested with these; torch's own in tests/kernels and tests/train.
+LOWEST_TESTS := tests/checkpoint tests/commands tests/data tests/generate tests/huggingface \
+  tests/kernels tests/learn tests/model tests/prepare tests/report tests/serve tests/train \
+  tests/test_repository.py tests/test_tokenizer.py tests/test_wheel.py
+
+lowest:
+	uv venv --quiet --clear --python $(PYTHON) $(VENV)-lowest
+	uv pip compile --quiet --resolution=lowest-direct --python $(VENV)-lowest --all-extras \
+	  pyproject.toml -o $(VENV)-lowest/pins.txt
+	uv pip install --quiet --python $(VENV)-lowest -r $(VENV)-lowest/pins.txt
+	uv pip install --quiet --python $(VENV)-lowest --no-deps -e .
+	$(VENV)-lowest/bin/python -m tests.lower_bounds $(VENV)-lowest/pins.txt
+	$(VENV)-lowest/bin/python -m pytest -n auto --dist worksteal -m "not (slow and fault)" \
+	  $(PYTEST_FLAGS) $(LOWEST_TESTS)
+
+newest:
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(VENV)-newest/bin/python -m pytest -n auto --dist worksteal -m "not (slow and fault)" \
+	  $(PYTEST_FLAGS)
+
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate
 LOCK += --custom-compile-command "make lock" --upgrade pyproject.toml requirements/build.in
 
@@ -47,20 +74,30 @@ lock:
 	$(LOCK) --extra dev --extra docs -o requirements/dev.txt
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest site .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+# Without TORCH= on the command line or in the environment, an index that lacks the CPU build is no
+# failure: pip then chooses, as on a Mac.
+GO_ON := $(if $(filter file,$(origin TORCH)),2>/dev/null || echo "no torch $(TORCH) on the index; pip chooses")
+WITH  := $(VENV)/with-torch-$(subst *,x,$(or $(TORCH),any))
+
+$(WITH): | $(VENV)/bin/python
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet 'torch==$(TORCH)' $(GO_ON))
+	rm -f $(VENV)/with-torch-*
+	touch $@
+
+$(VENV)/installed: pyproject.toml $(WITH)
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-dev: pyproject.toml $(WITH)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(VENV)/installed $@
 
-$(VENV)/installed-docs: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-docs: pyproject.toml $(WITH)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checkpoint import model_file, weights
 from .config.command_line import check_keywords
-from .config.model import SIZES, GPT2Config, ModernConfig
+from .config.model import OLD_SIZES, SIZES, GPT2Config, ModernConfig
 from .config.switches import SWITCH_NAMES, Switches, chosen, switched
 from .distributed.devices import choose_device
 from .errors import UserError
@@ -28,6 +28,7 @@ from .generate.stream import TextWriter, check_stops
 from .model.gpt import GPT, LanguageModel
 from .model.unfilled import unfilled
 from .report import console
+from .report.versions import warn_of_newer_torch
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Tensor
@@ -38,7 +39,7 @@ class TextModel(LanguageModel):
 
     def __init__(self, shape: str | GPT2Config = "gpt2", **given: Any) -> None:
         if isinstance(shape, str):
-            shape = config_of(shape, given)
+            shape = config_of(OLD_SIZES.get(shape, shape), given)
         elif given:
             raise UserError("give a GPT2Config or single fields, not both")
         fitting = model_class(shape)
@@ -87,6 +88,7 @@ class TextModel(LanguageModel):
         Raises:
             UserError: tensors that do not fit the network.
         """
+        warn_of_newer_torch()
         for note in found.notes:
             console.warn(f"{found.origin}: {note}")
         fitting = model_class(found.config)

@@ -20,6 +20,7 @@ from .config.commands import (
     AverageConfig,
     ChatConfig,
     CompareConfig,
+    DoctorConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -39,27 +40,40 @@ from .untrusted.display import shown
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
+begin:
+  gpt2 demo      data, training, a plot and text on this machine, in a few minutes
+  gpt2 doctor    what this machine has, and why something is off: for a bug report
+
+text to shards:
   gpt2 prepare   text -> shards of tokens (FineWeb-Edu, your own files, or --source=stdlib)
   gpt2 shards    verify, info, show, merge: look into shards, join those of many machines
+
+train:
   gpt2 train     shards -> a model; the same command again continues the run
   gpt2 finetune  a model -> one that has learned your text or conversations (also by LoRA)
+  gpt2 average   the newest saved states of a run -> one model, their mean
+  gpt2 plot      metrics.jsonl -> loss.png
   gpt2 profile   where the time of a training step goes
+
+use:
   gpt2 sample    a model -> text
   gpt2 chat      talk with a model that was fine-tuned on conversations
   gpt2 serve     a model -> a chat page, and OpenAI's API
   gpt2 inspect   what a model makes of a text: probabilities, layers, attention, as a page
+
+measure:
   gpt2 eval      a model -> validation loss, HellaSwag, LAMBADA
   gpt2 lm_eval   a model -> any task of lm-evaluation-harness
-  gpt2 plot      metrics.jsonl -> loss.png
   gpt2 compare   runs side by side: curves, means over seeds, what differs, what is real
   gpt2 sweep     a recipe with several seeds and values of options, on all GPUs; then compare
-  gpt2 average   the newest saved states of a run -> one model, their mean
-  gpt2 export    a model -> a folder for transformers, vLLM, llama.cpp
-  gpt2 push      a model -> the Hugging Face Hub
-  gpt2 demo      all four on this machine, in a few minutes
 
-`gpt2 COMMAND --help` explains every option. Options are written --name=value; --config=FILE.toml
-reads them from a file. `gpt2 --version` prints the version."""
+pass on:
+  gpt2 export    a model -> a folder for transformers, vLLM; a file for llama.cpp
+  gpt2 push      a model -> the Hugging Face Hub
+
+`gpt2 COMMAND --help` explains the daily options, `gpt2 COMMAND --help=all` every one. Options are
+written --name=value; --config=FILE.toml reads them from a file. `gpt2 --version` prints the
+version, and `gpt2 --completion=bash` (zsh, fish) a script that completes commands and options."""
 
 SHARDS_USAGE = """usage: gpt2 shards COMMAND …
 
@@ -105,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         nothing = os.open(os.devnull, os.O_WRONLY)
         for number in closed:  # what is left must not complain at exit
             os.dup2(nothing, number)
-        if arguments[0] in WORK:
+        if arguments[0] in WORK and not {"-h", "--help", "--help=all"} & set(arguments):
             _complain(f"{arguments[0]} stopped, because nobody reads its output any more")
         return 1
 
@@ -121,7 +135,9 @@ def _run(command: str, rest: list[str]) -> int:
         print(f"gpt2 {gpt2.__version__}")
         return 0
     try:
-        return _choose(command, COMMANDS)(rest)
+        name, _, shell = command.partition("=")
+        call = completion if name == "--completion" else _choose(command, COMMANDS)
+        return call([shell, *rest] if call is completion and shell else rest)
     except UserError as error:
         return _complain(str(error))
     except OSError as error:
@@ -336,13 +352,18 @@ def average(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """`gpt2 export`: a model for other programs."""
-    names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; new or empty"}
+    names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; for gguf the name of a file"}
     config, (source, folder) = parse_with_positional(ExportConfig, argv, "gpt2 export", names)
-    assert config.to == "hf", config.to  # the only one so far
     from .checkpoint.weights import load, locate
-    from .commands.export import check_export_folder, export_hf
+    from .commands.export import check_export_file, check_export_folder, export_gguf, export_hf
     from .data.conversations import was_chat
 
+    if config.to == "gguf":
+        check_export_file(Path(folder))
+        chat = was_chat(locate(source))
+        export_gguf(load(source), Path(folder), config.dtype, chat=chat)
+        print(shown(folder, limit=0))
+        return 0
     check_export_folder(Path(folder))
     chat = was_chat(locate(source))
     names_made = export_hf(load(source), Path(folder), config.dtype, chat=chat)
@@ -360,6 +381,22 @@ def push(argv: list[str]) -> int:
     from .commands.export import push as upload
 
     print(shown(upload(source, repository, config.private), limit=0))
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """`gpt2 doctor`: versions, device, compiler, disk and network, for a bug report."""
+    config = parse(DoctorConfig, argv, "gpt2 doctor")
+    from .commands.doctor import run
+
+    return run(config)
+
+
+def completion(argv: list[str]) -> int:
+    """`gpt2 --completion=bash`: a script for the shell."""
+    from .config.completion import script
+
+    print(script(" ".join(argv), OPTIONS, tuple(COMMANDS), tuple(SHARDS_COMMANDS)))
     return 0
 
 
@@ -446,6 +483,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "push": push,
     "demo": demo,
+    "doctor": doctor,
 }
 
 SHARDS_COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -453,4 +491,21 @@ SHARDS_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": shards_info,
     "show": shards_show,
     "merge": shards_merge,
+}
+
+OPTIONS: dict[str, type] = {  # of commands that have some, for `--completion`
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "finetune": FinetuneConfig,
+    "profile": ProfileConfig,
+    "sample": SampleConfig,
+    "chat": ChatConfig,
+    "serve": ServeConfig,
+    "inspect": InspectConfig,
+    "eval": EvalConfig,
+    "average": AverageConfig,
+    "export": ExportConfig,
+    "push": PushConfig,
+    "demo": TrainConfig,
+    "doctor": DoctorConfig,
 }

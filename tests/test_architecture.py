@@ -18,6 +18,7 @@ from gpt2.config.commands import (
     AverageConfig,
     ChatConfig,
     CompareConfig,
+    DoctorConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -349,6 +350,7 @@ CONFIGS = [TrainConfig, FinetuneConfig, ProfileConfig, PrepareConfig, SampleConf
 CONFIGS += [
     AverageConfig,
     CompareConfig,
+    DoctorConfig,
     EvalConfig,
     ExportConfig,
     PushConfig,

@@ -55,8 +55,14 @@ OUR_NAMES = {
     "commands/inspect_shards.py: folder / name": "only shown; `read_manifest` has checked it",
     "commands/profile_step.py: Path(made) / name": "constants",
     "config/sweep.py: Path(config.out_dir, name)": "letters, digits and .=,+-_, and `seed=`",
+    "config/run_paths.py: folder / name": "`_plain` has refused absolute paths and ..; read only",
+    "config/run_paths.py: start / name": "a folder to read, which --config= could name as well",
+    "config/run_paths.py: start / settings['out_dir']": "the folder of the config.toml itself",
     "data/datasets.py: dataset.folder / shown(name)": "only shown",
     "data/shards.py: folder / f'{split}.bin'": "train or val",
+    "distributed/part_files.py: folder / f'shard-{rank + 1:05}-model-00001-of-00001.safetensors'": (
+        "a number"
+    ),
     "evaluate/tasks.py: DOWNLOADS / task.repository": "constants",
     "huggingface/own_tokenizer.py: folder / name": "constants",
     "interpret/html_page.py: FOLDER / name": "constants",

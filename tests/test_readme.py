@@ -94,6 +94,9 @@ ADDED: dict[str, list[str]] = {
     "gpt2 push out/out_ckpt.pt OWNER/NAME": [],
     # docs/research.md
     "gpt2 compare out/ out/recipe out/two": [],
+    "gpt2 export out/out_ckpt.pt out/model.gguf --to=gguf": [],
+    # docs/install.md
+    "gpt2 doctor": ["--timeout_seconds=0"],
     # docs/scaling.md
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
     "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,
@@ -164,6 +167,14 @@ ELSEWHERE = {
 # index does not have.
 NOWHERE = {
     "make demo",  # `make -n demo` below
+    "python -m venv .venv && . .venv/bin/activate",
+    "docker build -t gpt2 .",  # by a job of the workflow
+    "docker run --rm gpt2 doctor",
+    'docker run --rm --gpus=all -v "$PWD:/work" gpt2 train --data_dir=data/mine --out_dir=out/mine',
+    'docker run --rm -p 8000:8000 -v "$PWD:/work" gpt2 serve out/out_ckpt.pt --host=0.0.0.0 '
+    "--api_key=KEY",
+    "pip uninstall gpt2-from-scratch",
+    "hf cache ls",
     "make test",
     "python -m pip install -e .",
     'python -m pip install -e ".[dev]" && python -m pytest -n auto',
@@ -172,7 +183,6 @@ NOWHERE = {
     'pip install -e ".[serve]"',
     'pip install -e ".[tokenizers]"',
     'pip install "lm-eval[api]"',
-    "python ../llama.cpp/convert_hf_to_gguf.py out/hf --outfile=out/model.gguf",
     'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile',
     'ollama run my-gpt2 "Hello world,"',
     "vllm serve out/hf",
@@ -183,8 +193,8 @@ FOREIGN = {
     "rdzv_id", "signals-to-handle",  # torchrun
     "tasks", "model", "model_args", "apply_chat_template", "system_instruction",
     "fewshot_as_multiturn",  # lm_eval
-    "outfile",  # llama.cpp
     "install",  # xcode-select
+    "build-arg", "gpus", "ipc", "user", "rm", "index-url",  # docker, and pip inside
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

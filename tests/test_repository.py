@@ -1,7 +1,11 @@
 """Files around the code agree with pyproject.toml and with one another."""
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,10 +14,14 @@ from packaging.utils import canonicalize_name
 
 from gpt2 import errors
 from gpt2.errors import install_command
+from gpt2.report.versions import NEWEST_TORCH
 
 from .conftest import LONG, ROOT
+from .lower_bounds import bounds, not_reached
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PROJECT_FILE = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = PROJECT_FILE["project"]
+PATH = os.environ.get("PATH", "").split(os.pathsep)
 SYSTEMS = {"ubuntu-latest": "Linux", "macos-latest": "MacOS", "windows-latest": "Windows"}
 FORM_ITEMS = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
 
@@ -35,8 +43,8 @@ def jobs_of(matrix: dict) -> set[tuple[str, str, str]]:
     return jobs | {tuple(job[name] for name in names) for job in matrix["include"]}
 
 
-def not_tested(matrix: dict, project: dict) -> list[str]:
-    """What pyproject.toml promises and the matrix leaves out, or the other way round."""
+def not_tested(matrix: dict, project: dict, newest_torch: tuple[int, int]) -> list[str]:
+    """What is promised and the matrix leaves out, or the other way round."""
     wrong = []
     classifiers = "\n".join(project["classifiers"])
     pythons = re.findall(r"Python :: (3\.\d+)$", classifiers, re.MULTILINE)
@@ -44,8 +52,8 @@ def not_tested(matrix: dict, project: dict) -> list[str]:
     if pythons[0] != lowest:
         wrong.append(f"classifiers begin at {pythons[0]}, requires-python at {lowest}")
     (torch,) = (d for d in project["dependencies"] if d.startswith("torch"))
-    low, high = re.fullmatch(r"torch>=2\.(\d+),<2\.(\d+)", torch).groups()
-    oldest, newest = f"2.{low}", f"2.{int(high) - 1}"
+    oldest = re.fullmatch(r"torch>=(2\.\d+)", torch)[1]  # a newer one gives a warning, no refusal
+    newest = ".".join(map(str, newest_torch))
     wanted = {(os, python, newest) for os in SYSTEMS for python in pythons}
     wanted |= {(os, lowest, oldest) for os in SYSTEMS}
     jobs = jobs_of(matrix)
@@ -55,7 +63,8 @@ def not_tested(matrix: dict, project: dict) -> list[str]:
 
 
 def test_workflow_tests_what_pyproject_promises():
-    assert not_tested(workflow()["jobs"]["tests"]["strategy"]["matrix"], PROJECT) == []
+    matrix = workflow()["jobs"]["tests"]["strategy"]["matrix"]
+    assert not_tested(matrix, PROJECT, NEWEST_TORCH) == []
 
 
 @pytest.mark.parametrize(
@@ -65,7 +74,8 @@ def test_workflow_tests_what_pyproject_promises():
         (lambda m, p: m["os"].remove("macos-latest"), "no job for"),
         (lambda m, p: m["include"].clear(), "no job for"),
         (lambda m, p: m["python"].append("3.10"), "nothing promises"),
-        (lambda m, p: p.update(dependencies=["torch>=2.11,<2.15"]), "no job for"),
+        (lambda m, p: p.update(dependencies=["torch>=2.10"]), "no job for"),
+        (lambda m, p: m.update(torch=["2.13"]), "no job for"),
         (lambda m, p: p.update({"requires-python": ">=3.10"}), "requires-python at 3.10"),
         (lambda m, p: p["classifiers"].remove("Operating System :: MacOS"), "no classifier"),
     ],
@@ -74,7 +84,7 @@ def test_a_gap_between_workflow_and_pyproject_is_seen(change, said):
     matrix = workflow()["jobs"]["tests"]["strategy"]["matrix"]
     project = PROJECT | {"classifiers": list(PROJECT["classifiers"])}
     change(matrix, project)
-    assert said in "\n".join(not_tested(matrix, project))
+    assert said in "\n".join(not_tested(matrix, project, NEWEST_TORCH))
 
 
 def test_workflow_runs_what_make_runs():
@@ -88,6 +98,7 @@ def test_workflow_runs_what_make_runs():
         r"^test:.*\n\t\$\(BIN\)/python (-m pytest .*)", makefile, re.MULTILINE
     )
     assert f"python {pytest_of_make[1]}" in steps
+    assert {"make newest", "make lowest", "docker build -t gpt2 ."} <= set(steps)
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])
@@ -171,6 +182,100 @@ def loose_pins(text: str, wanted: list[str]) -> list[str]:
         if not found or not all(requirement.specifier.contains(version) for version in found):
             wrong.append(f"{requirement} is pinned to {found}")
     return wrong
+
+
+def test_tests_of_the_lower_bounds_are_there():
+    found = re.search(r"^LOWEST_TESTS := ((?:.*\\\n)*.*)$", read("Makefile"), re.MULTILINE)[1]
+    names = found.replace("\\", "").split()
+    assert len(names) > 10
+    assert all((ROOT / name).exists() for name in names)
+
+
+def test_a_lower_bound_that_nobody_can_test_is_seen():
+    """One below what the other packages allow, and one that was forgotten."""
+    project = {
+        "dependencies": ["torch>=2.11", "numpy>=1.26"],
+        "optional-dependencies": {"a": ["Some_thing[x]>=0.2,<3", "us"], "b": ["some-thing>=0.3"]},
+    }
+    pins = "torch==2.11.0+cpu\nnumpy==1.26.0\n    # via torch\nsome-thing==0.3\n"
+    assert not_reached(pins, project) == []
+    assert not_reached(pins.replace("0.3", "0.4"), project) == [
+        "some-thing>=0.3 is in pyproject.toml, 0.4 was installed"
+    ]
+    assert "nothing was installed" in not_reached("torch==2.11.0\n", project)[0]
+    assert len(bounds(PROJECT)) > 30
+
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> "$LOG"
+case "$*" in *torch==*) [ -n "$OFFERED" ] ;; esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize(
+    ("given", "offered", "gpu", "asked", "code"),
+    [
+        ([], "yes", False, "torch==2.13.0+cpu", 0),
+        ([], "", False, "torch==2.13.0+cpu", 0),  # an index without the CPU build: pip chooses
+        ([], "yes", True, "", 0),
+        (["TORCH=2.14.1"], "yes", False, "torch==2.14.1", 0),
+        (["TORCH=2.14.*"], "yes", True, "torch==2.14.*", 0),
+        (["TORCH=2.99"], "", False, "torch==2.99", 2),  # what was asked for is not there
+        (["TORCH="], "yes", False, "", 0),
+    ],
+)
+def test_make_asks_for_the_cpu_build(given, offered, gpu, asked, code, tmp_path):
+    tools, venv = tmp_path / "tools", tmp_path / "venv"
+    for program in (venv / "bin/python", *([tools / "nvidia-smi"] if gpu else [])):
+        program.parent.mkdir(parents=True)
+        program.write_text(FAKE_PYTHON, "utf-8")
+        program.chmod(0o755)
+    path = os.pathsep.join([str(tools), *(p for p in PATH if not Path(p, "nvidia-smi").exists())])
+    env = {"PATH": path, "LOG": str(tmp_path / "log"), "OFFERED": offered}
+    made = subprocess.run(
+        ["make", f"VENV={venv}", *given, f"{venv}/installed-dev"],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == code, made.stderr
+    calls = (tmp_path / "log").read_text("utf-8").splitlines()
+    wanted = [f"-m pip install --quiet {asked}"] if asked else []
+    assert calls == wanted + (["-m pip install --quiet -e .[dev]"] if code == 0 else [])
+    assert ("\nno torch 2.13" in made.stdout) == (asked != "" and not offered and not given)
+
+
+def loose_in_image(dockerfile: str, ignore: str) -> list[str]:
+    """What is wrong with a Dockerfile and its .dockerignore, as far as reading them can tell."""
+    lines = re.sub(r"\\\n", " ", dockerfile).splitlines()
+    steps = [line.split(None, 1) for line in lines if line.strip() and line[0] != "#"]
+    copied = [name for key, rest in steps if key == "COPY" for name in rest.split()[:-1]]
+    sent = {line[1:] for line in ignore.splitlines() if line.startswith("!")}
+    wrong = [f"{name} is not sent" for name in copied if name not in sent]
+    wrong += [f"{name} is not there" for name in copied if not (ROOT / name).exists()]
+    base = steps[0][1]
+    wrong += [] if re.fullmatch(r"python:3\.\d+-slim", base) else [f"loose base {base}"]
+    users = [rest for key, rest in steps if key == "USER"]
+    wrong += [] if users and users[-1] != "root" else ["it runs as root"]
+    for extra in re.findall(r"\.\[([\w,]+)\]", dockerfile):
+        gone = set(extra.split(",")) - set(PROJECT["optional-dependencies"])
+        wrong += [f"no extra {name}" for name in sorted(gone)]
+    return wrong
+
+
+def test_image_of_docker():
+    """A build is for the workflow: here it is only read."""
+    image, ignore = read("Dockerfile"), read(".dockerignore")
+    assert loose_in_image(image, ignore) == []
+    assert loose_in_image(image, ignore.replace("!configs\n", "")) == ["configs is not sent"]
+    assert loose_in_image(image.replace("USER user", "USER root"), ignore) == ["it runs as root"]
+    assert loose_in_image(image.replace("3.12-slim", "latest"), ignore) == [
+        "loose base python:latest"
+    ]
+    assert loose_in_image(image.replace("serve,", "serv,"), ignore) == ["no extra serv"]
+    build = PROJECT_FILE["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {PROJECT["readme"], *PROJECT["license-files"], *build["packages"]}
+    needed |= {Path(name).parts[0] for name in build["force-include"]}
+    assert needed <= {line[1:] for line in ignore.splitlines()}
 
 
 def wanted_by(extras: list[str]) -> list[str]:

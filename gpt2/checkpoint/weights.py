@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config.model import GPT2_VOCAB_SIZE, GPT2Config
+from ..config.run_paths import find_beside
 from ..config.switches import switched
 from ..config.train import ModelOptions
 from ..errors import UserError, first_line
@@ -178,7 +179,7 @@ def _load_adapter(folder: Path) -> Weights:
     """Reads LoRA adapters and their base; returns the merged weights.
 
     The base is what `--init=` was: a known name, OWNER/NAME of the Hub, or a path from the current
-    folder. A base of the clone is looked for beside the adapters first.
+    folder or from one above the adapters. A base of the clone is looked for beside them first.
 
     Raises:
         UserError: base or adapters are missing, damaged, or do not fit one another.
@@ -190,6 +191,9 @@ def _load_adapter(folder: Path) -> Weights:
     if base in IN_CLONE and (folder.parent / base / model_format.CONFIG_FILE).exists():
         base = folder.parent / base
     try:
+        above = Path(find_beside(str(base), folder))
+        if len(Path(base).parts) > 1 and (above.is_file() or (above / "config.json").is_file()):
+            base = above
         if is_adapter(locate(base)):
             raise UserError(f"{base} holds adapters as well, not whole weights")
         found = load(base)

@@ -15,6 +15,7 @@ from ..api import GPT2, TextModel
 from ..checkpoint import weights
 from ..config.command_line import read_toml
 from ..config.commands import EvalConfig
+from ..config.run_paths import CONFIG_FILE, from_here
 from ..config.train import EvalOptions, SystemOptions
 from ..data.conversations import Conversations, check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import Dataset, open_datasets, split_eval_tokens
@@ -163,8 +164,9 @@ def _open(
 
 def _settings_of_run(checkpoint: Path) -> Results:
     """The config.toml beside a checkpoint; {} if there is none."""
+    beside = checkpoint.with_name(CONFIG_FILE)
     try:
-        return read_toml(checkpoint.with_name("config.toml"))
+        return from_here(beside, read_toml(beside))
     except (OSError, ValueError):
         return {}
 

@@ -38,6 +38,7 @@ from ..model.gpt import GPT
 from ..model.unfilled import unfilled
 from ..report import console
 from ..untrusted.parsing import load_json
+from .gguf_file import settings_of, write_gguf
 
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
 FILES = {
@@ -131,6 +132,40 @@ def export_hf(
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder} not written: {error}") from None
     return sorted(path.name for path in folder.iterdir())
+
+
+def export_gguf(
+    weights: Weights, path: Path, dtype: str = "float32", *, chat: bool = False
+) -> None:
+    """Writes a model as one GGUF file, for llama.cpp and Ollama.
+
+    Vectors and the position embedding stay float32, as in the files of llama.cpp's own converter.
+
+    Args:
+        weights: of a GPT-2.
+        path: what to write; new.
+        dtype: float32, bfloat16 or float16, to which the matrices are rounded.
+        chat: whether it was trained on conversations; then the file has their template.
+
+    Raises:
+        UserError: the file is there, no room, no permission, a weight beyond float16, a tokenizer
+            that llama.cpp does not know as GPT-2's.
+    """
+    check_export_file(path)
+    state = _network(weights).state_dict()
+    for note in weights.notes:
+        console.log(f"{weights.origin}: {note}")
+    exact = {name for name, t in state.items() if t.dim() == 1 or ".wpe." in name}
+    tensors = {n: _cast(t, n, "float32" if n in exact else dtype) for n, t in state.items()}
+    write_gguf(path, tensors, settings_of(weights, path.stem, getattr(torch, dtype), chat))
+
+
+def check_export_file(path: Path) -> None:
+    """Raises UserError, before the work, unless a file is new, in a folder that is there."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} is there already; name a new file, as model.gguf")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder; make it first")
 
 
 def push(source: str, repository: str, private: bool) -> str:

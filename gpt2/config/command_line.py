@@ -19,10 +19,42 @@ from typing import Any, NoReturn, TypeVar
 from ..errors import UserError
 from ..untrusted.display import shown
 from ..untrusted.parsing import read_toml
+from .model import OLD_SIZES
 from .options import choices_of, type_of
 from .registry import load_plugin
+from .run_paths import from_here
 
 Config = TypeVar("Config")
+# What people call an option elsewhere -> its names here; the first that a command has is meant.
+SYNONYMS = {
+    "lr": ("learning_rate",),
+    "model": ("size", "init"),
+    "model_size": ("size",),
+    "checkpoint": ("init",),
+    "epochs": ("max_steps",),
+    "num_epochs": ("epochs", "max_steps"),
+    "context": ("block_size",),
+    "context_length": ("block_size",),
+    "seq_len": ("block_size",),
+    "sequence_length": ("block_size",),
+    "max_length": ("block_size", "max_new_tokens"),
+    "steps": ("max_steps",),
+    "iters": ("max_steps",),
+    "max_iters": ("max_steps",),
+    "accum": ("grad_accum_steps",),
+    "gradient_accumulation_steps": ("grad_accum_steps",),
+    "bs": ("batch_size",),
+    "output": ("out_dir", "out"),
+    "output_dir": ("out_dir",),
+    "dataset": ("data_dir",),
+    "layers": ("n_layer",),
+    "heads": ("n_head",),
+    "precision": ("dtype",),
+    "compile": ("compile_model",),
+    "temp": ("temperature",),
+    "max_tokens": ("max_new_tokens",),
+    "length": ("max_new_tokens",),
+}
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -76,9 +108,14 @@ def parse_with_positional(
     arguments = _expand_config_files(given, settings)
     if "plugin" in {f.name for _, f in _options(cls)}:
         _load_plugins(arguments, set(_plugins(given)))
+    everything = "--help=all" in arguments
+    arguments = ["--help" if argument == "--help=all" else argument for argument in arguments]
     for argument in arguments:
+        name, _, value = argument.partition("=")
+        if "checkpoint" in positional and name in ("--model", "--checkpoint", "--init"):
+            raise UserError(f"unknown option {name}; write: {prog} {value or 'CHECKPOINT'} …")
         _check_name(argument, settings | {"-h", "--help", "--config"})
-    parser = _build_parser(cls, prog)
+    parser = _build_parser(cls, prog, everything)
     for name, text in positional.items():
         if name in optional:
             parser.add_argument(name, help=text, nargs="?", default="")
@@ -115,6 +152,16 @@ def check_keywords(options: Iterable[str], names: Collection[str], prog: str) ->
             raise UserError(f"{prog}({shown(name)}=…): unknown option; {hint}")
 
 
+def options_of(cls: type) -> list[tuple[str, tuple[str, ...], str]]:
+    """(name, values that are allowed or (), help) of every option that `--help=all` shows."""
+    found = []
+    for _, f in _options(cls):
+        if f.name not in getattr(cls, "HIDDEN", ()):
+            values = ("True", "False") if type_of(f) is bool else f.metadata["choices"]
+            found.append((f.name, values, f.metadata["help"]))
+    return found
+
+
 def to_toml(settings: Mapping[str, Any]) -> str:
     """Settings as the text of a TOML file."""
     return "".join(f"{name} = {_toml_value(value)}\n" for name, value in settings.items())
@@ -143,23 +190,46 @@ def _flags(f: dataclasses.Field) -> list[str]:
     return [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]
 
 
-def _build_parser(cls: type, prog: str) -> _Parser:
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's, wider; examples and tables stay as they are."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=100)
+
+
+def _build_parser(cls: type, prog: str, everything: bool) -> _Parser:
+    """The parser of all options of `cls`.
+
+    Its help names the options in `cls.DAILY`, in that order, and everything with `--help=all`; a
+    class without DAILY has few options and shows them all. Those in `cls.HIDDEN` are never shown.
+    """
+    hidden, daily = set(getattr(cls, "HIDDEN", ())), list(getattr(cls, "DAILY", ()))
+    options = [(title, f) for title, f in _options(cls)]
+    shown = [f.name for _, f in options if f.name not in hidden]
+    end = getattr(cls, "HELP_END", "")
+    if daily and not everything:
+        options.sort(key=lambda found: daily.index(found[1].name) if found[1].name in daily else 99)
+        options = [("", f) for _, f in options]
+        end += f"\n\n`{prog} --help=all` lists {len(shown) - len(daily)} more options."
+        shown = daily
     parser = _Parser(
         prog=prog,
-        description=cls.__doc__,
+        description=f"The daily options of `{prog}`." if shown == daily else cls.__doc__,
+        epilog=end or None,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        formatter_class=_HelpFormatter,
+        usage=f"{prog} [--NAME=VALUE …]" if daily else None,
     )
     parser.add_argument("--config", metavar="FILE.toml", help="read options from a TOML file")
     groups: dict[str, Any] = {"": parser}
-    for title, f in _options(cls):
+    for title, f in options:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_option(groups[title], f)
+        _add_option(groups[title], f, f.name in shown)
     return parser
 
 
-def _add_option(parser: Any, f: dataclasses.Field) -> None:
+def _add_option(parser: Any, f: dataclasses.Field, shown: bool) -> None:
     kind = type_of(f)
     convert: Any = {int: _int, float: _float, bool: _bool, str: str}[kind]
     extra: dict[str, Any] = {"metavar": kind.__name__.upper()}
@@ -171,6 +241,8 @@ def _add_option(parser: Any, f: dataclasses.Field) -> None:
         extra |= {"nargs": "?", "const": "True"}
     default = f.default if f.default != "" else "empty"
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+    if not shown:
+        text = argparse.SUPPRESS
     parser.add_argument(*_flags(f), type=convert, default=f.default, help=text, **extra)
 
 
@@ -206,6 +278,7 @@ def _bool(text: str) -> bool:
 
 def _choice(choices: tuple[str, ...], text: str) -> str:
     """The choice that equals the text but for upper and lower case: `true` is `True`."""
+    text = OLD_SIZES.get(text, text)
     return next((choice for choice in choices if choice.lower() == text.lower()), text)
 
 
@@ -256,7 +329,8 @@ def _load_plugins(arguments: list[str], named: set[str]) -> None:
 def _arguments_of(path: str, settings: set[str]) -> list[str]:
     """The settings of a TOML file as arguments."""
     arguments = []
-    for name, value in read_toml(Path(path), f"--config={path}").items():
+    settings_there = from_here(Path(path), read_toml(Path(path), f"--config={path}"))
+    for name, value in settings_there.items():
         if not isinstance(value, bool | int | float | str):
             raise UserError(f"{path}: {name} must be a plain value (no tables, no lists)")
         argument = _normalise(f"--{name}={value}")
@@ -270,7 +344,8 @@ def _check_name(argument: str, names: set[str], where: str = "") -> None:
     name = argument.partition("=")[0]
     if not name.startswith("--") or name in names or name == "--":
         return
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    meant = [f"--{ours}" for ours in SYNONYMS.get(name[2:], ()) if f"--{ours}" in names]
+    close = meant[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else "see --help for the list"
     raise UserError(f"{where}unknown option {name}; {hint}")
 

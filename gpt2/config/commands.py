@@ -1,6 +1,7 @@
 """Options of the commands other than `gpt2 train` and `gpt2 finetune`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import UserError
 from .options import at_least, at_most, check_seed, option
@@ -70,7 +71,11 @@ class ExportConfig:
     """All options of `gpt2 export`."""
 
     to: str = option(
-        "hf", "file format: hf is Hugging Face's, which vLLM and llama.cpp read as well", ("hf",)
+        "hf",
+        "hf: a folder in Hugging Face's format, which vLLM reads too; gguf: a file for llama.cpp "
+        "and Ollama",
+        ("hf", "gguf"),
+        alias="format",
     )
     dtype: str = option(
         "float32",
@@ -217,6 +222,10 @@ class InspectConfig:
 class ProfileConfig(TrainConfig):
     """All options of `gpt2 profile`: those of `gpt2 train`, and one more."""
 
+    DAILY: ClassVar[tuple[str, ...]] = (*TrainConfig.DAILY, "trace")
+    HELP_END: ClassVar[str] = """example:
+  gpt2 profile --batch_size=64 --grad_accum_steps=1"""
+
     trace: str = option("trace.json.gz", "file for the Chrome trace")
 
 
@@ -246,3 +255,14 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         at_least(0, eval_tokens=self.eval_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """All options of `gpt2 doctor`."""
+
+    timeout_seconds: float = option(3.0, "how long the Hub may take to answer; 0: do not ask it")
+
+    def __post_init__(self) -> None:
+        at_least(0, timeout_seconds=self.timeout_seconds)
+        at_most(60, timeout_seconds=self.timeout_seconds)

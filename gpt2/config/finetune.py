@@ -1,9 +1,11 @@
 """Options of `gpt2 finetune`: the options of training with other defaults, epochs and LoRA."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
 from ..errors import UserError
 from .options import at_least, at_most, option, resolve
+from .switches import Switches
 from .train import DataOptions, EvalOptions, OptimOptions, OutputOptions, TrainConfig
 
 LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; two are called c_proj
@@ -85,6 +87,21 @@ class TuningOutput(OutputOptions):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
     """All options of `gpt2 finetune`: those of `gpt2 train`, epochs and LoRA."""
+
+    DAILY: ClassVar[tuple[str, ...]] = (
+        *("init", "data_dir", "out_dir", "epochs", "lora_rank", "learning_rate", "batch_size"),
+        *("grad_accum_steps", "block_size", "max_steps", "eval_every", "val_share", "dropout"),
+        *("device", "dtype"),
+    )
+    HELP_END: ClassVar[str] = """examples:
+  gpt2 finetune --init=gpt2 --data=conversations.jsonl
+  gpt2 finetune --init=gpt2-large --data=conversations.jsonl --lora_rank=8
+  gpt2 finetune --init=out/out_ckpt.pt --data=data/mine --out_dir=out/mine"""
+    # The network is that of init: these options are refused, or can only repeat what it has.
+    HIDDEN: ClassVar[tuple[str, ...]] = (
+        *("size", "n_layer", "n_head", "n_embd"),
+        *(f.name for f in fields(Switches)),
+    )
 
     data: TuningData = field(default_factory=TuningData)
     optim: TuningOptim = field(default_factory=TuningOptim)

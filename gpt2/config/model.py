@@ -117,10 +117,26 @@ SIZES: dict[str, dict[str, int]] = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1,558M
     # Ours, for laptops and tests: GPT-2's network, small enough for a CPU.
-    "gpt2-small": {"n_layer": 6, "n_head": 6, "n_embd": 384},  # 30M
+    "gpt2-30m": {"n_layer": 6, "n_head": 6, "n_embd": 384},  # 30M
     "gpt2-mini": {"n_layer": 4, "n_head": 4, "n_embd": 256},  # 16M
     "gpt2-tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128},  # 7M
 }
+
+# "GPT-2 small" is the one of 124M everywhere else; earlier versions called that of 30M so.
+OLD_SIZES = {"gpt2-small": "gpt2-30m"}
+
+
+def sizes_table() -> str:
+    """The named sizes, for `--help`."""
+    lines = ["sizes:           layers  heads  width  parameters"]
+    for name, numbers in SIZES.items():
+        shape = GPT2Config(**numbers)
+        rows = shape.vocab_size + shape.block_size
+        # weights and biases of the blocks (12 C² and 13 C), embeddings, and the last LayerNorm
+        width, layers = shape.n_embd, shape.n_layer
+        millions = (layers * width * (12 * width + 13) + width * (rows + 2)) / 1e6
+        lines.append(f"  {name:<12} {layers:>8} {shape.n_head:>6} {width:>6} {millions:>9,.0f}M")
+    return "\n".join(lines)
 
 
 def to_dict(config: GPT2Config) -> dict[str, Any]:

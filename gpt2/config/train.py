@@ -6,10 +6,10 @@ steps), `_seconds`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import UserError
-from .model import SIZES, GPT2Config, ModernConfig
+from .model import OLD_SIZES, SIZES, GPT2Config, ModernConfig, sizes_table
 from .options import at_least, at_most, check_seed, option, resolve
 from .registry import BUILT_IN, check_loaded, registered
 from .switches import Switches, chosen, switched
@@ -117,6 +117,7 @@ class ModelOptions(Switches):
     dropout: float = option(0.0, "probability of dropping an activation while training")
 
     def __post_init__(self) -> None:
+        resolve(self, size=OLD_SIZES.get(self.size, self.size))
         if not self.init:  # with init, `weights.resolve_options` reads the sizes from the weights
             size = "gpt2" if self.size == "auto" else self.size
             resolve(self, size=size, block_size=self.block_size or GPT2Config.block_size)
@@ -245,6 +246,19 @@ class SystemOptions:
 class TrainConfig:
     """All options of `gpt2 train`."""
 
+    DAILY: ClassVar[tuple[str, ...]] = (
+        *("data_dir", "out_dir", "size", "init", "block_size", "batch_size", "grad_accum_steps"),
+        *("total_batch_tokens", "max_steps", "learning_rate", "eval_every", "save_every", "device"),
+        *("dtype", "compile_model"),
+    )
+    HELP_END: ClassVar[str] = f"""examples:
+  gpt2 train --data_dir=data/mine --size=gpt2-mini --block_size=256 --grad_accum_steps=1
+  gpt2 train --config=configs/gpt2_124m.toml --out_dir=out/first
+  gpt2 train --out_dir=out/first                          the same command continues the run
+  torchrun --standalone --nproc_per_node=8 -m gpt2 train  on 8 GPUs
+
+{sizes_table()}"""
+
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -295,7 +309,9 @@ RENAMED = {"window_start": "sequence_start"}  # options of earlier versions; ali
 def current_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint or config.toml under today's names of the options."""
     renamed = {new: settings[old] for old, new in RENAMED.items() if old in settings}
-    return renamed | {name: value for name, value in settings.items() if name not in RENAMED}
+    renamed |= {name: value for name, value in settings.items() if name not in RENAMED}
+    size = renamed.get("size")
+    return renamed | ({"size": OLD_SIZES[size]} if size in OLD_SIZES else {})
 
 
 @dataclass(frozen=True)

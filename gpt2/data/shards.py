@@ -175,9 +175,9 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
                 f"{folder} holds {split}.bin, as nanoGPT writes it: token ids without a header, "
                 "which shards have; run `gpt2 prepare --source=TEXT` on the text it was made of"
             )
-        raise UserError(
-            f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
-        )
+        texts = any(folder.glob("*.txt")) or any(folder.glob("*.jsonl"))  # people bring these
+        source = f"--source={folder} --out_dir=data/mine" if texts else f"--out_dir={folder}"
+        raise UserError(f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare {source}`")
     vocabulary = of_shards(folder / SHARD_MANIFEST)
     return [open_shard(path, vocabulary) for path in paths]
 

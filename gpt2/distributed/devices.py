@@ -90,13 +90,23 @@ def choose_compile(requested: str, device: torch.device) -> tuple[bool, str]:
     return True, "as asked" if requested == "True" else "faster on this GPU"
 
 
-def _compile_problem(device: torch.device) -> str:
+COMPILERS = ("cc", "gcc", "clang", "g++")
+
+
+def missing_for_compile(device: torch.device) -> str:
+    """What torch.compile lacks on this machine, without trying it; empty: nothing that is known."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
         return "torch.compile needs a GPU of compute capability 7.0 or newer"
-    if sys.platform != "win32" and not any(map(shutil.which, ("cc", "gcc", "clang", "g++"))):
+    if sys.platform != "win32" and not any(map(shutil.which, COMPILERS)):
         return (
             "torch.compile needs a C compiler (install gcc) (docs/troubleshooting.md#no-c-compiler)"
         )
+    return ""
+
+
+def _compile_problem(device: torch.device) -> str:
+    if missing := missing_for_compile(device):
+        return missing
     try:
         trial = torch.compile(lambda x: x * 2 + 1)
         trial(torch.ones(8, device=device))

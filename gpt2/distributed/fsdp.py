@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UserError, first_line
+from . import part_files
 
 # DTensors and FSDP modules are typed as Any: the classes are known only after the imports below.
 # torch.distributed.fsdp, .tensor and .checkpoint are imported inside of functions: they take a
@@ -150,6 +151,8 @@ def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
+    if not hasattr(dcp, "HuggingFaceStorageWriter"):
+        return part_files.write(folder, {name: _rows(t) for name, t in tensors.items()})
     writer = dcp.HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer)
@@ -167,10 +170,21 @@ def read_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
+    if not hasattr(dcp, "HuggingFaceStorageReader"):
+        return part_files.read(folder, {name: _rows(t) for name, t in tensors.items()})
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path=str(folder)))
     except (dcp.CheckpointException, RuntimeError, ValueError, AssertionError, OSError) as error:
         raise UserError(f"{folder} does not fit the model: {_reason(error)}") from None
+
+
+def _rows(t: Any) -> part_files.Rows:
+    """This rank's part of a tensor; with FSDP2 its rows are those of `torch.chunk`."""
+    if not is_part(t):
+        return part_files.Rows(t, 0, t.shape)
+    mesh, rows = t.device_mesh, t.shape[0]
+    first = min(rows, -(-rows // mesh.size()) * mesh.get_local_rank())
+    return part_files.Rows(local(t), first, t.shape)
 
 
 def _reason(error: BaseException) -> str:

@@ -229,8 +229,9 @@ def start(
     else:
         keep_freed_memory()
     if world_size > 1:
-        rt.choices += (_join(rt),)
-        _watch(rt, options.hang_timeout_seconds, log)
+        how, store = _join(rt)
+        rt.choices += (how,)
+        _watch(rt, store, options.hang_timeout_seconds, log)
     elif options.parallel == "fsdp":
         rt.choices += ("parallel=fsdp: one rank holds all weights",)
     seed(options.seed)
@@ -260,11 +261,12 @@ def average(tensors: list[Tensor]) -> None:
         for tensor in tensors:
             dist.all_reduce(tensor, operation)
     if not by_nccl:
-        torch._foreach_div_(tensors, dist.get_world_size())
+        for tensor in tensors:
+            tensor.div_(dist.get_world_size())
 
 
-def _join(rt: Runtime) -> str:
-    """Joins the process group; returns what it is in words."""
+def _join(rt: Runtime) -> tuple[str, Any]:
+    """Joins the process group; returns what it is in words, and the store of all ranks."""
     backend = "nccl" if rt.device.type == "cuda" else "gloo"
     store = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))[0]
     store = dist.PrefixStore(meet(store, rt.rank, rt.world_size), store)
@@ -272,15 +274,14 @@ def _join(rt: Runtime) -> str:
         backend, store=store, timeout=START_TIMEOUT, rank=rt.rank, world_size=rt.world_size
     )
     how = "each with a part of the weights (fsdp)" if rt.sharded else "each with all weights (ddp)"
-    return f"{rt.world_size} ranks by {backend}, {how}"
+    return f"{rt.world_size} ranks by {backend}, {how}", store
 
 
-def _watch(rt: Runtime, seconds: int, log: Callable[[str], None]) -> None:
-    """Starts the watchdog, where this torch lets us have the store by which the ranks met."""
-    get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
-    if seconds and get_store:
-        store = dist.PrefixStore("watchdog", get_store())
+def _watch(rt: Runtime, store: Any, seconds: int, log: Callable[[str], None]) -> None:
+    """Starts the watchdog, on the store by which the ranks met."""
+    if seconds:
         rt.hang_timeout = seconds
+        store = dist.PrefixStore("watchdog", store)
         rt.watchdog = Watchdog(store, rt.rank, rt.world_size, seconds=seconds, log=log)
 
 

@@ -77,7 +77,7 @@ def half_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         layer: has a `weight` (N, K), and a `bias` (N,) or none.
     """
     weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
-    if "fbgemm" in torch.backends.quantized.supported_engines:
+    if _has_fbgemm():
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     weight = weight.half()
@@ -101,15 +101,35 @@ def packed_linear(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor]:
     place: equal up to rounding, but slower.
     """
     weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
-    operators = ("_reorder_linear_weight", "_linear_pointwise")
-    if (
-        not torch.backends.mkldnn.is_available()
-        or weight.dtype != torch.float32
-        or not all(hasattr(torch.ops.mkldnn, name) for name in operators)
-    ):
+    if weight.dtype != torch.float32 or not _has_packed_linear():
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _has_fbgemm() -> bool:
+    """Whether this PyTorch multiplies by fp16 weights packed by FBGEMM."""
+    engines = getattr(torch.backends, "quantized", None)
+    operators = ("linear_prepack_fp16", "linear_dynamic_fp16")
+    return "fbgemm" in getattr(engines, "supported_engines", ()) and all(
+        hasattr(torch.ops.quantized, name) for name in operators
+    )
+
+
+def _has_packed_linear() -> bool:
+    """Whether oneDNN's private operators are there, and do what `packed_linear` asks of them.
+
+    They are tried on a small matrix: a private operator may change its arguments.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    weight, x = torch.arange(12.0).view(3, 4), torch.ones(2, 4)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    return torch.allclose(y, F.linear(x, weight))
 
 
 def supports(model: LanguageModel) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..config.model import IGNORE
 from ..errors import UserError
 from .custom_op import custom_op
-from .precision import HAS_TRITON
+from .fp8 import gradient_to_fp8, quantize, scaled_matmul
+from .precision import GRADIENT_SCALE, HAS_TRITON
 
 # Which gradients `head_loss` computes along with the loss.
 NO_GRADIENT, OF_INPUT, OF_INPUT_AND_WEIGHT = 0, 1, 2
@@ -210,8 +211,6 @@ def _head_in_fp8(
     equally, so softmax ignores it, but rounded to fp8 it would shift each logit differently. The
     gradient of x ignores it too, because gradients of logits sum to zero over the vocabulary.
     """
-    from .triton_training import GRADIENT_SCALE, cross_entropy_fp8, quantize
-
     n = x.shape[0]
     fill = -n % 64  # the kernels' tiles have at most 64 rows
     x, targets = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE)
@@ -224,18 +223,25 @@ def _head_in_fp8(
     total = torch.zeros((), device=x.device)
     for start in range(0, n + fill, _rows_at_once(n)):
         rows = slice(start, start + _rows_at_once(n))
-        logits = torch._scaled_mm(
-            x8[rows], head8.t(), x_scale, head_scale, out_dtype=x.dtype, use_fast_accum=True
-        )
-        loss, grad, grad_t = cross_entropy_fp8(logits, targets[rows], vocab, softcap)
+        logits = scaled_matmul(x8[rows], head8.t(), x_scale, head_scale, x.dtype, fast=True)
+        loss, grad, grad_t = _cross_entropy_fp8(logits, targets[rows], vocab, softcap)
         total += loss
-        grad_x[rows] = torch._scaled_mm(
-            grad, head8_t.t(), grad_scale, head_scale, out_dtype=x.dtype
-        )
-        grad_head += torch._scaled_mm(
-            grad_t, x8_t[:, rows].t(), grad_scale, x_scale, out_dtype=torch.float32
-        )
+        grad_x[rows] = scaled_matmul(grad, head8_t.t(), grad_scale, head_scale, x.dtype)
+        x8_rows = x8_t[:, rows].t()
+        grad_head += scaled_matmul(grad_t, x8_rows, grad_scale, x_scale, torch.float32)
     return total, grad_x[:n], grad_head
+
+
+def _cross_entropy_fp8(
+    logits: Tensor, targets: Tensor, vocab: int, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the cross-entropies, its gradient as `gradient_to_fp8` gives it, the transpose."""
+    if logits.is_cuda and HAS_TRITON:
+        from .triton_training import cross_entropy_fp8
+
+        return cross_entropy_fp8(logits, targets, vocab, softcap)
+    loss, gradient = _loss_and_gradient_of_logits(logits.float(), targets, vocab, True, softcap)
+    return loss, *gradient_to_fp8(gradient)
 
 
 @torch.library.register_fake("gpt2::head_loss_and_gradients")

@@ -27,6 +27,40 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+def layer_norm_backward(  # noqa: PLR0917 - the arguments of PyTorch's operator
+    dy: Tensor,
+    x: Tensor,
+    shape: list[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, weight, bias); the plain form of `aten::native_layer_norm_backward`.
+
+    Args:
+        dy: (..., C) gradient of the result.
+        x: (..., C).
+        shape: (C,).
+        mean: (..., 1).
+        rstd: (..., 1), 1 / deviation.
+        weight: (C,).
+        bias: (C,).
+        wanted: which gradients; None stands for the others.
+    """
+    normed, scaled = (x - mean) * rstd, dy * weight
+    rows = tuple(range(dy.dim() - 1))
+    along = (normed * scaled).mean(-1, keepdim=True)
+    dx = (scaled - scaled.mean(-1, keepdim=True) - normed * along) * rstd
+    dw, db = (dy * normed).sum(rows), dy.sum(rows)
+    return tuple(d if asked else None for d, asked in zip((dx, dw, db), wanted, strict=True))
+
+
+# The operator is not part of PyTorch's public interface.
+_backward = getattr(torch.ops.aten, "native_layer_norm_backward", layer_norm_backward)
+
+
 def _wide_in_bf16(x: Tensor) -> bool:
     in_bf16 = x.dtype is torch.bfloat16 and matmuls_in_bf16("cuda")
     return x.is_cuda and HAS_TRITON and in_bf16 and x.shape[-1] > NARROW
@@ -47,7 +81,7 @@ class _LayerNorm(torch.autograd.Function):
         """
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        grads = torch.ops.aten.native_layer_norm_backward(
+        grads = _backward(
             dy.float(), x.float(), weight.shape, mean, rstd, weight.float(), bias.float(), wanted
         )
         dx, dw, db = (

@@ -268,7 +268,7 @@ def _matmul_dgelu(dy: Tensor, weight: Tensor, before: Tensor) -> Tensor:
         out = torch.empty_like(before)
         cublaslt.matmul(dy, weight, out, epilogue=cublaslt.DGELU, aux=before)
         return out
-    return torch.ops.aten.gelu_backward(dy @ weight, before, approximate="tanh")
+    return gelu_backward(dy @ weight, before)
 
 
 @torch.library.register_fake("gpt2::product_dgelu")
@@ -287,3 +287,12 @@ def gelu(x: Tensor) -> Tensor:
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     u = math.sqrt(2 / math.pi) * (exact + 0.044715 * exact * exact * exact)
     return (exact * torch.sigmoid(2 * u)).to(x.dtype)
+
+
+def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient with respect to x of `gelu`, whose result has the gradient dy; elementwise."""
+    if hasattr(torch.ops.aten, "gelu_backward"):
+        return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(F.gelu(x, approximate="tanh"), x, dy)[0]

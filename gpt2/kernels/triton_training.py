@@ -1,18 +1,16 @@
 """Triton kernels of training: cross-entropy, fp8 quantization and LayerNorm.
 
 Imported on CUDA devices only, where PyTorch installs Triton. `pytest -m gpu` tests each kernel
-against its plain form in `head_loss` and `layer_norm`.
+against its plain form in `head_loss`, `fp8` and `layer_norm`.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-FP8_MAX = 448.0  # of e4m3
-GRADIENT_SCALE = 14  # gradients of logits are stored as e5m2 times 2^14: 2^-30 … 3.5
+from .precision import GRADIENT_SCALE, e4m3_scale
+
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x · log2 e); GPUs have 2^x in hardware
 BLOCK, WARPS = 2048, 4  # columns at a time, and warps per row: the fastest on an H200
 TALL, WIDE = 32, 128  # of a tile of `_gradient_fp8`: the fastest on an H100
@@ -210,16 +208,9 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x / scale in e4m3, its transpose, scale); the scale makes the largest number 448.
-
-    Args:
-        x: (N, C) contiguous.
-
-    Returns:
-        (N, C), (C, N), () float32.
-    """
+    """`fp8.quantize` by one kernel: (N, C) contiguous to (N, C), (C, N), () float32."""
     rows, columns = x.shape
-    scale = (torch.linalg.vector_norm(x, math.inf).float() / FP8_MAX).clamp(min=1e-12)
+    scale = e4m3_scale(x)
     out = x.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
     transposed = x.new_empty(columns, rows, dtype=torch.float8_e4m3fn)
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))

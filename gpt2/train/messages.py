@@ -14,6 +14,7 @@ from ..distributed.runtime import Runtime
 from ..evaluate.loss import Evaluation, combine
 from ..files import write_atomically
 from ..report import console, metrics, throughput
+from ..report.versions import warn_of_newer_torch
 from .run_folder import out_dir
 from .schedules import sequences_left
 from .state import TrainState
@@ -130,6 +131,7 @@ def announce(
         plugins=plugins() or None,
         device=rt.device_name,
     )
+    warn_of_newer_torch()
     c = state.model.config
     console.log(
         f"GPT-2 with {state.model.num_parameters():,} parameters: {c.n_layer} layers, "

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..checkpoint.training_state import Resumed, state_folders
 from ..config import command_line
 from ..config.options import flatten
+from ..config.run_paths import from_anywhere
 from ..config.train import TrainConfig
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -113,7 +114,7 @@ def open_log(
     settings = flatten(config)
     if rt.is_main:
         own = {name: value for name, value in settings.items() if name != "resume"}
-        content = command_line.to_toml(own).encode("utf-8", SURROGATES)
+        content = command_line.to_toml(from_anywhere(own)).encode("utf-8", SURROGATES)
         write_atomically(out_dir(config) / "config.toml", content)
     return metrics.open_run(
         out_dir(config),

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import math
+import re
 import tempfile
 import tomllib
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpt2.config.command_line import parse, parse_with_positional, to_toml
+from gpt2.config.command_line import SYNONYMS, parse, parse_with_positional, to_toml
 from gpt2.config.commands import (
+    AverageConfig,
     ChatConfig,
+    DoctorConfig,
     EvalConfig,
     ExportConfig,
     InspectConfig,
@@ -24,13 +28,17 @@ from gpt2.config.commands import (
     ShowConfig,
 )
 from gpt2.config.finetune import FinetuneConfig
+from gpt2.config.model import SIZES, GPT2Config, sizes_table
 from gpt2.config.options import flatten
-from gpt2.config.train import TrainConfig, current_names
+from gpt2.config.train import ModelOptions, TrainConfig, current_names
 from gpt2.errors import UserError
 from gpt2.untrusted.parsing import SURROGATES, read_toml
 
+from ..conftest import ROOT
+
 CONFIGS = [TrainConfig, FinetuneConfig, ProfileConfig, PrepareConfig, SampleConfig, ShowConfig]
 CONFIGS += [EvalConfig, ExportConfig, PushConfig, ChatConfig, ServeConfig, InspectConfig]
+CONFIGS += [AverageConfig, DoctorConfig]
 
 
 def train(*argv: str) -> dict:
@@ -252,7 +260,81 @@ def test_positional_argument_that_may_be_left_out():
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_help_explains_every_option(cls, capsys):
     with pytest.raises(SystemExit):
-        parse(cls, ["--help"], "gpt2 x")
+        parse(cls, ["--help=all"], "gpt2 x")
     shown = capsys.readouterr().out
     for name in flatten(cls()):
-        assert f"--{name} " in shown
+        assert (f"--{name} " in shown) == (name not in getattr(cls, "HIDDEN", ()))
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, FinetuneConfig])
+def test_help_begins_with_the_daily_options(cls, capsys):
+    """Fifteen, with examples; the rest is one more word away."""
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"], "gpt2 x")
+    shown = capsys.readouterr().out
+    found = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
+    assert found == ["config", *cls.DAILY]
+    assert len(cls.DAILY) == 15
+    assert set(cls.DAILY) <= set(flatten(cls()))
+    assert "examples:\n  gpt2 " in shown
+    more = int(re.search(r"`gpt2 x --help=all` lists (\d+) more options", shown)[1])
+    assert more == len(flatten(cls())) - len(getattr(cls, "HIDDEN", ())) - 15
+    assert all(len(line) <= 100 for line in shown.splitlines())
+
+
+def test_examples_of_the_help_are_commands(monkeypatch):
+    """Their options exist; what follows two spaces is a remark."""
+    for cls in (TrainConfig, FinetuneConfig, ProfileConfig):
+        lines = re.findall(r"^  gpt2 \w+ (.*)$", cls.HELP_END, re.MULTILINE)
+        assert lines
+        for line in lines:
+            monkeypatch.chdir(ROOT)
+            parse(cls, line.partition("  ")[0].split(), "gpt2 x")
+
+
+def test_help_of_train_has_a_table_of_sizes():
+    """And GPT-2 small is nowhere the one of 30M."""
+    for name, numbers in SIZES.items():
+        model = GPT2Config(**numbers)
+        exact = math.prod((model.vocab_size, model.n_embd)) + model.block_size * model.n_embd
+        exact += model.n_layer * (12 * model.n_embd**2 + 13 * model.n_embd) + 2 * model.n_embd
+        (line,) = (x for x in sizes_table().splitlines() if x.split()[0] == name)
+        assert line.split()[-1] == f"{exact / 1e6:,.0f}M"
+    assert "gpt2-small" not in sizes_table() + str(SIZES)
+
+
+def test_the_old_name_of_the_size_of_30m_works():
+    assert train("--size=gpt2-small") == train("--size=gpt2-30m")
+    assert ModelOptions(size="gpt2-small").shape() == GPT2Config(**SIZES["gpt2-30m"])
+    assert current_names({"size": "gpt2-small", "seed": 1}) == {"size": "gpt2-30m", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "meant"),
+    [
+        (TrainConfig, "--lr=1e-3", "--learning_rate"),
+        (TrainConfig, "--model=gpt2", "--size"),
+        (TrainConfig, "--epochs=3", "--max_steps"),
+        (FinetuneConfig, "--num_epochs=3", "--epochs"),
+        (TrainConfig, "--context=256", "--block_size"),
+        (TrainConfig, "--seq-len=256", "--block_size"),
+        (TrainConfig, "--steps=10", "--max_steps"),
+        (TrainConfig, "--accum=4", "--grad_accum_steps"),
+        (SampleConfig, "--max_tokens=4", "--max_new_tokens"),
+    ],
+)
+def test_words_of_other_programs_are_understood(cls, given, meant):
+    with pytest.raises(UserError, match=f"; did you mean {meant}\\?"):
+        parse(cls, [given], "gpt2 x")
+
+
+def test_every_synonym_leads_to_an_option():
+    known = {name for cls in CONFIGS for name in flatten(cls())}
+    for word, names in SYNONYMS.items():
+        assert set(names) <= known, word
+
+
+@pytest.mark.parametrize("given", [["--model=m.pt"], ["--model", "m.pt"], ["--checkpoint=m.pt"]])
+def test_a_checkpoint_needs_no_option(given):
+    with pytest.raises(UserError, match=r"write: gpt2 sample (m.pt|CHECKPOINT)"):
+        parse_with_positional(SampleConfig, given, "gpt2 sample", {"checkpoint": "a file"})

@@ -188,3 +188,14 @@ def test_damaged_manifest(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(UserError, match=r"manifest\.json"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl"])
+def test_a_folder_of_texts_is_led_to_prepare(name, tmp_path):
+    (tmp_path / name).write_text("{}", "utf-8")
+    with pytest.raises(UserError) as caught:
+        find_shards(tmp_path, "train")
+    assert f"run `gpt2 prepare --source={tmp_path} --out_dir=data/mine`" in str(caught.value)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"run `gpt2 prepare --out_dir=.*`"):
+        find_shards(tmp_path, "train")

@@ -63,3 +63,31 @@ def test_the_kernel_is_for_training_of_wide_rows_in_bf16():
         assert layer(x.float()).dtype is torch.float32
         assert LayerNorm(1024).cuda()(x[:, :1024]).dtype is torch.float32
         assert layer.eval()(x).dtype is torch.float32
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)])
+def test_backward_without_the_operator(wanted):
+    x, dy = torch.randn(2, 3, 4, 16, dtype=torch.float64)
+    weight, bias = torch.randn(2, 16, dtype=torch.float64)
+    _, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, 1e-5)
+    given = dy, x, weight.shape, mean, rstd, weight, bias, wanted
+    for found, theirs, asked in zip(
+        layer_norm.layer_norm_backward(*given),
+        torch.ops.aten.native_layer_norm_backward(*given),
+        wanted,
+        strict=True,
+    ):
+        if asked:
+            torch.testing.assert_close(found, theirs)
+        else:
+            assert found is None
+
+
+def test_the_plain_backward_takes_the_place_of_the_operator(monkeypatch):
+    layer = LayerNorm(16)
+    x, upstream = torch.randn(2, 3, 16, requires_grad=True).unbind()
+    monkeypatch.setattr(layer_norm, "_wide_in_bf16", lambda _: True)
+    by_operator = call(layer, x, upstream.detach())
+    monkeypatch.setattr(layer_norm, "_backward", layer_norm.layer_norm_backward)
+    for found, wanted in zip(call(layer, x, upstream.detach()), by_operator, strict=True):
+        torch.testing.assert_close(found, wanted)

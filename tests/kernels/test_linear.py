@@ -78,3 +78,25 @@ def test_small_inputs_dropout_and_inference_take_the_plain_way(monkeypatch):
     torch.manual_seed(0)
     y = linear.add_linear(torch.zeros_like(x), x, block.attn.c_proj, dropout=0.5)
     assert 0.4 < (y == 0).float().mean() < 0.6
+
+
+class Lacking:
+    """`torch.ops.aten` without one operator; torch itself asks it for others."""
+
+    def __init__(self, name):
+        self.name, self.aten = name, torch.ops.aten
+
+    def __getattr__(self, name):
+        if name == self.name:
+            raise AttributeError(name)
+        return getattr(self.aten, name)
+
+
+def test_gelu_backward_without_the_operator(monkeypatch):
+    dy, x = torch.randn(2, 5, 7, dtype=torch.float64)
+    by_operator = linear.gelu_backward(dy, x)
+    monkeypatch.setattr(torch.ops, "aten", Lacking("gelu_backward"))
+    with torch.no_grad():  # as in an operator's own backward
+        found = linear.gelu_backward(dy, x)
+    torch.testing.assert_close(found, by_operator)
+    assert not found.requires_grad

@@ -1,0 +1,81 @@
+"""Paths in a run's config.toml, whichever folder a command is called from.
+
+A run writes its paths as they were given, so relative ones begin at the folder in which it was
+started. Later that folder is found by `out_dir`: of a run in `/a/out/x` with out_dir="out/x" it is
+`/a`. Nothing is recorded, so that a moved or copied project still works. A run whose out_dir does
+not tell (an absolute path, or one with `..`) writes its other paths as absolute ones.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "config.toml"
+PATHS = ("data_dir", "init", "hellaswag")  # options that may name files and folders to read
+PIECE = re.compile(r"^(.*?)(:[\d.eE+-]+)?$")  # of a mix: a folder and its weight
+
+
+def from_here(config: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config.toml with paths that lead from the current folder to the same files.
+
+    Args:
+        config: the file. One that is not in the folder of its run is left as it is.
+        settings: its content.
+    """
+    start = _started_in(config, settings.get("out_dir"))
+    if start is None or start == Path.cwd():
+        return settings
+    found = {name: _moved(settings[name], start) for name in PATHS if name in settings}
+    return settings | found | {"out_dir": os.fspath(start / settings["out_dir"])}
+
+
+def from_anywhere(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings to write: with absolute paths where out_dir does not tell where that was."""
+    if _plain(settings["out_dir"]):
+        return settings
+    here = Path.cwd()
+    return settings | {name: _moved(settings[name], here) for name in PATHS if name in settings}
+
+
+def find_beside(name: str, file: Path) -> str:
+    """A relative path that is not here, looked for in the folders above the file that names it."""
+    if os.path.isabs(name) or os.path.exists(name) or not _plain(name):
+        return name
+    above = (os.fspath(folder / name) for folder in file.resolve().parents)
+    return next(filter(os.path.exists, above), name)
+
+
+def _plain(path: object) -> bool:
+    """Whether this is a relative path that goes down only."""
+    if not isinstance(path, str) or not path:
+        return False
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
+
+
+def _started_in(config: Path, out_dir: object) -> Path | None:
+    """The folder in which a run was started; None: this is not the config.toml in its folder."""
+    if config.name != CONFIG_FILE or not _plain(out_dir):
+        return None
+    folder, names = config.resolve().parent, Path(str(out_dir)).parts
+    if folder.parts[-len(names) :] != names or len(folder.parts) <= len(names):
+        return None
+    return Path(*folder.parts[: -len(names)])
+
+
+def _moved(value: Any, start: Path) -> Any:
+    """A path, or a mix of paths with weights, as seen from another folder than `start`.
+
+    What is not there stays as it is: it may be a name, such as gpt2 or hub.
+    """
+    if not isinstance(value, str) or not value:
+        return value
+    if os.path.exists(start / value):
+        return os.fspath(start / value)
+    pieces = (PIECE.match(piece) for piece in value.split(","))
+    return ",".join(_piece(found[1], found[2] or "", start) for found in pieces if found)
+
+
+def _piece(name: str, weight: str, start: Path) -> str:
+    there = name and os.path.exists(start / name)
+    return (os.fspath(start / name) if there else name) + weight

@@ -1,0 +1,115 @@
+"""A run's folder, its config.toml included, from whichever folder it is used."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gpt2 import GPT2, cli
+from gpt2.checkpoint import model_file
+from gpt2.config.command_line import parse
+from gpt2.config.finetune import TuningOptions
+from gpt2.config.run_paths import find_beside, from_anywhere, from_here
+from gpt2.config.train import TrainConfig
+from gpt2.model.lora import adapt, to_peft
+
+from ..conftest import TINY
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with data and the folder of a run in it; another folder is the current one."""
+    for name in ("data/mine", "data/more", "out/x", "elsewhere/data/mine"):
+        (tmp_path / "project" / name).mkdir(parents=True)
+    (tmp_path / "project/items.jsonl").touch()
+    monkeypatch.chdir(tmp_path / "project/elsewhere")
+    return tmp_path / "project"
+
+
+def test_relative_paths_begin_where_the_run_was_started(project, monkeypatch):
+    settings = {"out_dir": "out/x", "data_dir": "data/mine", "init": "gpt2", "seed": 1,
+                "hellaswag": "items.jsonl"}  # fmt: skip
+    config = project / "out/x/config.toml"
+    found = from_here(config, settings)
+    assert found == {
+        "out_dir": f"{project}/out/x",
+        "data_dir": f"{project}/data/mine",  # not that of the current folder
+        "init": "gpt2",
+        "seed": 1,
+        "hellaswag": f"{project}/items.jsonl",
+    }
+    mix = {"out_dir": "out/x", "data_dir": "data/mine:0.8,data/more:0.2,gone:1"}
+    wanted = f"{project}/data/mine:0.8,{project}/data/more:0.2,gone:1"
+    assert from_here(config, mix)["data_dir"] == wanted
+    monkeypatch.chdir(project)
+    assert from_here(config, settings) is settings
+
+
+@pytest.mark.parametrize(
+    ("name", "out_dir"),
+    [
+        ("out/x/recipe.toml", "out/x"),  # no run wrote it
+        ("config.toml", "out/x"),  # copied out of its folder
+        ("out/x/config.toml", "/absolute/x"),
+        ("out/x/config.toml", "../out/x"),
+        ("out/x/config.toml", ""),
+        ("out/x/config.toml", 7),
+    ],
+)
+def test_other_files_are_left_as_they_are(name, out_dir, project):
+    settings = {"out_dir": out_dir, "data_dir": "data/mine"}
+    assert from_here(project / name, settings) is settings
+
+
+def test_absolute_paths_are_written_where_the_folder_does_not_tell(project, monkeypatch):
+    monkeypatch.chdir(project)
+    settings = {"data_dir": "data/mine", "init": "gpt2-xl", "hellaswag": "hub"}
+    assert from_anywhere(settings | {"out_dir": "out/x"})["data_dir"] == "data/mine"
+    for out_dir in ("/scratch/x", "../x"):
+        found = from_anywhere(settings | {"out_dir": out_dir})
+        assert found["data_dir"] == f"{project}/data/mine"
+        assert (found["init"], found["hellaswag"]) == ("gpt2-xl", "hub")
+
+
+def test_a_base_is_found_above_the_file_that_names_it(project):
+    file = project / "out/x/out_adapter/adapter_config.json"
+    assert find_beside("data/more", file) == f"{project}/data/more"
+    assert find_beside("data/mine", file) == "data/mine"  # it is here
+    for name in ("gpt2", "OWNER/NAME", "/absolute", "../data/more"):
+        assert find_beside(name, file) == name
+
+
+def test_adapters_find_their_base_from_elsewhere(tmp_path, monkeypatch):
+    """As `gpt2 finetune --init=out/base.pt` names it."""
+    model = GPT2(n_layer=1, n_head=1, n_embd=8, block_size=8)
+    for name in ("a/out", "c"):
+        (tmp_path / name).mkdir(parents=True)
+    model.save(tmp_path / "a/out/base.pt")
+    adapt(model, TuningOptions(lora_rank=2))
+    model_file.write_adapter(tmp_path / "a/out/x", *to_peft(model, "out/base.pt"))
+    monkeypatch.chdir(tmp_path / "c")
+    assert GPT2.from_pretrained(tmp_path / "a/out/x", device="cpu").config.n_embd == 8
+
+
+def test_a_run_goes_on_and_is_evaluated_from_elsewhere(data_dir, tmp_path, monkeypatch, capsys):
+    """Also after the whole project has moved."""
+    shutil.copytree(data_dir, tmp_path / "a/data/mine")
+    monkeypatch.chdir(tmp_path / "a")
+    small = [a for a in TINY if not a.startswith(("--n_", "--block", "--eval_tokens"))]
+    given = ["--data_dir=data/mine", "--out_dir=out/x", "--n_layer=1", "--n_head=1", "--n_embd=8",
+             "--block_size=16", "--eval_tokens=100", "--device=cpu"]  # fmt: skip
+    assert cli.main(["train", *small, *given, "--max_steps=1"]) == 0
+    os.rename(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c")
+    run = tmp_path / "b/out/x"
+    capsys.readouterr()
+    assert cli.main(["eval", str(run / "out_ckpt.pt"), "--eval_tokens=100", "--device=cpu"]) == 0
+    assert cli.main(["train", f"--config={run}/config.toml", "--max_steps=2"]) == 0
+    said = capsys.readouterr().out
+    assert f"continuing from {run}/state/step_00000001" in said
+    assert not list(Path.cwd().iterdir())  # nothing was begun here
+    assert GPT2.from_pretrained(run, device="cpu").config.n_embd == 8
+    config = parse(TrainConfig, [f"--config={run}/config.toml"], "gpt2 train")
+    assert config.data.data_dir == str(tmp_path / "b/data/mine")

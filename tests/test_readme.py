@@ -71,6 +71,8 @@ ADDED: dict[str, list[str]] = {
     'gpt2 inspect out/out_ckpt.pt "The cat sat on the mat, and the dog sat on the"': [
         "--out=out/inspect.html",
     ],
+    'gpt2 inspect box "The capital of France is the city of" --patch="The capital of Italy is '
+    'the city of"': ["--out=out/inspect.html"],
     # docs/huggingface.md
     'gpt2 sample gpt2 --prompt="Hello world,"': ["--max_new_tokens=5"],
     "python train_gpt2.py --init=gpt2 --data_dir=data/mine --out_dir=out/tuned "

@@ -22,6 +22,7 @@ from .messages import (
     log_training_step,
     note_batch,
     out_of_memory,
+    watched,
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
 from .run_folder import MODEL_NAME, open_log, out_dir, run_folder_lock
@@ -50,7 +51,7 @@ def run(config: TrainConfig) -> int:
         config = resolve_steps(config, state)
         try:
             archive_previous_run(config, rt, resumed)
-            with state.saver, open_log(config, rt, resumed) as log:
+            with state.saver, open_log(config, rt, resumed) as log, watched(state, config, rt):
                 announce(state, config, rt, resumed)
                 restore_logged_evaluation(state, config, rt, log, resumed)
                 loop(state, config, rt, log)

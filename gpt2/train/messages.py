@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 
 from ..checkpoint.training_state import Resumed
 from ..config.options import flatten
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, current_names
 from ..data.datasets import split_eval_tokens
+from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..evaluate.loss import Evaluation, combine
 from ..files import write_atomically
@@ -15,6 +18,9 @@ from .run_folder import out_dir
 from .schedules import sequences_left
 from .state import TrainState
 
+MANY_EPOCHS = 50
+TOO_LONG = 2 * 86400  # seconds of a run that is warned of
+LONGEST = 10**10  # seconds, three centuries: what a date can be
 FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
 MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that do not change the run itself
 
@@ -153,12 +159,72 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     have = sum(split_eval_tokens(state.datasets, asked))
     fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
     console.log(f"validation on {have:,} tokens{fewer}")
+    if (epochs := most_epochs(state, config.optim)) > MANY_EPOCHS:
+        console.warn(
+            f"the run reads its text {epochs:,.0f} times, so the model will learn it by heart; "
+            f"--max_steps={max(1, round(config.optim.max_steps * 10 / epochs))} reads it 10 times"
+        )
     if resumed:
         console.log(f"continuing from {resumed.path}")
         before, now = current_names(resumed.state["settings"]), flatten(config)
         for name in now:
             if name not in MAY_DIFFER and before.get(name) != now[name]:
                 console.log(f"changed since then: {name} {before.get(name)} -> {now[name]}")
+
+
+@contextlib.contextmanager
+def watched(state: TrainState, config: TrainConfig, rt: Runtime) -> Iterator[None]:
+    """Around the loop: rank 0 says how long a step and the run take, and how far a step is."""
+    if not rt.is_main:
+        yield
+        return
+    compiled = rt.device.type == "cuda" or config.system.compile_model == "True"
+    with state.progress.running(
+        tell=lambda seconds: announce_time(seconds, state, config, rt),
+        wait=lambda: wait_for(rt.device),
+        warm_up=2 if compiled else 0,
+    ):
+        yield
+
+
+def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Runtime) -> None:
+    """One line: seconds of a step, the time until the end, and epochs; warns of a very long run.
+
+    Args:
+        seconds: of a micro-batch, forward and backward.
+        state: of the run.
+        config: its settings.
+        rt: this process.
+    """
+    plan, optim, tokens = state.plan, config.optim, config.eval.eval_tokens
+    per_micro = plan.batch_size * rt.world_size  # sequences
+    training = seconds * sequences_left(state.step, optim, plan) / per_micro
+    every = config.eval.eval_every
+    times = max(1, optim.max_steps // every - state.step // every if every else 1)
+    held_out = sum(split_eval_tokens(state.datasets, tokens))
+    # a forward pass takes a third of forward and backward (Kaplan et al. 2020, section 2.1)
+    evaluation = times * seconds / 3 * held_out / (per_micro * plan.block_size)
+    whole = training + evaluation
+    until = datetime.now() + timedelta(seconds=min(whole, LONGEST))
+    share = f", of which evaluations {console.in_words(evaluation)}" * (evaluation > whole / 20)
+    console.log(
+        f"about {console.in_words(seconds * plan.grad_accum_steps)} a step, "
+        f"{console.in_words(whole)} in all (until {until:%d %b %Y %H:%M}){share}; "
+        f"{most_epochs(state, optim):.2g} epochs"
+    )
+    if whole > TOO_LONG:
+        console.warn(
+            f"{console.in_words(whole)} is long: fewer --max_steps=, a smaller --size=, "
+            "--block_size= or --total_batch_tokens= shorten the run; --config=configs/laptop.toml "
+            "takes minutes (docs/troubleshooting.md#slow-on-a-cpu)"
+        )
+
+
+def most_epochs(state: TrainState, options: OptimOptions) -> float:
+    """How often the whole run reads the dataset that it reads most often."""
+    planned = sequences_left(0, options, state.plan)
+    orders = zip(state.datasets, state.loader.order.orders, strict=True)
+    return max(planned * dataset.share / order.per_epoch for dataset, order in orders)
 
 
 def describe_data(state: TrainState, options: OptimOptions) -> list[str]:

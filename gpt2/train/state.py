@@ -14,6 +14,7 @@ from ..evaluate.tasks import MultipleChoice
 from ..model.gpt import LanguageModel
 from ..report import console, throughput
 from .cuda_graph import MicroBatchGraph
+from .progress import Progress
 
 
 @dataclass
@@ -40,6 +41,7 @@ class TrainState:
     stop: bool = False  # agreed by all ranks
     hellaswag: list[MultipleChoice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
+    progress: Progress = field(default_factory=Progress)
     saver: Saver = field(default_factory=lambda: Saver(console.warn))
 
     @property

@@ -27,7 +27,9 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
             world_size=rt.world_size,
             device=rt.device,
         )
-        result = evaluate(state.model, batches, rt)
+        sequences = -(-eval_tokens // state.plan.block_size)
+        total = -(-sequences // (state.plan.batch_size * rt.world_size))
+        result = evaluate(state.model, state.progress.over(batches, total, "validation: batch"), rt)
         if result is None:
             state.stop = True
             return

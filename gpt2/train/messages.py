@@ -210,7 +210,7 @@ def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Ru
     console.log(
         f"about {console.in_words(seconds * plan.grad_accum_steps)} a step, "
         f"{console.in_words(whole)} in all (until {until:%d %b %Y %H:%M}){share}; "
-        f"{most_epochs(state, optim):.2g} epochs"
+        f"{most_epochs(state, optim):,.1f} epochs"
     )
     if whole > TOO_LONG:
         console.warn(

@@ -6,7 +6,7 @@ steps), `_seconds`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import UserError
 from .model import SIZES, GPT2Config, ModernConfig
@@ -125,6 +125,7 @@ class DataOptions:
         alias="data",
     )
     batch_size: int = option(8, "sequences per micro-batch and rank")
+    smallest_batch: ClassVar[int] = 1  # 0, of `gpt2 finetune`: the data decide
     grad_accum_steps: int = option(
         0, "micro-batches per optimizer step and rank; 0: derived from total_batch_tokens"
     )
@@ -236,7 +237,8 @@ class TrainConfig:
             self.model.shape()
         o = self.optim
         at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
-        at_least(1, keep_last=self.output.keep_last, batch_size=self.data.batch_size)
+        at_least(1, keep_last=self.output.keep_last)
+        at_least(self.data.smallest_batch, batch_size=self.data.batch_size)
         at_least(1, eval_tokens=self.eval.eval_tokens)
         at_most(2**16, batch_size=self.data.batch_size)
         at_most(2**20, grad_accum_steps=self.data.grad_accum_steps)

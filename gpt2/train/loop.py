@@ -27,9 +27,10 @@ from .messages import (
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
 from .run_folder import MODEL_NAME, open_log, out_dir, run_folder_lock
 from .save import export_model, save_checkpoint
-from .setup import build, resolve_init, resolve_steps
+from .setup import build, resolve_init
 from .state import TrainState
 from .step import Launched, train_step
+from .tuning_plan import resolve_steps
 from .validation import evaluate_hellaswag, validate
 
 MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale

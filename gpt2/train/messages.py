@@ -17,6 +17,7 @@ from ..report import console, metrics, throughput
 from .run_folder import out_dir
 from .schedules import sequences_left
 from .state import TrainState
+from .tuning_plan import note_few_steps
 
 MANY_EPOCHS = 50
 TOO_LONG = 2 * 86400  # seconds of a run that is warned of
@@ -159,7 +160,10 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
     have = sum(split_eval_tokens(state.datasets, asked))
     fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
     console.log(f"validation on {have:,} tokens{fewer}")
-    if (epochs := most_epochs(state, config.optim)) > MANY_EPOCHS:
+    epochs = most_epochs(state, config.optim)
+    if few := note_few_steps(config, state.plan, epochs):
+        console.warn(few)
+    if epochs > MANY_EPOCHS:
         console.warn(
             f"the run reads its text {epochs:,.0f} times, so the model will learn it by heart; "
             f"--max_steps={max(1, round(config.optim.max_steps * 10 / epochs))} reads it 10 times"

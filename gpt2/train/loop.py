@@ -19,13 +19,14 @@ from ..report import console, metrics
 from .messages import (
     announce,
     check_first_loss,
+    conclude,
     log_training_step,
     note_batch,
     out_of_memory,
     watched,
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
-from .run_folder import MODEL_NAME, open_log, out_dir, run_folder_lock
+from .run_folder import MODEL_NAME, open_log, run_folder_lock
 from .save import export_model, save_checkpoint
 from .setup import build, resolve_init
 from .state import TrainState
@@ -65,7 +66,7 @@ def run(config: TrainConfig) -> int:
 
 def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
-    resumed_at, max_steps = state.step, config.optim.max_steps
+    resumed_at = state.step
     state.clock.start(state.seconds)
     state.stop = rt.stop_requested()  # a signal may have come during the setup
     launched: deque[Launched] = deque()
@@ -79,10 +80,7 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLo
         while launched and (len(launched) > rt.steps_ahead or needs_sync(state, config)):
             log_step(launched.popleft(), state, config, rt, log)
     if rt.is_main:
-        if early_stopped(state, config):
-            console.log(f"no gain in {state.evals_without_gain} evaluations: stopping early")
-        verb = "stopped" if state.step < max_steps else "finished"
-        console.log(f"{verb} at step {state.step}; the model is {out_dir(config) / MODEL_NAME}")
+        conclude(state, config, resumed_at, early_stopped(state, config))
 
 
 def between_steps(

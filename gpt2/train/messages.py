@@ -6,20 +6,24 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 from ..checkpoint.training_state import Resumed
+from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, current_names
+from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
 from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
+from ..errors import UserError
 from ..evaluate.loss import Evaluation, combine
 from ..files import write_atomically
 from ..report import console, metrics, throughput
-from .run_folder import out_dir
+from .run_folder import MODEL_NAME, out_dir
 from .schedules import sequences_left
 from .state import TrainState
 from .tuning_plan import note_few_steps
 
 MANY_EPOCHS = 50
+PLOT_SECONDS = 30  # a run that trained for so long draws its curves at the end
 TOO_LONG = 2 * 86400  # seconds of a run that is warned of
 LONGEST = 10**10  # seconds, three centuries: what a date can be
 FIRST_LOSS_BELOW, FIRST_LOSS_ABOVE = 0.5, 0.1  # nats
@@ -79,8 +83,9 @@ def log_training_step(  # noqa: PLR0917
         "seconds": state.seconds,
     }
     log.record(step, **values)
-    if rt.is_main:
-        steps = config.optim.max_steps
+    steps = config.optim.max_steps
+    last = step == steps or state.stop
+    if rt.is_main and (state.progress.line_due(config.output.log_seconds) or last):
         sequences = sequences_left(step, config.optim, state.plan)
         left = state.clock.seconds_left(sequences * state.plan.block_size)
         line = {"step": step} | values
@@ -174,6 +179,42 @@ def announce(state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resum
         for name in now:
             if name not in MAY_DIFFER and before.get(name) != now[name]:
                 console.log(f"changed since then: {name} {before.get(name)} -> {now[name]}")
+
+
+def conclude(state: TrainState, config: TrainConfig, resumed_at: int, early: bool) -> None:
+    """The last lines of a run: where the model is, and what can be done with it.
+
+    Args:
+        state: of the run.
+        config: its settings.
+        resumed_at: the step that this process began at.
+        early: whether it stopped because evaluations brought no gain.
+    """
+    steps, folder = config.optim.max_steps, out_dir(config)
+    model = folder / MODEL_NAME
+    if early:
+        console.log(f"no gain in {state.evals_without_gain} evaluations: stopping early")
+    if state.step >= steps and state.step == resumed_at:
+        console.log(
+            f"already finished at step {state.step}; the model is {model}; a larger --max_steps= "
+            "continues, another --out_dir= begins a new run"
+        )
+        return
+    verb = "stopped" if state.step < steps else "finished"
+    console.log(f"{verb} at step {state.step}; the model is {model}")
+    if state.stop and state.step < steps:
+        console.log("the same command continues")
+        return
+    if state.seconds >= PLOT_SECONDS:
+        try:
+            from ..report.plot import plot_run  # imports matplotlib
+
+            console.log(f"curves: {plot_run(folder)}")
+        except UserError as error:
+            console.warn(f"no curves: {error}")
+    chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+    use = f"gpt2 chat {model}" if chat else f'gpt2 sample {model} --prompt="Hello world,"'
+    console.log(f"next: gpt2 plot {folder}, {use}, gpt2 eval {model}")
 
 
 @contextlib.contextmanager

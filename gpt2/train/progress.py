@@ -15,6 +15,7 @@ from ..report import console
 
 QUIET_SECONDS = 10.0  # no line moves in what takes less
 LINE_SECONDS = 60.0  # between two lines where the output is no terminal
+FIRST_LINES = 20  # of steps that are shown whatever the time
 CLEAR_SECONDS = 2.0  # a first micro-batch that takes longer is timed well enough
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class Progress:
         self._told: Callable[[float], None] | None = None  # `tell`, until it was called
         self._wait: Callable[[], None] = lambda: None
         self._warm_up = 0  # micro-batches that are still to come before the one that is timed
+        self._lines, self._last_line = 0, 0.0  # of steps, on the console
         self._started = 0.0  # of the micro-batch that may be timed
 
     @contextlib.contextmanager
@@ -81,6 +83,14 @@ class Progress:
         ):
             yield batch
             self._end(last=done == len(batches))
+
+    def line_due(self, seconds: float) -> bool:
+        """Whether a step gets its console line: the first ones, then one in so many seconds."""
+        now = self._clock()
+        if self._lines >= FIRST_LINES and now - self._last_line < seconds:
+            return False
+        self._lines, self._last_line = self._lines + 1, now
+        return True
 
     def over(self, items: Iterable[T], total: int, name: str) -> Iterator[T]:
         """The items, while the line says how many of them are done."""

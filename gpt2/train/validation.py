@@ -1,16 +1,27 @@
 """Evaluation during a run: the validation loss of each dataset, and HellaSwag."""
 
+import contextlib
+
+import torch
+
+from ..config.finetune import FinetuneConfig
 from ..config.train import TrainConfig
+from ..data.chat_template import encode_prompt
+from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
 from ..data.loader import eval_batches
 from ..distributed.runtime import Runtime
 from ..evaluate.loss import combine, evaluate
 from ..evaluate.tasks import HELLASWAG
-from ..report import metrics
+from ..generate.stream import stream
+from ..report import console, metrics
+from ..tokenizer import gpt2_tokenizer
 from .messages import log_evaluation, log_hellaswag
 from .run_folder import BEST_NAME
 from .save import export_model
 from .state import TrainState
+
+SAMPLE_TOKENS = 40  # of --sample_prompt=
 
 
 def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
@@ -37,6 +48,43 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
     if state.note_evaluation(combine(parts.values()).loss):
         export_model(state, config, rt, BEST_NAME, final=False)
     log_evaluation(parts, state, rt, log)
+    if config.eval.sample_prompt:
+        log_sample(state, config, rt, log)
+
+
+def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
+    """Continues `--sample_prompt=`, on the console and in metrics.jsonl.
+
+    The run does not notice: tokens are drawn by a generator of their own, no compiled code is used
+    or made, and no KV cache or CUDA graph. Under FSDP all ranks compute, since each holds a part.
+    """
+    if not rt.is_main and not rt.sharded:
+        return
+    prompt, tokenizer = config.eval.sample_prompt, gpt2_tokenizer()
+    chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+    ids = encode_prompt([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    model, tokens = state.model, []
+    was_training = model.training
+    try:
+        others_wait = contextlib.nullcontext() if rt.sharded else rt.alone()
+        with torch.compiler.set_stance("force_eager"), rt.autocast(), others_wait:
+            for (token,) in stream(
+                model,
+                [ids],
+                SAMPLE_TOKENS,
+                seed=config.system.seed,
+                stop_token=tokenizer.end_of_text,
+                use_cache=False,
+                temperature=0.8,
+                top_k=50,
+            ):
+                tokens += [] if token is None else [token]
+    finally:
+        model.train(was_training)
+    text = tokenizer.decode(tokens)
+    log.record(state.step, sample=text)
+    if rt.is_main:
+        console.log(f"step {state.step:,} | sample: {prompt}{' -> ' if chat else ''}{text}")
 
 
 def evaluate_hellaswag(state: TrainState, rt: Runtime, log: metrics.RunLog) -> None:

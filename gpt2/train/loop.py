@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..report import console, metrics
 from .messages import (
     announce,
+    answer_signal,
     check_first_loss,
     conclude,
     log_training_step,
@@ -46,7 +47,8 @@ def run(config: TrainConfig) -> int:
     Raises:
         UserError: anything that a person can correct; whatever had been saved is still there.
     """
-    with runtime.start(config.system, console.error) as rt, run_folder_lock(config, rt):
+    started = runtime.start(config.system, console.error, answer_signal)
+    with started as rt, run_folder_lock(config, rt):
         resumed = find_checkpoint(config, rt)
         config, init = resolve_init(config, rt, resumed)
         state = build(config, rt, resumed, init)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
@@ -270,6 +271,12 @@ def most_epochs(state: TrainState, options: OptimOptions) -> float:
     planned = sequences_left(0, options, state.plan)
     orders = zip(state.datasets, state.loader.order.orders, strict=True)
     return max(planned * dataset.share / order.per_epoch for dataset, order in orders)
+
+
+def answer_signal(number: int) -> None:
+    """What a run says to the first signal, while it may still compute for a while."""
+    again = "; Ctrl-C again ends now" if number == signal.SIGINT else ""
+    console.warn(f"{signal.Signals(number).name}: stopping after this step, and saving{again}")
 
 
 def describe_data(state: TrainState, options: OptimOptions) -> list[str]:

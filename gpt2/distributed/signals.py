@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm is often told to send the last
+_asked: list[int] = []  # the signal that came inside of `caught`, until its end
 _waiting = threading.local()  # .depth: how often this thread is inside of `interruptible`
 
 
@@ -26,8 +27,11 @@ def interruptible() -> Iterator[None]:
     """Around waiting for a network: the first signal ends it instead of being noted.
 
     Raises:
-        StopNow: from the code inside, in the main thread and inside of `caught`.
+        StopNow: from the code inside, in the main thread and inside of `caught`; also if the
+            signal came before.
     """
+    if _asked and threading.current_thread() is threading.main_thread():
+        raise StopNow(_asked[0])
     _waiting.depth = getattr(_waiting, "depth", 0) + 1
     try:
         yield
@@ -59,6 +63,7 @@ def caught(
         nonlocal first_time
         if first_time is None:
             first_time = time.monotonic()
+            _asked.append(number)
             stop(number)
             if getattr(_waiting, "depth", 0):
                 raise StopNow(number)
@@ -75,6 +80,7 @@ def caught(
         with _answered(numbers, answer):
             yield
     finally:
+        _asked.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -28,6 +28,7 @@ from ..errors import UserError, first_line
 from ..paths import below, is_below, no_follow
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0  # before a request is made again
+SLICE_SECONDS = 0.2
 SLOW_NAME_SECONDS = 4.0  # a name that took longer to fail is not asked for again
 TRIES = 8  # requests in a row without progress, with about two minutes of waiting in between
 LARGE_REPOSITORY = 50_000  # files; huggingface_hub 1.0 trusts `siblings` up to this number
@@ -296,9 +297,12 @@ class HubDataset:
                 self._log(
                     f"{error}: trying again in {seconds:.3g} s (try {failures + 1} of {TRIES})"
                 )
+            until = time.monotonic() + seconds
             with interruptible():
-                if self._stop.wait(seconds):
-                    raise Stopped
+                # In slices: a signal that another thread received wakes no long wait of this one.
+                while (left := until - time.monotonic()) > 0:
+                    if self._stop.wait(min(SLICE_SECONDS, left)):
+                        raise Stopped
 
     def _find_in_cache(self, path: str) -> list[File]:
         """With HF_HUB_OFFLINE: the files of a snapshot that was downloaded before."""

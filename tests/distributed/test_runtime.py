@@ -91,6 +91,10 @@ def test_waiting_for_a_network_ends_at_the_first_signal(name):
         with signals.interruptible():
             pass
         signal.raise_signal(number)  # outside: it is noted
+        with pytest.raises(signals.StopNow), signals.interruptible():
+            pytest.fail("waited for a network after the signal")
+    with signals.interruptible():  # of the next run
+        pass
 
 
 def test_on_main_passes_results_and_errors():

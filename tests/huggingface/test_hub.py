@@ -82,9 +82,9 @@ def test_a_name_that_does_not_resolve_is_told_soon(hub, tmp_path):
 def test_the_first_signal_ends_waiting_for_the_next_try(hub, tmp_path):
     """As a run with `--eval_hellaswag_every=` waits: its signals are noted and not raised."""
     code = (
-        "import signal, threading; from gpt2.distributed.signals import caught; "
+        "import os, signal, threading; from gpt2.distributed.signals import caught; "
         "hub.FIRST_WAIT_SECONDS = 60; hub.TRIES = 8\n"
-        "    threading.Timer(0.5, signal.raise_signal, (signal.SIGTERM,)).start()\n"
+        "    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
         "    try:\n"
         "        with caught(lambda n: said.append(n)): dataset.find('data')\n"
         "    except KeyboardInterrupt as stopped: result = stopped.number\n"

@@ -190,10 +190,8 @@ class OutputOptions:
     resume: str = option(
         "auto", "auto: continue the run in out_dir; never; or a state/step_ folder"
     )
-    log_every: int = option(1, "steps between lines in metrics.jsonl, and at least on the console")
-    log_seconds: float = option(
-        10.0,
-        "seconds between lines on the console, after the first 20; 0: a line for each of these",
+    log_every: int = option(
+        1, "steps between lines in metrics.jsonl; the console has a line in 10 s after the first 20"
     )
     log_to: str = option("", "also log to these, comma-separated: wandb, tensorboard, trackio")
     run_name: str = option("", "name of the run for log_to; empty: name of out_dir")
@@ -245,7 +243,6 @@ class TrainConfig:
         o = self.optim
         at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
         at_least(1, keep_last=self.output.keep_last)
-        at_least(0, log_seconds=self.output.log_seconds)
         at_least(self.data.smallest_batch, batch_size=self.data.batch_size)
         at_least(1, eval_tokens=self.eval.eval_tokens)
         at_most(2**16, batch_size=self.data.batch_size)

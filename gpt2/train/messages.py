@@ -86,7 +86,7 @@ def log_training_step(  # noqa: PLR0917
     log.record(step, **values)
     steps = config.optim.max_steps
     last = step == steps or state.stop
-    if rt.is_main and (state.progress.line_due(config.output.log_seconds) or last):
+    if rt.is_main and (state.progress.line_due() or last):
         sequences = sequences_left(step, config.optim, state.plan)
         left = state.clock.seconds_left(sequences * state.plan.block_size)
         line = {"step": step} | values

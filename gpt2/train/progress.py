@@ -15,6 +15,7 @@ from ..report import console
 
 QUIET_SECONDS = 10.0  # no line moves in what takes less
 LINE_SECONDS = 60.0  # between two lines where the output is no terminal
+STEP_SECONDS = 10.0  # between two steps that are shown
 FIRST_LINES = 20  # of steps that are shown whatever the time
 CLEAR_SECONDS = 2.0  # a first micro-batch that takes longer is timed well enough
 
@@ -84,10 +85,10 @@ class Progress:
             yield batch
             self._end(last=done == len(batches))
 
-    def line_due(self, seconds: float) -> bool:
+    def line_due(self) -> bool:
         """Whether a step gets its console line: the first ones, then one in so many seconds."""
         now = self._clock()
-        if self._lines >= FIRST_LINES and now - self._last_line < seconds:
+        if self._lines >= FIRST_LINES and now - self._last_line < STEP_SECONDS:
             return False
         self._lines, self._last_line = self._lines + 1, now
         return True

@@ -10,6 +10,7 @@ Longer than 400 lines because every command has its few lines here.
 import difflib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,9 +145,9 @@ def _run(command: str, rest: list[str]) -> int:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return _complain(f"{shown(error.filename)}: {error.strerror}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(stopped, "number", signal.SIGINT)
 
 
 def train(argv: list[str]) -> int:
@@ -440,9 +441,11 @@ def _train(config: TrainConfig | FinetuneConfig) -> int:
 
     try:
         return leave(run(config))
-    except KeyboardInterrupt:  # the second: a checkpoint that is being written is not waited for
+    # The second, or a signal while waiting for a network: a checkpoint that is being written is
+    # not waited for.
+    except KeyboardInterrupt as stopped:
         print("interrupted", file=sys.stderr)
-        return leave(130, at_once=True)
+        return leave(128 + getattr(stopped, "number", signal.SIGINT), at_once=True)
 
 
 def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callable:

@@ -161,6 +161,10 @@ def as_told(error: str) -> tuple[str, set[str]]:
     return line.replace(listed[1].strip(), "…"), set(listed[1].strip().split(", "))
 
 
+# Defaults of gpt2 finetune that today follow the amount of data.
+CHANGED_DEFAULTS = {"help finetune": {"--epochs": "0.0", "--batch_size": "0"}}
+
+
 @pytest.mark.parametrize("name", named("help "))
 def test_options_and_commands_of_before_are_accepted(here, expected, name):
     command, wanted = name.split()[1:], expected[name]
@@ -169,7 +173,7 @@ def test_options_and_commands_of_before_are_accepted(here, expected, name):
     pattern = r"^  (gpt2(?: [a-z_]+)+)  "
     listed = [set(re.findall(pattern, o["help"], re.MULTILINE)) for o in (found, wanted)]
     assert listed[0] >= listed[1]
-    ours, theirs = found["options"], wanted["options"]
+    ours, theirs = found["options"], wanted["options"] | CHANGED_DEFAULTS.get(name, {})
     assert {n: ours.get(n, default) for n, default in theirs.items()} == theirs
     given = {n: d for n, d in theirs.items() if n not in ("--help", "--config")}
     assert "?" not in given.values()

@@ -46,7 +46,9 @@ ADDED: dict[str, list[str]] = {
     ],
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     "gpt2 prepare --source=my_texts --out_dir=data/mine": [],
-    "gpt2 train --data_dir=data/mine --out_dir=out/mine --size=gpt2-mini --block_size=256": SMALL,
+    "gpt2 train --config=configs/laptop.toml --data_dir=data/mine --out_dir=out/mine": [
+        *NO_BATCH, "--total_batch_tokens=0", "--grad_accum_steps=1",
+    ],
     "gpt2 plot out/": [],
     'gpt2 sample out/out_ckpt.pt --prompt="Hello world,"': ["--max_new_tokens=5"],
     "gpt2 eval out/out_ckpt.pt": ["--device=cpu"],
@@ -86,6 +88,8 @@ ADDED: dict[str, list[str]] = {
     'gpt2 inspect out/out_ckpt.pt "The cat sat on the mat, and the dog sat on the"': [
         "--out=out/inspect.html",
     ],
+    'gpt2 inspect box "The capital of France is the city of" --patch="The capital of Italy is '
+    'the city of"': ["--out=out/inspect.html"],
     # docs/huggingface.md
     'gpt2 sample gpt2 --prompt="Hello world,"': ["--max_new_tokens=5"],
     "python train_gpt2.py --init=gpt2 --data_dir=data/mine --out_dir=out/tuned "

@@ -315,3 +315,11 @@ def test_hints_name_our_own_package(tmp_path, monkeypatch):
     for text in documents:
         for extra in re.findall(r'pip install -e "\.\[(\w+)\]"', text):
             assert extra in PROJECT["optional-dependencies"]
+
+
+def test_make_clean_takes_caches_and_the_environment_only():
+    """`out/`, `data/` and `fineweb/` are the user's work."""
+    (command,) = re.findall(r"^clean:\n((?:\t.*\n)+)", read("Makefile"), re.MULTILINE)
+    assert command.split() == [
+        *("rm", "-rf", "$(VENV)", "site", ".pytest_cache", ".ruff_cache", ".mypy_cache"),
+    ]  # fmt: skip

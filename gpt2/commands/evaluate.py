@@ -75,7 +75,8 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         raise UserError(f"--json={config.json}: no such folder; make it, or name another file")
     if config.json:
         check_replaceable(Path(config.json), b'{\n  "checkpoint"', "result of `gpt2 eval`")
-    with runtime.start(SystemOptions(device=config.device, dtype=config.dtype)) as rt:
+    system = SystemOptions(device=config.device, dtype=config.dtype)
+    with runtime.start(system, answer=lambda number: console.warn("stopping")) as rt:
         _check_sources(Path(checkpoint), config)
         found = weights.load(checkpoint)
         found.tokenizer.check()

@@ -17,6 +17,7 @@ from ..evaluate.loss import Evaluation
 from ..files import write_atomically
 from ..interpret import html_page
 from ..interpret.logit_lens import Look, look
+from ..interpret.patching import Patched, check_pair, patch_effects
 from ..report import console
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 
@@ -47,13 +48,17 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
             f"the text has {len(ids):,} tokens, and the model sees {shape.block_size:,} at once; "
             f"leave out {len(ids) - shape.block_size:,} or more"
         )
+    other = _second_text(config, ids, tokenizer)
     model = GPT2.from_weights(found, config.device)
     wanted, note = _maps(shape.n_layer, shape.n_head, len(ids), bool(config.out))
     seen = look(model, ids, config.top, attention=wanted)
+    patched = patch_effects(model, ids, other) if other else None
     console.log(format_table(seen, tokenizer))
+    if patched:
+        console.log(format_patching(patched, tokenizer))
     if config.out:
         facts = _facts(found, seen, checkpoint) | {"note": note}
-        content = html_page.build(seen, facts, tokenizer).encode()
+        content = html_page.build(seen, facts, tokenizer, patched).encode()
         write_atomically(Path(config.out), content)
         console.log(f"{config.out}: {len(content) / 1e6:.1f} MB; open it in a browser")
     return 0
@@ -111,6 +116,54 @@ def format_table(seen: Look, tokenizer: Tokenizer | None = None) -> str:
     return "\n".join([*lines, summary(seen, tokenizer)])
 
 
+def format_patching(patched: Patched, tokenizer: Tokenizer | None = None) -> str:
+    """One line per layer about the last prediction: the place whose patch moves most of it."""
+    last = len(patched.ids) - 1
+    names = [_quoted(int(t[last]), tokenizer) for t in (patched.ours, patched.theirs)]
+    if patched.effect[0, 0, last].isnan():
+        return "patching: the last prediction is the same after both texts; the page has the others"
+    of_a, of_b = patched.probs[:, :, last].tolist()
+    lines = [
+        f"patching: {names[0]} {of_a[0]:.1%}, {names[1]} {of_a[1]:.1%} after the text; "
+        f"{of_b[0]:.1%}, {of_b[1]:.1%} after the second text"
+    ]
+    for layer, effects in enumerate(patched.effect[:, :, last]):
+        at = int(effects.argmax())
+        name = "embedding" if layer == 0 else f"layer {layer - 1}"
+        token = _quoted(patched.other_ids[at], tokenizer)
+        lines.append(f"  {name:<9} {effects[at].item():>5.0%} moves with token {at}, {token}")
+    return "\n".join(lines)
+
+
+def _second_text(config: InspectConfig, ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Ids of the text to patch from; none if none is asked for.
+
+    Raises:
+        UserError: an edited token that is not one token or has no place; texts that cannot be
+            compared.
+    """
+    if not config.patch and not config.patch_token:
+        return []
+    if config.patch:
+        other = encode(config.patch, config.special, tokenizer)
+    else:
+        place, colon, text = config.patch_token.partition(":")
+        if not colon or not place.isdecimal() or int(place) >= len(ids):
+            raise UserError(
+                f"--patch_token={config.patch_token}: use PLACE:TOKEN, as in "
+                f"--patch_token='4: Rome'; the places of this text are 0 to {len(ids) - 1}"
+            )
+        token = encode(text, config.special, tokenizer)
+        if len(token) != 1:
+            raise UserError(
+                f"--patch_token={config.patch_token}: {text!r} is {len(token)} tokens; use one, "
+                "with its space before it, or give the second text as --patch="
+            )
+        other = [*ids[: int(place)], *token, *ids[int(place) + 1 :]]
+    check_pair(ids, other)
+    return other
+
+
 def _likeliest(seen: Look, at: int, room: int, tokenizer: Tokenizer | None) -> str:
     """The likeliest tokens after position `at`: as many as fit into `room`, at least one."""
     text = ""
@@ -164,7 +217,8 @@ def _facts(found: weights.Weights, seen: Look, checkpoint: str) -> dict[str, Any
     switches = c.changed_switches()
     shape = {name: to_dict(c)[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
     return {
-        "model": found.origin,
+        # box is named as it was asked for: pages are passed on, paths of a machine are not
+        "model": found.origin.replace(str(weights.locate(checkpoint)), checkpoint),
         "name": Path(checkpoint).name if Path(checkpoint).exists() else checkpoint,
         "shape": shape,
         "step": found.step,

@@ -209,11 +209,19 @@ class InspectConfig:
     special: bool = option(
         False, "read a literal <|endoftext|> as the token between documents instead of text"
     )
+    patch: str = option(
+        "", "a second text of as many tokens: shows where the difference moves the prediction"
+    )
+    patch_token: str = option(
+        "", "instead of --patch=, one other token: 4: Rome puts ' Rome' in the place of token 4"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     plugin: str = option("", PLUGIN_HELP)
 
     def __post_init__(self) -> None:
         at_least(1, top=self.top)
+        if self.patch and self.patch_token:
+            raise UserError("give --patch= or --patch_token=, not both")
         if self.top > 100:
             raise UserError(f"top={self.top}: use 100 or fewer")
 

@@ -15,7 +15,11 @@ LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; two are call
 class TuningOptions:
     """Fine-tuning."""
 
-    epochs: float = option(3.0, "passes over the data; max_steps may end the run earlier")
+    epochs: float = option(
+        0.0,
+        "passes over the data; max_steps may end the run earlier; 0: as many as make 100 steps, "
+        "from 3 to 30",
+    )
     val_share: float = option(0.05, "share of the conversations held out for validation")
     lora_rank: int = option(
         0, "train LoRA adapters of this rank (8, 16, …) instead of all weights; 0: no"
@@ -30,10 +34,9 @@ class TuningOptions:
         at_most(2**16, lora_rank=self.lora_rank)
         self.targets()
         for name, low, high in (("epochs", 0, 1e6), ("val_share", 0, 1), ("lora_alpha", 0, 1e6)):
-            if not low < getattr(self, name) < high:
-                raise UserError(
-                    f"{name}={getattr(self, name)}: use a number above {low} and below {high:g}"
-                )
+            value = getattr(self, name)
+            if not low < value < high and not (name == "epochs" and value == 0):
+                raise UserError(f"{name}={value}: use a number above {low} and below {high:g}")
 
     def targets(self) -> list[str]:
         """The names in lora_targets; raises UserError for one that no block has."""
@@ -57,6 +60,10 @@ class TuningData(DataOptions):
         "`messages` or Alpaca's), or a folder of shards; several as a.jsonl:0.8,b.jsonl:0.2",
         alias="data",
     )
+    batch_size: int = option(
+        0, "rows per micro-batch and rank; 0: 8, 4, 2 or 1, so that an epoch has 16 steps"
+    )
+    smallest_batch: ClassVar[int] = 0
     grad_accum_steps: int = option(
         0, "micro-batches per optimizer step and rank; 0: 1, or derived from total_batch_tokens"
     )
@@ -67,7 +74,7 @@ class TuningOptim(OptimOptions):
     """Optimizer and schedule."""
 
     max_steps: int = option(1_000_000, "upper limit of optimizer steps")
-    learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 3e-5, or 3e-4 with LoRA")
+    learning_rate: float = option(0.0, "peak learning rate of AdamW; 0: 2e-4, or 1e-3 with LoRA")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +118,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         if not self.optim.learning_rate:
-            rate = 3e-4 if self.tuning.lora_rank else 3e-5
+            rate = 1e-3 if self.tuning.lora_rank else 2e-4  # of docs/results/chat
             resolve(self, optim=replace(self.optim, learning_rate=rate))
         super().__post_init__()
         if self.tuning.lora_rank and self.optim.optimizer != "adamw":
@@ -123,8 +130,12 @@ class FinetuneConfig(TrainConfig):
                 "embedding_lr and head_lr are for weights that lora_rank leaves as they are; leave "
                 "them or lora_rank out"
             )
-        if not self.data.total_batch_tokens and not self.data.grad_accum_steps:
-            resolve(self, data=replace(self.data, grad_accum_steps=1))
+        data = self.data
+        if not data.total_batch_tokens and not data.grad_accum_steps:
+            resolve(self, data=replace(data, grad_accum_steps=1))
+        elif not data.batch_size and (data.total_batch_tokens or data.grad_accum_steps > 1):
+            # a part of a step whose size was chosen
+            resolve(self, data=replace(data, batch_size=DataOptions.batch_size))
 
 
 def tuning_options(config: TrainConfig) -> TuningOptions | None:

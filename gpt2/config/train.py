@@ -146,6 +146,7 @@ class DataOptions:
         alias="data",
     )
     batch_size: int = option(8, "sequences per micro-batch and rank")
+    smallest_batch: ClassVar[int] = 1  # 0, of `gpt2 finetune`: the data decide
     grad_accum_steps: int = option(
         0, "micro-batches per optimizer step and rank; 0: derived from total_batch_tokens"
     )
@@ -189,6 +190,9 @@ class EvalOptions:
     early_stop_evals: int = option(
         0, "stop after this many evaluations without improvement; 0: never"
     )
+    sample_prompt: str = option(
+        "", "a text to continue at each evaluation, in the log (with conversations: a message)"
+    )
     eval_hellaswag_every: int = option(
         0, "steps between evaluations on HellaSwag (also at the end); 0: never"
     )
@@ -207,7 +211,9 @@ class OutputOptions:
     resume: str = option(
         "auto", "auto: continue the run in out_dir; never; or a state/step_ folder"
     )
-    log_every: int = option(1, "steps between lines on the console and in metrics.jsonl")
+    log_every: int = option(
+        1, "steps between lines in metrics.jsonl; the console has a line in 10 s after the first 20"
+    )
     log_to: str = option("", "also log to these, comma-separated: wandb, tensorboard, trackio")
     run_name: str = option("", "name of the run for log_to; empty: name of out_dir")
 
@@ -271,7 +277,8 @@ class TrainConfig:
             self.model.shape()
         o = self.optim
         at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
-        at_least(1, keep_last=self.output.keep_last, batch_size=self.data.batch_size)
+        at_least(1, keep_last=self.output.keep_last)
+        at_least(self.data.smallest_batch, batch_size=self.data.batch_size)
         at_least(1, eval_tokens=self.eval.eval_tokens)
         at_most(2**16, batch_size=self.data.batch_size)
         at_most(2**20, grad_accum_steps=self.data.grad_accum_steps)

@@ -201,13 +201,16 @@ class Runtime:
 
 @contextlib.contextmanager
 def start(
-    options: SystemOptions, log: Callable[[str], None] = lambda text: None
+    options: SystemOptions,
+    log: Callable[[str], None] = lambda text: None,
+    answer: Callable[[int], None] = lambda number: None,
 ) -> Iterator[Runtime]:
     """Joins the process group (under torchrun), chooses the device and catches signals.
 
     Args:
         options: of the machine.
         log: gets one line when a rank hangs, before the process ends.
+        answer: is called on rank 0 with the number of the first signal, by a thread and at once.
 
     Raises:
         UserError: a device that is not there, or a precision that does not fit.
@@ -236,7 +239,7 @@ def start(
         rt.choices += ("parallel=fsdp: one rank holds all weights",)
     seed(options.seed)
     try:
-        with caught(rt.stop):
+        with caught(rt.stop, answer if rt.is_main else lambda number: None):
             yield rt
     finally:
         if rt.watchdog:

@@ -1,23 +1,61 @@
 """Signals that ask a run to stop: Ctrl-C, and what schedulers send before they end a job."""
 
 import contextlib
+import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm is often told to send the last
+_asked: list[int] = []  # the signal that came inside of `caught`, until its end
+_waiting = threading.local()  # .depth: how often this thread is inside of `interruptible`
+
+
+class StopNow(KeyboardInterrupt):
+    """A signal came where there was nothing to finish; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextlib.contextmanager
-def caught(stop: Callable[[int], None]) -> Iterator[None]:
+def interruptible() -> Iterator[None]:
+    """Around waiting for a network: the first signal ends it instead of being noted.
+
+    Raises:
+        StopNow: from the code inside, in the main thread and inside of `caught`; also if the
+            signal came before.
+    """
+    if _asked and threading.current_thread() is threading.main_thread():
+        raise StopNow(_asked[0])
+    _waiting.depth = getattr(_waiting, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _waiting.depth -= 1
+
+
+@contextlib.contextmanager
+def caught(
+    stop: Callable[[int], None], answer: Callable[[int], None] = lambda number: None
+) -> Iterator[None]:
     """Calls `stop` with the first signal's number; a later, second Ctrl-C ends at once.
 
     A terminal sends Ctrl-C to the whole process group, and torchrun passes it on once more.
     Therefore a repetition within a second is one request.
 
+    Args:
+        stop: is called between two instructions of Python, which may take as long as a backward
+            pass or a compilation.
+        answer: is called with the first signal's number by a thread, at once.
+
     Raises:
-        KeyboardInterrupt: from the code inside, at a second Ctrl-C.
+        KeyboardInterrupt: from the code inside, at a second Ctrl-C, or at the first signal inside
+            of `interruptible`.
     """
     first_time: float | None = None
 
@@ -25,7 +63,10 @@ def caught(stop: Callable[[int], None]) -> Iterator[None]:
         nonlocal first_time
         if first_time is None:
             first_time = time.monotonic()
+            _asked.append(number)
             stop(number)
+            if getattr(_waiting, "depth", 0):
+                raise StopNow(number)
         elif number == signal.SIGINT and time.monotonic() - first_time > 1:
             raise KeyboardInterrupt
 
@@ -36,7 +77,39 @@ def caught(stop: Callable[[int], None]) -> Iterator[None]:
         yield
         return
     try:
-        yield
+        with _answered(numbers, answer):
+            yield
     finally:
+        _asked.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _answered(numbers: list[int], answer: Callable[[int], None]) -> Iterator[None]:
+    """Calls `answer` in a thread with the first of these signals that comes.
+
+    C code of Python writes the signal's number into a socket, whatever the main thread computes.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        with contextlib.suppress(OSError):  # closed at the end
+            while received := ours.recv(16):
+                if known := [number for number in received if number in numbers]:
+                    answer(known[0])
+                    return
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        if os.getpid() == process:  # a fork has no such thread
+            thread.join(timeout=1)
+        ours.close()

@@ -10,7 +10,7 @@ from ..data.text_files import read_items
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..huggingface.downloads import Downloads
-from ..huggingface.hub import WAY_OUT, HubDataset
+from ..huggingface.hub import OFFLINE, WAY_OUT, HubDataset
 from ..model.gpt import LanguageModel
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from .scoring import Continuation, score
@@ -87,7 +87,7 @@ def _download(task: Task, log: Callable[[str], None]) -> Path:
             log(f"{task.name}: {path}, commit {dataset.revision[:12]} of {task.repository}")
             return path
     except UserError as error:
-        text = str(error).removesuffix(WAY_OUT).rstrip("; ")
+        text = str(error).removesuffix(WAY_OUT).removesuffix(OFFLINE).rstrip("; ")
         raise UserError(f"--{task.name}={HUB}: {text}; {way_out}") from None
     finally:
         downloads.close()

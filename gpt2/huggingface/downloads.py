@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..distributed.signals import interruptible
 from ..errors import UserError
 from ..files import move, sha256_of
 from ..paths import below, check_unlinked, no_follow
@@ -89,15 +90,18 @@ class Downloads:
             from tqdm import tqdm
 
             part = self._path(file, ".part")
-            with tqdm(
-                total=file.size_bytes,
-                unit="B",
-                unit_scale=True,
-                desc=Path(file.name).name,
-                disable=None,
-                leave=False,
-                dynamic_ncols=True,
-            ) as bar:
+            with (
+                tqdm(
+                    total=file.size_bytes,
+                    unit="B",
+                    unit_scale=True,
+                    desc=Path(file.name).name,
+                    disable=None,
+                    leave=False,
+                    dynamic_ncols=True,
+                ) as bar,
+                interruptible(),
+            ):
                 while not wait([future], POLL_SECONDS).done:
                     bar.update(bytes_of_file(part) - bar.n)
         del self._begun[file.name]

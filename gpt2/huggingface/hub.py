@@ -11,7 +11,9 @@ the next run continues it by an HTTP range request.
 import importlib
 import random
 import re
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +21,15 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
+from ..distributed.signals import interruptible
 from ..errors import UserError, first_line
 from ..paths import below, is_below, no_follow
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0  # before a request is made again
+SLICE_SECONDS = 0.2
+SLOW_NAME_SECONDS = 4.0  # a name that took longer to fail is not asked for again
 TRIES = 8  # requests in a row without progress, with about two minutes of waiting in between
 LARGE_REPOSITORY = 50_000  # files; huggingface_hub 1.0 trusts `siblings` up to this number
 
@@ -53,9 +59,10 @@ class File:
 class _TemporaryError(Exception):
     """A failure that may pass; `seconds` is the wait that the Hub asked for."""
 
-    def __init__(self, reason: str, seconds: float = 0.0):
+    def __init__(self, reason: str, seconds: float = 0.0, unresolved: bool = False):
         super().__init__(reason)
         self.seconds = seconds
+        self.unresolved = unresolved  # the host has no address: there is no network, or a typo
 
 
 class Stopped(Exception):
@@ -75,6 +82,7 @@ class HubDataset:
         self.repository, self.revision = repository, revision
         self._log = log
         self._stop = threading.Event()
+        self._reached = False  # whether any request was answered
 
     @property
     def page(self) -> str:
@@ -226,7 +234,7 @@ class HubDataset:
             seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
             raise _TemporaryError(f"nothing came for {seconds} s") from None
         except http.HTTPError as error:
-            raise _TemporaryError(first_line(error)) from None
+            raise _TemporaryError(first_line(error), unresolved=_unresolved(error)) from None
 
     def _refusal(self, response: Any) -> UserError | _TemporaryError:
         """The error that an answer with a status of 400 or more stands for."""
@@ -250,19 +258,34 @@ class HubDataset:
     def _not_the_hub(self) -> str:
         return f"{self._api} answers with something else than the Hub; {WAY_OUT}"
 
+    def _no_network(self) -> str:
+        from huggingface_hub import constants
+
+        host = urlsplit(constants.ENDPOINT).hostname
+        return (
+            f"the name {host} does not resolve: there is no network, or HF_ENDPOINT or the proxy "
+            f"is wrong; {OFFLINE}"
+        )
+
     def _no_entry(self, what: str) -> str:
         at = f"{self.page}/tree/{self.revision}"
         return f"the dataset {self.repository} has no {what} like this; see {at}"
 
     def _with_retries(self, call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Calls until it works; waits longer and longer while that brings no progress."""
-        failures = 0
+        failures, began = 0, time.monotonic()
         while True:
             before = progress()
             try:
-                return call()
+                with interruptible():
+                    answer = call()
+                self._reached = True
+                return answer
             except _TemporaryError as error:
                 failures = 1 if progress() > before else failures + 1
+                late = failures == 2 or time.monotonic() - began > SLOW_NAME_SECONDS
+                if error.unresolved and not self._reached and late:
+                    raise UserError(self._no_network()) from None
                 if failures == TRIES:
                     raise UserError(
                         f"cannot reach the Hugging Face Hub: {error}, {TRIES} times in a row; "
@@ -274,8 +297,12 @@ class HubDataset:
                 self._log(
                     f"{error}: trying again in {seconds:.3g} s (try {failures + 1} of {TRIES})"
                 )
-            if self._stop.wait(seconds):
-                raise Stopped
+            until = time.monotonic() + seconds
+            with interruptible():
+                # In slices: a signal that another thread received wakes no long wait of this one.
+                while (left := until - time.monotonic()) > 0:
+                    if self._stop.wait(min(SLICE_SECONDS, left)):
+                        raise Stopped
 
     def _find_in_cache(self, path: str) -> list[File]:
         """With HF_HUB_OFFLINE: the files of a snapshot that was downloaded before."""
@@ -305,6 +332,7 @@ class HubDataset:
         return [File(p.relative_to(root).as_posix(), p.stat().st_size) for p in found]
 
 
+OFFLINE = "without a network use --source=PATH, --source=stdlib or HF_HUB_OFFLINE=1 with a cache"
 WAY_OUT = "run the same command again to continue, or use --source=PATH"
 
 
@@ -318,6 +346,14 @@ def _asked_seconds(headers: Any) -> float:
     except (ValueError, TypeError):
         reset = re.search(r";\s*t=(\d+)", headers.get("RateLimit", ""))
         return float(reset[1]) if reset else 0.0
+
+
+def _unresolved(error: BaseException) -> bool:
+    """Whether an error goes back to a name that has no address."""
+    seen: BaseException | None = error
+    while seen and not isinstance(seen, socket.gaierror):
+        seen = seen.__cause__ or seen.__context__
+    return seen is not None
 
 
 def http_library() -> Any:

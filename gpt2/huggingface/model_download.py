@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..distributed.signals import interruptible
 from ..errors import UserError, first_line
 from ..files import sha256_of
 from . import model_format, own_tokenizer
@@ -66,7 +67,7 @@ class _Missing(UserError):
 def _fetch(repository: str, name: str, revision: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    with _as_user_error(repository, name, revision):
+    with _as_user_error(repository, name, revision), interruptible():
         return Path(hf_hub_download(repository, name, revision=revision or None))
 
 

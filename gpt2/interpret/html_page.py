@@ -8,6 +8,7 @@ forbids the browser to load anything.
 import base64
 import codecs
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch import Tensor
 from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from .logit_lens import Look
+from .patching import Patched
 
 MARK = '<meta name="generator" content="gpt2 inspect">'  # identifies our own pages
 FOLDER = Path(__file__).parent / "assets"
-SCRIPTS = ("inspect.js", "attention.js")
+SCRIPTS = ("inspect.js", "patching.js", "attention.js")
 MOST_MAP_BYTES = 48_000_000  # of attention, before base64 makes four bytes of three
 
 
@@ -81,15 +83,23 @@ def pieces(ids: Sequence[int], tokenizer: Tokenizer | None = None) -> list[str]:
     return texts
 
 
-def build(look: Look, facts: dict[str, Any], tokenizer: Tokenizer | None = None) -> str:
+def build(
+    look: Look,
+    facts: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+    patched: Patched | None = None,
+) -> str:
     """The page.
 
     Args:
         look: what to show.
         facts: of the model and the text as a whole, for the head of the page (see page/inspect.js).
         tokenizer: the model's; by default GPT-2's.
+        patched: effects of patches from a second text; None: the page has no such panel.
     """
     used = {*look.ids, *look.top_ids.flatten().tolist(), *look.lens_ids.flatten().tolist()}
+    if patched:
+        used |= {*patched.other_ids, *patched.ours.tolist(), *patched.theirs.tolist()}
     data = facts | {
         "ids": look.ids,
         "pieces": pieces(look.ids, tokenizer),
@@ -102,6 +112,7 @@ def build(look: Look, facts: dict[str, Any], tokenizer: Tokenizer | None = None)
         "lensProbs": _short(look.lens_probs),
         "lensActual": _short(look.lens_actual),
         "first": [layer.tolist() for layer in look.first],
+        "patch": _patch_data(patched) if patched else None,
         "attention": [base64.b64encode(pack_attention(w)).decode() for w in look.attention],
     }
     page = (FOLDER / "inspect.html").read_text("utf-8")
@@ -113,6 +124,22 @@ def build(look: Look, facts: dict[str, Any], tokenizer: Tokenizer | None = None)
     ):
         page = page.replace(f"<!--{name}-->", content)
     return page
+
+
+def _patch_data(patched: Patched) -> dict[str, Any]:
+    """A `Patched` for the page's script: whole percents, none (null) where nothing changes."""
+    percents = (100 * patched.effect.double()).round().clamp(-999, 999)
+    effect = [
+        [[None if math.isnan(value) else int(value) for value in row] for row in layer]
+        for layer in percents.tolist()
+    ]
+    return {
+        "ids": patched.other_ids,
+        "ours": patched.ours.tolist(),
+        "theirs": patched.theirs.tolist(),
+        "probs": [[_short(row) for row in text] for text in patched.probs],
+        "effect": effect,
+    }
 
 
 def check_page_path(path: Path) -> None:

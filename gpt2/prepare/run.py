@@ -20,6 +20,7 @@ from ..untrusted.display import shown
 from ..untrusted.long_text import PIECE
 from .estimate import forecast, limit_name, limit_text
 from .fast_tokenizer import tokenizer_class
+from .first_run import command
 from .shard_job import ShardJob, open_job, started
 from .tokenize_rows import Position, RowBatch, encode_rows
 
@@ -201,11 +202,16 @@ def _summary(job: ShardJob) -> str:
         note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
     elif job.shards and job.shards[-1]["tokens"] < done["shard_tokens"]:
         note = "the last shard is partial by design: it holds what was left\n"
-    then = f"train on it: python train_gpt2.py --data_dir={job.out_dir}"
+    then = ""
     if "worker" in done:
         then = f"when all workers are done: gpt2 shards merge {job.out_dir.parent}"
         if not done["complete"]:
             then = "`gpt2 shards merge` needs the whole share: run it again without a limit"
+    else:
+        from ..distributed.devices import choose_device  # imports torch: at the end, and once
+
+        device = choose_device("auto").type
+        then = f"train on it ({device}): {command(done['tokens'], device, job.out_dir)}"
     return (
         f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "
         f"in {job.out_dir}; {done['skipped_rows']:,} rows without a text were skipped{odd}\n"

@@ -2,7 +2,9 @@
 
 import math
 import select
+import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -46,10 +48,34 @@ def one_line(text: str) -> str:
     return shown(" ".join(text.split()), LONGEST)
 
 
+def status(text: str) -> bool:
+    """Shows one line on a terminal, over the last one of `status`; "" takes it away.
+
+    The next message takes its place. Returns False where stderr is no terminal: nothing is shown.
+    """
+    stream = sys.stderr
+    if stream is None or not stream.isatty():
+        return False
+    with _writing:
+        width = shutil.get_terminal_size().columns - 1
+        shown_text = shown(text, limit=0)[:width]
+        if shown_text or _moving:
+            print(f"\r{shown_text}\x1b[K", end="", file=stream, flush=True)
+        _moving[:] = [shown_text] if shown_text else []
+    return True
+
+
+_writing = threading.RLock()  # a line of another thread must not cut one in two
+_moving: list[str] = []  # the line that `status` shows, if any
+
+
 def _write(stream: TextIO, text: str) -> None:
     """Print; a character that the console's encoding lacks becomes "?" instead of a crash."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    with _writing:
+        if _moving:
+            status("")
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
 
 
 def console_line(values: dict, *, max_steps: int, seconds_left: float | None) -> str:
@@ -98,6 +124,17 @@ def format_count(count: float) -> str:
         count /= 1000
     digits = 0 if not unit or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
     return f"{count:.{digits}f}{unit}"
+
+
+def in_words(seconds: float) -> str:
+    """The largest unit: 0.4 seconds, 45 seconds, 12 minutes, 5 hours, 33 days, 60 years."""
+    units = (("year", 365.25 * 86400), ("day", 86400), ("hour", 3600), ("minute", 60))
+    for name, size in units:
+        if seconds >= (2 if name != "minute" else 1.5) * size:
+            return f"{seconds / size:,.0f} {name}s"
+    if seconds >= 9.5:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds:.2g} seconds"
 
 
 def format_seconds(seconds: float) -> str:

@@ -20,17 +20,21 @@ from ..report.trackers import Sink
 from .first_loss import check_first_loss
 from .messages import (
     announce,
+    answer_signal,
+    conclude,
     log_training_step,
     note_batch,
     out_of_memory,
+    watched,
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
-from .run_folder import MODEL_NAME, open_log, out_dir, run_folder_lock
+from .run_folder import MODEL_NAME, open_log, run_folder_lock
 from .run_tokenizer import resolve_vocabulary
 from .save import export_model, save_checkpoint
-from .setup import build, resolve_init, resolve_steps
+from .setup import build, resolve_init
 from .state import TrainState
 from .step import Launched, train_step
+from .tuning_plan import resolve_steps
 from .validation import evaluate_hellaswag, validate
 
 MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale
@@ -49,7 +53,8 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
     Raises:
         UserError: anything that a person can correct; whatever had been saved is still there.
     """
-    with runtime.start(config.system, console.error) as rt, run_folder_lock(config, rt):
+    started = runtime.start(config.system, console.error, answer_signal)
+    with started as rt, run_folder_lock(config, rt):
         config = resolve_vocabulary(config)
         resumed = find_checkpoint(config, rt)
         config, init = resolve_init(config, rt, resumed)
@@ -57,7 +62,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
         config = resolve_steps(config, state)
         try:
             archive_previous_run(config, rt, resumed)
-            with state.saver, open_log(config, rt, resumed) as log:
+            with state.saver, open_log(config, rt, resumed) as log, watched(state, config, rt):
                 if watch:
                     log.attach("watch", watch)
                 announce(state, config, rt, resumed, log)
@@ -72,7 +77,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
 
 def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
-    resumed_at, max_steps = state.step, config.optim.max_steps
+    resumed_at = state.step
     state.clock.start(state.seconds)
     state.stop = rt.stop_requested()  # a signal may have come during the setup
     launched: deque[Launched] = deque()
@@ -86,10 +91,7 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLo
         while launched and (len(launched) > rt.steps_ahead or needs_sync(state, config)):
             log_step(launched.popleft(), state, config, rt, log)
     if rt.is_main:
-        if early_stopped(state, config):
-            console.log(f"no gain in {state.evals_without_gain} evaluations: stopping early")
-        verb = "stopped" if state.step < max_steps else "finished"
-        console.log(f"{verb} at step {state.step}; the model is {out_dir(config) / MODEL_NAME}")
+        conclude(state, config, resumed_at, early_stopped(state, config))
 
 
 def between_steps(

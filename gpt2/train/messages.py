@@ -3,22 +3,34 @@
 import contextlib
 import hashlib
 import json
+import signal
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 from ..checkpoint.training_state import Resumed
+from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
 from ..config.registry import plugins
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, current_names
+from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
+from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
+from ..errors import UserError
 from ..evaluate.loss import Evaluation, combine
 from ..files import write_atomically
 from ..report import console, metrics, throughput
 from ..report.versions import warn_of_newer_torch
-from .run_folder import out_dir
+from .run_folder import MODEL_NAME, out_dir
 from .schedules import sequences_left
 from .state import TrainState
+from .tuning_plan import note_few_steps
 
+MANY_EPOCHS = 50
+PLOT_SECONDS = 30  # a run that trained for so long draws its curves at the end
+TOO_LONG = 2 * 86400  # seconds of a run that is warned of
+LONGEST = 10**10  # seconds, three centuries: what a date can be
 MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that do not change the run itself
 
 
@@ -75,8 +87,9 @@ def log_training_step(  # noqa: PLR0917
         "seconds": state.seconds,
     }
     log.record(step, **values)
-    if rt.is_main:
-        steps = config.optim.max_steps
+    steps = config.optim.max_steps
+    last = step == steps or state.stop
+    if rt.is_main and (state.progress.line_due() or last):
         sequences = sequences_left(step, config.optim, state.plan)
         left = state.clock.seconds_left(sequences * state.plan.block_size)
         line = {"step": step} | values
@@ -146,6 +159,14 @@ def announce(
     have = sum(split_eval_tokens(state.datasets, asked))
     fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
     console.log(f"validation on {have:,} tokens{fewer}")
+    epochs = most_epochs(state, config.optim)
+    if few := note_few_steps(config, state.plan, epochs):
+        console.warn(few)
+    if epochs > MANY_EPOCHS:
+        console.warn(
+            f"the run reads its text {epochs:,.0f} times, so the model will learn it by heart; "
+            f"--max_steps={max(1, round(config.optim.max_steps * 10 / epochs))} reads it 10 times"
+        )
     if resumed:
         console.log(f"continuing from {resumed.path}")
         for path, digest in plugins().items():
@@ -176,6 +197,103 @@ def validation_fingerprint(state: TrainState) -> str:
         for dataset in state.datasets
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def conclude(state: TrainState, config: TrainConfig, resumed_at: int, early: bool) -> None:
+    """The last lines of a run: where the model is, and what can be done with it.
+
+    Args:
+        state: of the run.
+        config: its settings.
+        resumed_at: the step that this process began at.
+        early: whether it stopped because evaluations brought no gain.
+    """
+    steps, folder = config.optim.max_steps, out_dir(config)
+    model = folder / MODEL_NAME
+    if early:
+        console.log(f"no gain in {state.evals_without_gain} evaluations: stopping early")
+    if state.step >= steps and state.step == resumed_at:
+        console.log(
+            f"already finished at step {state.step}; the model is {model}; a larger --max_steps= "
+            "continues, another --out_dir= begins a new run"
+        )
+        return
+    verb = "stopped" if state.step < steps else "finished"
+    console.log(f"{verb} at step {state.step}; the model is {model}")
+    if state.stop and state.step < steps:
+        console.log("the same command continues")
+        return
+    if state.seconds >= PLOT_SECONDS:
+        try:
+            from ..report.plot import plot_run  # imports matplotlib
+
+            console.log(f"curves: {plot_run(folder)}")
+        except UserError as error:
+            console.warn(f"no curves: {error}")
+    chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+    use = f"gpt2 chat {model}" if chat else f'gpt2 sample {model} --prompt="Hello world,"'
+    console.log(f"next: gpt2 plot {folder}, {use}, gpt2 eval {model}")
+
+
+@contextlib.contextmanager
+def watched(state: TrainState, config: TrainConfig, rt: Runtime) -> Iterator[None]:
+    """Around the loop: rank 0 says how long a step and the run take, and how far a step is."""
+    if not rt.is_main:
+        yield
+        return
+    compiled = rt.device.type == "cuda" or config.system.compile_model == "True"
+    with state.progress.running(
+        tell=lambda seconds: announce_time(seconds, state, config, rt),
+        wait=lambda: wait_for(rt.device),
+        warm_up=2 if compiled else 0,
+    ):
+        yield
+
+
+def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Runtime) -> None:
+    """One line: seconds of a step, the time until the end, and epochs; warns of a very long run.
+
+    Args:
+        seconds: of a micro-batch, forward and backward.
+        state: of the run.
+        config: its settings.
+        rt: this process.
+    """
+    plan, optim, tokens = state.plan, config.optim, config.eval.eval_tokens
+    per_micro = plan.batch_size * rt.world_size  # sequences
+    training = seconds * sequences_left(state.step, optim, plan) / per_micro
+    every = config.eval.eval_every
+    times = max(1, optim.max_steps // every - state.step // every if every else 1)
+    held_out = sum(split_eval_tokens(state.datasets, tokens))
+    # a forward pass takes a third of forward and backward (Kaplan et al. 2020, section 2.1)
+    evaluation = times * seconds / 3 * held_out / (per_micro * plan.block_size)
+    whole = training + evaluation
+    until = datetime.now() + timedelta(seconds=min(whole, LONGEST))
+    share = f", of which evaluations {console.in_words(evaluation)}" * (evaluation > whole / 20)
+    console.log(
+        f"about {console.in_words(seconds * plan.grad_accum_steps)} a step, "
+        f"{console.in_words(whole)} in all (until {until:%d %b %Y %H:%M}){share}; "
+        f"{most_epochs(state, optim):,.1f} epochs"
+    )
+    if whole > TOO_LONG:
+        console.warn(
+            f"{console.in_words(whole)} is long: fewer --max_steps=, a smaller --size=, "
+            "--block_size= or --total_batch_tokens= shorten the run; --config=configs/laptop.toml "
+            "takes minutes (docs/troubleshooting.md#slow-on-a-cpu)"
+        )
+
+
+def most_epochs(state: TrainState, options: OptimOptions) -> float:
+    """How often the whole run reads the dataset that it reads most often."""
+    planned = sequences_left(0, options, state.plan)
+    orders = zip(state.datasets, state.loader.order.orders, strict=True)
+    return max(planned * dataset.share / order.per_epoch for dataset, order in orders)
+
+
+def answer_signal(number: int) -> None:
+    """What a run says to the first signal, while it may still compute for a while."""
+    again = "; Ctrl-C again ends now" if number == signal.SIGINT else ""
+    console.warn(f"{signal.Signals(number).name}: stopping after this step, and saving{again}")
 
 
 def describe_data(state: TrainState, options: OptimOptions) -> list[str]:

@@ -24,7 +24,7 @@ from ..report import console
 from .optimizer_state import check_groups
 from .run_folder import out_dir
 from .state import TrainState
-from .weight_average import averaged
+from .weight_average import averaged, forget_average
 
 # Keys of the tensors to save. `Saver` names its buffers by them and copies each once a step: a
 # checkpoint and the model for use share one copy of the weights.
@@ -71,7 +71,7 @@ def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: 
     write(state, rt, tensors, write_checkpoint, final)
 
 
-def restore(state: TrainState, resumed: Resumed, rt: Runtime) -> None:
+def restore(state: TrainState, config: TrainConfig, resumed: Resumed, rt: Runtime) -> None:
     """Restores a checkpoint; the loader was made with its position.
 
     Raises:
@@ -79,6 +79,8 @@ def restore(state: TrainState, resumed: Resumed, rt: Runtime) -> None:
     """
     with whole(resumed.path / STATE_FILE):
         _restore(state, resumed, rt)
+    if not config.optim.ema_steps:
+        forget_average(state.optimizer)
 
 
 def _restore(state: TrainState, resumed: Resumed, rt: Runtime) -> None:

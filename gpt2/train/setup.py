@@ -1,7 +1,5 @@
 """How a run begins: with which weights, data, network and optimizer."""
 
-import bisect
-import math
 from dataclasses import replace
 
 from ..checkpoint import model_file, weights
@@ -26,9 +24,9 @@ from .optimizer import build_optimizer
 from .run_data import order_data, read_hellaswag
 from .run_tokenizer import check_init_tokenizer, run_tokenizer
 from .save import restore
-from .schedules import check_plan, sequences_left
+from .schedules import check_plan
 from .state import TrainState
-from .weight_average import forget_average
+from .tuning_plan import fit_batch
 
 DEEP = 24  # a deeper network is compiled block by block
 
@@ -66,24 +64,6 @@ def resolve_init(
     return replace(config, model=resolved), next(iter(loaded), None)
 
 
-def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
-    """The settings with `max_steps` lowered to the steps that `--epochs=` takes."""
-    tuning = tuning_options(config)
-    if tuning is None:
-        return config
-    rows = sum(order.per_epoch for order in state.loader.order.orders)
-    wanted = tuning.epochs * rows
-    steps = max(1, math.ceil(wanted / state.plan.sequences_per_step))
-    if config.optim.batch_warmup:  # steps are smaller at first, by no more than half on average
-
-        def sequences(max_steps: int) -> int:
-            return sequences_left(0, replace(config.optim, max_steps=max_steps), state.plan)
-
-        steps = bisect.bisect_left(range(2 * steps), wanted, lo=steps, key=sequences)
-    max_steps = min(config.optim.max_steps, steps)
-    return replace(config, optim=replace(config.optim, max_steps=max_steps))
-
-
 def build(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None, init: Weights | None = None
 ) -> TrainState:
@@ -100,10 +80,13 @@ def build(
             first step.
     """
     shape = config.model.shape()
-    plan = plan_batch(config.data, shape.block_size, rt.world_size)
-    check_plan(resumed.step if resumed else 0, config.optim, plan)
+    if config.data.batch_size:  # a mistake is said before data are read
+        plan_batch(config.data, shape.block_size, rt.world_size)
     tokenizer = run_tokenizer(config, rt, resumed, init)
     datasets, mixture, data_notes = order_data(config, rt, resumed, tokenizer)
+    data_options = fit_batch(config.data, mixture, rt.world_size, resumed)
+    plan = plan_batch(data_options, shape.block_size, rt.world_size)
+    check_plan(resumed.step if resumed else 0, config.optim, plan)
     check_names(config.output.log_to)
     hellaswag = read_hellaswag(config, rt, tokenizer)
     model = build_network(config, rt, init)
@@ -135,12 +118,10 @@ def build(
     )
     if resumed:
         try:
-            restore(state, resumed, rt)
+            restore(state, config, resumed, rt)
         except UserError:
             state.loader.close()  # ends its thread
             raise
-        if not config.optim.ema_steps:
-            forget_average(state.optimizer)
     # after `restore`: every rank gets the weights of rank 0
     state.wrapped_model = rt.wrap(model, recorded)
     return state

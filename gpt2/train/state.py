@@ -15,6 +15,7 @@ from ..model.gpt import LanguageModel
 from ..report import console, throughput
 from ..tokenizer import Tokenizer
 from .cuda_graph import MicroBatchGraph
+from .progress import Progress
 
 
 @dataclass
@@ -42,6 +43,7 @@ class TrainState:
     stop: bool = False  # agreed by all ranks
     hellaswag: list[MultipleChoice] = field(default_factory=list)  # items, if it is evaluated
     hellaswag_at: int = -1  # the step of its last evaluation
+    progress: Progress = field(default_factory=Progress)
     saver: Saver = field(default_factory=lambda: Saver(console.warn))
 
     @property

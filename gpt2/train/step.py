@@ -63,7 +63,7 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
     # DDP and FSDP average gradients over ranks; the world size turns that into a sum.
     factor = state.scaler.scale(rt.world_size / valid_tokens)
     loss_sum = torch.zeros((), device=rt.device)
-    for micro, batch in enumerate(batches):
+    for micro, batch in enumerate(state.progress.micro_batches(batches, state.step + 1)):
         with rt.gradient_sync(state.wrapped_model, last=micro == len(batches) - 1):
             loss_sum += micro_batch(state, config, rt, batch, factor, first=micro == 0)
     rt.average_gradients(state.wrapped_model)

@@ -1,17 +1,28 @@
 """Evaluation during a run: the validation loss of each dataset, and HellaSwag."""
 
+import contextlib
+
+import torch
+
+from ..config.finetune import FinetuneConfig
 from ..config.train import TrainConfig
+from ..data.chat_template import Message, encode_prompt, turn_end
+from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
 from ..data.loader import eval_batches
 from ..distributed.runtime import Runtime
 from ..evaluate.loss import combine, evaluate
 from ..evaluate.tasks import HELLASWAG
-from ..report import metrics
+from ..generate.stream import stream
+from ..report import console, metrics
+from ..tokenizer import gpt2_tokenizer
 from .messages import log_evaluation, log_hellaswag
 from .run_folder import BEST_NAME
 from .save import export_model
 from .state import TrainState
 from .weight_average import averaged
+
+SAMPLE_TOKENS = 40  # of --sample_prompt=
 
 
 def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
@@ -28,8 +39,11 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
             world_size=rt.world_size,
             device=rt.device,
         )
+        sequences = -(-eval_tokens // state.plan.block_size)
+        total = -(-sequences // (state.plan.batch_size * rt.world_size))
+        shown = state.progress.over(batches, total, "validation: batch")
         with averaged(state.optimizer):
-            result = evaluate(state.model, batches, rt, state.own_tokenizer)
+            result = evaluate(state.model, shown, rt, state.own_tokenizer)
         if result is None:
             state.stop = True
             return
@@ -37,6 +51,45 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
     if state.note_evaluation(combine(parts.values()).loss):
         export_model(state, config, rt, BEST_NAME, final=False)
     log_evaluation(parts, state, rt, log)
+    if config.eval.sample_prompt:
+        log_sample(state, config, rt, log)
+
+
+def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
+    """Continues `--sample_prompt=`, on the console and in metrics.jsonl.
+
+    The run does not notice: tokens are drawn by a generator of their own, no compiled code is used
+    or made, and no KV cache or CUDA graph. Under FSDP all ranks compute, since each holds a part.
+    """
+    if not rt.is_main and not rt.sharded:
+        return
+    prompt, tokenizer = config.eval.sample_prompt, state.own_tokenizer or gpt2_tokenizer()
+    chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+    messages: list[Message] = [{"role": "user", "content": prompt}]
+    ids = encode_prompt(messages, tokenizer) if chat else tokenizer.encode(prompt)
+    model, tokens = state.model, []
+    was_training = model.training
+    try:
+        others_wait = contextlib.nullcontext() if rt.sharded else rt.alone()
+        eager = torch.compiler.set_stance("force_eager")
+        with averaged(state.optimizer), eager, rt.autocast(), others_wait:
+            for (token,) in stream(
+                model,
+                [ids],
+                SAMPLE_TOKENS,
+                seed=config.system.seed,
+                stop_token=turn_end(tokenizer) if chat else tokenizer.end_of_text,
+                use_cache=False,
+                temperature=0.8,
+                top_k=50,
+            ):
+                tokens += [] if token is None else [token]
+    finally:
+        model.train(was_training)
+    text = tokenizer.decode(tokens)
+    log.record(state.step, sample=text)
+    if rt.is_main:
+        console.log(f"step {state.step:,} | sample: {prompt}{' -> ' if chat else ''}{text}")
 
 
 def evaluate_hellaswag(state: TrainState, rt: Runtime, log: metrics.RunLog) -> None:

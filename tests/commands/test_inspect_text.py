@@ -132,6 +132,12 @@ def test_maps_that_would_be_too_large_are_left_out(checkpoint, tmp_path, monkeyp
         (["a", "--out=bad.txt"], "is there and no page of `gpt2 inspect`"),
         (["a", "--top=0"], "top=0: use 1 or more"),
         (["a", "b"], "unrecognized arguments: b"),
+        (["a b", "--patch=a b c"], "has 2 tokens and the second text 3"),
+        (["a b", "--patch=a b"], "both texts are equal"),
+        (["a b", "--patch=a c", "--patch_token=1: c"], "--patch= or --patch_token=, not both"),
+        (["a b", "--patch_token=2: c"], "the places of this text are 0 to 1"),
+        (["a b", "--patch_token=c"], "use PLACE:TOKEN, as in --patch_token='4: Rome'"),
+        (["a b", "--patch_token=1: unwritten things"], "tokens; use one, with its space before"),
     ],
 )
 def test_mistakes(checkpoint, capsys, tmp_path, monkeypatch, argv, message):
@@ -139,6 +145,29 @@ def test_mistakes(checkpoint, capsys, tmp_path, monkeypatch, argv, message):
     (tmp_path / "bad.txt").write_bytes(b"a\xffb")
     assert message in complain(capsys, "inspect", str(checkpoint), *argv)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_patching_by_text_and_by_token(checkpoint, capsys, tmp_path):
+    """Both ways name the same second text: the lines and the page are equal."""
+    written = []
+    for patch in ("--patch=The capital of Italy is", "--patch_token=3: Italy"):
+        out = tmp_path / f"{len(written)}.html"
+        assert inspect(checkpoint, "The capital of France is", patch, f"--out={out}") == 0
+        said = capsys.readouterr().out.replace(str(out), "")
+        written.append((said, out.read_text("utf-8")))
+    assert written[0] == written[1]
+    said, page = written[0]
+    lines = said[said.index("patching: ") :].splitlines()
+    assert re.match(r"patching: '.*' [\d.]+%, '.*' [\d.]+% after the text; ", lines[0])
+    assert lines[1].strip().startswith("embedding  100% moves with token 3, ' Italy'")
+    assert len(lines) == 1 + 3 + 1  # the embedding, two layers, the page
+    assert '"patch":{"ids":[464,3139,286,8031,318]' in page
+
+
+def test_a_page_about_box_has_no_path_of_this_machine(tmp_path):
+    out = tmp_path / "box.html"
+    assert inspect("box", "a b", "--top=1", f"--out={out}") == 0
+    assert '"model":"box (Hugging Face)"' in out.read_text("utf-8")
 
 
 def test_one_token(checkpoint, capsys):

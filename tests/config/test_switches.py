@@ -51,7 +51,7 @@ def test_adapters_are_not_for_muon():
         with pytest.raises(UserError, match="that lora_rank leaves as they are"):
             parse(FinetuneConfig, ["--lora_rank=4", "--init=x", rate], "gpt2 finetune")
     config = parse(FinetuneConfig, ["--optimizer=muon"], "gpt2 finetune")
-    assert config.optim.learning_rate == 3e-5
+    assert config.optim.learning_rate == 2e-4
 
 
 def test_conversations_are_not_for_a_document_mask(tmp_path):

@@ -1,8 +1,10 @@
 """One process and its signals, precision and random state."""
 
+import hashlib
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -57,6 +59,42 @@ def test_second_ctrl_c_ends_at_once(monkeypatch):
         now[0] = 2.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_the_first_signal_is_answered_while_c_code_computes():
+    answered: list[float] = []
+
+    def answer(number):
+        assert number == signal.SIGINT
+        answered.append(time.monotonic())
+
+    with runtime.start(SystemOptions(device="cpu"), answer=answer) as rt:
+        sender = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        sender.start()
+        hashlib.pbkdf2_hmac("sha512", b"a", b"b", 600_000)  # no Python in between
+        ended = time.monotonic()
+        assert rt.stop_signal == signal.SIGINT
+        sender.join()
+    assert len(answered) == 1
+    assert answered[0] < ended
+    assert signal.set_wakeup_fd(-1) == -1  # as before
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_waiting_for_a_network_ends_at_the_first_signal(name):
+    number = getattr(signal, name)
+    with runtime.start(SystemOptions(device="cpu")) as rt:
+        with pytest.raises(signals.StopNow) as stopped, signals.interruptible():
+            signal.raise_signal(number)
+        assert (stopped.value.number, rt.stop_signal) == (number, number)
+    with runtime.start(SystemOptions(device="cpu")):
+        with signals.interruptible():
+            pass
+        signal.raise_signal(number)  # outside: it is noted
+        with pytest.raises(signals.StopNow), signals.interruptible():
+            pytest.fail("waited for a network after the signal")
+    with signals.interruptible():  # of the next run
+        pass
 
 
 def test_on_main_passes_results_and_errors():

@@ -70,6 +70,30 @@ def test_revision_is_settled_and_pages_are_followed(hub, tmp_path, large):
     assert "README.md" in everything["result"]
 
 
+def test_a_name_that_does_not_resolve_is_told_soon(hub, tmp_path):
+    code = "hub.TRIES = 8; hub.FIRST_WAIT_SECONDS = 0.02; " + FIND
+    told = child(hub, tmp_path, code, HF_ENDPOINT="http://no-such-host.invalid:1")
+    assert told["error"].startswith("the name no-such-host.invalid does not resolve: there is no")
+    assert "--source=PATH, --source=stdlib or HF_HUB_OFFLINE=1" in told["error"]
+    assert len(told["said"]) == 1  # two tries
+    assert told["seconds"] < 10
+
+
+def test_the_first_signal_ends_waiting_for_the_next_try(hub, tmp_path):
+    """As a run with `--eval_hellaswag_every=` waits: its signals are noted and not raised."""
+    code = (
+        "import os, signal, threading; from gpt2.distributed.signals import caught; "
+        "hub.FIRST_WAIT_SECONDS = 60; hub.TRIES = 8\n"
+        "    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    try:\n"
+        "        with caught(lambda n: said.append(n)): dataset.find('data')\n"
+        "    except KeyboardInterrupt as stopped: result = stopped.number\n"
+    )
+    told = child(hub, tmp_path, code, HF_ENDPOINT="http://127.0.0.1:1")
+    assert told["result"] == told["said"][-1] == 15
+    assert told["seconds"] < 5
+
+
 def test_files_outside_the_folder_are_refused(hub, tmp_path):
     for name in ("data/../../.bashrc", "/etc/passwd"):
         hub.files = {name: b""}

@@ -9,6 +9,7 @@ from gpt2.checkpoint.weights import Weights
 from gpt2.commands.inspect_text import _facts, encode
 from gpt2.interpret.html_page import build
 from gpt2.interpret.logit_lens import look
+from gpt2.interpret.patching import patch_effects
 
 from ..browser import chromium
 from ..commands.test_inspect_text import small
@@ -30,12 +31,14 @@ def show(browser, tmp_path):
     """Opens a text's page; nothing may fail or be asked for from elsewhere."""
     faults, contexts = [], []
 
-    def opened(text: str, model=None, maps=True, note="", **settings):
+    def opened(text: str, model=None, maps=True, note="", patch="", **settings):
         model = model or small()
         seen = look(model, encode(text, special=True), attention=maps)
         found = Weights(model.config, {}, "<b>a model</b>", step=7)
         path = tmp_path / "page.html"
-        path.write_text(build(seen, _facts(found, seen, "m.pt") | {"note": note}), "utf-8")
+        patched = patch_effects(model, seen.ids, encode(patch, special=True)) if patch else None
+        facts = _facts(found, seen, "m.pt") | {"note": note}
+        path.write_text(build(seen, facts, patched=patched), "utf-8")
         contexts.append(browser.new_context(**settings))
         tab = contexts[-1].new_page()
         tab.on("pageerror", lambda e: faults.append(str(e)))
@@ -57,7 +60,7 @@ def state(tab, expression: str):
 
 
 def test_hostile_text_is_only_text(show):
-    tab, seen = show(HOSTILE)
+    tab, seen = show(HOSTILE, patch=HOSTILE.replace("hacked=2", "hacked=3"))
     assert tab.evaluate("window.hacked") is None
     assert tab.locator("img, b[onerror]").count() == 0
     assert tab.locator("script").count() == 2  # the data and ours
@@ -102,6 +105,32 @@ def test_lens_shows_each_layer(show):
     tab.locator("#lens").focus()
     tab.keyboard.press("ArrowDown")
     assert state(tab, "at.row") == 2
+
+
+def test_patching_shows_the_effect_on_the_chosen_prediction(show):
+    text, other = "The capital of France is", "The capital of Italy is"
+    tab, seen = show(text, patch=other)
+    found = patch_effects(small(), seen.ids, encode(other, special=False))
+    assert state(tab, "at.token") == len(seen.ids)  # the last one, behind the difference
+    columns = tab.locator("#patch .col")
+    assert columns.count() == len(seen.ids)
+    shown = columns.nth(3).locator(".c")
+    last = [round(100 * v) for v in found.effect[:, 3, -1].tolist()]
+    assert [c.replace(" %", "").replace("·", "0") for c in shown.all_inner_texts()] == [
+        str(v) for v in last
+    ]
+    assert last[0] == 100
+    shown.nth(0).click()
+    assert "In the embedding, the state of token 3" in tab.locator("#patch-cell").inner_text()
+    tab.locator("#patch").focus()
+    tab.keyboard.press("ArrowDown")
+    assert state(tab, "patchAt") == [1, 3]
+    assert tab.locator("#patch .on").count() == 1
+    tab.evaluate("choose(2)")  # before the difference
+    assert tab.locator("#patch").is_hidden()
+    assert "Both texts lead to the same" in tab.locator("#patch-said").inner_text()
+    without, _ = show(text)
+    assert without.locator("#patching").is_hidden()
 
 
 def test_attention_is_what_was_computed(show):

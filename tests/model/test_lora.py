@@ -121,5 +121,5 @@ def test_without_a_rank_nothing_is_adapted():
 
 def test_the_learning_rate_follows_from_what_is_trained():
     given = ["--init=gpt2", "--data=x.jsonl"]
-    assert parse(FinetuneConfig, given, "x").optim.learning_rate == 3e-5
-    assert parse(FinetuneConfig, [*given, "--lora_rank=8"], "x").optim.learning_rate == 3e-4
+    assert parse(FinetuneConfig, given, "x").optim.learning_rate == 2e-4
+    assert parse(FinetuneConfig, [*given, "--lora_rank=8"], "x").optim.learning_rate == 1e-3

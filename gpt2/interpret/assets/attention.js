@@ -218,7 +218,7 @@ function choose(i) {
     span.setAttribute("aria-selected", +span.dataset.i === at.token);
   }
   $("strip").setAttribute("aria-activedescendant", `t${at.token}`);
-  drawToken(); drawCell(true);
+  drawToken(); drawCell(true); drawPatch();
   if (maps.length) drawQuery();
 }
 function keys(e) {
@@ -227,6 +227,10 @@ function keys(e) {
   if (e.target.id === "overview" && step) chooseHead(at.layer + step[1], at.head + step[0]);
   else if (e.target.id === "map" && step) {
     at.query = Math.max(0, Math.min(T - 1, at.query + step[0] + step[1])); drawQuery();
+  } else if (e.target.id === "patch" && step && patchAt) {
+    patchAt = [Math.max(0, Math.min(L, patchAt[0] + step[1])),
+      Math.max(0, Math.min(at.token - 1, patchAt[1] + step[0]))];
+    tellPatch();
   } else if (e.target.id === "lens" && step && step[1]) {
     at.row = Math.max(0, Math.min(L, at.row + step[1])); drawCell(true);
   } else if (step && step[0]) {
@@ -246,7 +250,7 @@ const system = window.matchMedia("(prefers-color-scheme: dark)");
 theme(system.matches);
 system.addEventListener("change", () => theme(system.matches));
 $("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme !== "dark"));
-head(); drawStrip(); drawLens(); attention(); choose(at.token);
+head(); patching(); drawStrip(); drawLens(); attention(); choose(at.token);
 document.addEventListener("keydown", keys);
 let waiting = 0;
 window.addEventListener("resize", () => {

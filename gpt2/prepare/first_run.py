@@ -1,0 +1,54 @@
+"""The command that `gpt2 prepare` ends with: a run that fits the amount of text and the device.
+
+On a CPU it takes minutes and does not read a small text more than `CPU_EPOCHS` times. On a GPU a
+token is read at most four times, up to which repetition is nearly as good as new text (Muennighoff
+et al. 2023, arXiv:2305.16264), and the model has about 20 tokens for each parameter or the largest
+size that has (Hoffmann et al. 2022, arXiv:2203.15556).
+"""
+
+from pathlib import Path
+
+CPU_STEP_TOKENS = 1024  # of configs/laptop.toml: 0.4 s on two cores with gpt2-mini
+CPU_STEPS, CPU_EPOCHS = 1000, 20
+GPU_EPOCHS = 4
+GPU_STEPS = 1000  # as many if the text is small; larger texts have larger steps
+LARGEST_STEP, FULL_RUN = 524_288, 19_073  # GPT-2's recipe: 10 billion tokens
+GPU_SIZES = ((1_000_000_000, "gpt2"), (0, "gpt2-mini"))  # from so many tokens to train on
+
+
+def options(tokens: int, device: str) -> dict[str, object]:
+    """Options of `gpt2 train` beside the folders, by name.
+
+    Args:
+        tokens: of the shards.
+        device: "cpu", "mps" or "cuda".
+    """
+    if device != "cuda":
+        steps = max(1, min(CPU_STEPS, CPU_EPOCHS * tokens // CPU_STEP_TOKENS))
+        return {
+            "size": "gpt2-mini",
+            "block_size": 256,
+            "batch_size": 4,
+            "grad_accum_steps": 1,
+            "max_steps": steps,
+            "learning_rate": 1e-3,
+            "eval_every": max(1, steps // 10),
+            "eval_tokens": 16_384,
+        }
+    whole = min(GPU_EPOCHS * tokens, FULL_RUN * LARGEST_STEP)
+    size = next(name for least, name in GPU_SIZES if whole >= least)
+    step = 8192  # one micro-batch: 8 sequences of 1,024 tokens
+    while step < LARGEST_STEP and whole // (2 * step) >= GPU_STEPS:
+        step *= 2
+    steps = max(1, whole // step)
+    if (step, steps, size) == (LARGEST_STEP, FULL_RUN, "gpt2"):
+        return {}  # the defaults
+    every = max(1, steps // 20)
+    asked = {"size": size, "total_batch_tokens": step, "max_steps": steps, "eval_every": every}
+    return asked | {"eval_tokens": min(10_485_760, max(16_384, whole // 100))}
+
+
+def command(tokens: int, device: str, out_dir: Path) -> str:
+    """The command line of a first run on the shards in `out_dir`."""
+    chosen = "".join(f" --{name}={value}" for name, value in options(tokens, device).items())
+    return f"gpt2 train --data_dir={out_dir} --out_dir=out/{out_dir.name}{chosen}"

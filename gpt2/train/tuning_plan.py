@@ -1,0 +1,88 @@
+"""How a fine-tuning run follows from the amount of its data: batch, epochs and steps.
+
+The numbers are those by which docs/results/chat and models/box-chat learned to answer: about a
+hundred steps, few epochs where there are many rows, and small steps where there are few.
+"""
+
+import bisect
+import math
+from dataclasses import replace
+
+from ..checkpoint.training_state import Resumed
+from ..config.finetune import FinetuneConfig
+from ..config.train import BatchPlan, DataOptions, TrainConfig
+from ..data.sequence_order import Mixture
+from .schedules import sequences_left
+from .state import TrainState
+
+LARGEST_BATCH = 8  # rows
+STEPS_AN_EPOCH = 16  # at least, where a smaller batch can give them
+ENOUGH_STEPS, FEW_STEPS = 100, 50
+LEAST_EPOCHS, MOST_EPOCHS = 3, 30
+
+
+def fit_batch(
+    data: DataOptions, mixture: Mixture, world_size: int, resumed: Resumed | None
+) -> DataOptions:
+    """The options with a batch size where none was given: 8, 4, 2 or 1 rows.
+
+    A resumed run keeps the batch that it had.
+    """
+    if data.batch_size:
+        return data
+    rows = sum(order.per_epoch for order in mixture.orders) // world_size
+    size = LARGEST_BATCH
+    while size > 1 and rows < STEPS_AN_EPOCH * size:
+        size //= 2
+    stored = resumed.state.get("settings", {}).get("batch_size") if resumed else None
+    return replace(data, batch_size=stored or size)
+
+
+def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
+    """The settings with the numbers that the data decide: batch, epochs, and steps for these.
+
+    `max_steps` is lowered to the steps that the epochs take. Warns of fewer than `FEW_STEPS`.
+    """
+    if not isinstance(config, FinetuneConfig):
+        return config
+    rows = sum(order.per_epoch for order in state.loader.order.orders)
+    epochs = config.tuning.epochs or min(
+        MOST_EPOCHS,
+        max(LEAST_EPOCHS, math.ceil(ENOUGH_STEPS * state.plan.sequences_per_step / rows)),
+    )
+    wanted = epochs * rows
+    steps = max(1, math.ceil(wanted / state.plan.sequences_per_step))
+    if config.optim.batch_warmup:  # steps are smaller at first, by no more than half on average
+
+        def sequences(max_steps: int) -> int:
+            return sequences_left(0, replace(config.optim, max_steps=max_steps), state.plan)
+
+        steps = bisect.bisect_left(range(2 * steps), wanted, lo=steps, key=sequences)
+    max_steps = min(config.optim.max_steps, steps)
+    return replace(
+        config,
+        data=replace(config.data, batch_size=state.plan.batch_size),
+        optim=replace(config.optim, max_steps=max_steps),
+        tuning=replace(config.tuning, epochs=epochs),
+    )
+
+
+def note_few_steps(config: TrainConfig, plan: BatchPlan, epochs: float) -> str:
+    """What to change in a fine-tuning of fewer than `FEW_STEPS` steps; empty where there are more.
+
+    Args:
+        config: the settings, resolved by `resolve_steps`.
+        plan: of the batch.
+        epochs: that the run makes.
+    """
+    steps = config.optim.max_steps
+    if not isinstance(config, FinetuneConfig) or steps >= FEW_STEPS:
+        return ""
+    ways = [f"--epochs={math.ceil(config.tuning.epochs * ENOUGH_STEPS / steps)}"]
+    ways += ["--batch_size=1"] * (plan.batch_size > 1)
+    if epochs < config.tuning.epochs:  # max_steps was given
+        ways = [f"--max_steps={ENOUGH_STEPS}"]
+    return (
+        f"{steps} steps are few: the model will hardly learn to answer as the file does; use "
+        f"{' or '.join(ways)}, or more conversations (docs/finetuning.md#how-long)"
+    )

@@ -1,0 +1,50 @@
+"""The hint that `gpt2 prepare` ends with: its options, and how much they make a run do."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gpt2.config.command_line import parse
+from gpt2.config.train import TrainConfig, plan_batch
+from gpt2.prepare.first_run import CPU_EPOCHS, CPU_STEPS, command, options
+
+from ..conftest import ROOT
+
+
+def parsed(tokens: int, device: str) -> TrainConfig:
+    program, train, *arguments = shlex.split(command(tokens, device, Path("data/mine")))
+    assert (program, train) == ("gpt2", "train")
+    return parse(TrainConfig, arguments, "gpt2 train")
+
+
+@pytest.mark.parametrize("tokens", [64, 3_000, 30_000, 1_000_000, 10**10])
+def test_on_a_cpu_it_takes_minutes(tokens):
+    c = parsed(tokens, "cpu")
+    plan = plan_batch(c.data, c.model.block_size, world_size=1)
+    assert plan.tokens_per_step == 1024
+    assert 1 <= c.optim.max_steps <= CPU_STEPS  # at 0.4 s each on two cores
+    assert c.optim.max_steps == 1 or c.optim.max_steps * 1024 <= CPU_EPOCHS * tokens
+    assert (c.data.data_dir, c.output.out_dir) == ("data/mine", "out/mine")
+
+
+@pytest.mark.parametrize("tokens", [64, 30_000, 1_000_000, 50_000_000, 10**9, 2 * 10**9, 10**11])
+def test_on_a_gpu_it_ends(tokens):
+    c = parsed(tokens, "cuda")
+    plan = plan_batch(c.data, 1024, world_size=1)
+    trained = plan.tokens_per_step * c.optim.max_steps
+    assert trained <= max(4 * tokens, 8192)
+    assert trained <= 10**10  # ten days at 12k tokens/s, an RTX 3060's
+    assert c.optim.max_steps >= min(1000, 4 * tokens // 8192)
+    assert (c.model.size == "gpt2") == (4 * tokens >= 10**9)
+
+
+def test_the_full_sample_of_fineweb_is_the_default_recipe():
+    assert options(10**10, "cuda") == {}
+
+
+def test_laptop_toml_is_the_hint_for_a_text_that_is_large_enough():
+    c = parse(TrainConfig, [f"--config={ROOT}/configs/laptop.toml"], "gpt2 train")
+    hint = parsed(10**7, "cpu")
+    assert (c.model, c.eval, c.optim) == (hint.model, hint.eval, hint.optim)
+    assert c.data.batch_size == hint.data.batch_size

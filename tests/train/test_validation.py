@@ -1,0 +1,81 @@
+"""A text sample at each evaluation, which the run does not notice; lines on the console."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from gpt2.report import metrics as metrics_module
+from gpt2.train import loop, messages, setup
+from gpt2.train.progress import FIRST_LINES, Progress
+
+from .test_loop import config, metrics
+
+LONG = "Hello world, " * 30  # more tokens than the context of 32 has
+
+
+@pytest.mark.parametrize("more", [[], ["--compile_model=True"]], ids=["plain", "compiled"])
+def test_samples_come_with_evaluations_and_change_nothing(
+    data_dir, tmp_path, capsys, monkeypatch, more
+):
+    # the graphs that dynamo captures are counted; compiling them takes a minute and tells no more
+    monkeypatch.setattr(setup, "compile_network", lambda model, _: model.compile(backend="eager"))
+    arguments = ["--max_steps=4", "--dropout=0.1", "--eval_every=2", "--n_layer=1", *more]
+    prompt = LONG if more else "Hello world,"
+    recompiles = []
+    for name, asked in (("a", [f"--sample_prompt={prompt}"]), ("b", [])):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        assert loop.run(config(data_dir, tmp_path / name, *arguments, *asked)) == 0
+        recompiles.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert recompiles[0] == recompiles[1]
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert metrics(tmp_path / "a", name) == metrics(tmp_path / "b", name)
+    of_a, of_b = (torch.load(tmp_path / f / "out_ckpt.pt", weights_only=True) for f in "ab")
+    assert all(torch.equal(of_a["model"][n], of_b["model"][n]) for n in of_b["model"])
+    samples = metrics(tmp_path / "a", "sample")
+    assert list(samples) == [2, 4]
+    assert all(samples.values())
+    assert not metrics(tmp_path / "b", "sample")
+    assert f"step 2 | sample: {prompt}" in capsys.readouterr().out
+
+
+def test_after_the_first_lines_one_comes_in_some_seconds():
+    now = [0.0]
+    progress = Progress(clock=lambda: now[0])
+    shown = []
+    for step in range(100):
+        shown += [step] * progress.line_due()
+        now[0] += 0.5
+    assert shown == [*range(FIRST_LINES), 39, 59, 79, 99]
+
+
+def test_the_log_keeps_each_step(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gpt2.train.progress.FIRST_LINES", 2)
+    monkeypatch.setattr("gpt2.train.progress.STEP_SECONDS", 1000)
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=9")) == 0
+    lines = re.findall(r"^step +(\d+)/9", capsys.readouterr().out, re.MULTILINE)
+    assert lines == ["1", "2", "9"]
+    assert list(metrics(tmp_path)) == list(range(1, 10))
+
+
+def test_the_end_says_what_is_next_and_a_second_start_that_all_is_done(
+    data_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(messages, "PLOT_SECONDS", 0)
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=2")) == 0
+    out = capsys.readouterr().out
+    model = tmp_path / "out_ckpt.pt"
+    assert f"finished at step 2; the model is {model}" in out
+    assert f"curves: {tmp_path / 'loss.png'}" in out
+    assert (tmp_path / "loss.png").exists()
+    assert f'next: gpt2 plot {tmp_path}, gpt2 sample {model} --prompt="Hello world,"' in out
+    (tmp_path / "loss.png").unlink()
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=2")) == 0
+    out = capsys.readouterr().out
+    assert f"already finished at step 2; the model is {model}; a larger --max_steps=" in out
+    assert "a step, " not in out
+    rows = metrics_module.read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    assert json.dumps(rows)

@@ -166,7 +166,14 @@ CHECKS = [
         after="speedrun.toml, fp8 head",
     ),
     gpt2("eval", "eval", MODEL, "--data_dir={work}/data", "--eval_tokens=65536"),
-    gpt2("inspect", "inspect", MODEL, "The cat sat", "--out={work}/inspect.html"),
+    gpt2(
+        "inspect, patching",
+        "inspect",
+        MODEL,
+        "The capital of France is the city of",
+        "--patch=The capital of Italy is the city of",
+        "--out={work}/inspect.html",
+    ),
     gpt2("profile", "profile", "--batch_size=64", "--grad_accum_steps=1", after=""),
     Check("serve", ["-m", "tests.gpu_check", "--serve={work}/train/out_ckpt.pt"], after="train"),
     pytest(

@@ -116,6 +116,8 @@ def test_runs_of_before_go_on_with_the_bits_of_before(copy, expected, bits, name
     wanted = expected[name]
     assert list(wanted["before"]) == ["1", "2", "3"]
     found = observe(name)
+    assert {*found["files"]} - {*wanted["files"]} == {"history.jsonl"}  # for `gpt2 compare`
+    found["files"].remove("history.jsonl")
     assert found["files"] == wanted["files"]
     assert found["adapter"] == wanted["adapter"]
     assert found["before"] == wanted["before"]
@@ -144,18 +146,22 @@ def test_mistakes_are_told_in_the_words_of_before(here, expected, name):
     assert found["code"] == wanted["code"] == 2
     ours, theirs = (as_told(answer["error"]) for answer in (found, wanted))
     assert ours[0] == theirs[0]
-    assert ours[1] >= theirs[1]
+    assert ours[1] >= {RENAMED.get(choice, choice) for choice in theirs[1]}
+
+
+# Values of options that have another name today; the one of before is taken, and not listed.
+RENAMED = {"gpt2-small": "gpt2-30m"}
 
 
 def as_told(error: str) -> tuple[str, set[str]]:
-    """(the line, the commands that it lists): there may be more commands today.
+    """(the line, the commands or choices that it lists): there may be more of them today.
 
     Without quotes, which Python's argparse puts around choices in some versions, with the slashes
     of Linux, and without the page that a line names behind the words of before.
     """
     line = error.replace("\\", "/").replace("'", "")
     line = re.sub(r" \(docs/troubleshooting\.md#[\w-]+\)(?=\n?$)", "", line)
-    listed = re.search(r"unknown command .*; use one of ([\w, ]+)", line)
+    listed = re.search(r"(?:unknown command .*; use one of|choose from) ([\w, -]+)", line)
     if not listed:
         return line, set()
     return line.replace(listed[1].strip(), "…"), set(listed[1].strip().split(", "))

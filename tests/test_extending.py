@@ -175,12 +175,12 @@ def test_the_diffs_apply_and_train(tmp_path, data_dir):
     assert len(blocks("diff")) == 3
     for diff in blocks("diff"):
         patched(package, diff)
-    switches = ["--mlp=silu", "--attention_gate=True", "--schedule=wsd_sqrt"]
+    switches = ["--mlp=silu", "--channel_gate=True", "--schedule=wsd_sqrt"]
     argv = ["-m", "gpt2", "train", *SMALL, f"--data_dir={data_dir}", *switches, "--out_dir=o"]
     places = {"package": tmp_path, "cwd": tmp_path}
     assert "as expected" in run_python(*argv, "--max_steps=2", **places).stdout
     assert "continuing from" in run_python(*argv, "--max_steps=3", **places).stdout
     code = "from gpt2 import GPT2; m = GPT2.from_checkpoint('o/out_ckpt.pt'); print(*("
     code += "m.generate([1, 2], 9, seed=1, use_cache=c) == m.generate([1, 2], 9, seed=1) "
-    code += "for c in (True, False)), m.transformer.h[0].attn.gate.weight.shape)"
-    assert run_python("-c", code, **places).stdout.startswith("True True torch.Size([2, 16])")
+    code += "for c in (True, False)), m.transformer.h[0].attn.c_gate.weight.shape)"
+    assert run_python("-c", code, **places).stdout.startswith("True True torch.Size([16, 16])")

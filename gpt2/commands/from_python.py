@@ -124,5 +124,7 @@ def rows_by_step(path: Path) -> list[dict[str, Any]]:
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
-    return "ipykernel" in sys.modules
+    """Whether this process is the kernel of a notebook; an imported IPython alone is none."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config

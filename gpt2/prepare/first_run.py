@@ -6,8 +6,10 @@ et al. 2023, arXiv:2305.16264), and the model has about 20 tokens for each param
 size that has (Hoffmann et al. 2022, arXiv:2203.15556).
 """
 
+import shutil
 from pathlib import Path
 
+AMD_DRIVER = Path("/dev/kfd")  # of ROCm
 CPU_STEP_TOKENS = 1024  # of configs/laptop.toml: 0.4 s on two cores with gpt2-mini
 CPU_STEPS, CPU_EPOCHS = 1000, 20
 GPU_EPOCHS = 4
@@ -16,12 +18,20 @@ LARGEST_STEP, FULL_RUN = 524_288, 19_073  # GPT-2's recipe: 10 billion tokens
 GPU_SIZES = ((1_000_000_000, "gpt2"), (0, "gpt2-mini"))  # from so many tokens to train on
 
 
+def device_here() -> str:
+    """ "cuda" where a driver of NVIDIA or AMD is installed, else "cpu".
+
+    torch would know better, but preparing works without it, and importing it takes seconds.
+    """
+    return "cuda" if shutil.which("nvidia-smi") or AMD_DRIVER.exists() else "cpu"
+
+
 def options(tokens: int, device: str) -> dict[str, object]:
     """Options of `gpt2 train` beside the folders, by name.
 
     Args:
         tokens: of the shards.
-        device: "cpu", "mps" or "cuda".
+        device: "cpu" or "cuda".
     """
     if device != "cuda":
         steps = max(1, min(CPU_STEPS, CPU_EPOCHS * tokens // CPU_STEP_TOKENS))

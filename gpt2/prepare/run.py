@@ -20,7 +20,7 @@ from ..untrusted.display import shown
 from ..untrusted.long_text import PIECE
 from .estimate import forecast, limit_name, limit_text
 from .fast_tokenizer import tokenizer_class
-from .first_run import command
+from .first_run import command, device_here
 from .shard_job import ShardJob, open_job, started
 from .tokenize_rows import Position, RowBatch, encode_rows
 
@@ -208,9 +208,7 @@ def _summary(job: ShardJob) -> str:
         if not done["complete"]:
             then = "`gpt2 shards merge` needs the whole share: run it again without a limit"
     else:
-        from ..distributed.devices import choose_device  # imports torch: at the end, and once
-
-        device = choose_device("auto").type
+        device = device_here()
         then = f"train on it ({device}): {command(done['tokens'], device, job.out_dir)}"
     return (
         f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "

@@ -38,6 +38,7 @@ ALLOWED = {  # values of WRONG that fit
     "val_loss": (None,),
     "evaluated_at": (-1,),
     "settings": ({},),
+    "tokenizer": ({}, {"a": []}),  # read by `kept_tokenizer`, with one line of its own
 }
 
 

@@ -1,7 +1,13 @@
+"""Training from Python, and its result."""
+
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 import gpt2
 from gpt2.commands import from_python
+from gpt2.commands.from_python import in_notebook
 from gpt2.errors import UserError
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 32, "batch_size": 2}
@@ -50,3 +56,11 @@ def test_a_run_without_metrics_is_shown_as_such(tmp_path):
     result = from_python.TrainResult(tmp_path, config, 0, rows)
     assert result._repr_png_() is None
     assert "none yet" in repr(result)
+
+
+def test_an_imported_ipython_is_no_notebook(monkeypatch):
+    shells = [None, SimpleNamespace(config={}), SimpleNamespace(config={"IPKernelApp": {}})]
+    for shell, wanted in zip(shells, (False, False, True), strict=True):
+        module = SimpleNamespace(get_ipython=lambda shell=shell: shell)
+        monkeypatch.setitem(sys.modules, "IPython", module)
+        assert in_notebook() is wanted

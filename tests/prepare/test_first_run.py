@@ -1,5 +1,6 @@
 """The hint that `gpt2 prepare` ends with: its options, and how much they make a run do."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -7,9 +8,22 @@ import pytest
 
 from gpt2.config.command_line import parse
 from gpt2.config.train import TrainConfig, plan_batch
+from gpt2.prepare import first_run
 from gpt2.prepare.first_run import CPU_EPOCHS, CPU_STEPS, command, options
 
 from ..conftest import ROOT
+
+
+def test_the_driver_tells_the_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(first_run, "AMD_DRIVER", tmp_path / "kfd")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert first_run.device_here() == "cpu"
+    (tmp_path / "kfd").touch()
+    assert first_run.device_here() == "cuda"
+    (tmp_path / "kfd").unlink()
+    program = tmp_path / ("nvidia-smi.exe" if os.name == "nt" else "nvidia-smi")
+    program.touch(mode=0o755)
+    assert first_run.device_here() == "cuda"
 
 
 def parsed(tokens: int, device: str) -> TrainConfig:

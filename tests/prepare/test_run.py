@@ -206,7 +206,7 @@ def test_manifest_describes_the_shards(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"300 documents, {manifest['tokens']:,} tokens" in said
     assert "partial by design" in said
-    assert f"python train_gpt2.py --data_dir={tmp_path / 'out'}" in said
+    assert f"gpt2 train --data_dir={tmp_path / 'out'} --out_dir=out/out --size=" in said
 
 
 def test_default_folder(tmp_path, monkeypatch):

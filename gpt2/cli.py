@@ -507,6 +507,8 @@ OPTIONS: dict[str, type] = {  # of commands that have some, for `--completion`
     "inspect": InspectConfig,
     "eval": EvalConfig,
     "average": AverageConfig,
+    "compare": CompareConfig,
+    "sweep": SweepConfig,
     "export": ExportConfig,
     "push": PushConfig,
     "demo": TrainConfig,

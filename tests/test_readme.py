@@ -96,11 +96,11 @@ ADDED: dict[str, list[str]] = {
     "--learning_rate=3e-5 --max_steps=200": OF_GIVEN_WEIGHTS,
     "gpt2 export out/out_ckpt.pt --to=hf out/hf": [],
     "gpt2 push out/out_ckpt.pt OWNER/NAME": [],
-    # docs/research.md
-    "gpt2 compare out/ out/recipe out/two": [],
     "gpt2 export out/out_ckpt.pt out/model.gguf --to=gguf": [],
     # docs/install.md
     "gpt2 doctor": ["--timeout_seconds=0"],
+    # docs/research.md
+    "gpt2 compare out/ out/recipe out/two": [],
     # docs/scaling.md
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py --size=gpt2-xl --parallel=fsdp "
     "--activation_checkpointing=True --batch_size=8 --out_dir=out/xl": SMALL,

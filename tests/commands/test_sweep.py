@@ -2,6 +2,7 @@ import json
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,7 +162,8 @@ def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(call, trainer, mon
         signal.raise_signal(signal.SIGINT)
         return real(self, arguments, output)
 
-    monkeypatch.setattr(sweep.threading, "Thread", _Now)  # signals come to the main thread
+    at_once = SimpleNamespace(Thread=_Now)  # signals come to the main thread
+    monkeypatch.setattr("gpt2.commands.on_devices.threading", at_once)
     monkeypatch.setattr(Trainer, "__call__", interrupted)
     monkeypatch.setattr(sweep._Processes, "stop", _stop)
     assert call() == 130

@@ -53,7 +53,7 @@ def test_a_network_takes_the_switches_of_the_command_line():
     ({"n_layr": 2}, r"did you mean n_layer\?"),
     ({"mlp": "relu3"}, "mlp='relu3': use gelu or relu2 or swiglu"),
     ({"shape": "gpt3", "mlp": "relu2"}, "unknown size 'gpt3'; use one of gpt2,"),
-    ({"zzzzz": 1}, "unknown option; use attention_scale, bias,"),
+    ({"zzzzz": 1}, "unknown option; use attention_gate, attention_scale, bias,"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(given, said):
     with pytest.raises(UserError, match=said) as caught:

@@ -161,6 +161,7 @@ def as_told(error: str) -> tuple[str, set[str]]:
     """
     line = error.replace("\\", "/").replace("'", "")
     line = re.sub(r" \(docs/troubleshooting\.md#[\w-]+\)(?=\n?$)", "", line)
+    line = re.sub(r"(argument --\w+)/--\w+", r"\1", line)  # without an alias of today
     listed = re.search(r"(?:unknown command .*; use one of|choose from) ([\w, -]+)", line)
     if not listed:
         return line, set()

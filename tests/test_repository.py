@@ -321,5 +321,6 @@ def test_make_clean_takes_caches_and_the_environment_only():
     """`out/`, `data/` and `fineweb/` are the user's work."""
     (command,) = re.findall(r"^clean:\n((?:\t.*\n)+)", read("Makefile"), re.MULTILINE)
     assert command.split() == [
-        *("rm", "-rf", "$(VENV)", "site", ".pytest_cache", ".ruff_cache", ".mypy_cache"),
+        *("rm", "-rf", "$(VENV)", "$(VENV)-lowest", "$(VENV)-newest"),
+        *("site", ".pytest_cache", ".ruff_cache", ".mypy_cache"),
     ]  # fmt: skip

@@ -364,7 +364,7 @@ def test_early_stop_and_best_model(data_dir, tmp_path, monkeypatch, capsys):
     results = iter([5.0, 4.0, 4.5, 4.2, 4.1, 3.0])
     original = loss_module.evaluate
 
-    def scripted(model, batches, rt):
+    def scripted(model, batches, rt, tokenizer):
         found = original(model, batches, rt)
         return type(found)(next(results) * found.tokens, found.tokens, found.text_bytes)
 
@@ -399,7 +399,7 @@ def test_early_stopped_run_stays_stopped(data_dir, tmp_path):
 def scripted_losses(monkeypatch, *losses):
     results, original = iter(losses), loss_module.evaluate
 
-    def scripted(model, batches, rt):
+    def scripted(model, batches, rt, tokenizer):
         found = original(model, batches, rt)
         return type(found)(next(results) * found.tokens, found.tokens, found.text_bytes)
 

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 AMD_DRIVER = Path("/dev/kfd")  # of ROCm
-CPU_STEP_TOKENS = 1024  # of configs/laptop.toml: 0.4 s on two cores with gpt2-mini
-CPU_STEPS, CPU_EPOCHS = 1000, 20
+CPU_STEP_TOKENS = 1024  # of configs/laptop.toml: 0.4 to 1.6 s on two cores with gpt2-mini
+CPU_STEPS, CPU_EPOCHS = 300, 20
 GPU_EPOCHS = 4
 GPU_STEPS = 1000  # as many if the text is small; larger texts have larger steps
 LARGEST_STEP, FULL_RUN = 524_288, 19_073  # GPT-2's recipe: 10 billion tokens
@@ -42,7 +42,7 @@ def options(tokens: int, device: str) -> dict[str, object]:
             "grad_accum_steps": 1,
             "max_steps": steps,
             "learning_rate": 1e-3,
-            "eval_every": max(1, steps // 10),
+            "eval_every": max(1, steps // 5),
             "eval_tokens": 16_384,
         }
     whole = min(GPU_EPOCHS * tokens, FULL_RUN * LARGEST_STEP)

@@ -37,7 +37,7 @@ def test_on_a_cpu_it_takes_minutes(tokens):
     c = parsed(tokens, "cpu")
     plan = plan_batch(c.data, c.model.block_size, world_size=1)
     assert plan.tokens_per_step == 1024
-    assert 1 <= c.optim.max_steps <= CPU_STEPS  # at 0.4 s each on two cores
+    assert 1 <= c.optim.max_steps <= CPU_STEPS  # at 0.4 to 1.6 s each on two cores
     assert c.optim.max_steps == 1 or c.optim.max_steps * 1024 <= CPU_EPOCHS * tokens
     assert (c.data.data_dir, c.output.out_dir) == ("data/mine", "out/mine")
 

@@ -31,6 +31,7 @@ from gpt2.config.command_line import parse
 from gpt2.config.finetune import FinetuneConfig, TuningOptions
 from gpt2.config.model import SIZES
 from gpt2.distributed import runtime
+from gpt2.distributed.devices import wait_for
 from gpt2.distributed.runtime import Runtime
 from gpt2.model import lora
 from gpt2.train import setup, step
@@ -38,7 +39,6 @@ from gpt2.train.optimizer import build_optimizer
 from gpt2.train.state import TrainState
 
 from .memory import GIB, names, numbers, peaks, write
-from .throughput import synchronize
 
 
 def make_conversations(path: Path, count: int = 1500):
@@ -103,7 +103,7 @@ def measure(
         for _ in range(options.warmup + options.steps):
             began = time.perf_counter()
             loss = step.train_step(state, config, rt).read()[0]  # waits for the device
-            synchronize(rt)  # the update of the weights too
+            wait_for(rt.device)  # the update of the weights too
             seconds.append(time.perf_counter() - began)
     except torch.OutOfMemoryError:
         state.optimizer.state.clear()  # half of the optimizer state may be there

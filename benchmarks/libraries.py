@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from gpt2.config.model import IGNORE, GPT2Config
 from gpt2.config.train import OptimOptions
+from gpt2.distributed.devices import wait_for
 from gpt2.distributed.runtime import Runtime
 from gpt2.errors import first_line
 from gpt2.kernels.head_loss import head_loss, head_loss_reference
@@ -52,7 +53,6 @@ from gpt2.model.gpt import GPT
 from gpt2.train.optimizer import build_optimizer
 
 from .nvmath_mlp import NvmathMatmuls, NvmathMLP
-from .throughput import synchronize
 
 LIMIT = 2e-2  # relative error; of bf16 in a sum it is about 4e-3
 MUON_LIMIT = 0.35  # the polynomials leave singular values between about 0.7 and 1.2
@@ -294,10 +294,10 @@ def peak_mib(step: Step, before: int, rt: Runtime) -> float | None:
 
 def wall_ms(step: Step, rt: Runtime) -> float:
     """With launches and all waiting."""
-    synchronize(rt)
+    wait_for(rt.device)
     began = time.perf_counter()
     step()
-    synchronize(rt)
+    wait_for(rt.device)
     return 1e3 * (time.perf_counter() - began)
 
 

@@ -20,10 +20,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from gpt2.distributed.devices import wait_for
 from gpt2.distributed.runtime import Runtime
 from gpt2.model.attention_masks import document_ids, mask_for, masked_attention
-
-from .throughput import synchronize
 
 KINDS = {  # name: (window, documents)
     "all earlier": (False, False),
@@ -56,10 +55,10 @@ def milliseconds(
     upstream = torch.randn_like(qkv[0])
     taken = []
     for _ in range(options.warmup + options.repeats):
-        synchronize(rt)
+        wait_for(rt.device)
         began = time.perf_counter()
         torch.autograd.grad(attend(*qkv, begins), qkv, upstream)
-        synchronize(rt)
+        wait_for(rt.device)
         taken.append(time.perf_counter() - began)
     return 1e3 * statistics.median(taken[options.warmup :]) / options.n_layer
 

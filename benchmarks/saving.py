@@ -24,14 +24,14 @@ import torch
 from gpt2.config.command_line import parse
 from gpt2.config.train import TrainConfig
 from gpt2.distributed import runtime
-from gpt2.distributed.devices import describe
+from gpt2.distributed.devices import describe, wait_for
 from gpt2.distributed.runtime import Runtime
 from gpt2.train import run_folder, save, setup
 from gpt2.train import step as step_module
 from gpt2.train.run_folder import MODEL_NAME
 from gpt2.train.state import TrainState
 
-from .throughput import _late, make_data, synchronize
+from .throughput import _late, make_data
 
 KINDS = ("none", "later", "at once")
 EVERY = 250  # steps between saves, for which the share is told
@@ -101,7 +101,7 @@ def time_row(  # noqa: PLR0917
     step, kind: str, made: TrainState, config: TrainConfig, rt: Runtime, steps: int
 ) -> tuple[float, float]:
     """(seconds of a row, seconds that its save let the loop wait)."""
-    synchronize(rt)
+    wait_for(rt.device)
     started, stall = time.perf_counter(), 0.0
     if kind != "none":
         save.save_checkpoint(made, config, rt, final=kind == "at once")
@@ -109,7 +109,7 @@ def time_row(  # noqa: PLR0917
         stall = time.perf_counter() - started
     for _ in range(steps):
         step()
-    synchronize(rt)
+    wait_for(rt.device)
     made.saver.wait()
     return time.perf_counter() - started, stall
 

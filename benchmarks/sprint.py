@@ -40,6 +40,7 @@ from gpt2.config.switches import Switches
 from gpt2.config.train import Recipe, TrainConfig
 from gpt2.data.loader import available_eval_tokens, eval_batches
 from gpt2.distributed import runtime
+from gpt2.distributed.devices import wait_for
 from gpt2.distributed.runtime import Runtime
 from gpt2.errors import UserError
 from gpt2.evaluate.loss import Evaluation, evaluate
@@ -48,7 +49,7 @@ from gpt2.train import step as step_module
 from gpt2.train.save import export_model
 from gpt2.train.setup import resolve_init
 from gpt2.train.state import TrainState
-from gpt2.train.time_budget import FAR, calibrate, synchronize
+from gpt2.train.time_budget import FAR, calibrate
 from gpt2.train.weight_average import averaged
 
 from .sprint_report import draw, table
@@ -139,7 +140,7 @@ def timed(
     validate(state, rt, options.val_tokens)  # compiles
     step = _late(lambda: step_module.train_step(state, config, rt).read, rt.steps_ahead)
     seconds = 0.0
-    synchronize(rt)
+    wait_for(rt.device)
     began = time.perf_counter()
     while state.step < max_steps:
         read = step()
@@ -147,7 +148,7 @@ def timed(
         if state.step not in marks and not over and state.step < max_steps:
             continue
         loss = read()
-        synchronize(rt)
+        wait_for(rt.device)
         seconds += time.perf_counter() - began
         found = validate(state, rt, options.val_tokens)
         if found is None:
@@ -165,7 +166,7 @@ def timed(
         }
         if over:
             return
-        synchronize(rt)
+        wait_for(rt.device)
         began = time.perf_counter()
 
 

@@ -124,12 +124,6 @@ def _late(launch: Callable[[], Callable[[], list[float]]], steps_ahead: int) -> 
     return step
 
 
-def synchronize(rt: runtime.Runtime):
-    """Waits for the device."""
-    if rt.device.type == "cuda":
-        torch.cuda.synchronize(rt.device)
-
-
 def classes_of(source: Path, folder: Path) -> ModuleType:
     """A file's imports and classes as a module, without what it does when it is run as a script."""
     tree = ast.parse(source.read_text("utf-8"))

@@ -13,12 +13,11 @@ import sys
 import time
 from dataclasses import replace
 
-import torch
-
 from ..config.command_line import parse
 from ..config.train import OptimOptions, TrainConfig
 from ..data.loader import TrainLoader
 from ..distributed import runtime
+from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console
@@ -91,18 +90,12 @@ def seconds_per_token(state: TrainState, config: TrainConfig, rt: Runtime, stret
 
 def speed(state: TrainState, config: TrainConfig, rt: Runtime, steps: int) -> float:
     """Tokens per second over some steps."""
-    synchronize(rt)
+    wait_for(rt.device)
     began = time.perf_counter()
     for _ in range(steps):
         train_step(state, config, rt)
-    synchronize(rt)
+    wait_for(rt.device)
     return steps * state.plan.tokens_per_step / (time.perf_counter() - began)
-
-
-def synchronize(rt: Runtime) -> None:
-    """Waits for the device."""
-    if rt.device.type == "cuda":
-        torch.cuda.synchronize(rt.device)
 
 
 def main(argv: list[str]) -> int:

@@ -309,7 +309,9 @@ def verdict(groups: list[Group]) -> list[str]:
     if not groups:
         return ["There is nothing to compare."]
     if len(groups) == 1:
-        return [f"One recipe: there is nothing to compare it with ({len(groups[0].runs)} seeds)."]
+        n = len(groups[0].runs)
+        seeds = f"{n} seed{'s' if n > 1 else ''}"
+        return [f"One recipe: there is nothing to compare it with ({seeds})."]
     testable = [group for group in groups if len(group.runs) > 1]
     pairs = itertools.combinations(testable, 2)
     tests = {frozenset((id(a), id(b))): welch(a.last, b.last) for a, b in pairs}

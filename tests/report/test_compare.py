@@ -71,7 +71,7 @@ def test_one_seed_tells_nothing(tmp_path):
     (line,) = verdict(found(tmp_path).groups)
     assert "`learning_rate=0.1` and `learning_rate=0.2` ran with one seed, whose spread" in line
     assert verdict(found(tmp_path / "a").groups) == [
-        "One recipe: there is nothing to compare it with (1 seeds)."
+        "One recipe: there is nothing to compare it with (1 seed)."
     ]
 
 

@@ -81,7 +81,7 @@ class Attention(nn.Module):
         gate = config.n_head, min(GATE_CHANNELS, config.n_embd)
         self.output_gate = nn.Parameter(torch.zeros(gate)) if config.attention_gate else None
         self.c_value, self.value_gate, self.value_mix = None, None, None
-        if min(layer, config.n_layer - 1 - layer) < config.value_projection:
+        if from_nearer_end(config, layer) < config.value_projection:
             self.c_value = nn.Linear(config.n_embd, config.n_embd, bias=False)
             self.value_gate = nn.Parameter(torch.zeros(gate))
         if self.c_value is not None or value_table(config, layer) is not None:
@@ -217,13 +217,18 @@ class Block(nn.Module):
         return self.mlp.add_to(x, self.ln_2(x))
 
 
+def from_nearer_end(config: ModernConfig, layer: int) -> int:
+    """Layers between this one and the nearer end of the network, 0 for the first and the last."""
+    return min(layer, config.n_layer - 1 - layer)
+
+
 def value_table(config: ModernConfig, layer: int) -> int | None:
     """The table of value embeddings of a layer, or None.
 
     The first layers use the tables 0, 1, …, the last layers …, 1, 0.
     """
-    from_end = config.n_layer - 1 - layer
-    return next((at for at in (layer, from_end) if at < config.value_embeddings), None)
+    at = from_nearer_end(config, layer)
+    return at if at < config.value_embeddings else None
 
 
 class Modern(LanguageModel):
@@ -376,9 +381,7 @@ class Modern(LanguageModel):
         v, tables = INIT_STD**2 * c.n_embd, 1 if c.positions == "rotary" else 2
         of_v, of_square = SECOND_MOMENTS[c.mlp]
         of_mlps = 0.0 if c.zero_init else 2 * v * (of_v * v + of_square * v**2)  # 4C over L layers
-        embedded = (
-            tables * INIT_STD**2
-        )  # variance of the embeddings, which `norm_embedding` sets to 1
+        embedded = tables * INIT_STD**2  # their variance, which `norm_embedding` sets to 1
         own = v / (embedded + of_mlps) ** 0.5
         if c.norm_embedding:
             own = v * embedded**-0.5 / (1 + of_mlps) ** 0.5

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,17 @@ def modules(package: Path) -> dict[str, Path]:
     }
 
 
+@cache
+def syntax(text: str) -> ast.Module:
+    """The tree of a source text, which several rules read and none changes."""
+    return ast.parse(text)
+
+
 def imports_of(path: Path, package: Path) -> set[str]:
     """Modules of the package that a file imports, by imports of any level and at any depth."""
     found = set()
     here = path.relative_to(package.parent).parent.parts
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(syntax(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {_module(package, tuple(alias.name.split("."))) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -186,7 +193,7 @@ def long_files(package: Path) -> list[str]:
     wrong = []
     for path in _sources(package):
         text = path.read_text("utf-8")
-        doc = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+        doc = " ".join((ast.get_docstring(syntax(text)) or "").split())
         if len(text.splitlines()) > LONG_FILE and WHY_LONG not in doc:
             wrong.append(f"{path.name} has over {LONG_FILE} lines and does not say why")
     return wrong
@@ -196,7 +203,7 @@ def long_functions(package: Path) -> list[str]:
     """Functions of over 50 lines, their docstring left out."""
     wrong = []
     for path in _sources(package):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in ast.walk(syntax(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = node.end_lineno - node.lineno + 1
                 length -= len((ast.get_docstring(node) or "").splitlines())
@@ -218,7 +225,7 @@ def work_at_import_time(package: Path) -> list[str]:
     )
     wrong = []
     for path in _sources(package):
-        for node in ast.parse(path.read_text("utf-8")).body:
+        for node in syntax(path.read_text("utf-8")).body:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             guard = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
             if not (docstring or guard or isinstance(node, allowed)):
@@ -364,14 +371,14 @@ CONFIGS += [
 def options_never_read(package: Path, names) -> list[str]:
     """Options that no code reads: neither an attribute nor a key, their definition left out."""
     code = "\n".join(
-        ast.unparse(_without_definitions(ast.parse(path.read_text("utf-8"))))
-        for path in modules(package).values()
+        _without_definitions(path.read_text("utf-8")) for path in modules(package).values()
     )
     return [n for n in names if not re.search(rf"\.{n}\b|['\"]{n}['\"]", code)]
 
 
-def _without_definitions(tree: ast.Module) -> ast.Module:
-    """Without the fields of dataclasses, and without checks, which read an option for its range."""
+@cache
+def _without_definitions(text: str) -> str:
+    """Code without the fields of dataclasses, and without checks, which read an option for its range."""
 
     class Prune(ast.NodeTransformer):
         def visit_AnnAssign(self, node):
@@ -384,7 +391,7 @@ def _without_definitions(tree: ast.Module) -> ast.Module:
             is_check = isinstance(call, ast.Call) and ast.unparse(call.func) == "at_least"
             return ast.Pass() if is_check else node
 
-    return ast.fix_missing_locations(Prune().visit(tree))
+    return ast.unparse(ast.fix_missing_locations(Prune().visit(ast.parse(text))))
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
@@ -440,7 +447,9 @@ def test_help_and_typos_are_answered_fast_and_without_torch(arguments):
         assert done.returncode == (0 if "--help" in arguments else 2)
         used = after.children_user + after.children_system
         best = min(best, used - before.children_user - before.children_system)
-    assert best < 0.5
+        if best < 0.5:
+            return
+    pytest.fail(f"{best:.2f} s of computing, at best of three")
 
 
 @pytest.mark.slow

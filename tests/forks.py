@@ -365,6 +365,7 @@ def relay(server: Path, python: str, arguments: list[str]):
         environment["PYTHONUNBUFFERED"] = words.pop(0)
     module = words[1] if words[:1] == ["-m"] else ""
     ours = module.split(".")[0] in ("gpt2", "benchmarks") or module == "torch.distributed.run"
+    ours |= words[:1] == ["-c"] and "from gpt2.cli import main" in words[1]
     if not ours and not (words and Path(words[0]).name == "train_gpt2.py"):
         os.execv(python, [python, *arguments])
     fork = Fork(server, words, os.getcwd(), environment, (0, 1, 2))

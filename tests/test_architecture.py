@@ -378,7 +378,7 @@ def options_never_read(package: Path, names) -> list[str]:
 
 @cache
 def _without_definitions(text: str) -> str:
-    """Code without the fields of dataclasses, and without checks, which read an option for its range."""
+    """Without the fields of dataclasses, and without checks, which read an option for its range."""
 
     class Prune(ast.NodeTransformer):
         def visit_AnnAssign(self, node):

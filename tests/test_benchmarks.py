@@ -310,13 +310,13 @@ def test_the_gib_of_a_sprint_are_those_of_a_recorded_step_too(data_dir):
     assert row["peak_gib"] * 2**30 > 2 * lasting
 
 
-def test_a_sprint_begins_with_given_weights(data_dir, tmp_path):
+def test_a_sprint_begins_with_given_weights(gpt2_data_dir, tmp_path):
     model = GPT2(n_layer=2, n_head=1, n_embd=16, block_size=32)
     for p in model.parameters():
         p.data.mul_(20)
     model.save(tmp_path / "m.pt")
     sizes = [f"--init={tmp_path / 'm.pt'}", "--learning_rate=0"]
-    (row,) = sprint_of(data_dir, *sizes)
+    (row,) = sprint_of(gpt2_data_dir, *sizes)
     assert row["val_loss"] > 12
 
 

@@ -78,9 +78,9 @@ def test_help_names_every_command_for_shards(capsys, argv):
     assert all(f"gpt2 shards {name} " in out for name in cli.SHARDS_COMMANDS)
 
 
-def test_shards_from_the_command_line(data_dir, tmp_path):
+def test_shards_from_the_command_line(gpt2_data_dir, tmp_path):
     """Exit codes 0 and 1, as scripts want them; a bar only where there is a terminal."""
-    folder = shutil.copytree(data_dir, tmp_path / "data")
+    folder = shutil.copytree(gpt2_data_dir, tmp_path / "data")
     done = run_python("-m", "gpt2", "shards", "verify", folder)
     assert (done.returncode, done.stderr) == (0, "")
     os.truncate(next(folder.glob("*_val_*.bin")), 2000)

@@ -264,12 +264,12 @@ def test_mistake_is_told_once(data_dir, tmp_path):
     assert done.stderr.count("did you mean --grad_accum_steps") == 1
 
 
-def test_given_weights_reach_all_ranks(data_dir, tmp_path):
+def test_given_weights_reach_all_ranks(gpt2_data_dir, tmp_path):
     """Read by one rank and sent to the other: the losses are those of one process."""
     source = write_nanogpt(tmp_path / "ckpt.pt", reference())
     arguments = [f"--init={source}", "--max_steps=3"]
-    run_python(*command(2, data_dir, tmp_path / "two", *arguments))
-    run_python(*command(1, data_dir, tmp_path / "one", *arguments, "--grad_accum_steps=4"))
+    run_python(*command(2, gpt2_data_dir, tmp_path / "two", *arguments))
+    run_python(*command(1, gpt2_data_dir, tmp_path / "one", *arguments, "--grad_accum_steps=4"))
     assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
     two, one = (weights(tmp_path / n / "out_ckpt.pt") for n in ("two", "one"))
     assert all(torch.allclose(two[n], one[n], atol=1e-4) for n in one)

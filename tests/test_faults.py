@@ -72,7 +72,7 @@ def test_twenty_kills_while_training_give_the_same_bits(data_dir, tmp_path, reco
 
 
 @pytest.mark.fault(3, "RLIMIT_FSIZE of 1 MB while a checkpoint of 19 MB is written")
-def test_disk_that_takes_no_more(data_dir, tmp_path, monkeypatch, capsys):
+def test_disk_that_takes_no_more(gpt2_data_dir, tmp_path, monkeypatch, capsys):
     """Real errors of the system in the middle of a file; later there is room again."""
     before, step = resource.getrlimit(resource.RLIMIT_FSIZE), step_module.train_step
 
@@ -85,7 +85,7 @@ def test_disk_that_takes_no_more(data_dir, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop, "train_step", limited)
     try:
-        code = loop.run(config(data_dir, tmp_path, "--max_steps=4", "--save_every=2"))
+        code = loop.run(config(gpt2_data_dir, tmp_path, "--max_steps=4", "--save_every=2"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 0

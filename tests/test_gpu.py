@@ -36,6 +36,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 SMALL = [a for a in TINY if not a.startswith(("--device", "--dtype"))]
 
 
+@pytest.fixture(scope="session")
+def data_dir(gpt2_data_dir):
+    """Shards of GPT-2's vocabulary: a GPU has kernels for its size."""
+    return gpt2_data_dir
+
+
 def run(data_dir, out_dir, *arguments):
     argv = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *SMALL, *arguments]
     return loop.run(parse(TrainConfig, argv, "gpt2 train"))

@@ -20,6 +20,12 @@ SMALL += ["--n_embd=128", "--n_head=2", "--max_steps=6", "--eval_every=3", "--sa
 SMALL += ["--keep_last=9", "--activation_checkpointing=True"]
 
 
+@pytest.fixture(scope="session")
+def data_dir(gpt2_data_dir):
+    """Shards of GPT-2's vocabulary: a GPU has kernels for its size."""
+    return gpt2_data_dir
+
+
 def train(data_dir, out, *arguments, ranks=2, script="train_gpt2.py"):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*torchrun, script, f"--data_dir={data_dir}", f"--out_dir={out}", *SMALL]

@@ -327,6 +327,12 @@ KINDS = {
 MANY = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
+@pytest.fixture(scope="session")
+def data_dir(gpt2_data_dir):
+    """Shards that also tune adapters of a model with GPT-2's vocabulary."""
+    return gpt2_data_dir
+
+
 @pytest.mark.parametrize(
     ("kind", "count"),
     [

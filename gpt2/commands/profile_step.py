@@ -32,7 +32,6 @@ from ..report import console, throughput
 from ..train import setup
 from ..train import step as training_step
 from ..train.messages import out_of_memory
-from ..train.run_tokenizer import resolve_vocabulary
 from ..train.setup import resolve_init
 from ..train.state import TrainState
 
@@ -72,7 +71,7 @@ def run(options: ProfileConfig) -> int:
         if rt.world_size > 1:
             raise UserError("gpt2 profile looks at one process; run it without torchrun")
         config = replace(config, data=replace(config.data, data_dir=data_dir))
-        config, init = resolve_init(resolve_vocabulary(config), rt, None)
+        config, init = resolve_init(config, rt, None)
         state = setup.build(config, rt, None, init)
         recorded, state.graph.enabled = state.graph.enabled, False  # a graph hides operations
         try:

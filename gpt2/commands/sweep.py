@@ -192,11 +192,12 @@ def _is_finished(job: Job) -> bool:
         return False
     found = read_run(job.folder)
     asked, theirs = flatten(job.config), current_names(found.settings)
-    of_weights = flatten(job.config.model) if job.config.model.init else {}  # filled in from them
+    model = job.config.model
+    filled_in = [*flatten(model)] if model.init else [] if model.vocab_size else ["vocab_size"]
     differ = [
         f"{name} {shown(theirs.get(name))} instead of {value}"
         for name, value in asked.items()
-        if name not in SAME_RESULT and name not in of_weights and theirs.get(name) != value
+        if name not in SAME_RESULT and name not in filled_in and theirs.get(name) != value
     ]
     if differ:
         raise UserError(

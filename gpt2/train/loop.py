@@ -55,7 +55,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
     """
     started = runtime.start(config.system, console.error, answer_signal)
     with started as rt, run_folder_lock(config, rt):
-        config = resolve_vocabulary(config)
+        config = resolve_vocabulary(config)  # which a checkpoint is compared with
         resumed = find_checkpoint(config, rt)
         config, init = resolve_init(config, rt, resumed)
         state = build(config, rt, resumed, init)

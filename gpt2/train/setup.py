@@ -22,7 +22,7 @@ from ..report.trackers import check_names
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
 from .run_data import order_data, read_hellaswag
-from .run_tokenizer import check_init_tokenizer, run_tokenizer
+from .run_tokenizer import check_init_tokenizer, resolve_vocabulary, run_tokenizer
 from .save import restore
 from .schedules import check_plan
 from .state import TrainState
@@ -36,12 +36,15 @@ def resolve_init(
 ) -> tuple[TrainConfig, Weights | None]:
     """Reads the weights that `--init` names; returns them, after the settings with their sizes.
 
+    The settings also get the vocabulary of the shards.
+
     Only rank 0 reads the weights: DDP and FSDP broadcast them to the other ranks. A resumed run
     has its weights in the checkpoint, so no rank reads them.
 
     Raises:
-        UserError: no such weights, or options that contradict them.
+        UserError: no such weights, or options that contradict them or the shards.
     """
+    config = resolve_vocabulary(config)
     options = config.model
     if not options.init:
         return config, None

@@ -133,9 +133,9 @@ def test_what_verify_says_repairs(texts, prepared, copy, capsys):
     assert verify(copy) == 0
 
 
-def test_folder_without_a_manifest(data_dir, tmp_path, capsys):
+def test_folder_without_a_manifest(gpt2_data_dir, tmp_path, capsys):
     """Such as llm.c's: headers and ids can be checked, and it says that this is all."""
-    folder = Path(shutil.copytree(data_dir, tmp_path / "out"))
+    folder = Path(shutil.copytree(gpt2_data_dir, tmp_path / "out"))
     assert verify(folder) == 0
     assert "without a manifest.json no more can be checked" in capsys.readouterr().out
     poke(folder / "text_train_000002.bin", 50303, 11)
@@ -243,9 +243,9 @@ def test_table(copy, capsys):
     assert verify(copy) == 0  # the picture is no stranger
 
 
-def test_table_without_a_manifest(data_dir, tmp_path, capsys):
+def test_table_without_a_manifest(gpt2_data_dir, tmp_path, capsys):
     """Text without a single end-of-text token has no documents; that is said, not divided by."""
-    folder = Path(shutil.copytree(data_dir, tmp_path / "out"))
+    folder = Path(shutil.copytree(gpt2_data_dir, tmp_path / "out"))
     assert info(folder) == 0
     out, err = capsys.readouterr()
     assert "where these shards come from is not known" in out

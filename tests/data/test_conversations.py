@@ -244,8 +244,8 @@ def test_a_changed_file_is_refused(base, tmp_path):
         finetune(base, path, tmp_path / "out", "--max_steps=2")
 
 
-def test_shards_of_text_are_tuned_on_as_well(data_dir, base, tmp_path):
-    assert finetune(base, data_dir, tmp_path, "--max_steps=2", "--eval_tokens=200") == 0
+def test_shards_of_text_are_tuned_on_as_well(gpt2_data_dir, base, tmp_path):
+    assert finetune(base, gpt2_data_dir, tmp_path, "--max_steps=2", "--eval_tokens=200") == 0
     assert (tmp_path / "out_ckpt.pt").exists()
 
 

@@ -21,6 +21,12 @@ from ..states import save_state
 from ..train.test_loop import metrics, same, weights
 
 
+@pytest.fixture(scope="session")
+def data_dir(gpt2_data_dir):
+    """Shards of the vocabulary that the second dataset has."""
+    return gpt2_data_dir
+
+
 @pytest.fixture
 def folders(data_dir, tmp_path):
     """Two datasets: `real`, and `numbers`, whose tokens are 0, 1, 2, …"""

@@ -88,7 +88,13 @@ def test_losses_equal_those_of_ddp(data_dir, tmp_path):
     """
     script = tmp_path / "steps.py"
     script.write_text(STEPS, encoding="utf-8")
-    options = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", *TINY, "--batch_size=1"]
+    options = [
+        f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path / 'out'}",
+        *TINY,
+        "--batch_size=1",
+        "--vocab_size=512",
+    ]  # of data_dir
     done = run_python(*TORCHRUN, "--nproc_per_node=2", script, json.dumps(CASES), *options,
                       env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=480)  # fmt: skip
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if "RESULT" in line]

@@ -131,6 +131,12 @@ def test_defaults_are_those_of_the_package():
     assert ours.batch_size * ours.block_size * ours.grad_accum_steps == 524_288
 
 
+@pytest.fixture(scope="session")
+def data_dir(gpt2_data_dir):
+    """The one file knows GPT-2's vocabulary only."""
+    return gpt2_data_dir
+
+
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
     """(losses, checkpoint) of twenty steps of the one file."""

@@ -48,6 +48,12 @@ def patched(patch: Path, folder: Path, monkeypatch):
     return module
 
 
+@pytest.fixture(scope="session")
+def data_dir(gpt2_data_dir):
+    """The one file knows GPT-2's vocabulary only."""
+    return gpt2_data_dir
+
+
 @pytest.fixture(scope="module")
 def plain(data_dir, tmp_path_factory) -> list[float]:
     """The losses of the file without a patch."""

@@ -35,7 +35,7 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hasty(path):
     """A server with limits of a second, and little room."""
-    running = Server(path, "--max_connections=100", seconds=LIMIT)
+    running = Server(path, "--max_connections=100", seconds=LIMIT, fork=True)
     yield running
     running.stop()
 
@@ -65,7 +65,7 @@ def milliseconds_of_health(server: Server, count: int = 15) -> float:
 @pytest.mark.parametrize("room", [1000, 100])
 @pytest.mark.parametrize("sent", [HALF_HEADER, HALF_BODY], ids=["header", "body"])
 def test_500_half_open_connections_leave_the_server_free(path, room, sent, record_property):
-    server = Server(path, f"--max_connections={room}")
+    server = Server(path, f"--max_connections={room}", fork=True)
     try:
         half_open = [server.connect(sent) for _ in range(500)]
         took = milliseconds_of_health(server)
@@ -163,7 +163,7 @@ def test_ctrl_c_beside_half_sent_bodies_has_no_traceback(path):
 
 
 def test_connections_above_the_limit_are_refused_when_all_are_busy(path):
-    server = Server(path, "--max_connections=1", "--slots=1")
+    server = Server(path, "--max_connections=1", "--slots=1", fork=True)
     try:
         body = json.dumps({"prompt": ["a"] * 60, "max_tokens": 120, "stream": True}).encode()
         busy = server.connect(HALF_BODY.partition(b"1000")[0] + b"%d\r\n\r\n" % len(body) + body)

@@ -85,9 +85,9 @@ def test_twenty_steps_are_what_they_were(tmp_path):
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-4)
 
 
-def test_loss_falls_and_files_appear(data_dir, tmp_path, capsys):
+def test_loss_falls_and_files_appear(gpt2_data_dir, tmp_path, capsys):
     arguments = ["--max_steps=30", "--eval_every=10", "--save_every=10", "--keep_last=2"]
-    assert loop.run(config(data_dir, tmp_path, *arguments, "--batch_size=4")) == 0
+    assert loop.run(config(gpt2_data_dir, tmp_path, *arguments, "--batch_size=4")) == 0
     losses = metrics(tmp_path)
     assert list(losses) == list(range(1, 31))
     assert losses[30] < losses[1] - 0.5  # a tenth of an epoch
@@ -106,8 +106,8 @@ def test_loss_falls_and_files_appear(data_dir, tmp_path, capsys):
     assert settings.optim.max_steps == 30
 
 
-def test_checkpoint_is_what_the_documentation_says(data_dir, tmp_path):
-    loop.run(config(data_dir, tmp_path, "--max_steps=2"))
+def test_checkpoint_is_what_the_documentation_says(gpt2_data_dir, tmp_path):
+    loop.run(config(gpt2_data_dir, tmp_path, "--max_steps=2"))
     content = torch.load(tmp_path / "out_ckpt.pt", weights_only=True)
     assert set(content) == {"model", "config", "step", "val_loss", "format"}
     assert content["step"] == 2
@@ -533,7 +533,7 @@ def test_token_outside_the_vocabulary(data_dir, tmp_path):
 def test_bf16_and_fp16_train_on_a_cpu(data_dir, tmp_path, optimizer):
     for dtype in ("bfloat16", "float16"):
         out, recipe = tmp_path / dtype, [*FP16, f"--dtype={dtype}", f"--optimizer={optimizer}"]
-        loop.run(config(data_dir, out, "--max_steps=8", *recipe))
+        loop.run(config(data_dir, out, "--max_steps=8", "--learning_rate=4e-3", *recipe))
         losses = metrics(out)
         assert losses[8] < losses[1] - 0.1
 

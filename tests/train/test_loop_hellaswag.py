@@ -36,7 +36,8 @@ def test_hellaswag_on_the_way_changes_nothing_and_equals_gpt2_eval(data_dir, tmp
     assert shown[0].startswith(f"step 2 | HellaSwag acc_norm {found[2]:.4f} | acc ")
     assert shown[-1].endswith("over 21 items")
     model = GPT2.from_checkpoint(tmp_path / "with" / "out_ckpt.pt", "cpu")
-    items = load_items(HELLASWAG, str(hellaswag_file(tmp_path)), print)
+    file = str(hellaswag_file(tmp_path))
+    items = load_items(HELLASWAG, file, print, model.tokenizer)
     again = HELLASWAG.ask(model, items, runtime.Runtime(torch.device("cpu"), torch.float32))
     assert again["hellaswag_acc_norm"] == found[5]
 

@@ -46,6 +46,12 @@ def sources(theirs, tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="session")
+def data_dir(gpt2_data_dir):
+    """Shards of the vocabulary that the weights have."""
+    return gpt2_data_dir
+
+
 def config(data_dir, out_dir, *arguments) -> TrainConfig:
     argv = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *UNSHAPED, *arguments]
     return parse(TrainConfig, argv, "gpt2 train")

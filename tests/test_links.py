@@ -122,7 +122,8 @@ def test_prepare(first, tmp_path, capsys):
     source = write_jsonl(tmp_path / "x.jsonl", make_texts(60))
 
     def command(folder: Path) -> list[str]:
-        return ["prepare", f"--source={source}", f"--out_dir={folder}", "--shard_tokens=600"]
+        words = ["prepare", f"--source={source}", f"--out_dir={folder}", "--shard_tokens=600"]
+        return [*words, "--num_workers=1"]
 
     clean = tmp_path / "clean"
     clean.mkdir()

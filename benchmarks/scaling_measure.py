@@ -42,8 +42,9 @@ TO_END = 40.0  # seconds after SIGHUP; torchrun kills its ranks after 30
 POLL = 0.1  # seconds
 # What ends a row at once, and what says of one that ended why it did; a micro-batch that cannot be
 # recorded for want of memory does neither.
-RAN_OUT = re.compile(r"^error: .*out of GPU memory", re.MULTILINE)
+RAN_OUT = re.compile(r"error: out of GPU memory")
 NO_MEMORY = re.compile(r"^(?!.*going on without).*(out of (GPU )?memory|OutOfMemoryError)", re.M)
+ERROR = re.compile(r"(\S+ )?\w*[eE]rror: ")
 
 
 class Running:
@@ -99,9 +100,10 @@ class Running:
                 self._first = now - self._began
             real = (WARMUP, STEADY, STEADY_SECONDS)
             warmup, least, seconds = TINY_STEPS if self.row.tiny else real
-            if len(steady := [step for step in steps if step["step"] > warmup]) >= least:
-                if steady[-1]["seconds"] - steady[0]["seconds"] >= seconds:
-                    return [self._line(self._measured(steady))]
+            steady = [step for step in steps if step["step"] > warmup]
+            enough = len(steady) >= least
+            if enough and steady[-1]["seconds"] - steady[0]["seconds"] >= seconds:
+                return [self._line(self._measured(steady))]
         reason = self._why_not(ended, now, until)
         return [self._line({"result": reason})] if reason else []
 
@@ -112,9 +114,9 @@ class Running:
             return "out of memory"
         if ended:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
-            errors = [line for line in lines if "rror" in line.split(":")[0]]
-            last = (errors or lines or ["no output"])[0 if errors else -1]
-            return f"failed: exit code {self._process.returncode}: {last[:200]}"
+            errors = [line for line in lines if ERROR.match(line)]
+            told = errors[:1] or lines[-1:] or ["no output"]
+            return f"failed: exit code {self._process.returncode}: {told[0][:200]}"
         if now > until:
             return "out of time"
         return f"failed: not over after {LONGEST:.0f} s" * (now > self._began + LONGEST)
@@ -275,18 +277,14 @@ def measure(options: argparse.Namespace) -> int:
     if path.exists():
         raise UserError(f"{path} holds another measurement; move it, or use another --out_dir=")
     out_dir.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup; rows would inherit it
-        signal.signal(signal.SIGHUP, lambda *_: None)
+    until = began + seconds - min(RESERVE, seconds / 10)
     found: list[dict] = []
     stopped = False
-    with TemporaryDirectory() as folder, open(path, "w", encoding="utf-8") as log:
-        work = Path(folder)
-        (work / "data").mkdir()
-        make_data(work / "data")
-        until = began + seconds - min(RESERVE, seconds / 10)
+    with stoppable(), TemporaryDirectory() as folder, open(path, "w", encoding="utf-8") as log:
         try:
-            with contextlib.closing(run_all(plan, cards, work, until)) as lines:
+            (Path(folder) / "data").mkdir()
+            make_data(Path(folder) / "data")
+            with contextlib.closing(run_all(plan, cards, Path(folder), until)) as lines:
                 for line in lines:
                     found.append(with_share(line, found))
                     log.write(json.dumps(found[-1]) + "\n")
@@ -299,6 +297,22 @@ def measure(options: argparse.Namespace) -> int:
     report(found, out_dir)
     failed = any(row["result"].startswith("failed") for row in found)
     return 128 + signal.SIGINT if stopped else int(failed)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does; rows do not inherit from nohup that SIGHUP is ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+    else:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def names_of(found: list[dict]) -> set[str]:

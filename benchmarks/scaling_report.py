@@ -186,7 +186,9 @@ def rate_text(rate: float | None) -> str:
     """Tokens per second."""
     if rate is None:
         return "–"
-    return f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:,.1f}k"
+    if rate < 1e4:
+        return f"{rate:.0f}"
+    return f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k"
 
 
 def together(rows: list[dict]) -> list[dict]:

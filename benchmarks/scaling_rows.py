@@ -6,9 +6,9 @@ from typing import Any
 
 RECIPE = 512  # sequences of 1,024 tokens in a step of the 124M recipe
 STEPS = 14  # about as many are made of a row
-# Seconds that a row takes on H100s until its steps, roughly; a row that would not end in time is
-# not begun. Tokens per second of one GPU, of which the steps' time follows.
-START = {"gpt2": 30, "gpt2-medium": 40, "gpt2-xl": 70}
+# Seconds that a row takes on H100s until its steps, roughly and rather too few; a row that would
+# not end in time is not begun. Tokens per second of one GPU, of which the steps' time follows.
+START = {"gpt2": 25, "gpt2-medium": 30, "gpt2-xl": 50}
 RATES = {"gpt2": 550e3, "gpt2-medium": 180e3, "gpt2-xl": 35e3}
 
 
@@ -62,7 +62,7 @@ class Row:
         if self.tiny:
             return 0.0
         if self.reduces:
-            return 20.0
+            return 15.0
         rate = RATES[self.size] * self.gpus
         return START[self.size] + STEPS * self.tokens_per_step / rate
 
@@ -81,7 +81,8 @@ class Row:
         own += [f"--total_batch_tokens={self.tokens_per_step}"]
         own += [f"--parallel={self.parallel}"]
         own += ["--activation_checkpointing=True"] if self.checkpointing else []
-        return own + (["--n_layer=2", "--n_head=2", "--n_embd=8"] if self.tiny else [])
+        layers = 4 if self.config else 2
+        return own + ([f"--n_layer={layers}", "--n_head=2", "--n_embd=8"] if self.tiny else [])
 
 
 def rows(gpus: int, tiny: bool = False) -> list[Row]:
@@ -129,9 +130,9 @@ def of_larger(gpus: int) -> list[Row]:
     modern = Row(label="speedrun.toml", gpus=1, config="configs/speedrun.toml")
     if gpus > 1:
         of_all = [replace(row, gpus=gpus, parallel="fsdp") for row in found]
-        of_all.append(replace(modern, gpus=gpus))  # a step of more tokens than the recipe's
         found += [replace(row, ideal_tokens=row.tokens_per_step // gpus) for row in of_all]
-        found.append(replace(modern, gpus=gpus, batch_size=64 // gpus))  # the recipe as it is
+        of_modern = replace(modern, gpus=gpus, ideal_tokens=modern.tokens_per_step)
+        found += [replace(of_modern, batch_size=64 // gpus), of_modern]  # as it is; batch 64
     return [*found, modern]
 
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -213,15 +214,12 @@ def choose(row: Row, cards: Sequence[str], free: Sequence[str]) -> list[str]:
 
 def end_all(running: list[Running]):
     """Ends what runs, and waits for that; a second Ctrl-C does not interrupt this."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with handled(signal.SIG_IGN):
         while running:
             for each in running:
                 each.end()
             time.sleep(POLL)
             running = [each for each in running if not each.poll(0.0)]
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def find_cards(device: str) -> list[str]:
@@ -301,18 +299,27 @@ def measure(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does; rows do not inherit from nohup that SIGHUP is ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    if before[signal.SIGHUP] == signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda *_: None)
-    else:
-        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
+    """SIGTERM and SIGHUP do what Ctrl-C does; and rows do not inherit that a signal is ignored.
+
+    A shell lets commands behind `&` ignore SIGINT, and nohup SIGHUP, by which rows are ended.
+    """
+    hangs_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    with handled(signal.default_int_handler):
+        if not hangs_up:  # nohup: goes on, but a handler is not inherited
+            signal.signal(signal.SIGHUP, lambda *_: None)
+        yield
+
+
+@contextlib.contextmanager
+def handled(handler: Any) -> Iterator[None]:
+    """Within, this handles the signals that ask to stop."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in zip(numbers, before, strict=True):
+            signal.signal(number, earlier)
 
 
 def names_of(found: list[dict]) -> set[str]:

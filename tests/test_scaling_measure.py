@@ -156,13 +156,20 @@ def options(out_dir, *more):
     return scaling.parser().parse_args(["--measure", f"--out_dir={out_dir}", *more])
 
 
-def test_ctrl_c_keeps_what_is_there(programs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_is_there(programs, tmp_path, monkeypatch, capsys, number):
+    """Also behind `&`, where a shell has commands ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     plan = [row("trains"), row("waits", card=1), row("waits")]
     monkeypatch.setattr(scaling_measure, "find_cards", lambda device: ["0", "1"])
     monkeypatch.setattr(scaling_measure, "chosen", lambda cards, options: plan)
-    monkeypatch.setattr(scaling_measure, "told", lambda line: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(scaling_measure, "told", lambda line: signal.raise_signal(number))
     monkeypatch.setattr(scaling_measure, "make_data", lambda folder: None)
-    assert scaling_measure.measure(options(tmp_path)) == 130
+    try:
+        assert scaling_measure.measure(options(tmp_path)) == 130
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
     (line,) = map(json.loads, (tmp_path / "scaling.jsonl").open())
     assert line["name"] == "trains, 1 GPU, 8 tokens"
     assert line["result"] == "measured"

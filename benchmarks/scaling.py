@@ -1,8 +1,15 @@
 """What more GPUs would do: tokens per second, memory, time and cost, from the step of one.
 
     python -m benchmarks.scaling
+    python -m benchmarks.scaling --measure
+    python -m benchmarks.scaling --measure --only="8 GPUs" --seconds=300 --out_dir=out/eight
+    python -m benchmarks.scaling --report out/scaling/scaling.jsonl out/eight/scaling.jsonl
 
-Nothing is measured here. A micro-batch of b sequences, 64 at most, takes one GPU c + a b; both were
+Without options nothing is measured. `--measure` trains on the GPUs of this machine and compares
+(scaling_measure.py); `--report` makes table and plot of what was measured before, and also of what
+was killed. `--measure --device=cpu` tries everything out with tiny networks.
+
+The model on paper: a micro-batch of b sequences, 64 at most, takes one GPU c + a b; both were
 measured (see `MEASURED`). With n GPUs a step lasts longer by the communication that the backward
 pass does not hide:
 
@@ -18,10 +25,15 @@ pass does not hide:
 The tables are in docs/scaling.md, where a test compares them with what this prints.
 """
 
+import argparse
+import inspect
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from gpt2.config.model import SIZES, GPT2Config
+from gpt2.errors import UserError
 
 BATCH_TOKENS, CONTEXT, STEPS = 524_288, 1024, 19_073
 LARGEST = 64  # sequences of a micro-batch
@@ -83,14 +95,39 @@ def step_seconds(machine: Machine, sequences: int) -> tuple[float, float]:
     if machine.gpus == 1:
         return compute, 0.0
     backward = per_sequence * min(sequences, LARGEST) * 2 / 3  # of the last micro-batch
+    waiting, sending = ddp_seconds(machine, 4 * n, backward)
+    return compute + waiting + sending, waiting
+
+
+def ddp_seconds(machine: Machine, gradients: int, backward: float) -> tuple[float, float]:
+    """(seconds that a step waits for messages, seconds that sending takes from computing).
+
+    Args:
+        machine: of several GPUs.
+        gradients: bytes.
+        backward: seconds of the last micro-batch's backward pass, which hides messages.
+    """
     hop = machine.net_hop if machine.across else machine.hop
     latency = 2 * math.log2(machine.gpus) * hop
     embedding = 4 * 50_257 * 768
     last = ring_bytes(embedding, machine.gpus) / machine.bandwidth + latency
-    rest = ring_bytes(4 * n - embedding, machine.gpus) / machine.bandwidth
-    rest += latency * math.ceil((4 * n - embedding) / BUCKET)
-    waiting = max(0.0, rest - backward) + last
-    return compute + waiting + SENDING * min(rest, backward), waiting
+    rest = ring_bytes(gradients - embedding, machine.gpus) / machine.bandwidth
+    rest += latency * math.ceil((gradients - embedding) / BUCKET)
+    return max(0.0, rest - backward) + last, SENDING * min(rest, backward)
+
+
+def fsdp_seconds(machine: Machine, size: str, micro_batches: int, compute: float) -> float:
+    """Seconds by which a step with `--parallel=fsdp` is longer than its arithmetic.
+
+    The first all-gather and the last reduce-scatter, both of the embedding, have nothing to hide
+    behind; the others run beside `compute`, the seconds of the arithmetic.
+    """
+    c = GPT2Config(**SIZES[size])
+    share = (machine.gpus - 1) / machine.gpus / machine.bandwidth
+    alone = (2 + 4) * (c.vocab_size + c.block_size) * c.n_embd * share
+    sent = fsdp_bytes(size, machine.gpus, micro_batches) / machine.bandwidth
+    rest = max(0.0, sent - alone)
+    return alone + max(0.0, rest - compute) + SENDING * min(rest, compute)
 
 
 def fsdp_bytes(size: str, gpus: int, micro_batches: int) -> float:
@@ -169,11 +206,48 @@ def cost_table() -> list[str]:
     return lines
 
 
-def main():
-    """Prints the tables."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description=inspect.cleandoc(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = made.add_mutually_exclusive_group()
+    what.add_argument("--measure", action="store_true", help="train on the GPUs of this machine")
+    what.add_argument("--report", nargs="+", type=Path, help="scaling.jsonl of earlier calls")
+    made.add_argument("--seconds", type=float, help="for all of --measure; 480 unless given")
+    made.add_argument("--only", action="append", help="rows whose name has this part; repeatable")
+    made.add_argument("--device", choices=("cuda", "cpu"), help="cuda unless given")
+    made.add_argument("--out_dir", type=Path, help="of jsonl, table and plot; out/scaling")
+    return made
+
+
+def main() -> int:
+    """Prints the tables on paper, measures, or reports."""
+    options = parser().parse_args()
+    given = [n for n in ("seconds", "only", "device") if getattr(options, n) is not None]
+    try:
+        if given and not options.measure:
+            raise UserError(f"--{given[0]} is for --measure; give both")
+        if options.measure:
+            from .scaling_measure import measure  # torch; the tables on paper need none
+
+            return measure(options)
+        if options.report:
+            from .scaling_report import read, report
+
+            report(read(options.report), options.out_dir or Path("out/scaling"))
+            return 0
+        if options.out_dir:
+            raise UserError("--out_dir is for --measure and --report; give one of them")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for table in (scaling_table(), memory_table(), cost_table()):
         print("\n".join(table), end="\n\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,6 +34,7 @@ PAGE = ROOT / "docs" / "gpu.md"
 HEADER = "| what | result | device | torch | date | commit |"
 STEPS = ["--max_steps=3", "--log_every=1", "--eval_tokens=65536", "--data_dir={work}/data"]
 VOCABULARY = 50257
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node={ranks}"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,8 @@ def train(name: str, *arguments: str, steps: list[str] = STEPS, **more: Any) -> 
 
 def ranks(name: str, *arguments: str) -> Check:
     """A training run on all GPUs."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node={ranks}"]
     single = train(name, *arguments)
-    return Check(name, [*torchrun, *single.command], ranks=True, seconds=240)
+    return Check(name, [*TORCHRUN, *single.command], ranks=True, seconds=240)
 
 
 def gpt2(name: str, *arguments: str, after: str = "train") -> Check:
@@ -186,6 +186,9 @@ CHECKS = [
     benchmark("generate", "--calls=2"),
     benchmark("memory", "--sizes=gpt2", "--batch_sizes=8"),
     benchmark("masks"),
+    benchmark(
+        "scaling", "--measure", "--only=524,288", "--seconds=140", "--out_dir={work}/scaling"
+    ),
     *(
         Check(
             f"compute-sanitizer, {tool}",
@@ -198,7 +201,7 @@ CHECKS = [
     ranks("ranks: ddp", "--batch_size=64"),
     ranks("ranks: ddp, uncompiled", "--batch_size=16", "--compile_model=False"),
     ranks("ranks: ddp, muon, fp8 head", "--optimizer=muon", FP8, "--batch_size=16"),
-    ranks("ranks: ddp, speedrun.toml", MODERN, FP8),
+    ranks("ranks: ddp, speedrun.toml", MODERN, FP8, "--batch_size=8"),  # 65,536 tokens a step
     ranks("ranks: fsdp, xl, activation checkpointing", *XL, "--parallel=fsdp", "--batch_size=16"),
     ranks("ranks: fsdp, large", "--size=gpt2-large", LARGE, "--parallel=fsdp", "--batch_size=4"),
     ranks(
@@ -218,6 +221,17 @@ CHECKS = [
         FP8,
     ),
     ranks("ranks: fsdp, speedrun.toml", MODERN, "--parallel=fsdp", "--total_batch_tokens=0", LARGE),
+    Check(
+        "ranks: all-reduce",
+        [*TORCHRUN, "-m", "benchmarks.all_reduce"],
+        ranks=True,
+    ),
+    Check(
+        "ranks: scaling",
+        ["-m", "benchmarks.scaling", "--measure", "--seconds=190", "--out_dir={work}/scaling"],
+        ranks=True,
+        seconds=240,
+    ),
     pytest("ranks: pytest tests/test_gpu_parallel.py", "gpu", PARALLEL, ranks=True, seconds=600),
 ]
 

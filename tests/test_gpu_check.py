@@ -40,6 +40,8 @@ LIMITS = (
     "--steps",
     "--nanogpt",
     "--build_nanogpt",
+    "--seconds",
+    "--only",
 )
 # Commands of README and docs that no check runs, and why.
 ELSEWHERE = {
@@ -53,7 +55,6 @@ ELSEWHERE = {
     "benchmarks.saving": "writes gigabytes for minutes; every training check saves",
     "benchmarks.prepare": "uses no GPU",
     "benchmarks.loader": "minutes; every training check loads",
-    "benchmarks.scaling": "prints a model on paper",
 }
 OF_A_GPU = (
     r"python train_gpt2|torchrun|python -m benchmarks|gpt2 (train|finetune|sample|chat|serve|"
@@ -78,6 +79,8 @@ def test_every_command_for_a_gpu_is_checked(command):
     subcommand = {"python train_gpt2": "train_gpt2.py", "torchrun": "train_gpt2.py"}.get(
         program, program.removeprefix("gpt2 ")
     )
+    if "-m" in words and program == "torchrun":
+        subcommand = words[words.index("-m") + 1]
     found = [
         check
         for check in CHECKS

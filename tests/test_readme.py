@@ -107,6 +107,9 @@ ADDED: dict[str, list[str]] = {
     "torchrun --nnodes=1:4 --nproc_per_node=8 --max_restarts=3 --rdzv_backend=c10d "
     "--rdzv_endpoint=HEAD:29500 --rdzv_id=1 -m gpt2 train --out_dir=/shared/out": SMALL,
     "python -m benchmarks.scaling": [],
+    "torchrun --standalone --nproc_per_node=2 -m benchmarks.all_reduce": [
+        "--bytes=4,1000", "--device=cpu",
+    ],
     # docs/speed.md
     "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,
     # docs/switches.md
@@ -155,6 +158,7 @@ ELSEWHERE = {
     "python -m benchmarks.memory": ("test_benchmarks.py", "benchmarks.memory"),
     "python -m benchmarks.prepare": ("test_benchmark_prepare.py", "benchmarks.prepare"),
     "python -m benchmarks.saving": ("test_benchmarks.py", "benchmarks.saving"),
+    "python -m benchmarks.scaling --measure": ("test_scaling_measure.py", "benchmarks.scaling"),
     # with a clone of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": (
         "test_benchmarks.py", "benchmarks.throughput",

@@ -56,6 +56,12 @@ class Runtime:
             return torch.cuda.get_device_name(self.device)
         return self.device.type
 
+    def peak_gib(self) -> float | None:
+        """GiB that tensors of this rank took at most so far, on a GPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device) / 2**30
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matmuls in `dtype`; softmax, norms and losses in float32."""
         enabled = self.dtype != torch.float32

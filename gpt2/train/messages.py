@@ -85,6 +85,7 @@ def log_training_step(  # noqa: PLR0917
         "tokens_per_second": rate,
         "mfu": achieved / (peak * rt.world_size) if peak else None,
         "seconds": state.seconds,
+        "peak_gib": rt.peak_gib(),
     }
     log.record(step, **values)
     steps = config.optim.max_steps

@@ -96,7 +96,7 @@ def test_loss_falls_and_files_appear(gpt2_data_dir, tmp_path, capsys):
     assert states == ["step_00000020", "step_00000030"]
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     names = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "tokens"}
-    assert set(row) == names  # no mfu on a CPU
+    assert set(row) == names  # no mfu and no peak_gib on a CPU
     assert row["tokens"] == 4 * 32 * 2
     out = capsys.readouterr().out
     assert "256 tokens per step = batch_size 4 × block_size 32 × grad_accum_steps 2 × 1 rank" in out
@@ -603,7 +603,7 @@ def test_reading_numbers_a_step_late_changes_nothing(data_dir, tmp_path, monkeyp
     loop.run(config(data_dir, tmp_path / "now", *arguments))
     monkeypatch.setattr(runtime.Runtime, "steps_ahead", 2)
     loop.run(config(data_dir, tmp_path / "late", *arguments))
-    timing = {"seconds", "tokens_per_second", "mfu", "time"}
+    timing = {"seconds", "tokens_per_second", "mfu", "time", "peak_gib"}
 
     def lines(name):
         rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())

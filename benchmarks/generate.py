@@ -2,6 +2,7 @@
 
     python -m benchmarks.generate
     python -m benchmarks.generate --nanogpt=../nanoGPT --device=cuda --batch_sizes=1,256
+    python -m benchmarks.generate --before=REV
 
 Every contender runs in a process of its own, one after the other, with the same random weights of
 the size given and the same random prompts, greedy. The clock runs over whole calls, from the
@@ -9,24 +10,33 @@ prompts to the last token on the CPU, after one call to warm up; what is compile
 copied once is in that call, unless it takes over a minute: then it is the one that counts. The
 number is the median of the calls. The tokens of all contenders are compared. On a GPU weights are
 bf16 and nanoGPT is compiled as its sample.py can; on a CPU they are float32 (`--dtype=` for
-another).
+another). With --before an earlier build of this project, as it was at a git revision, is one more
+contender, and all take turns for --rounds rounds, of which the table has the medians.
 """
 
 import argparse
 import inspect
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks.before import (
+    Build,
+    add_options,
+    advantage,
+    earlier_build,
+    merge_rounds,
+    resolve_rounds,
+)
 from benchmarks.throughput import classes_of
 from gpt2.config.model import SIZES, GPT2Config
+from gpt2.errors import UserError
 from gpt2.generate.sampling import Sampling
 from gpt2.generate.stream import decoder_for, generate
 from gpt2.huggingface.model_format import to_hf
@@ -150,20 +160,25 @@ def agreement(row: dict, other: dict) -> str:
 
 def show(rows: list[dict], options: argparse.Namespace):
     """Prints a table, and writes JSON lines and a bar chart into --out_dir."""
-    print(f"\n{'':14s} {'batch':>6s} {'tokens/s':>10s} {'ours is':>8s} {'first call':>11s}  same")
+    print(
+        f"\n{'':14s} {'batch':>6s} {'tokens/s':>10s} {'ours is':>8s} {'of rounds':>11s} "
+        f"{'first call':>11s}  same"
+    )
+    measured, rows = rows, merge_rounds(rows)
     first = {row["batch_size"]: row for row in rows if row["name"] == "ours"}
+    for row in measured:
+        row["same_tokens"] = agreement(first[row["batch_size"]], row)
     for row in rows:
         mine, rate = first[row["batch_size"]], row["tokens_per_second"]
-        row["same_tokens"] = agreement(mine, row)
-        times = f"{mine['tokens_per_second'] / rate:.2f} ×"
+        times, spread = advantage(mine, row)
         print(
-            f"{row['name']:14s} {row['batch_size']:6d} {rate:10,.1f} {times:>8s} "
-            f"{row['first_call_seconds']:9.1f} s  {row['same_tokens']}"
+            f"{row['name']:14s} {row['batch_size']:6d} {rate:10,.1f} {times:>8s} {spread:>11s} "
+            f"{row['first_call_seconds']:9.1f} s  {agreement(mine, row)}"
         )
     if not options.out_dir:
         return
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    kept = [{k: v for k, v in row.items() if k != "tokens"} for row in rows]
+    kept = [{k: v for k, v in row.items() if k != "tokens"} for row in measured]
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     (options.out_dir / "generate.jsonl").write_text(lines, encoding="utf-8")
     from matplotlib.figure import Figure
@@ -212,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", help="bfloat16 on a GPU, float32 on a CPU")
     made.add_argument("--only", help="one contender, in this process")
     made.add_argument("--batch_size", type=int, help="with --only")
+    add_options(made)
     made.add_argument("--out_dir", type=Path, help="also write generate.jsonl and .png there")
     return made
 
@@ -227,20 +243,32 @@ def main() -> int:
             row = {"name": options.only, **describe(options), **measure(write, options)}
         print(json.dumps(row))
         return 0
-    rows = []
-    for size in (options.batch_sizes or ("1,256" if on_gpu else "1")).split(","):
-        for name in contenders(options):
-            command = [sys.executable, "-m", "benchmarks.generate", *sys.argv[1:]]
-            command += [f"--only={name}", f"--batch_size={size}"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                print(f"{name}: failed, see above", file=sys.stderr)
-                return 1
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            rate = rows[-1]["tokens_per_second"]
-            print(f"{name}, batch {size}: {rate:,.1f} tokens/s", flush=True)
-    show(rows, options)
+    try:
+        with earlier_build(options.before, "generate") as builds:
+            show(list(measure_all(options, builds)), options)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def measure_all(options: argparse.Namespace, builds: list[Build]) -> Iterator[dict]:
+    """A row for each round, batch size and contender."""
+    names = ("size", "prompt_tokens", "new_tokens", "calls", "device", "dtype")
+    argv = [f"--{name}={getattr(options, name)}" for name in names]
+    clone = [f"--nanogpt={options.nanogpt}"] if options.nanogpt else []
+    runs = [(build, ["--only=ours"]) for build in (Build("ours"), *builds)]
+    runs += [(Build(n), [f"--only={n}", *clone]) for n in contenders(options) if n != "ours"]
+    sizes = options.batch_sizes or ("1,256" if options.device == "cuda" else "1")
+    for turn in range(resolve_rounds(options)):
+        for size in sizes.split(","):
+            for build, chosen in runs:
+                row = build.row("generate", [*argv, f"--batch_size={size}", *chosen])
+                yield row | {"round": turn}
+                rate = row["tokens_per_second"]
+                print(f"{build.name}, batch {size}: {rate:,.1f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m benchmarks.throughput
     python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt
     python -m benchmarks.throughput --size=gpt2-medium --batch_sizes=16,32,64
+    python -m benchmarks.throughput --before=REV
 
 Every contender runs in a process of its own, one after the other, on the same random tokens, and
 makes whole steps: batch from disk, forward, backward, clipping, fused AdamW. After a warm-up the
@@ -13,6 +14,11 @@ on a CPU that has no bf16 units), compiled on a GPU, in the loop that their trai
 whose loss is read in the end. With several batch sizes each contender is shown at its best. Options
 that are not known here are ours alone and go to `gpt2 train`, such as
 --activation_checkpointing=True.
+
+With --before an earlier build of this project, as it was at a git revision, is one more contender.
+Both builds first train on one text, and their losses are compared. Then all take turns for --rounds
+rounds; the table has medians over the rounds, and how many times as fast ours was within a round:
+the median, the least and the greatest.
 """
 
 import argparse
@@ -23,23 +29,32 @@ import inspect
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 
+from benchmarks.before import (
+    Build,
+    add_options,
+    advantage,
+    earlier_build,
+    loss_parity,
+    merge_rounds,
+    resolve_rounds,
+)
 from gpt2.config.command_line import parse
 from gpt2.config.model import GPT2_VOCAB_SIZE, SIZES
 from gpt2.config.train import TrainConfig
 from gpt2.data.shards import HEADER_BYTES, write_shard
 from gpt2.distributed import devices, runtime
+from gpt2.errors import UserError
 from gpt2.train import setup
 from gpt2.train import step as step_module
 from gpt2.train.setup import resolve_init
@@ -199,17 +214,21 @@ def show(rows: list[dict], options: argparse.Namespace):
     The lines are of all that was measured; table and chart of the fastest of each contender.
     """
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    rows = fastest(rows)
+    rows = fastest(merge_rounds(rows))
     print(
         f"\n{'':16s} {'batch':>5s} {'tokens/s':>10s} {'ms/65,536':>10s} {'peak GiB':>9s} "
-        f"{'first step':>11s}"
+        f"{'first step':>11s} {'ours is':>8s} of rounds"
     )
     for row in rows:
         peak = f"{row['peak_gib']:.1f}" if row["peak_gib"] else "-"
         rate, ms = row["tokens_per_second"], row["ms_per_65536_tokens"]
         first = row["first_step_seconds"]
         batch = row["batch_size"]
-        print(f"{row['name']:16s} {batch:5d} {rate:10,.0f} {ms:10.1f} {peak:>9s} {first:9.1f} s")
+        times, spread = advantage(rows[0], row) if rows[0]["name"] == "ours" else ("", "")
+        print(
+            f"{row['name']:16s} {batch:5d} {rate:10,.0f} {ms:10.1f} {peak:>9s} {first:9.1f} s "
+            f"{times:>8s} {spread}".rstrip()
+        )
     if not options.out_dir:
         return
     options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -278,6 +297,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", help="of matmuls: bfloat16, or float32 on a CPU without its units")
     made.add_argument("--only", help="one contender, in this process")
+    add_options(made)
+    made.add_argument("--parity_steps", type=int, default=20, help="to compare losses; 0: none")
     made.add_argument("--out_dir", type=Path, help="also write throughput.jsonl and .png there")
     return made
 
@@ -293,23 +314,54 @@ def main() -> int:
     if options.only:
         print(json.dumps(measure_one(options)))
         return 0
-    rows = []
-    for name in contenders(options):
-        for batch_size in (options.batch_sizes or str(options.batch_size)).split(","):
-            command = [sys.executable, "-m", "benchmarks.throughput", *sys.argv[1:]]
-            command += [f"--only={name}", f"--batch_size={batch_size}"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-            if done.returncode:
-                print(f"{name}: failed, see above", file=sys.stderr)
-                return 1
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            rate = rows[-1].get("tokens_per_second")
-            told = f"{rate:,.0f} tokens/s" if rate else "out of memory"
-            print(f"{name}, batch size {batch_size}: {told}", flush=True)
-            if not rate:
-                break
-    show(rows, options)
+    try:
+        with earlier_build(options.before, "throughput") as builds:
+            if builds and options.parity_steps:  # first: it is short, and meets wrong options
+                argv = arguments_of(options, sizes_of(options)[0])
+                print(loss_parity([Build("ours"), *builds], argv, options.parity_steps), flush=True)
+            show(list(measure_all(options, builds)), options)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def sizes_of(options: argparse.Namespace) -> list[str]:
+    """The batch sizes to measure."""
+    return (options.batch_sizes or str(options.batch_size)).split(",")
+
+
+def arguments_of(options: argparse.Namespace, batch_size: str) -> list[str]:
+    """The options of a process that runs one contender, with all defaults written out."""
+    names = ("size", "block_size", "grad_accum_steps", "steps", "warmup", "device", "dtype")
+    given = [f"--{name}={getattr(options, name)}" for name in names]
+    return [*given, f"--batch_size={batch_size}", *options.extra]
+
+
+def measure_all(options: argparse.Namespace, builds: list[Build]) -> Iterator[dict]:
+    """A row for each round, contender and batch size, as far as memory holds the batch."""
+    clones = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("nanogpt", "build_nanogpt")
+        if getattr(options, name)
+    ]
+    runs = [(build, ["--only=ours"]) for build in (Build("ours"), *builds)]
+    runs += [(Build(n), [f"--only={n}", *clones]) for n in contenders(options) if n != "ours"]
+    too_large: set[tuple[str, str]] = set()
+    for turn in range(resolve_rounds(options)):
+        for build, chosen in runs:
+            for batch_size in sizes_of(options):
+                if (build.name, batch_size) in too_large:
+                    break
+                row = build.row("throughput", [*arguments_of(options, batch_size), *chosen])
+                yield row | {"round": turn}
+                rate = row.get("tokens_per_second")
+                told = f"{rate:,.0f} tokens/s" if rate else "out of memory"
+                print(f"{build.name}, batch size {batch_size}: {told}", flush=True)
+                if not rate:
+                    too_large.add((build.name, batch_size))
 
 
 def measure_one(options: argparse.Namespace) -> dict:

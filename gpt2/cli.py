@@ -9,6 +9,7 @@ Longer than 400 lines because every command has its few lines here.
 
 import difflib
 import errno
+import gc
 import os
 import signal
 import sys
@@ -233,8 +234,11 @@ def sample(argv: list[str]) -> int:
     """`gpt2 sample`."""
     names = {"checkpoint": MODEL_SOURCES}
     config, (path,) = parse_with_positional(SampleConfig, argv, "gpt2 sample", names)
-    from .commands.terminal import sample as write
-
+    gc.disable()  # collecting while PyTorch is imported takes up to a tenth of its time
+    try:
+        from .commands.terminal import sample as write
+    finally:
+        gc.enable()
     return write(path, config)
 
 

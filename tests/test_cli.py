@@ -1,5 +1,6 @@
 """The commands as a person meets them: in a process of their own."""
 
+import gc
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -278,3 +280,18 @@ def test_a_typo_of_any_command_is_answered_without_torch(tmp_path):
     done = run_python("-c", f"{code}print({{'torch', 'numpy'}} & {{*sys.modules}})", real=True)
     assert done.stdout == f"{[2] * len(lines)}\nset()\n"
     assert done.stderr.count("unknown option --tpyo") == len(lines)
+
+
+def test_sample_collects_no_garbage_while_it_imports(monkeypatch):
+    collecting = []
+
+    class Terminal(types.ModuleType):
+        def __getattr__(self, name):
+            if name != "sample":
+                raise AttributeError(name)
+            collecting.append(gc.isenabled())
+            return lambda path, config: collecting.append(gc.isenabled()) or 0
+
+    monkeypatch.setitem(sys.modules, "gpt2.commands.terminal", Terminal("terminal"))
+    assert cli.main(["sample", "box", "--prompt=x"]) == 0
+    assert collecting == [False, True]

@@ -159,6 +159,12 @@ ELSEWHERE = {
     "python -m benchmarks.prepare": ("test_benchmark_prepare.py", "benchmarks.prepare"),
     "python -m benchmarks.saving": ("test_benchmarks.py", "benchmarks.saving"),
     "python -m benchmarks.scaling --measure": ("test_scaling_measure.py", "benchmarks.scaling"),
+    "python -m benchmarks.throughput --before=REV": (
+        "test_benchmark_before.py", "throughput, *argv",
+    ),
+    "python -m benchmarks.generate --before=REV --batch_sizes=1,8": (
+        "test_benchmark_before.py", "generate, *SMALL",
+    ),
     # with a clone of its own
     "python -m benchmarks.throughput --nanogpt=../nanoGPT --build_nanogpt=../build-nanogpt": (
         "test_benchmarks.py", "benchmarks.throughput",

@@ -24,6 +24,9 @@ class CachedForward:
         capacity: positions of the KV cache.
         per_row_lengths: keep a length for each row, as a tensor. Rows of different lengths and
             CUDA graphs need it.
+        packed: multiply by a packed copy of the weights, see `few_token_pass.packed_linear`; for
+            several rows on a CPU, of a model that `few_token_pass.supports`, whose weights no
+            longer change.
         few_rows: use the few-kernel pass of `few_token_pass` if the rows are few enough; False if
             rows may be added later.
     """
@@ -35,6 +38,7 @@ class CachedForward:
         capacity: int,
         *,
         per_row_lengths: bool = False,
+        packed: bool = False,
         few_rows: bool = True,
     ):
         self.model = model
@@ -52,6 +56,11 @@ class CachedForward:
             and rows <= few_token_pass.FEW_ROWS
             and few_token_pass.supports(model)
         )
+        self.packed: Callable[..., Tensor] | None = None
+        if packed:
+            layers = few_token_pass.linear_layers(model)
+            copies = {layer: few_token_pass.packed_linear(layer, rows) for layer in layers}
+            self.packed = few_token_pass.using(copies)
         self.head: Tensor | None = None
         if self.device.type == "cuda" and model.head_is_embedding and not self.few:
             # padded once; `model.logits` would pad the matrix for every token
@@ -104,6 +113,8 @@ class CachedForward:
         row.
         """
         cache = self.cache if cache is None else cache
+        if self.packed:
+            return few_token_pass.next_logits(self.model, tokens[:, None], cache, self.packed)
         with self.on_device():  # where Triton launches its kernels
             if self.few:
                 return few_token_pass.next_logits(self.model, tokens[:, None], cache)

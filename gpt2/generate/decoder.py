@@ -41,6 +41,7 @@ class Decoder:
         static: keep the lengths of the rows in a tensor; needed for prompts of different lengths.
         graph: record a step as a CUDA graph; implies `static`.
         draft: speculative decoding; for one sequence, and weights that no longer change.
+        packed: see `CachedForward`.
     """
 
     @torch.inference_mode()
@@ -55,6 +56,7 @@ class Decoder:
         static: bool = False,
         graph: bool = False,
         draft: bool = False,
+        packed: bool = False,
     ):
         assert not draft or (batch_size == 1 and use_cache and not static and not graph)
         self.model, self.sampling = model.eval(), sampling
@@ -71,7 +73,7 @@ class Decoder:
         self.forward: CachedForward | None = None
         if use_cache:
             self.forward = CachedForward(
-                model, batch_size, capacity, per_row_lengths=static or graph
+                model, batch_size, capacity, per_row_lengths=static or graph, packed=packed
             )
         self.speculative = SpeculativeDecoding(model, sampling) if draft else None
         self.graph = None

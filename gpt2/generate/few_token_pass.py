@@ -147,6 +147,19 @@ def small_layer(x: Tensor, layer: nn.Module, **given: Any) -> Tensor:
     return small_linear(x, layer.weight, getattr(layer, "bias", None), **given)
 
 
+def linear_layers(model: LanguageModel) -> list[nn.Module]:
+    """All layers that `next_logits` calls `linear` with."""
+    layers: list[nn.Module] = [model.transformer.wte]
+    for block in model.transformer.h:
+        layers += block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+    return layers
+
+
+def using(copies: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:
+    """A `linear` for `next_logits` that uses copies of the layers' weights."""
+    return lambda x, layer, **given: apply_linear(copies[layer], x, **given)
+
+
 def next_logits(
     model: LanguageModel,
     tokens: Tensor,

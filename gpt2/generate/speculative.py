@@ -7,10 +7,9 @@ are exactly the choices of the float32 weights.
 """
 
 import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.gpt import LanguageModel
 from ..model.kv_cache import KVCache
@@ -19,6 +18,7 @@ from .sampling import Sampling, choose
 
 DRAFT_TOKENS = 12  # verified in one pass
 DRAFT_MIN_PARAMETERS = 30_000_000  # smaller models are not bound by reading weights
+DRAFT_MIN_TOKENS = 200  # making both copies takes about as long as this many tokens save
 
 
 class SpeculativeDecoding:
@@ -32,9 +32,7 @@ class SpeculativeDecoding:
 
     def __init__(self, model: LanguageModel, sampling: Sampling):
         self.model, self.sampling = model, sampling
-        layers = [model.transformer.wte]
-        for block in model.transformer.h:
-            layers += block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+        layers = few_token_pass.linear_layers(model)
         self.halves = {layer: few_token_pass.half_linear(layer) for layer in layers}
         self.packed = {layer: few_token_pass.packed_linear(layer, DRAFT_TOKENS) for layer in layers}
         self.single_step_seconds = 0.0  # of one token without a draft, measured by the decoder
@@ -87,11 +85,13 @@ class SpeculativeDecoding:
 
     def _half_logits(self, token: Tensor, cache: KVCache) -> Tensor:
         """Logits of the fp16 copy, (1,) -> (1, V)."""
-        return few_token_pass.next_logits(self.model, token[:, None], cache, _using(self.halves))
+        linear = few_token_pass.using(self.halves)
+        return few_token_pass.next_logits(self.model, token[:, None], cache, linear)
 
     def _verify(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Logits of the float32 copy, (1, T) -> (T, V)."""
-        return few_token_pass.next_logits(self.model, tokens, cache, _using(self.packed))
+        linear = few_token_pass.using(self.packed)
+        return few_token_pass.next_logits(self.model, tokens, cache, linear)
 
     def count(self, tokens: int, seconds: float) -> None:
         """Adds a round to the statistics that `pays` reads."""
@@ -106,8 +106,3 @@ class SpeculativeDecoding:
         if not self.single_step_seconds or self.rounds < 3:
             return bool(self.single_step_seconds)
         return self.seconds < self.single_step_seconds * self.tokens
-
-
-def _using(copies: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Callable[..., Tensor]:
-    """A `linear` for `few_token_pass.next_logits` that uses copies of the layers' weights."""
-    return lambda x, layer, **given: few_token_pass.apply_linear(copies[layer], x, **given)

@@ -14,8 +14,11 @@ from ..errors import UserError
 from ..model.gpt import LanguageModel
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from .decoder import GRAPH_MIN_TOKENS, Decoder
+from .few_token_pass import supports
 from .sampling import Sampling, check_sampling
-from .speculative import DRAFT_MIN_PARAMETERS, DRAFT_TOKENS
+from .speculative import DRAFT_MIN_PARAMETERS, DRAFT_MIN_TOKENS
+
+PACK_MIN_TOKENS = 20  # packing the weights takes about as long as this many steps save
 
 
 def decoder_for(
@@ -28,22 +31,23 @@ def decoder_for(
     """The fastest kind of decoder for a model, its device and these prompts.
 
     A CUDA graph on a GPU, except under autocast, which would convert the weights for every token.
-    Speculative decoding for one sequence in float32 on a CPU.
+    In float32 on a CPU speculative decoding for one sequence, packed weights for several; both copy
+    the weights first, which pays only when many tokens follow.
     """
     weight = model.transformer.wte.weight
     lengths = [len(prompt) for prompt in prompts]
     device = weight.device.type
     can_be_fast = use_cache and not torch.is_autocast_enabled(device)
     graph = can_be_fast and device == "cuda" and max_new_tokens >= GRAPH_MIN_TOKENS
+    can_copy = can_be_fast and device == "cpu" and weight.dtype == torch.float32
     draft = (
-        can_be_fast
-        and device == "cpu"
-        and weight.dtype == torch.float32
+        can_copy
         and len(prompts) == 1
-        and max_new_tokens > DRAFT_TOKENS
+        and max_new_tokens >= DRAFT_MIN_TOKENS
         and model.draft_supported
         and model.num_parameters() >= DRAFT_MIN_PARAMETERS
     )
+    several = len(prompts) > 1 and max_new_tokens >= PACK_MIN_TOKENS
     return Decoder(
         model,
         len(prompts),
@@ -53,6 +57,7 @@ def decoder_for(
         static=len(set(lengths)) > 1,
         graph=graph,
         draft=draft,
+        packed=can_copy and several and supports(model),
     )
 
 

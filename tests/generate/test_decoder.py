@@ -47,6 +47,21 @@ def test_static_cache_equals_no_cache(model, prompts, sampling):
         assert written(model, prompts, 100, sampling) == plain
 
 
+@pytest.mark.parametrize("prompts", [EVEN, UNEVEN])
+def test_packed_weights_give_the_same_tokens(model, prompts):
+    plain = written(model, prompts, 60, DRAWN, use_cache=False)
+    assert written(model, prompts, 60, DRAWN, static=prompts is UNEVEN, packed=True) == plain
+
+
+def test_packed_weights_are_copies():
+    """A step multiplies by them: a change of the head has no effect any more."""
+    network = GPT(GPT2Config(n_layer=1, n_head=1, n_embd=16, block_size=32, vocab_size=50))
+    forward = Decoder(network, 2, 16, GREEDY, packed=True).forward
+    with torch.inference_mode():
+        network.transformer.wte.weight[10:] = 0
+        assert forward.next_logits(torch.tensor([3, 4]))[:, 10:].abs().amax() > 0
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_drafted_tokens_are_those_of_the_float32_model(model, sampling, monkeypatch):
     monkeypatch.setattr(SpeculativeDecoding, "pays", lambda self: True)

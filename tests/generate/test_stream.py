@@ -1,5 +1,7 @@
 """Sampling, the cache, and the GPT2 class."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from gpt2.config.model import GPT2Config
 from gpt2.errors import UserError
 from gpt2.generate.sampling import Sampling, choose, filter_logits
 from gpt2.generate.speculative import SpeculativeDecoding
-from gpt2.generate.stream import TextWriter, generate
+from gpt2.generate.stream import TextWriter, decoder_for, generate
 from gpt2.huggingface.model_format import to_hf
 from gpt2.model.gpt import GPT
 from gpt2.tokenizer import gpt2_tokenizer
@@ -46,6 +48,26 @@ def test_prompts_of_different_length_do_not_disturb_each_other(model):
     prompts = [[1, 2, 3], [7, 8, 9, 10, 11, 12, 13, 14], [5]]
     together = generate(model, prompts, 15, temperature=0)
     assert together == [generate(model, [p], 15, temperature=0)[0] for p in prompts]
+
+
+def copies_of(model, rows: int, new_tokens: int) -> tuple[bool, bool]:
+    """Whether a decoder drafts, and whether it packs."""
+    decoder = decoder_for(model, [[1]] * rows, new_tokens, Sampling())
+    return decoder.speculative is not None, decoder.forward.packed is not None
+
+
+def test_weights_are_copied_only_for_many_tokens(model, monkeypatch):
+    """Copying those of GPT-2 (124M) takes as long as 200 tokens save, or 20 of several rows."""
+    monkeypatch.setattr("gpt2.generate.stream.DRAFT_MIN_PARAMETERS", 0)
+    assert copies_of(model, 1, 199) == (False, False)
+    assert copies_of(model, 1, 200) == (True, False)
+    assert copies_of(model, 2, 19) == (False, False)
+    assert copies_of(model, 2, 20) == (False, True)
+    switched = GPT2(**SHAPE, block_size=32, mlp="relu2")
+    assert copies_of(switched, 1, 200) == copies_of(switched, 2, 20) == (False, False)
+    assert copies_of(copy.deepcopy(model).double(), 2, 20) == (False, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copies_of(model, 2, 20) == (False, False)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from ..api import GPT2, TextModel
 from ..checkpoint.weights import locate
 from ..config.commands import ChatConfig, SampleConfig, WritingConfig
 from ..data.chat_template import Message, encode_prompt, fit, turn_end
-from ..data.conversations import chat_kind
 from ..errors import UserError
 from ..files import check_replaceable
 from ..generate.sampling import check_sampling
@@ -112,6 +111,8 @@ class Chat:
 
 def chat(path: str, config: ChatConfig) -> int:
     """Chats until `/quit` or the end of the input; returns an exit code."""
+    from ..data.conversations import chat_kind  # `sample` does without it, and begins sooner
+
     model = _load(path, config)
     kind = chat_kind(locate(path), model.config, model.tokenizer)
     if kind == "impossible":

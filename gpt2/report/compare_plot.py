@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from .compare import Group, Run
+from .compare import Group
 from .plot import DPI, HEIGHT, WIDTH, save_figure, series
+from .runs import Run
 from .statistics import mean_and_error
 
 # Colours that colour-blind people can tell apart (Okabe and Ito, 2008); then other dashes.
@@ -56,7 +57,7 @@ def curve(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
     losses = np.array([loss for _, loss in evaluations], dtype=float)
     if name == "step":
         return steps, losses
-    known, values = series(run.rows, name)
+    known, values = series(run.rows, run.clock if name == "seconds" else name)
     if not len(known):
         return known, known
     # Before the first step a run has counted nothing.

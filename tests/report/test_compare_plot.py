@@ -3,8 +3,9 @@ import pytest
 from matplotlib.image import imread
 
 from gpt2.errors import UserError
-from gpt2.report.compare import find_groups, find_runs
+from gpt2.report.compare import find_groups
 from gpt2.report.compare_plot import COLOURS, curve, draw_comparison, style
+from gpt2.report.runs import find_runs
 
 from .test_compare import write_run
 

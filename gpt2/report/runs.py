@@ -1,4 +1,4 @@
-"""`Run`: what the folder of a run says: its options, losses and seconds, and whether it has ended."""
+"""`Run`: what the folder of a run says: options, losses, seconds, and whether it has ended."""
 
 import math
 from collections.abc import Sequence

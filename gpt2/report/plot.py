@@ -223,8 +223,14 @@ def _draw_speed(axes: Axes, rows: list[dict]) -> None:
 
 def _legend_below(axes: Axes, title: str | None = None) -> None:
     """A legend under the label of the x axis, where it covers no curve."""
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
-    axes.legend(**place, ncols=3, fontsize=10, title=title, frameon=False)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=3,
+        fontsize=10,
+        title=title,
+        frameon=False,
+    )
 
 
 def _add_token_axis(axes: Axes, rows: list[dict]) -> None:

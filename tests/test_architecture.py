@@ -416,7 +416,7 @@ def test_every_option_has_a_help_text():
 
 
 def test_number_of_options_stays_small():
-    assert len(flatten(TrainConfig())) <= 76
+    assert len(flatten(TrainConfig())) <= 77
 
 
 WITHOUT_TORCH = [

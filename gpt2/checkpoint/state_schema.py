@@ -140,6 +140,8 @@ SCHEMA: dict[str, Check] = {
     "scaler": _table(_is_text, _is_plain),
     "rng": _list(_record(python=_is_generator, torch=_is_bytes)),
     "seconds": _is_number,
+    "first_steps": _is_number,
+    "time_was_up": _is_number,
     "skipped": _is_count,
     "val_loss": lambda value: value is None or _is_number(value),
     "best_val_loss": _is_number,
@@ -164,4 +166,5 @@ SCHEMA: dict[str, Check] = {
         param_groups=_list(_record(params=_list(_is_count))),
     ),
 }
-OPTIONAL = ("data", "tokenizer")  # version 0.1.0 may lack the first; the second is not GPT-2's
+# Version 0.1.0 may lack all but the tokenizer, which is there where it is not GPT-2's.
+OPTIONAL = ("data", "tokenizer", "first_steps", "time_was_up")

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from ..files import check_replaceable
 from ..report import console
-from ..report.compare import find_groups, find_runs, report
+from ..report.compare import find_groups, report
 from ..report.compare_plot import draw_comparison
 from ..report.plot import PNG
+from ..report.runs import find_runs
 from ..untrusted.display import shown
 
 

@@ -25,7 +25,7 @@ from ..distributed.devices import choose_device
 from ..errors import UserError
 from ..files import locked, write_atomically
 from ..report import console
-from ..report.compare import SAME_RESULT, read_run
+from ..report.runs import SAME_RESULT, read_run
 from ..train.run_folder import MODEL_NAME
 from ..train.schedules import sequences_left
 from ..untrusted.display import shown
@@ -157,7 +157,10 @@ def _steps(job: Job, tokens: int) -> int:
 def _with_equal_seconds(
     jobs: list[Job], seconds: float, device: str, out: Path, processes: _Processes
 ) -> list[Job]:
-    """The jobs with `max_steps` for equal seconds; each recipe is measured once, on one device."""
+    """The jobs with `max_steps` for equal seconds; each recipe is measured once, on one device.
+
+    The clock ends a run that turns out to be slower than it was measured.
+    """
     path = out / BUDGETS
     known = read_json(path) if path.is_file() else {}
     for job in {job.recipe: job for job in reversed(jobs)}.values():
@@ -176,7 +179,7 @@ def _with_equal_seconds(
         steps = load_json(log.read_bytes().splitlines()[-1], log, dict)["max_steps"]
         known[job.recipe] = {"asked": asked, "max_steps": steps}
         write_atomically(path, json.dumps(known, indent=1).encode())
-    return [job.with_steps(known[job.recipe]["max_steps"]) for job in jobs]
+    return [job.with_steps(known[job.recipe]["max_steps"], seconds) for job in jobs]
 
 
 # ---- the state of a run -------------------------------------------------------------------------
@@ -213,7 +216,9 @@ def _result(job: Job, code: int) -> str:
         return f"failed with exit code {code}: {_last_line(log)}"
     found = read_run(job.folder)
     step, loss = found.evaluations[-1]
-    return f"validation loss {loss:.4f} after {step:,} steps"
+    asked = job.config.optim.max_steps
+    early = f" of {asked:,}: its {job.config.optim.max_seconds:g} seconds were over"
+    return f"validation loss {loss:.4f} after {step:,} steps" + early * found.time_was_up
 
 
 def _last_line(log: Path) -> str:

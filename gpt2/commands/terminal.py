@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..api import GPT2, TextModel
+from ..checkpoint.weights import locate
 from ..config.commands import ChatConfig, SampleConfig, WritingConfig
 from ..data.chat_template import Message, encode_prompt, fit, turn_end
 from ..errors import UserError
@@ -20,6 +21,11 @@ HELP = """/reset            forget what was said (not the system message)
 /system TEXT      tell the model what it is, and begin anew; without TEXT: nothing
 /save FILE.jsonl  append the conversation, as `gpt2 finetune --data=` reads it
 /help, /quit      Ctrl-C ends an answer"""
+
+UNTRAINED = (
+    "This model has not been trained on conversations: it imitates them rather than answering. "
+    "`gpt2 sample` continues a text, `gpt2 finetune` teaches it to answer."
+)
 
 
 def sample(path: str, config: SampleConfig) -> int:
@@ -105,8 +111,11 @@ class Chat:
 
 def chat(path: str, config: ChatConfig) -> int:
     """Chats until `/quit` or the end of the input; returns an exit code."""
+    from ..data.conversations import chat_kind  # `sample` does without it, and begins sooner
+
     model = _load(path, config)
-    if getattr(model.config, "document_mask", False):
+    kind = chat_kind(locate(path), model.config, model.tokenizer)
+    if kind == "impossible":
         raise UserError(
             f"{path} has document_mask: the end-of-text tokens between messages hide them from one "
             "another; `gpt2 sample` continues texts with it"
@@ -116,6 +125,8 @@ def chat(path: str, config: ChatConfig) -> int:
         ImportError
     ):  # Windows has no readline; its console edits lines itself
         import readline  # noqa: F401 - makes input() edit, and bring back what was written
+    if kind == "untrained":
+        print(UNTRAINED, flush=True)
     print("Type a message and press Enter; /help tells the rest.", flush=True)
     while (line := _ask()) is not None and line.strip() != "/quit":
         try:

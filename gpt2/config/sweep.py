@@ -17,6 +17,7 @@ OF_THE_SWEEP = {  # options of training that a sweep sets itself -> what to use 
     "out_dir": "--out_dir= of the sweep, the folder around its runs",
     "run_name": "the names of the folders",
     "resume": "the same command again, which goes on",
+    "max_seconds": "--seconds=",
 }
 MOST_RUNS = 1000
 
@@ -36,7 +37,8 @@ class SweepConfig:
     )
     seconds: float = option(
         0.0,
-        "seconds that each run trains, by its speed, which is measured first; 0: equal tokens",
+        "seconds that each run trains at most; its speed is measured first, so that its schedule "
+        "ends with them; 0: equal tokens",
     )
     devices: str = option("auto", "devices, a run at a time on each: cuda:0,cuda:1; auto: all GPUs")
     out_dir: str = option("out/sweep", "folder for the folders of the runs, and compare.png")
@@ -57,9 +59,9 @@ class Job:
     argv: tuple[str, ...]  # of `gpt2 train`
     config: TrainConfig
 
-    def with_steps(self, steps: int) -> "Job":
-        """The job with another number of steps."""
-        argv = (*self.argv, f"--max_steps={steps}")
+    def with_steps(self, steps: int, seconds: float = 0.0) -> "Job":
+        """The job with another number of steps, and seconds after which it ends in any case."""
+        argv = (*self.argv, f"--max_steps={steps}", *[f"--max_seconds={seconds}"] * (seconds > 0))
         return replace(self, argv=argv, config=parse(TrainConfig, list(argv), "gpt2 train"))
 
 

@@ -168,6 +168,11 @@ class OptimOptions(Recipe):
     """Optimizer and schedule."""
 
     max_steps: int = option(19_073, "optimizer steps; the default is 10B tokens of 0.5M each")
+    max_seconds: float = option(
+        0.0,
+        "seconds of training after which the run ends, with an evaluation and a checkpoint; the "
+        "first step, which compiles, evaluations and saving do not count; 0: max_steps alone",
+    )
     learning_rate: float = option(6e-4, "peak learning rate of AdamW")
     min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak")
     warmup_steps: int = option(-1, "steps of linear warm-up; -1: 3.75 % of max_steps")
@@ -288,7 +293,7 @@ class TrainConfig:
         at_least(0, eval_every=self.eval.eval_every, save_every=self.output.save_every)
         at_least(0, early_stop_evals=self.eval.early_stop_evals, grad_clip=o.grad_clip)
         at_least(0, hang_timeout_seconds=self.system.hang_timeout_seconds)
-        at_least(0, eval_hellaswag_every=self.eval.eval_hellaswag_every)
+        at_least(0, eval_hellaswag_every=self.eval.eval_hellaswag_every, max_seconds=o.max_seconds)
         if self.eval.hellaswag != "hub" and not self.eval.eval_hellaswag_every:
             raise UserError("--hellaswag= is used with --eval_hellaswag_every=STEPS; give both")
         at_least(0, weight_decay=o.weight_decay, learning_rate=o.learning_rate)

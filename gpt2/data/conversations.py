@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -160,6 +161,22 @@ def was_chat(source: Path) -> bool:
         return is_chat(str(settings["data_dir"]))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def chat_kind(source: Path, network: Any, tokenizer: Tokenizer) -> str:
+    """Whether a model can chat.
+
+    Args:
+        source: its file or folder, as `checkpoint.weights.locate` finds it.
+        network: its configuration.
+        tokenizer: its tokenizer; a chat template means that it learned conversations.
+
+    Returns:
+        trained (on conversations), untrained, or impossible (document_mask hides earlier messages).
+    """
+    if getattr(network, "document_mask", False):
+        return "impossible"
+    return "trained" if tokenizer.template or was_chat(source) else "untrained"
 
 
 def open_conversations(

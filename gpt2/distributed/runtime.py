@@ -181,7 +181,11 @@ class Runtime:
 
     def stop_flag(self) -> Tensor:
         """1 when a signal has asked this rank to stop, else 0, on the device."""
-        return torch.full((), float(bool(self.stop_signal)), device=self.device)
+        return self.flag(bool(self.stop_signal))
+
+    def flag(self, value: bool) -> Tensor:
+        """() 1 or 0 on the device, for `all_sum`."""
+        return torch.full((), float(value), device=self.device)
 
     def stop_requested(self) -> bool:
         """Whether a signal has asked any rank to stop; all ranks must ask together."""

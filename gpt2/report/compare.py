@@ -9,86 +9,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ..config.options import flatten
-from ..config.train import TrainConfig, current_names
-from ..errors import UserError
 from ..untrusted.display import shown
-from ..untrusted.parsing import read_toml
 from .console import format_count, format_seconds
-from .metrics import HISTORY, METRICS, read_metrics
+from .runs import SAME_RESULT, Run
 from .statistics import LEVEL, POWER, holm, mean_and_error, seeds_needed, variance, welch
 
-# Options that do not change what a run computes.
-SAME_RESULT = {
-    *("seed", "out_dir", "resume", "run_name", "log_to", "log_every", "save_every", "keep_last"),
-    *("device", "hang_timeout_seconds"),
-}
 LONGEST_NAME = 60  # characters of a recipe named by its options
-MOST_RUNS = 1000
+USED = 0.9  # share of the seconds of a run, below which the report says so
 UNEQUAL = 1.02  # times as many tokens as another recipe, from which on the table says so
-
-
-@dataclass(frozen=True)
-class Run:
-    """The folder of a run, as read from its files."""
-
-    folder: Path
-    settings: dict[str, Any]  # every option of training
-    rows: list[dict]  # of metrics.jsonl
-    starts: list[dict]  # of history.jsonl; empty for runs of older versions
-
-    @property
-    def seed(self) -> int:
-        """The seed of weights and data."""
-        return self.settings["seed"]
-
-    @property
-    def evaluations(self) -> list[tuple[int, float]]:
-        """(step, validation loss in nats) in the order of steps; the last of a repeated step."""
-        found = {r["step"]: r["val_loss"] for r in self.rows if _is_number(r.get("val_loss"))}
-        return sorted(found.items())
-
-    @property
-    def last_step(self) -> int:
-        """The last step that was logged."""
-        return max((row["step"] for row in self.rows), default=0)
-
-    @property
-    def changes(self) -> tuple[str, ...]:
-        """Options that were changed on the way, in words."""
-        found = [
-            f"{name} {old} -> {new} from step {start['step']}"
-            for start in self.starts
-            for name, (old, new) in _pairs(start.get("changed"))
-            if name not in SAME_RESULT
-        ]
-        return tuple(dict.fromkeys(found))
-
-    def last(self, name: str) -> float | None:
-        """The last number of this name in metrics.jsonl."""
-        numbers = [row[name] for row in self.rows if _is_number(row.get(name))]
-        return numbers[-1] if numbers else None
-
-    def unfinished(self) -> str:
-        """Why the run has no result yet; "" for one that has."""
-        asked, evaluations = self.settings["max_steps"], self.evaluations
-        if not evaluations:
-            return f"no evaluation yet (step {self.last_step:,} of {asked:,})"
-        patience = self.settings["early_stop_evals"]
-        losses = [loss for _, loss in evaluations]
-        stopped = 0 < patience <= len(losses) - 1 - losses.index(min(losses))
-        if evaluations[-1][0] < asked and not stopped:
-            return f"at step {self.last_step:,} of {asked:,}"
-        return ""
-
-    def validation(self) -> tuple:
-        """What a validation loss is about: the tokens, how many of them, and the vocabulary."""
-        known: dict = next((s for s in reversed(self.starts) if s.get("validation")), {})
-        where = known.get("validation") or f"--data_dir={self.settings['data_dir']}"
-        return str(where), known.get("vocab_size"), self.last("val_tokens")
 
 
 @dataclass(frozen=True)
@@ -117,53 +47,6 @@ class Findings:
     groups: list[Group]
     left_out: list[tuple[Run, str]]
     notes: list[str] = field(default_factory=list)
-
-
-# ---- reading ------------------------------------------------------------------------------------
-
-
-def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders: each the folder of a run, or one that holds folders of runs.
-
-    Raises:
-        UserError: a folder that is missing or holds no run.
-    """
-    found: dict[Path, Path] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; name the folders of runs (--out_dir=)")
-        inside = [folder] if (folder / METRICS).is_file() else []
-        if not inside:
-            inside = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
-        if not inside:
-            raise UserError(
-                f"{folder} is no run and holds none (no {METRICS}); name the --out_dir= of "
-                "`gpt2 train`, or the folder around several"
-            )
-        found |= {path.resolve(): path for path in inside}
-    if len(found) > MOST_RUNS:
-        raise UserError(f"{len(found):,} runs; compare at most {MOST_RUNS:,} at a time")
-    return [read_run(path) for path in found.values()]
-
-
-def read_run(folder: Path) -> Run:
-    """The run in a folder.
-
-    Raises:
-        UserError: no config.toml, or one that is not of a run.
-    """
-    path = folder / "config.toml"
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing, so the options of this run are not known; leave it out"
-        )
-    settings = flatten(TrainConfig()) | current_names(read_toml(path))
-    for name in ("seed", "max_steps", "early_stop_evals"):
-        if type(settings[name]) is not int:
-            raise UserError(f"{path}: {name}={shown(settings[name])} is no whole number")
-    history = folder / HISTORY
-    starts = read_metrics(history) if history.is_file() else []
-    return Run(folder, settings, read_metrics(folder / METRICS), starts)
 
 
 # ---- recipes ------------------------------------------------------------------------------------
@@ -247,6 +130,17 @@ def _notes(groups: list[Group], runs: list[Run]) -> list[str]:
             "some runs are of an older version, which did not record its validation tokens: their "
             "data was compared by --data_dir= alone"
         )
+    used = {shown(run.folder): share for run in runs if (share := run.share_of_seconds)}
+    if short := [name for name, share in used.items() if share == math.inf]:
+        notes.append(
+            "their seconds were over before their steps, so the learning rate did not come to the "
+            f"end of its schedule: {', '.join(short)}"
+        )
+    if idle := [f"{name} ({share:.0%})" for name, share in used.items() if share < USED]:
+        notes.append(
+            "their steps were over before their seconds, of which they used a part, because the "
+            f"machine was slower when the speed was measured: {', '.join(idle)}"
+        )
     trained = [run.last("tokens") or 0 for group in groups for run in group.runs]
     if trained and max(trained) > UNEQUAL * max(min(trained), 1):
         few, many = format_count(min(trained)), format_count(max(trained))
@@ -278,7 +172,7 @@ def table(groups: list[Group]) -> str:
     lines.append("|---" * 7 + "|")
     for group in groups:
         tokens = [run.last("tokens") or math.nan for run in group.runs]
-        seconds = [run.last("seconds") or math.nan for run in group.runs]
+        seconds = [run.last(run.clock) or math.nan for run in group.runs]
         steps = sorted({run.last_step for run in group.runs})
         lines.append(
             _row([
@@ -358,14 +252,3 @@ def _sentence(  # noqa: PLR0917
 
 def _row(cells: Sequence[Any]) -> str:
     return "| " + " | ".join(shown(cell).replace("|", "/") for cell in cells) + " |"
-
-
-def _pairs(changed: Any) -> list[tuple[str, tuple[Any, Any]]]:
-    """The entries name -> [before, after] of a line of history.jsonl."""
-    if not isinstance(changed, dict):
-        return []
-    return [(n, tuple(v)) for n, v in changed.items() if isinstance(v, list) and len(v) == 2]
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)

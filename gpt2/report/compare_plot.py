@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from .compare import Group, Run
+from .compare import Group
 from .plot import DPI, HEIGHT, WIDTH, save_figure, series
+from .runs import Run
 from .statistics import mean_and_error
 
 # Colours that colour-blind people can tell apart (Okabe and Ito, 2008); then other dashes.
@@ -31,7 +32,7 @@ def draw_comparison(groups: list[Group], target: Path) -> Path:
             _draw_curves(axes, group, name, *style(number), len(groups))
         axes.set_xlabel("seconds of training" if name == "seconds" else name)
         axes.set_ylabel("validation loss (nats per token)")
-        axes.xaxis.set_major_formatter(EngFormatter(sep="") if name != "step" else _whole())
+        axes.xaxis.set_major_formatter(EngFormatter(sep="") if name == "tokens" else _plain())
         axes.set_xlim(left=0)
         _limit_losses(axes, groups)
     _draw_ends(ends, groups)
@@ -56,7 +57,7 @@ def curve(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
     losses = np.array([loss for _, loss in evaluations], dtype=float)
     if name == "step":
         return steps, losses
-    known, values = series(run.rows, name)
+    known, values = series(run.rows, run.clock if name == "seconds" else name)
     if not len(known):
         return known, known
     # Before the first step a run has counted nothing.
@@ -74,7 +75,7 @@ def _draw_curves(  # noqa: PLR0917
         axes.plot(x, losses, dash, color=colour, linewidth=1.2, marker=".", ms=4, label=label)
         label = None  # one entry of the legend for each recipe
         if recipes * len(group.runs) <= MOST_LABELS:
-            axes.annotate(f" {run.seed}", (x[-1], losses[-1]), color=colour, fontsize=7)
+            axes.annotate(f" seed {run.seed}", (x[-1], losses[-1]), color=colour, fontsize=7)
 
 
 def _limit_losses(axes: Axes, groups: list[Group]) -> None:
@@ -103,5 +104,5 @@ def _draw_ends(axes: Axes, groups: list[Group]) -> None:
     axes.locator_params(axis="x", nbins=6)
 
 
-def _whole() -> FuncFormatter:
-    return FuncFormatter(lambda x, _: f"{x:,.0f}")
+def _plain() -> FuncFormatter:
+    return FuncFormatter(lambda x, _: f"{x:,.10g}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
 from ..config.model import GPT2Config
 from ..errors import UserError
@@ -91,7 +91,7 @@ def plot_lengths(
     axes.set_ylabel("% of the documents")
     axes.set_title(f"{shown(name)}: document lengths", fontsize=12, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=10)
+    _legend_below(axes)
     return save_figure(figure, target)
 
 
@@ -184,7 +184,7 @@ def _draw_loss(axes: Axes, rows: list[dict]) -> None:
         dots = {"marker": "o", "markersize": 4, "markevery": max(1, len(val) // 25)}
         _draw_line(axes, val_steps, val, ORANGE, linewidth=1, label=label, **dots)
     if len(steps) + len(val):
-        axes.legend(loc="upper right", fontsize=10, title="last value")
+        _legend_below(axes, title="last value")
     if is_long:
         # The fall from ln(50,257) would squeeze the rest: let the first 2 % leave the picture.
         late = steps >= steps[0] + 0.02 * (steps[-1] - steps[0])
@@ -201,6 +201,10 @@ def _draw_norm(axes: Axes, rows: list[dict]) -> None:
     if positive.any():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        if norms[positive].max() < 10 * norms[positive].min():  # less than a decade: even numbers
+            axes.set_ylim(norms[positive].min() / 1.1, norms[positive].max() * 1.1)
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_minor_locator(NullLocator())
         named = "25" if norms[positive].max() < 100 * norms[positive].min() else ""
         axes.yaxis.set_minor_formatter(
             FuncFormatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in named else "")
@@ -214,7 +218,19 @@ def _draw_speed(axes: Axes, rows: list[dict]) -> None:
         _draw_line(axes, steps, speeds, BLUE, linewidth=0.9, label=f"median {format_count(median)}")
         axes.set_ylim(0, 1.15 * max(speeds.max(), 1e-9))
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.legend(loc="lower right", fontsize=10)
+        _legend_below(axes)
+
+
+def _legend_below(axes: Axes, title: str | None = None) -> None:
+    """A legend under the label of the x axis, where it covers no curve."""
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=3,
+        fontsize=10,
+        title=title,
+        frameon=False,
+    )
 
 
 def _add_token_axis(axes: Axes, rows: list[dict]) -> None:

@@ -22,10 +22,17 @@ class Throughput:
         self._is_first_lap = True
         self.start()
 
-    def start(self, seconds_before: float = 0.0) -> None:
-        """Starts the clock; `seconds_before` is the training time before a resume."""
+    def start(self, seconds_before: float = 0.0, first_steps: float = 0.0) -> None:
+        """Starts the clock.
+
+        Args:
+            seconds_before: the training time before a resume.
+            first_steps: the part of it that earlier processes spent in their first steps.
+        """
         self._lap_started = self._finished = self._clock()
         self._seconds_before = seconds_before
+        self.first_steps = first_steps
+        self._steps, self._counted_before = 0, seconds_before - first_steps
 
     def step(self, tokens: int, finished_at: float | None = None) -> None:
         """Counts the tokens of one optimizer step.
@@ -36,6 +43,19 @@ class Throughput:
         """
         self._tokens += tokens
         self._finished = self._clock() if finished_at is None else finished_at
+        if self._steps == 0:
+            self.first_steps += self._finished - self._lap_started
+        self._steps += 1
+
+    def counted(self) -> float:
+        """Seconds of training without the first step of each process, which compiles."""
+        return self._seconds_before + self._finished - self._lap_started - self.first_steps
+
+    def next_is_last(self, max_seconds: float) -> bool:
+        """Whether a step after the next, at the mean pace, would end after `max_seconds`."""
+        counted = self.counted()
+        mean = (counted - self._counted_before) / max(1, self._steps - 1)
+        return 0 < max_seconds < counted + 2 * mean
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -44,7 +64,8 @@ class Throughput:
         try:
             yield
         finally:
-            self._lap_started += self._clock() - started
+            paused = self._clock() - started
+            self._lap_started, self._finished = self._lap_started + paused, self._finished + paused
 
     def lap(self) -> tuple[float, float]:
         """(tokens per second from the last lap to the last step's end, seconds of training)."""

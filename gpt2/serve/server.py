@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from ..api import GPT2, TextModel
 from ..checkpoint.weights import locate
 from ..config.commands import ServeConfig
-from ..data.conversations import was_chat
+from ..data.conversations import chat_kind
 from ..distributed import environment
 from ..distributed.devices import choose_dtype
 from ..errors import UserError
@@ -88,13 +88,10 @@ def run(path: str, config: ServeConfig) -> int:
 
 def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
     """The facts about a model that requests are checked against."""
-    source, chat = locate(path), config.chat
-    if getattr(model.config, "document_mask", False):
-        kind = "impossible"
-    elif chat == "True" or (chat == "auto" and (model.tokenizer.template or was_chat(source))):
-        kind = "trained"
-    else:
-        kind = "untrained"
+    source = locate(path)
+    kind = chat_kind(source, model.config, model.tokenizer)
+    if kind != "impossible" and config.chat != "auto":
+        kind = "trained" if config.chat == "True" else "untrained"
     name = source.resolve().parent.name if source.name == "out_ckpt.pt" else source.stem
     return ServedModel(
         name=config.name or name or "gpt2",

@@ -70,7 +70,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
                 loop(state, config, rt, log)
         finally:
             state.loader.close()
-        if not state.stop or state.step >= config.optim.max_steps:
+        if not state.stop or state.is_complete(config.optim):
             return 0
         return 128 + (rt.stop_signal or signal.SIGTERM)  # another rank may have got the signal
 
@@ -78,7 +78,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
 def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
     """Steps, and what is due between them, until the last step, a signal or an early stop."""
     resumed_at = state.step
-    state.clock.start(state.seconds)
+    state.clock.start(state.seconds, state.first_steps)
     state.stop = rt.stop_requested()  # a signal may have come during the setup
     launched: deque[Launched] = deque()
     while not between_steps(state, config, rt, log, resumed_at):
@@ -102,7 +102,7 @@ def between_steps(
     The checkpoint comes before the evaluation, so that a crash in the evaluation costs nothing. An
     evaluation may end the run, by its loss or by a signal; a last checkpoint then follows.
     """
-    last, ends = state.step >= config.optim.max_steps, is_over(state, config)
+    last, ends = state.is_complete(config.optim), is_over(state, config)
     save_due = ends or due(state.step, config.output.save_every)
     is_new = state.step > resumed_at  # else the checkpoint is there already
     with state.clock.pause():
@@ -141,7 +141,7 @@ def due(step: int, every: int) -> bool:
 
 def is_over(state: TrainState, config: TrainConfig) -> bool:
     """Whether no step follows."""
-    return state.step >= config.optim.max_steps or state.stop or early_stopped(state, config)
+    return state.is_complete(config.optim) or state.stop or early_stopped(state, config)
 
 
 def needs_sync(state: TrainState, config: TrainConfig) -> bool:
@@ -159,14 +159,15 @@ def log_step(
     launched: Launched, state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog
 ) -> None:
     """Waits for a step's loss, gradient norm and stop flags, acts on them and logs them."""
-    loss, norm, stops = launched.read()
+    loss, norm, stops, no_time = launched.read()
     rt.reached(launched.step)
     count_skipped(state, config, rt, launched, math.isfinite(loss + norm))
     state.stop = state.stop or stops > 0
+    state.time_was_up = config.optim.max_seconds if no_time else state.time_was_up
     state.clock.step(launched.own_tokens, launched.numbers.finished_at())
     if launched.step == 1:
         check_first_loss(loss, launched.own_tokens, state, rt, config.model.init)
-    last = launched.step == config.optim.max_steps or state.stop
+    last = launched.step == config.optim.max_steps or state.stop or no_time > 0
     if due(launched.step, config.output.log_every) or last:
         values = {"loss": loss, "lr": launched.lr, "grad_norm": norm, "tokens": launched.tokens}
         log_training_step(launched.step, values, state, config, rt, log)

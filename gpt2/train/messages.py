@@ -87,12 +87,16 @@ def log_training_step(  # noqa: PLR0917
         "seconds": state.seconds,
         "peak_gib": rt.peak_gib(),
     }
+    state.first_steps = state.clock.first_steps
+    if limit := config.optim.max_seconds:
+        values |= {"counted_seconds": state.clock.counted(), "time_was_up": state.time_was_up}
     log.record(step, **values)
     steps = config.optim.max_steps
-    last = step == steps or state.stop
+    last = step == steps or state.stop or state.is_complete(config.optim)
     if rt.is_main and (state.progress.line_due() or last):
         sequences = sequences_left(step, config.optim, state.plan)
         left = state.clock.seconds_left(sequences * state.plan.block_size)
+        left = min(left, max(0.0, limit - state.clock.counted())) if left and limit else left
         line = {"step": step} | values
         console.log(console.console_line(line, max_steps=steps, seconds_left=left))
 
@@ -209,19 +213,26 @@ def conclude(state: TrainState, config: TrainConfig, resumed_at: int, early: boo
         resumed_at: the step that this process began at.
         early: whether it stopped because evaluations brought no gain.
     """
-    steps, folder = config.optim.max_steps, out_dir(config)
+    steps, limit, folder = config.optim.max_steps, config.optim.max_seconds, out_dir(config)
+    complete = state.is_complete(config.optim)
     model = folder / MODEL_NAME
     if early:
         console.log(f"no gain in {state.evals_without_gain} evaluations: stopping early")
-    if state.step >= steps and state.step == resumed_at:
+    if complete and state.step == resumed_at:
+        more = "--max_steps=" if state.step >= steps else "--max_seconds="
         console.log(
-            f"already finished at step {state.step}; the model is {model}; a larger --max_steps= "
+            f"already finished at step {state.step}; the model is {model}; a larger {more} "
             "continues, another --out_dir= begins a new run"
         )
         return
-    verb = "stopped" if state.step < steps else "finished"
+    if complete and state.step < steps:
+        console.log(
+            f"--max_seconds={limit:g} are over after {state.step:,} of {steps:,} steps: the "
+            "learning rate did not come to the end of its schedule"
+        )
+    verb = "finished" if complete else "stopped"
     console.log(f"{verb} at step {state.step}; the model is {model}")
-    if state.stop and state.step < steps:
+    if state.stop and not complete:
         console.log("the same command continues")
         return
     if state.seconds >= PLOT_SECONDS:
@@ -268,6 +279,8 @@ def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Ru
     held_out = sum(split_eval_tokens(state.datasets, tokens))
     # a forward pass takes a third of forward and backward (Kaplan et al. 2020, section 2.1)
     evaluation = times * seconds / 3 * held_out / (per_micro * plan.block_size)
+    if limit := optim.max_seconds:
+        training = min(training, max(0.0, limit - state.clock.counted()))
     whole = training + evaluation
     until = datetime.now() + timedelta(seconds=min(whole, LONGEST))
     share = f", of which evaluations {console.in_words(evaluation)}" * (evaluation > whole / 20)

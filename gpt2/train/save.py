@@ -30,7 +30,7 @@ from .weight_average import averaged, forget_average
 # checkpoint and the model for use share one copy of the weights.
 WEIGHTS, MERGED, AVERAGED = "model", "merged", "averaged"
 COUNTERS = (  # fields of TrainState that a checkpoint holds unchanged
-    *("seconds", "skipped", "val_loss", "best_val_loss"),
+    *("seconds", "first_steps", "time_was_up", "skipped", "val_loss", "best_val_loss"),
     *("evals_without_gain", "evaluated_at"),
 )
 
@@ -103,7 +103,7 @@ def _restore(state: TrainState, resumed: Resumed, rt: Runtime) -> None:
         set_rng_state(content["rng"][rt.rank], rt.device)
     state.step = resumed.step
     for name in COUNTERS:
-        setattr(state, name, content[name])
+        setattr(state, name, content.get(name, getattr(state, name)))
 
 
 def export_model(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.async_writer import Saver
-from ..config.train import BatchPlan
+from ..config.train import BatchPlan, OptimOptions
 from ..data.datasets import Dataset
 from ..data.loader import TrainLoader
 from ..evaluate.tasks import MultipleChoice
@@ -34,6 +34,8 @@ class TrainState:
     notes: tuple[str, ...] = ()  # what was chosen when the run was set up, and why
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of training before this process
+    first_steps: float = 0.0  # of these, in the first step of each process
+    time_was_up: float = 0.0  # the max_seconds that ended the run; 0: none yet
     skipped: int = 0  # steps in a row whose gradient was not finite
     val_loss: float | None = None
     best_val_loss: float = math.inf
@@ -50,6 +52,10 @@ class TrainState:
     def tokens(self) -> int:
         """Tokens that all ranks have trained on, whatever the batch was at each step."""
         return self.loader.position * self.plan.block_size
+
+    def is_complete(self, optim: OptimOptions) -> bool:
+        """Whether the steps or the seconds of the run are used up."""
+        return self.step >= optim.max_steps or 0 < optim.max_seconds <= self.time_was_up
 
     def note_evaluation(self, loss: float) -> bool:
         """Records the validation loss of this step, in nats; True when it is the best so far."""

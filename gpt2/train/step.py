@@ -35,7 +35,7 @@ class Launched:
     lr: float
     tokens: int  # trained on so far by all ranks, this step included
     own_tokens: int  # of this step alone
-    numbers: DeviceCopy  # mean loss in nats, gradient norm, ranks that stop
+    numbers: DeviceCopy  # mean loss in nats, gradient norm, ranks that stop, or have no time left
 
     def read(self) -> list[float]:
         """The numbers; waits until the device has computed this step."""
@@ -75,7 +75,8 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
         in_optimizer = in_optimizer and supports_found_inf(state.optimizer)
         clip_gradients(state.optimizer, grad_norm, config.optim.grad_clip, in_optimizer)
     # One all-reduce for all that ranks must agree on; its copy to the CPU overlaps the update.
-    own = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag()]
+    no_time = rt.flag(state.clock.next_is_last(config.optim.max_seconds))
+    own = [loss_sum / valid_tokens, grad_norm / rt.world_size, rt.stop_flag(), no_time]
     agreed = rt.all_sum(torch.stack(own))
     numbers = DeviceCopy(agreed)
     _update(state, skip=~agreed[:2].isfinite().all())

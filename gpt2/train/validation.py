@@ -73,6 +73,8 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
         others_wait = contextlib.nullcontext() if rt.sharded else rt.alone()
         eager = torch.compiler.set_stance("force_eager")
         with averaged(state.optimizer), eager, rt.autocast(), others_wait:
+            if rt.sharded:  # generation calls parts of the network, not the whole that gathers them
+                model.unshard()  # type: ignore[operator] # of FSDPModule
             for (token,) in stream(
                 model,
                 [ids],
@@ -85,6 +87,8 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
             ):
                 tokens += [] if token is None else [token]
     finally:
+        if rt.sharded:
+            model.reshard()  # type: ignore[operator]
         model.train(was_training)
     text = tokenizer.decode(tokens)
     log.record(state.step, sample=text)

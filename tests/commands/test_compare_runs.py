@@ -1,6 +1,6 @@
 from gpt2 import cli
-from gpt2.report.compare import find_runs
 from gpt2.report.metrics import HISTORY, read_metrics
+from gpt2.report.runs import find_runs
 
 from ..conftest import TINY
 from ..report.test_compare import write_run

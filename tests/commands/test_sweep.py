@@ -130,7 +130,7 @@ def test_equal_seconds_are_measured_once_for_each_recipe(call, trainer, capsys):
     measured = [argv for argv in trainer.calls if "gpt2.train.time_budget" in argv]
     assert [argv[2] for argv in measured] == ["9.0", "9.0"]
     trained = [argv for argv in trainer.calls if "train" in argv]
-    assert {argv[-2] for argv in trained} == {"--max_steps=50"}
+    assert {argv[-3:-1] == ["--max_steps=50", "--max_seconds=9.0"] for argv in trained} == {True}
     assert len(trained) == 4
     trainer.steps = 60  # a measurement that would make it another run
     assert call(*given) == 0

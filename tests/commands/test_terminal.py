@@ -69,6 +69,21 @@ def test_commands(model, tmp_path, monkeypatch, capsys):
     assert [[m["role"] for m in s] for s in saved] == [["system", "user", "assistant"], ["system"]]
 
 
+@pytest.mark.parametrize(
+    ("data", "told"), [("data/text", True), ("talks.jsonl", False), (None, True)]
+)
+def test_a_model_that_never_saw_conversations_says_so(
+    model, tmp_path, capsys, monkeypatch, data, told
+):
+    model.save(tmp_path / "m.pt")
+    if data:
+        (tmp_path / "config.toml").write_text(f'data_dir = "{data}"\n', "utf-8")
+    monkeypatch.setattr("builtins.input", lambda _: "/quit")
+    assert terminal.chat(str(tmp_path / "m.pt"), ChatConfig(device="cpu")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [terminal.UNTRAINED] * told
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_the_up_key_brings_back_a_message(model, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 
 from gpt2.config.command_line import to_toml
 from gpt2.errors import UserError
-from gpt2.report.compare import differences, find_groups, find_runs, report, verdict
+from gpt2.report.compare import differences, find_groups, report, verdict
+from gpt2.report.runs import find_runs
 
 LAST = {0.01: (3.10, 3.12, 3.09), 0.02: (3.25, 3.27, 3.23), 0.03: (3.11, 3.13, 3.10)}
 
@@ -49,6 +50,27 @@ def test_recipes_have_their_seeds_and_means(sweep):
     said = report(found(sweep))
     row = "| learning_rate=0.01 | 3 | 3.1033 ± 0.0088 | 3.1033 ± 0.0088 | 100 | 1.00k | 10s |"
     assert row in said
+
+
+def test_a_run_that_the_clock_ended_counts_and_is_named(tmp_path):
+    folder = write_run(tmp_path / "a", (4, 3.0), steps=120, max_seconds=9.0)
+    assert found(folder).left_out[0][1] == "at step 100 of 120"
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 100, "counted_seconds": 8.9, "time_was_up": 9.0}) + "\n")
+    said = report(found(folder))
+    assert "| a | 1 | 3.0000 | 3.0000 | 100 | 1.00k | 9s |" in said
+    assert f"end of its schedule: {folder}" in said
+
+
+def test_a_run_that_did_not_use_its_seconds_is_named(tmp_path):
+    folder = write_run(tmp_path / "a", max_seconds=9.0)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 100, "counted_seconds": 6.3, "time_was_up": 0}) + "\n")
+    assert f"when the speed was measured: {folder} (70%)" in report(found(folder))
+    text = (folder / "config.toml").read_text().replace("9.0", '"9"')
+    (folder / "config.toml").write_text(text)
+    with pytest.raises(UserError, match="max_seconds=9 is no number"):
+        found(folder)
 
 
 def test_the_best_loss_is_not_the_last(tmp_path):

@@ -1,10 +1,14 @@
+import io
+
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from gpt2.errors import UserError
-from gpt2.report.compare import find_groups, find_runs
+from gpt2.report import compare_plot
+from gpt2.report.compare import find_groups
 from gpt2.report.compare_plot import COLOURS, curve, draw_comparison, style
+from gpt2.report.runs import find_runs
 
 from .test_compare import write_run
 
@@ -19,6 +23,22 @@ def test_a_comparison_is_one_picture(tmp_path):
     path.write_text("mine")
     with pytest.raises(UserError, match=r"is there and no picture"):
         draw_comparison(groups, path)
+
+
+def test_a_recipe_has_a_colour_and_a_seed_its_label(tmp_path, monkeypatch):
+    for seed in (1, 2):
+        write_run(tmp_path / f"a{seed}", (4, 3 + seed / 10), seed)
+        write_run(tmp_path / f"b{seed}", (4, 3.5 + seed / 10), seed, learning_rate=0.1)
+    drawn = []
+    monkeypatch.setattr(compare_plot, "save_figure", lambda figure, _: drawn.append(figure))
+    draw_comparison(find_groups(find_runs([tmp_path])).groups, tmp_path / "x.png")
+    (figure,) = drawn
+    figure.savefig(io.BytesIO())  # places all
+    for axes in figure.axes[:3]:
+        assert len({line.get_color() for line in axes.lines}) == 2
+        assert [text.get_text() for text in axes.texts] == [" seed 1", " seed 2"] * 2
+        (legend,) = figure.legends
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_curves_run_over_steps_tokens_and_seconds(tmp_path):

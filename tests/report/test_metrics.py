@@ -414,6 +414,24 @@ def test_a_lap_ends_when_the_device_was_done_not_when_somebody_asked():
     assert meter.lap() == (5.0, 5.0)
 
 
+def test_the_first_step_and_pauses_are_outside_the_seconds_that_count():
+    clock = FakeClock()
+    meter = Throughput(clock)
+    meter.start(seconds_before=50.0, first_steps=20.0)
+    clock.now += 60  # compilation
+    meter.step(10)
+    assert (meter.counted(), meter.first_steps) == (30.0, 80.0)
+    for _ in range(2):
+        clock.now += 4
+        meter.step(10)
+        with meter.pause():
+            clock.now += 1000
+    assert meter.counted() == 38.0
+    meter.lap()
+    assert meter.counted() == 38.0
+    assert [meter.next_is_last(limit) for limit in (0, 45.9, 46, 47)] == [False, True, False, False]
+
+
 def test_a_failed_evaluation_is_a_pause_too():
     clock = FakeClock()
     meter = Throughput(clock)

@@ -1,3 +1,4 @@
+import io
 import json
 import sys
 
@@ -63,6 +64,23 @@ def test_panels_and_lines():
     assert figure.get_suptitle() == "demo: 300 steps, 307k tokens, 2m30s of training"
     assert speed.get_ylim()[0] == 0
     assert norm.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("rows", [
+    make_rows(1), make_rows(300, eval_every=50), make_rows(30, eval_every=30),
+    [row | {"grad_norm": 0.31 + row["step"] / 1000} for row in make_rows(20, eval_every=10)],
+])  # fmt: skip
+def test_legends_cover_no_curve_and_axes_have_ticks(rows):
+    figure = draw(rows, "demo")
+    figure.savefig(io.BytesIO())  # places all
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    for axes in figure.axes:
+        if legend := axes.get_legend():
+            assert not any(legend.get_window_extent().overlaps(box) for box in boxes)
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            texts = {t.label1.get_text() for t in ticks if low <= t.get_loc() <= high}
+            assert len(texts - {""}) >= 2, (axes.get_title(), texts)
 
 
 def test_the_first_fall_does_not_squeeze_a_long_run():

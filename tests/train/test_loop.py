@@ -24,6 +24,8 @@ from gpt2.distributed import devices, fsdp, runtime
 from gpt2.errors import UserError
 from gpt2.evaluate import loss as loss_module
 from gpt2.report import metrics as metrics_module
+from gpt2.report.compare import find_groups
+from gpt2.report.runs import find_runs
 from gpt2.train import loop, setup, validation
 from gpt2.train import step as step_module
 from gpt2.train.messages import out_of_memory
@@ -383,6 +385,25 @@ def test_fewer_validation_tokens_than_asked_for(data_dir, tmp_path, capsys):
     loop.run(config(data_dir, tmp_path, "--max_steps=1", "--eval_tokens=1000000"))
     out = capsys.readouterr().out
     assert "validation on 3,999 tokens (all there are; 1,000,000 were asked for)" in out
+
+
+def test_a_run_whose_time_is_up_evaluates_saves_and_stays_finished(data_dir, tmp_path, capsys):
+    arguments = ["--max_steps=10000", "--max_seconds=0.3", "--eval_every=0", "--save_every=0"]
+    assert loop.run(config(data_dir, tmp_path, *arguments)) == 0
+    last = max(metrics(tmp_path))
+    assert 3 <= last < 10_000
+    assert [*metrics(tmp_path, "val_loss")] == [last]
+    assert metrics(tmp_path, "counted_seconds")[last] > 0
+    assert [s.name for s in training_state.state_folders(tmp_path)] == [f"step_{last:08}"]
+    assert model_file.load_model(tmp_path / "out_ckpt.pt")[2]["step"] == last
+    assert f"--max_seconds=0.3 are over after {last:,} of 10,000 steps" in capsys.readouterr().out
+    assert find_groups(find_runs([tmp_path])).left_out == []
+    assert loop.run(config(data_dir, tmp_path, *arguments)) == 0
+    said = capsys.readouterr().out
+    assert f"already finished at step {last}" in said
+    assert "a larger --max_seconds= continues" in said
+    loop.run(config(data_dir, tmp_path, f"--max_steps={last + 1}", "--max_seconds=60"))
+    assert max(metrics(tmp_path)) == last + 1
 
 
 def test_early_stopped_run_stays_stopped(data_dir, tmp_path):

@@ -10,6 +10,7 @@ from gpt2.report import metrics as metrics_module
 from gpt2.train import loop, messages, setup
 from gpt2.train.progress import FIRST_LINES, Progress
 
+from ..conftest import TINY, TORCHRUN, run_python
 from .test_loop import config, metrics
 
 LONG = "Hello world, " * 30  # more tokens than the context of 32 has
@@ -39,6 +40,21 @@ def test_samples_come_with_evaluations_and_change_nothing(
     assert all(samples.values())
     assert not metrics(tmp_path / "b", "sample")
     assert f"step 2 | sample: {prompt}" in capsys.readouterr().out
+
+
+def test_two_ranks_write_one_sample_by_both_ways_to_share_a_model(data_dir, tmp_path):
+    """They also agree on the end of `--max_seconds=`, although each has a clock."""
+    found = []
+    for way in ("ddp", "fsdp"):
+        argv = [*TORCHRUN, "--nproc_per_node=2", "-m", "gpt2", "train", f"--data_dir={data_dir}"]
+        argv += [f"--out_dir={tmp_path / way}", *TINY, "--n_layer=1", "--max_steps=4"]
+        argv += ["--learning_rate=0", "--max_seconds=1e-9", f"--parallel={way}"]
+        done = run_python(*argv, "--sample_prompt=Hello world,", timeout=120)
+        assert done.stdout.count("| sample: Hello world,") == 1
+        (step, text), *more = metrics(tmp_path / way, "sample").items()
+        assert (step, more) == (3, [])
+        found.append(text)
+    assert found[0] == found[1] != ""
 
 
 def test_after_the_first_lines_one_comes_in_some_seconds():

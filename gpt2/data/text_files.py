@@ -89,6 +89,8 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     import pyarrow as pa
 
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise UserError(f"{path}: not a file")
     number = 0
     try:
         for number, item in enumerate(_items(path), 1):

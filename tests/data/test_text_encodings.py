@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -130,3 +131,13 @@ def test_a_text_that_is_no_string_is_told(tmp_path):
         list(read_rows(path))
     path.write_text('{"text": null}\n{"text": ""}\n', encoding="utf-8")
     assert [text for text, _ in read_rows(path)] == [None, None]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_file(tmp_path):
+    """Nobody writes into it: reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="not a file"):
+        next(read_items(tmp_path / "a.jsonl"))
+    with pytest.raises(UserError, match="not a file; - in the place of the text reads from stdin"):
+        _read("", str(tmp_path / "a.jsonl"))

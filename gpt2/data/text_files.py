@@ -285,7 +285,7 @@ def _jsonl_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
 
 def _check_first(line: bytes | None, path: Path) -> None:
     """Raises UserError if a file's first line only opens an object: its rows take several lines."""
-    if line is not None and line.removeprefix(codecs.BOM_UTF8).strip() == b"{":
+    if line and line.endswith(b"\n") and line.removeprefix(codecs.BOM_UTF8).strip() == b"{":
         raise UserError(
             f"{path}: its objects go over several lines; write each in one: "
             f"jq -c . {path} > lines.jsonl"

@@ -2,12 +2,13 @@
 
 gigatoken is about eight times as fast as tiktoken.
 
-For GPT-2's tokenizer, tiktoken defines the right ids. Both libraries split a text into words by the Unicode class of each
-character, but their Unicode versions may differ. tiktoken therefore encodes every document with a
-character whose class could differ. `prepare/tokenize_rows.py` also compares a sample of every run.
+For GPT-2's tokenizer, tiktoken defines the right ids. Both libraries split a text into words by the
+Unicode class of each character, but their Unicode versions may differ. tiktoken therefore encodes
+every document with a character whose class could differ. `prepare/tokenize_rows.py` also compares a
+sample of every run.
 
 For a tokenizer of one's own `tokenizers` defines the right ids. If it cuts words and merges as
-GPT-2's does, gigatoken encodes it, or tiktoken where gigatoken is not installed; `_ranks` says when.
+GPT-2's does, gigatoken encodes it, or tiktoken where gigatoken is missing; `_ranks` says when.
 """
 
 import functools
@@ -23,7 +24,7 @@ import tiktoken
 from ..errors import UserError, install_command
 from ..huggingface.own_tokenizer import MAX_VALUES, OwnTokenizer, byte_of_letter
 from ..huggingface.tokenizer_files import tokenizer_json
-from ..tokenizer import END_OF_TEXT, PATTERN, Tokenizer
+from ..tokenizer import PATTERN, Tokenizer
 from ..untrusted.long_text import PIECE, pieces
 from ..untrusted.parsing import load_json
 from .word_count import Tables, WordCount, tables_of

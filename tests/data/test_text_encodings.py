@@ -127,7 +127,7 @@ def test_objects_over_several_lines_are_told(encoding, tmp_path):
 def test_a_text_that_is_no_string_is_told(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text('{"text": {"en": "a"}}\n{"text": 5}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="none of its 2 rows .* `text` that is a string"):
+    with pytest.raises(UserError, match=r"none of its 2 rows .* `text` that is a string"):
         list(read_rows(path))
     path.write_text('{"text": null}\n{"text": ""}\n', encoding="utf-8")
     assert [text for text, _ in read_rows(path)] == [None, None]

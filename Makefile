@@ -62,7 +62,7 @@ lowest:
 
 newest:
 	$(PYTHON) -m venv --clear $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev,clients]'
 	$(VENV)-newest/bin/python -m pytest -n auto --dist worksteal -m "not (slow and fault)" \
 	  $(PYTEST_FLAGS)
 

@@ -99,6 +99,8 @@ def test_workflow_runs_what_make_runs():
     )
     assert f"python {pytest_of_make[1]}" in steps
     assert {"make newest", "make lowest", "docker build -t gpt2 ."} <= set(steps)
+    (newest,) = re.findall(r"-e '\.\[([\w,]+)\]'\n\t\$\(VENV\)-newest", makefile)
+    assert newest == "dev,clients"  # litellm is nowhere else
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])

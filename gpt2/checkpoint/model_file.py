@@ -130,9 +130,11 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
         return config, state, rest
     rest = torch_load(path)
     if not isinstance(rest, dict) or not ({"model", "config"} <= set(rest) or "model_args" in rest):
+        bare = rest and isinstance(rest, dict) and all(isinstance(t, Tensor) for t in rest.values())
+        hint = "; weights alone do not say how many heads: save_pretrained of transformers does"
         raise UserError(
             f"{path}: not a checkpoint of this project (needs ['config', 'model']), of nanoGPT, "
-            "build-nanogpt or llm.c"
+            f"build-nanogpt or llm.c{hint if bare else ''}"
         )
     state = rest.pop("model", None)
     if not isinstance(state, dict) or not all(

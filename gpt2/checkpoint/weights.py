@@ -26,6 +26,14 @@ IN_CLONE = ("box", "box-chat")  # names of the models that come with a clone, be
 BARE = {"distilgpt2": "distilbert/distilgpt2"}  # old names without an owner
 BARE_NAME = re.compile(r"[A-Za-z][\w-]*")
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+HUB_PAGE = re.compile(
+    r"(?:https?://)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/tree/([\w.-]+))?/?"
+)
+# config of a folder -> files beside it that stand for the folder
+PARTS = {
+    model_format.CONFIG_FILE: model_format.FILES_OF_WEIGHTS,
+    adapters.ADAPTER_CONFIG: (adapters.ADAPTER_FILE,),
+}
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 BY_POSITION = ("transformer.wpe.",)  # prefixes of tables with one row per position
 BY_TOKEN = ("transformer.wte.", "transformer.value_tables.", "head.")  # with one row per token
@@ -57,12 +65,14 @@ def load(source: str | Path, revision: str = "") -> Weights:
     Args:
         source: gpt2, gpt2-medium, gpt2-large or gpt2-xl (OpenAI's weights; write `./gpt2` for a
             folder), a path, OWNER/NAME, or box or box-chat of a clone of this repository. A name
-            of the Hub may end in `@REVISION`. A `Path` is never a name of the Hub or of the clone.
+            of the Hub may end in `@REVISION`, and be the address of its page. A `Path` is never a
+            name of the Hub or of the clone.
         revision: commit, tag or branch of the Hub.
 
     Raises:
         UserError: the source is missing, inaccessible, damaged, or not a GPT-2.
     """
+    source = source if isinstance(source, Path) else _name_on_page(source)
     name, _, behind = str(source).partition("@")
     name = BARE.get(name, name) if not isinstance(source, Path) else name
     local = locate(source)
@@ -86,6 +96,16 @@ def load(source: str | Path, revision: str = "") -> Weights:
     folder = download(repository, behind or revision, with_tokenizer=not released)
     found = load_local(folder)
     return replace(found, origin=f"{repository} of the Hub at {folder.name[:12]}")
+
+
+def _name_on_page(source: str) -> str:
+    """OWNER/NAME of a model's page on the Hub, or with a slash behind; else the source."""
+    if Path(source).exists():
+        return source
+    if page := HUB_PAGE.fullmatch(source):
+        return "@".join(filter(None, page.groups()))
+    short = source.removesuffix("/")
+    return short if HUB_ID.fullmatch(short) else source
 
 
 def locate(source: str | Path) -> Path:
@@ -113,10 +133,7 @@ def load_local(path: str | Path) -> Weights:
     Raises:
         UserError: the source is missing, damaged, or not a GPT-2.
     """
-    path = Path(path)
-    of_folder = path.name in model_format.FILES_OF_WEIGHTS and path.is_file()
-    if of_folder and (path.parent / model_format.CONFIG_FILE).exists():
-        path = path.parent  # its config.json says what the tensors are
+    path = _folder_of(Path(path))
     if path.is_dir():
         return _load_folder(path)
     if path.exists() and not path.is_file():  # opening a FIFO waits until somebody writes into it
@@ -137,6 +154,23 @@ def load_local(path: str | Path) -> Weights:
         own_tokenizer=own,
         special_ids=ids,
     )
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder, for a file of Hugging Face's layout: its config says what the tensors are.
+
+    Raises:
+        UserError: safetensors without a config.
+    """
+    for config, names in PARTS.items():
+        if path.name in (config, *names) and path.is_file() and (path.parent / config).exists():
+            return path.parent
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(
+            f"{path}: weights without a config; name a folder that has {model_format.WEIGHTS_FILE} "
+            f"and {model_format.CONFIG_FILE}"
+        )
+    return path
 
 
 def _load_folder(path: Path) -> Weights:

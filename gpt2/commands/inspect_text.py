@@ -185,6 +185,8 @@ def _quoted(token: int, tokenizer: Tokenizer | None) -> str:
 def _read(text: str, file: str) -> str:
     if bool(text) and bool(file):
         raise UserError("give a text or --file=, not both")
+    if file and Path(file).exists() and not Path(file).is_file():  # a pipe, or a folder
+        raise UserError(f"--file={file}: not a file; - in the place of the text reads from stdin")
     try:
         if not file and text != "-":
             return text

@@ -56,8 +56,9 @@ class TuningData(DataOptions):
 
     data_dir: str = option(
         "",
-        "a .jsonl (also .gz, .xz, .zst), .json or .parquet file of conversations (OpenAI's "
-        "`messages` or Alpaca's), or a folder of shards; several as a.jsonl:0.8,b.jsonl:0.2",
+        "a .jsonl (also .gz, .xz, .zst), .json or .parquet file of conversations (OpenAI's, "
+        "ShareGPT's, Alpaca's, Dolly's, prompt and completion), or a folder of shards; several as "
+        "a.jsonl:0.8,b.jsonl:0.2",
         alias="data",
     )
     batch_size: int = option(

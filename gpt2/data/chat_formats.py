@@ -21,6 +21,7 @@ from ..untrusted.display import shown
 from .chat_template import NOT_LEARNED, Message
 
 ROLES = ("system", "user", "assistant")
+TOOL_KEYS = ("tool_calls", "function_call")  # of OpenAI's messages, newer and older
 OTHER_NAMES = {"developer": "system"}  # OpenAI's newer name of the role
 SHAREGPT_ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
@@ -34,9 +35,9 @@ def messages_of(item: dict[str, Any]) -> list[Message]:
     Raises:
         UserError: a key is missing, a role is unknown, or a text is not a string.
     """
-    for key, (read, _) in FORMS.items():
-        if key in item:
-            return _with_system(item.get("system"), read(item))
+    if key := _form_of(item):
+        read, _ = FORMS[key]
+        return _with_system(item.get("system"), read(item))
     hint = "; text is for `gpt2 prepare`, and then --data=FOLDER" if "text" in item else ""
     raise UserError(
         f"neither {', '.join(f'`{key}`' for key in FORMS)} among its keys "
@@ -46,7 +47,8 @@ def messages_of(item: dict[str, Any]) -> list[Message]:
 
 def unread_keys(item: dict[str, Any]) -> set[str]:
     """Keys of a row, and of its messages, that hold something and are not read."""
-    keys = next((keys for key, (_, keys) in FORMS.items() if key in item), ())
+    form = _form_of(item)
+    keys = FORMS[form][1] if form else ()
     found = {str(k) for k, value in item.items() if k not in (*keys, "system") and _says(value)}
     for name, known in MESSAGE_KEYS.items():
         listed = item.get(name)
@@ -54,6 +56,15 @@ def unread_keys(item: dict[str, Any]) -> set[str]:
             if isinstance(message, dict):
                 found |= {f"{name}.{k}" for k, v in message.items() if k not in known and _says(v)}
     return found
+
+
+def _form_of(item: dict[str, Any]) -> str:
+    """The key of FORMS by which a row is read; empty without one.
+
+    Files that were joined of several forms have the columns of all of them, and null in the others.
+    """
+    there = [key for key in FORMS if key in item]
+    return next((key for key in there if _says(item[key])), next(iter(there), ""))
 
 
 def _says(value: Any) -> bool:
@@ -85,6 +96,8 @@ def _check_message(message: Any, where: str) -> Message:
     if role not in ROLES:
         raise UserError(f"{where}: role {shown(repr(role))} is unknown; use {', '.join(ROLES)}")
     content = message["content"]
+    if role == "assistant" and any(_says(message.get(key)) for key in TOOL_KEYS):
+        raise UserError(f"{where} calls a tool, which is not learned; leave the conversation out")
     if isinstance(content, list):
         if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             raise UserError(f"{where}: only parts of type text can be read")

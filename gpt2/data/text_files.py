@@ -89,6 +89,8 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     import pyarrow as pa
 
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise UserError(f"{path}: not a file")
     number = 0
     try:
         for number, item in enumerate(_items(path), 1):
@@ -122,6 +124,7 @@ def _items(path: Path) -> Iterator[Any]:
         for line in _lines(rest, DOCUMENT_BYTES):
             if line is None or not line.isspace():
                 number += 1
+                _check_first(line if number == 1 else None, path)
                 where = f"{path}: row {number}"
                 if line is None:
                     raise UserError(f"{where} is longer than {DOCUMENT_BYTES:,} bytes")
@@ -268,13 +271,25 @@ def _jsonl_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
             if line is not None and line.isspace():
                 continue
             number += 1
+            _check_first(line if number == 1 else None, path)
             if number > start:
                 has_text, text = (True, TooLong()) if line is None else _text_of_json(line)
                 del line  # a long text is held once
                 texts += has_text
                 yield text, file.tell()
     if number and not texts:
-        raise UserError(f"{path}: none of its {number:,} rows is a JSON object with a `text`")
+        raise UserError(
+            f"{path}: none of its {number:,} rows is a JSON object with a `text` that is a string"
+        )
+
+
+def _check_first(line: bytes | None, path: Path) -> None:
+    """Raises UserError if a file's first line only opens an object: its rows take several lines."""
+    if line and line.endswith(b"\n") and line.removeprefix(codecs.BOM_UTF8).strip() == b"{":
+        raise UserError(
+            f"{path}: its objects go over several lines; write each in one: "
+            f"jq -c . {path} > lines.jsonl"
+        )
 
 
 def _as_line(value: Any) -> bytes:
@@ -288,7 +303,7 @@ def _text_of_json(line: bytes) -> tuple[bool, str | None]:
         return False, None
     text = value.pop("text")
     if not isinstance(text, str) or not text:
-        return True, None
+        return text in (None, ""), None
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell a lone surrogate, UTF-8 cannot

@@ -111,5 +111,12 @@ def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
         raise UserError(f"cannot get {name} of {page}: {reason}; try again") from None
     except errors.EntryNotFoundError:
         raise _Missing(f"{repository} has no {name}; see {page}") from None
+    except RuntimeError as error:
+        # huggingface_hub 1.26 tries again with the client that it closed after a lost connection.
+        if "client has been closed" not in str(error):
+            raise
+        raise UserError(
+            f"cannot get {name} of {page}: connection refused or lost; try again"
+        ) from None
     except (errors.HFValidationError, http_library().HTTPError, OSError) as error:
         raise UserError(f"{repository}: {first_line(error)}; see {page}") from None

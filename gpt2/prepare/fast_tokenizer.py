@@ -1,18 +1,20 @@
-"""Faster libraries with equal ids: gigatoken for GPT-2's tokenizer, tiktoken for another one.
+"""Faster libraries with equal ids: gigatoken beside tiktoken, and both beside `tokenizers`.
 
 gigatoken is about eight times as fast as tiktoken.
 
-tiktoken defines the right ids. Both libraries split a text into words by the Unicode class of each
-character, but their Unicode versions may differ. tiktoken therefore encodes every document with a
-character whose class could differ. `prepare/tokenize_rows.py` also compares a sample of every run.
+For GPT-2's tokenizer, tiktoken defines the right ids. Both libraries split a text into words by the
+Unicode class of each character, but their Unicode versions may differ. tiktoken therefore encodes
+every document with a character whose class could differ. `prepare/tokenize_rows.py` also compares a
+sample of every run.
 
-A tokenizer of one's own is encoded by tiktoken, several times as fast as by `tokenizers`, if it
-cuts words and merges as GPT-2's does; `_ranks` says when.
+For a tokenizer of one's own `tokenizers` defines the right ids. If it cuts words and merges as
+GPT-2's does, gigatoken encodes it, or tiktoken where gigatoken is missing; `_ranks` says when.
 """
 
 import functools
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -22,10 +24,10 @@ import tiktoken
 from ..errors import UserError, install_command
 from ..huggingface.own_tokenizer import MAX_VALUES, OwnTokenizer, byte_of_letter
 from ..huggingface.tokenizer_files import tokenizer_json
-from ..tokenizer import END_OF_TEXT, PATTERN, Tokenizer
+from ..tokenizer import PATTERN, Tokenizer
 from ..untrusted.long_text import PIECE, pieces
 from ..untrusted.parsing import load_json
-from .word_count import WordCount
+from .word_count import Tables, WordCount, tables_of
 
 # Characters whose Unicode class may differ between the libraries: additions of Unicode 17, widened
 # to whole blocks to be safe (gigatoken 0.10 has version 17, tiktoken 0.14 has version 16).
@@ -42,23 +44,33 @@ class FastTokenizer(Tokenizer):
     libraries = "gigatoken and tiktoken"
     way_out = "use --tokenizer=tiktoken with a new --out_dir="
 
+    _tables: Tables | None = None  # for WordCount; None: GPT-2's
+
     def __init__(self) -> None:
         super().__init__()
         self._fast: Any = None  # a gigatoken.Tokenizer, made at the first text
-        self._words = WordCount()  # since gigatoken was made
+        self._words = WordCount(self._tables)  # since gigatoken was made
 
     def encode_documents(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Like `Tokenizer.encode_documents`, but faster."""
-        found = [super().encode_documents([])]
+        found = [self._exact([])]
         for settled, group in groupby(texts, _is_settled):
-            encode = self._encode_settled if settled else super().encode_documents
+            encode = self._encode_settled if settled else self._exact
             found.append(encode(list(group)))
         tokens, lengths = zip(*found, strict=True)
         return np.concatenate(tokens), np.concatenate(lengths)
 
     def differs(self, text: str, tokens: np.ndarray) -> bool:
-        """Whether tiktoken's tokens of a document differ from the given ones."""
-        return not np.array_equal(tokens, super().encode_documents([text])[0])
+        """Whether the slower library's tokens of a document differ from the given ones."""
+        return not np.array_equal(tokens, self._exact([text])[0])
+
+    def _exact(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the library that defines them."""
+        return super().encode_documents(texts)
+
+    def _make(self) -> Any:
+        """A gigatoken.Tokenizer without special tokens."""
+        return _gigatoken()
 
     def _encode_settled(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes documents; pieces of a long one are encoded one by one."""
@@ -71,7 +83,7 @@ class FastTokenizer(Tokenizer):
                 counts = np.concatenate([counts for _, counts in parts])
                 counts = counts.sum(keepdims=True) if is_long else counts
                 ids = np.concatenate([ids for ids, _ in parts])
-                tokens.append(np.insert(ids, np.cumsum(counts) - counts, END_OF_TEXT))
+                tokens.append(np.insert(ids, np.cumsum(counts) - counts, self.end_of_text))
                 lengths.append(counts + 1)
         return np.concatenate(tokens), np.concatenate(lengths)
 
@@ -80,12 +92,41 @@ class FastTokenizer(Tokenizer):
         import awkward as ak
 
         if self._fast is None or self._words.different > FRESH_AFTER:
-            self._fast, self._words = _gigatoken(), WordCount()
+            self._fast, self._words = self._make(), WordCount(self._tables)
         encoded = self._fast.encode_batch(texts, parallel=False)  # the caller has its own threads
         counts = ak.to_numpy(ak.num(encoded)).astype(np.int64)
         ids = ak.to_numpy(ak.flatten(encoded)).astype(np.uint16)
         self._words.add(ids)
         return ids, counts
+
+
+class OwnByGigatoken(FastTokenizer):
+    """A tokenizer of one's own, whose documents gigatoken encodes. It belongs to one thread.
+
+    Args:
+        own: the tokenizer.
+        ranks: its `_ranks`.
+    """
+
+    libraries = "gigatoken and tokenizers"
+    way_out = "uninstall gigatoken and use a new --out_dir="
+
+    def __init__(self, own: OwnTokenizer, ranks: dict[bytes, int]):
+        self.name, self.vocab_size, self.sha256 = own.name, own.vocab_size, own.sha256
+        self.end_of_text, self.end_of_text_name = own.end_of_text, own.end_of_text_name
+        self._own, self._fast = own, None
+        self._tables = tables_of(ranks, own.vocab_size)
+        self._words = WordCount(self._tables)
+
+    def _exact(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        return self._own.encode_documents(texts)
+
+    def _make(self) -> Any:
+        return _gigatoken_of(self._json())
+
+    def _json(self) -> str:
+        values = load_json(self._own.content, self._own.origin, dict, max_values=MAX_VALUES)
+        return json.dumps(values | {"added_tokens": [], "post_processor": None})
 
 
 class OwnByTiktoken(Tokenizer):
@@ -116,10 +157,15 @@ class OwnByTiktoken(Tokenizer):
         return not np.array_equal(tokens, self._own.encode_documents([text])[0])
 
 
-def faster(own: Tokenizer) -> Tokenizer:
-    """The tokenizer by tiktoken if its ids are certainly equal, else as it is."""
+def faster(own: Tokenizer) -> Callable[[], Tokenizer]:
+    """Makes the tokenizer for a thread: by the fastest library whose ids are certainly equal."""
     ranks = _ranks(own) if isinstance(own, OwnTokenizer) else None
-    return OwnByTiktoken(own, ranks) if ranks and isinstance(own, OwnTokenizer) else own
+    if not ranks or not isinstance(own, OwnTokenizer):
+        return lambda: own
+    if tokenizer_class("auto") is FastTokenizer:
+        return lambda: OwnByGigatoken(own, ranks)
+    shared = OwnByTiktoken(own, ranks)
+    return lambda: shared
 
 
 def _ranks(own: OwnTokenizer) -> dict[bytes, int] | None:
@@ -192,10 +238,15 @@ def _is_settled(text: str) -> bool:
 
 
 def _gigatoken() -> Any:
-    """A gigatoken.Tokenizer without special tokens: a literal `<|endoftext|>` stays text."""
+    """GPT-2's gigatoken.Tokenizer, without special tokens: a literal `<|endoftext|>` stays text."""
+    return _gigatoken_of(_tokenizer_json())
+
+
+def _gigatoken_of(content: str) -> Any:
+    """The gigatoken.Tokenizer of a tokenizer.json."""
     import gigatoken
 
-    return gigatoken.Tokenizer.from_json(_tokenizer_json())
+    return gigatoken.Tokenizer.from_json(content)
 
 
 @functools.cache

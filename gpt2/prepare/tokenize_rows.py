@@ -104,8 +104,7 @@ def encode_rows(
     of_thread, one_at_a_time = threading.local(), threading.Lock()
     make: Callable[[], Tokenizer]
     if isinstance(tokenizer, Tokenizer):
-        fast = faster(tokenizer)
-        make, end_name = (lambda: fast), tokenizer.end_of_text_name
+        make, end_name = faster(tokenizer), tokenizer.end_of_text_name
     else:
         make, end_name = tokenizer_class(tokenizer), END_OF_TEXT_NAME
 

@@ -16,6 +16,8 @@ SHARE = 32  # one part in so many is looked at
 EVERY = 4  # tokens; a longer word counts again after so many
 TABLE_BITS = 18  # of a table of words, which 80,000 words of a share fill to a third
 SPACE, LETTER, DIGIT, SIGN = range(4)  # kinds of a token's first and last byte
+# kind of the first byte, kind of the last byte, random number of each token
+Tables = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class WordCount:
@@ -23,9 +25,13 @@ class WordCount:
 
     A word ends where the pattern of `tokenizer.py` ends it: in front of a space, and where letters,
     digits and signs meet. Bytes beyond ASCII count as letters.
+
+    Args:
+        tables: of the tokenizer, by `tables_of`; None: GPT-2's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tables: Tables | None = None) -> None:
+        self._tables = tables or _tables_of_gpt2()
         self._seen = np.zeros(2**TABLE_BITS, bool)
 
     @property
@@ -42,7 +48,7 @@ class WordCount:
         size = len(ids) // SHARE + 1
         begin = random.randrange(max(1, len(ids) - size))
         part = ids[begin : begin + size]
-        first, last, salt = _tables()
+        first, last, salt = self._tables
         is_inner = first[part[1:]] == last[part[:-1]]
         at = np.arange(len(part), dtype=np.uint32)
         starts = np.flatnonzero(np.concatenate([[True], ~is_inner])[: len(part)])
@@ -61,13 +67,22 @@ def _next(is_inner: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(kind of the first byte, kind of the last byte, random number) of each token."""
-    first, last = np.zeros((2, GPT2_VOCAB_SIZE), np.uint8)
-    for token, i in merge_ranks(merges_folder()).items():
+def _tables_of_gpt2() -> Tables:
+    return tables_of(merge_ranks(merges_folder()), GPT2_VOCAB_SIZE)
+
+
+def tables_of(ranks: dict[bytes, int], vocab_size: int) -> Tables:
+    """What `WordCount` has to know of each token.
+
+    Args:
+        ranks: bytes of each token -> its id; ids that are missing count as spaces.
+        vocab_size: ids are below it.
+    """
+    first, last = np.zeros((2, vocab_size), np.uint8)
+    for token, i in ranks.items():
         first[i], last[i] = (_kind(token[at]) for at in (0, -1))
         first[i] += 4 * token.startswith(b" ")  # a space in front begins a word in any case
-    salt = np.random.default_rng(0).integers(2**32, size=GPT2_VOCAB_SIZE, dtype=np.uint32)
+    salt = np.random.default_rng(0).integers(2**32, size=vocab_size, dtype=np.uint32)
     return first, last, salt
 
 

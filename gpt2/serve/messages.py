@@ -11,6 +11,7 @@ in which another model called tools. The rule is that the model sees all text of
 
 from typing import Any
 
+from ..data.chat_formats import TOOL_KEYS
 from ..errors import UserError
 
 TOOL_ROLES = ("tool", "function")
@@ -44,7 +45,9 @@ def _plain(message: Any, where: str) -> Any:
         content = lines
     elif isinstance(content, str) and lines:
         content = f"{content}\n{lines}"
-    return message if content is None else {**message, "content": content}
+    if content is None:
+        return message
+    return {k: v for k, v in message.items() if k not in TOOL_KEYS} | {"content": content}
 
 
 def _calls(message: dict, where: str) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from gpt2 import GPT2
 from gpt2.checkpoint import weights
-from gpt2.checkpoint.weights import Weights, for_training, resolve_options
+from gpt2.checkpoint.weights import Weights, for_training, load, resolve_options
 from gpt2.config.command_line import parse
 from gpt2.config.model import GPT2Config, ModernConfig
 from gpt2.config.train import ModelOptions, TrainConfig, check_of_switches
@@ -162,6 +162,45 @@ def test_folder_of_a_run_stands_for_its_checkpoint(tmp_path):
     (tmp_path / "out_ckpt.pt").rename(tmp_path / "best_ckpt.pt")
     with pytest.raises(UserError, match=r"no model; use .*best_ckpt\.pt"):
         weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("me/mine/", "me/mine"),
+        ("https://huggingface.co/me/mine", "me/mine"),
+        ("huggingface.co/me/mine/", "me/mine"),
+        ("https://huggingface.co/me/mine/tree/v1", "me/mine@v1"),
+        ("hf.co/me/mine", "me/mine"),
+    ],
+)
+def test_address_of_the_hub_is_a_name(given, meant, monkeypatch):
+    asked = []
+
+    def download(repository, revision, **_):
+        asked.append(f"{repository}@{revision}".removesuffix("@"))
+        raise UserError("told")
+
+    monkeypatch.setattr(weights, "download", download)
+    with pytest.raises(UserError, match="told"):
+        load(given)
+    assert asked == [meant]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_file_of_a_folder_stands_for_it(name, theirs, tmp_path):
+    files_of(theirs, tmp_path / "x")
+    assert load(str(tmp_path / "x" / name)).folder == tmp_path / "x"
+
+
+def test_weights_without_a_config_are_named(theirs, tmp_path):
+    files_of(theirs, tmp_path / "x")
+    (tmp_path / "x" / "config.json").unlink()
+    torch.save(theirs.state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="weights without a config; name a folder"):
+        load(str(tmp_path / "x" / "model.safetensors"))
+    with pytest.raises(UserError, match="weights alone do not say how many heads"):
+        load(str(tmp_path / "bare.pt"))
 
 
 def test_infinite_weights_are_refused(theirs, tmp_path):

@@ -44,6 +44,14 @@ def test_every_form_has_a_case():
     assert {next(key for key in FORMS if key in item) for item in EQUAL.values()} == set(FORMS)
 
 
+@pytest.mark.parametrize("name", EQUAL)
+def test_columns_of_other_forms_may_be_null(name):
+    """As in a parquet file that was joined of several."""
+    item = dict.fromkeys(FORMS) | {"output": None} | EQUAL[name]
+    assert messages_of(item) == [QUESTION, ANSWER]
+    assert not unread_keys(item)
+
+
 def test_a_history_comes_first():
     item = {"instruction": "Q2", "output": "A2", "history": [["Q", "A"]], "system": "S"}
     texts = [m["content"] for m in messages_of(item)]
@@ -78,7 +86,10 @@ def test_an_answer_of_weight_0_is_not_learned():
         ({"prompt": "Q"}, "`prompt` without `completion`"),
         ({"prompt": "Q", "completion": ["A"]}, "`completion` is not a text"),
         ({"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-         "message 2: its `content` is not a text"),
+         "message 2 calls a tool, which is not learned"),
+        ({"messages": [QUESTION, ANSWER | {"tool_calls": [{}]}]}, "message 2 calls a tool"),
+        ({"messages": [QUESTION, ANSWER | {"function_call": {}, "content": 5}]}, "not a text"),
+        (dict.fromkeys(FORMS), "must be a list"),
     ],
 )  # fmt: skip
 def test_wrong_rows_are_told(item, told):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -112,3 +113,31 @@ def test_shards_without_a_number_and_nanogpts_files(tmp_path):
     (tmp_path / "nano/train.bin").write_bytes(b"\1\0" * 99)
     with pytest.raises(UserError, match="as nanoGPT writes it: token ids without a header"):
         find_shards(tmp_path / "nano", "train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_objects_over_several_lines_are_told(encoding, tmp_path):
+    path = tmp_path / "pretty.jsonl"
+    path.write_text("\n".join(json.dumps({"text": TEXT}, indent=1) for _ in "ab"), encoding)
+    for read in (read_rows, read_items):
+        with pytest.raises(UserError, match="go over several lines; write each in one: jq -c"):
+            list(read(path))
+
+
+def test_a_text_that_is_no_string_is_told(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": {"en": "a"}}\n{"text": 5}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"none of its 2 rows .* `text` that is a string"):
+        list(read_rows(path))
+    path.write_text('{"text": null}\n{"text": ""}\n', encoding="utf-8")
+    assert [text for text, _ in read_rows(path)] == [None, None]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_file(tmp_path):
+    """Nobody writes into it: reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="not a file"):
+        next(read_items(tmp_path / "a.jsonl"))
+    with pytest.raises(UserError, match="not a file; - in the place of the text reads from stdin"):
+        _read("", str(tmp_path / "a.jsonl"))

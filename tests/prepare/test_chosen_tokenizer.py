@@ -24,7 +24,7 @@ from gpt2.huggingface.tokenizer_files import tokenizer_files
 from gpt2.prepare import fast_tokenizer
 from gpt2.prepare import run as run_module
 from gpt2.prepare.chosen_tokenizer import chosen_tokenizer
-from gpt2.prepare.fast_tokenizer import OwnByTiktoken, faster
+from gpt2.prepare.fast_tokenizer import OwnByGigatoken, OwnByTiktoken, faster
 from gpt2.prepare.multi_machine import merge
 
 LINES = [f"o gato {n} não dorme à mesa, e o cachorro late {n * n} vezes 🙂" for n in range(60)]
@@ -217,27 +217,33 @@ def test_it_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(max_size=80) | st.text("o gatão'sll \n\t12.🙂", max_size=80))
-def test_tiktoken_makes_the_ids_of_tokenizers(text):
-    made = OwnTokenizer(library(500).to_str().encode(), 1, "test")
-    fast = _fast(made)
-    texts = [text, f"{END} {text}", "", text + "\u088f"]
+@pytest.mark.parametrize("end", [END, "gato", "<|endoftext|>"])
+@pytest.mark.parametrize("kind", [OwnByGigatoken, OwnByTiktoken])
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(max_size=80) | st.text("o gatão'sll \n\t12.🙂", max_size=80))
+def test_faster_libraries_make_the_ids_of_tokenizers(kind, end, text):
+    made, fast = _pair(kind, end)
+    texts = [text, f"{end} {text}", "", text + "\u088f", f"o{end}", "gato gato"]
     for ours, theirs in zip(
         fast.encode_documents(texts), made.encode_documents(texts), strict=True
     ):
         assert ours.tolist() == theirs.tolist()
+        assert ours.dtype == theirs.dtype
 
 
 @functools.cache
-def _ranks_of(content):
-    return faster(OwnTokenizer(content, 1, "test"))
+def _pair(kind, end):
+    made = OwnTokenizer(library(500, end).to_str().encode(), 1, "test")
+    return made, kind(made, fast_tokenizer._ranks(made))
 
 
-def _fast(made):
-    found = _ranks_of(made.content)
-    assert isinstance(found, OwnByTiktoken)
-    return found
+def test_the_fastest_library_that_is_installed(monkeypatch):
+    made, _ = _pair(OwnByTiktoken, END)
+    make = faster(made)
+    assert isinstance(make(), OwnByGigatoken)
+    assert make() is not make()  # one for each thread
+    monkeypatch.setitem(sys.modules, "gigatoken", None)  # as if not installed
+    assert isinstance(faster(made)(), OwnByTiktoken)
 
 
 def changed(change):
@@ -259,10 +265,25 @@ UNLIKE = {
 @pytest.mark.parametrize("name", UNLIKE)
 def test_a_tokenizer_unlike_gpt2s_is_encoded_by_its_library(name):
     made = changed(UNLIKE[name])
-    assert faster(made) is made
+    assert faster(made)() is made
 
 
-def test_a_fault_of_the_faster_library_is_found(own, texts, tmp_path, monkeypatch):
+def test_a_fault_of_gigatoken_is_found(own, texts, tmp_path, monkeypatch):
+    right = OwnByGigatoken._json
+
+    def wrong(self):
+        values = json.loads(right(self))
+        vocab = values["model"]["vocab"]
+        vocab["a"], vocab["o"] = vocab["o"], vocab["a"]
+        return json.dumps(values)
+
+    monkeypatch.setattr(OwnByGigatoken, "_json", wrong)
+    with pytest.raises(UserError, match="row 0: gigatoken and tokenizers make different tokens"):
+        prepare(texts, tmp_path / "d", own)
+
+
+def test_a_fault_of_tiktoken_is_found(own, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)  # as if not installed
     right = fast_tokenizer._ranks
 
     def wrong(made):

@@ -293,7 +293,9 @@ def test_trackio_keeps_one_local_run(tmp_path):
     run_apart(tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "db"))
     (file,) = (tmp_path / "db").glob("*.db")
     connection = sqlite3.connect(file)
-    rows = connection.execute("select run_id, run_name, step, metrics from metrics order by id")
+    there = {column[1] for column in connection.execute("pragma table_info(metrics)")}
+    run = "run_id" if "run_id" in there else "run_name"  # by which trackio 0.20 knows a run
+    rows = connection.execute(f"select {run}, run_name, step, metrics from metrics order by id")
     rows = rows.fetchall()
     connection.close()
     assert len({row[0] for row in rows}) == 1

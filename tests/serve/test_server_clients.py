@@ -1,7 +1,7 @@
 """`gpt2 serve` as people's programs ask it: by OpenAI's client, langchain-openai and litellm.
 
-A client that is not installed is left out. litellm is no part of the extra `dev`: it is 160 MB and
-takes six seconds to import.
+A client that is not installed is left out. litellm is in the extra `clients`, which `make lowest`
+and `make newest` install, and not in `dev`: it is 160 MB and takes six seconds to import.
 """
 
 import importlib

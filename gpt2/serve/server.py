@@ -6,7 +6,6 @@ import errno
 import socket
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from .connections import SECONDS_TO_END, Connection, Server, open_files_for
 from .engine import Busy, Engine, Failed, TextRequest, latency
 from .errors import ApiError, quoted
 from .log import log
+from .page import chat_page
 from .requests import (
     ChatRequest,
     CompletionRequest,
@@ -41,7 +41,6 @@ from .responses import Answer, event
 from .security import Guard, check_key, page_policy
 from .served_model import MAX_TEXTS, ServedModel
 
-PAGE = Path(__file__).with_name("chat.html")
 GET = ["GET", "HEAD"]
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection
 
@@ -119,7 +118,7 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
 
     # without FastAPI's own pages: they load scripts from other hosts
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    html = PAGE.read_text("utf-8")
+    html = chat_page()
     policy = {"content-security-policy": page_policy(html)}
 
     @app.api_route("/", methods=GET, response_class=HTMLResponse)

@@ -1,0 +1,212 @@
+// The chat page: its state, the chat, the text that is continued, and what the buttons do.
+const DEFAULTS = {system: "", temperature: 0.8, top_p: 1, top_k: 50, repetition_penalty: 1, max_tokens: 256, seed: ""};
+const NUMBERS = ["temperature", "top_p", "top_k", "repetition_penalty", "max_tokens"];
+let model = null, settings = load(localStorage, "gpt2-settings", DEFAULTS), messages = load(sessionStorage, "gpt2-messages", []);
+let running = null;      // the AbortController of the answer that is being written
+let pieces = [];         // what "Continue" has added, the newest last
+let tries = 0;           // of the same answer: a fixed seed gives another one each time
+
+// --- chat ----------------------------------------------------------------------------------------
+function show() {
+  const log = $("log");
+  log.replaceChildren();
+  if (!messages.length) {
+    const empty = make("div");
+    empty.id = "empty";
+    empty.append(make("b", "", "Say something."), make("span", "", `What you write goes to ${location.host} and nowhere else.`));
+    log.append(empty);
+  }
+  messages.forEach((message, at) => log.append(shown(message, at)));
+  keep(sessionStorage, "gpt2-messages", messages);
+}
+function shown(message, at) {
+  const made = make("div", `message ${message.role}`), under = make("div", "under");
+  made.append(make("div", "text", message.content));
+  if (message.role === "user") {
+    if (at >= messages.length - 2) {
+      under.append(button("edit", "Edit", () => { if (running) return; $("input").value = message.content; messages.length = at; show(); grow(); $("input").focus(); }));
+      made.append(under);
+    }
+    return made;
+  }
+  if (message.error) {
+    const note = make("div", "note bad", message.error + " ");
+    const retry = make("button", "", "Try again");
+    retry.onclick = again;
+    note.append(retry);
+    if (!message.content) made.replaceChildren();
+    made.append(note);
+    return made;
+  }
+  under.append(button("copy", "Copy", copy(() => message.content)));
+  if (at === messages.length - 1) under.append(button("again", "Another answer", again));
+  under.append(make("span", "", message.stats ?? ""));
+  made.append(under);
+  return made;
+}
+function again() {
+  if (running || messages.at(-1)?.role !== "assistant") return;
+  messages.pop();
+  tries += 1;
+  answer();
+}
+function send() {
+  const text = $("input").value.trim();
+  if (!text || running) return;
+  $("input").value = "";
+  grow();
+  messages.push({role: "user", content: text});
+  tries = 0;
+  answer();
+}
+async function answer() {
+  const body = asked(), message = {role: "assistant", content: ""};
+  body.fit_context = true;
+  body.messages = messages.filter(m => m.role === "user" || m.content).map(({role, content}) => ({role, content}));
+  if (settings.system.trim()) body.messages.unshift({role: "system", content: settings.system});
+  messages.push(message);
+  show();
+  const bubble = $("log").lastChild, text = bubble.firstChild, under = bubble.lastChild, scroll = $("scroll");
+  bubble.classList.add("writing");
+  under.hidden = true;
+  scroll.scrollTop = scroll.scrollHeight;
+  busy(new AbortController());
+  try {
+    const found = await write("/v1/chat/completions", body, piece => {
+      const follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+      message.content += piece;
+      text.append(piece);  // as text, not as HTML
+      if (follows) scroll.scrollTop = scroll.scrollHeight;
+    }, running.signal);
+    message.stats = described(found);
+  } catch (error) {
+    if (error.name === "AbortError") message.stats = "stopped";
+    else message.error = problem(error);
+  }
+  busy(null);
+  const follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+  show();
+  if (follows) scroll.scrollTop = scroll.scrollHeight;
+  if (matchMedia("(pointer: fine)").matches) $("input").focus();
+}
+function grow() {
+  const input = $("input");
+  input.style.height = "auto";
+  input.style.height = input.scrollHeight + "px";
+  $("send").disabled = !input.value.trim();
+}
+
+// --- text ----------------------------------------------------------------------------------------
+async function proceed() {
+  if (running) return;
+  const paper = $("paper"), before = paper.value, began = before.length;
+  $("text-error").hidden = true;
+  busy(new AbortController());
+  paper.readOnly = true;
+  let count = 0;
+  try {
+    const found = await write("/v1/completions", {...asked(), prompt: before}, piece => {
+      const follows = paper.scrollHeight - paper.scrollTop - paper.clientHeight < 60;
+      paper.value += piece;
+      $("text-count").textContent = `${++count} tokens`;
+      if (follows) paper.scrollTop = paper.scrollHeight;
+    }, running.signal);
+    $("text-count").textContent = described(found);
+  } catch (error) {
+    if (error.name === "AbortError") $("text-count").textContent += " · stopped";
+    else { $("text-error").textContent = problem(error); $("text-error").hidden = false; }
+  }
+  if (paper.value.length > began) pieces.push(before);
+  paper.readOnly = false;
+  busy(null);
+  paper.focus();
+}
+function undo() {
+  if (!pieces.length || running) return;
+  $("paper").value = pieces.pop();
+  busy(null);
+}
+
+// --- the page ------------------------------------------------------------------------------------
+function busy(controller) {
+  running = controller;
+  $("send").hidden = Boolean(controller);
+  $("stop").hidden = !controller;
+  $("go").textContent = controller ? "Stop" : "Continue";
+  $("undo").disabled = $("again").disabled = Boolean(controller) || !pieces.length;
+}
+function stop() { running?.abort(); }
+function mode(name) {
+  stop();
+  $("chat").hidden = name !== "chat";
+  $("text").hidden = name !== "text";
+  $("system-label").hidden = name !== "chat";
+  $("to-chat").setAttribute("aria-pressed", name === "chat");
+  $("to-text").setAttribute("aria-pressed", name === "text");
+  $("base").hidden = name !== "chat" || !model || model.chat === "trained";
+  keep(sessionStorage, "gpt2-mode", name);
+  if (matchMedia("(pointer: fine)").matches) $(name === "chat" ? "input" : "paper").focus();
+}
+function showSettings(open) {
+  $("settings").hidden = $("shade").hidden = !open;
+  $("gear").setAttribute("aria-expanded", open);
+}
+function fill() {
+  for (const name of NUMBERS) {
+    $(name).value = settings[name];
+    document.querySelector(`output[for=${name}]`).textContent = settings[name];
+  }
+  $("system").value = settings.system;
+  $("seed").value = settings.seed;
+}
+async function begin() {
+  try {
+    const response = await fetch("/v1/models", {headers: headers()});
+    if (!response.ok) throw await complaint(response);
+    model = (await response.json()).data[0];
+  } catch (error) {
+    $("base").textContent = problem(error);
+    $("base").hidden = false;
+    return;
+  }
+  document.title = $("name").textContent = $("name").title = model.id;
+  $("max_tokens").max = Math.max(8, Math.min(model.max_new_tokens, Math.floor(model.context_length / 2)));
+  settings.max_tokens = Math.min(settings.max_tokens, Number($("max_tokens").max));
+  fill();
+  const base = $("base"), link = make("button", "", "continue a text");
+  const impossible = model.chat === "impossible";
+  base.replaceChildren(impossible ? "This model cannot chat. It can " : "This model has not been trained on conversations: it imitates them rather than answering. It can ", link, ".");
+  link.onclick = () => mode("text");
+  show();
+  mode(load(sessionStorage, "gpt2-mode", null) ?? (model.chat === "trained" ? "chat" : "text"));
+}
+$("form").onsubmit = event => { event.preventDefault(); send(); };
+$("input").oninput = grow;
+$("input").onkeydown = event => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && matchMedia("(pointer: fine)").matches) { event.preventDefault(); send(); }
+};
+$("stop").onclick = stop;
+$("go").onclick = () => running ? stop() : proceed();
+$("undo").onclick = undo;
+$("again").onclick = () => { tries += 1; undo(); proceed(); };
+$("paper").onkeydown = event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { tries = 0; proceed(); } };
+$("to-chat").onclick = () => mode("chat");
+$("to-text").onclick = () => mode("text");
+$("new").onclick = () => { stop(); messages = []; pieces = []; $("paper").value = $("text-count").textContent = ""; show(); busy(running); $($("chat").hidden ? "paper" : "input").focus(); };
+$("gear").onclick = () => showSettings($("settings").hidden);
+$("close").onclick = $("shade").onclick = () => showSettings(false);
+$("defaults").onclick = () => { settings = {...DEFAULTS, max_tokens: Math.min(DEFAULTS.max_tokens, Number($("max_tokens").max))}; fill(); keep(localStorage, "gpt2-settings", settings); };
+$("key").onchange = () => { sessionStorage.setItem("gpt2-key", $("key").value); begin(); };
+$("settings").oninput = event => {
+  const name = event.target.id;
+  if (!(name in DEFAULTS)) return;
+  settings[name] = NUMBERS.includes(name) ? Number(event.target.value) : event.target.value;
+  fill();
+  keep(localStorage, "gpt2-settings", settings);
+};
+document.onkeydown = event => {
+  const typing = ["INPUT", "TEXTAREA"].includes(document.activeElement?.tagName);
+  if (event.key === "Escape") { if (running) stop(); else showSettings(false); }
+  if (event.key === "/" && !typing) { event.preventDefault(); $($("chat").hidden ? "paper" : "input").focus(); }
+};
+begin();

@@ -4,6 +4,7 @@ const NUMBERS = ["temperature", "top_p", "top_k", "repetition_penalty", "max_tok
 let model = null, settings = load(localStorage, "gpt2-settings", DEFAULTS), messages = load(sessionStorage, "gpt2-messages", []);
 let running = null;      // the AbortController of the answer that is being written
 let pieces = [];         // what "Continue" has added, the newest last
+const texts = new WeakMap();  // element of a message's text
 let tries = 0;           // of the same answer: a fixed seed gives another one each time
 
 // --- chat ----------------------------------------------------------------------------------------
@@ -21,7 +22,7 @@ function show() {
 }
 function shown(message, at) {
   const made = make("div", `message ${message.role}`), under = make("div", "under");
-  made.append(make("div", "text", message.content));
+  made.append(written(message));
   if (message.role === "user") {
     if (at >= messages.length - 2) {
       under.append(button("edit", "Edit", () => { if (running) return; $("input").value = message.content; messages.length = at; show(); grow(); $("input").focus(); }));
@@ -42,6 +43,20 @@ function shown(message, at) {
   if (at === messages.length - 1) under.append(button("again", "Another answer", again));
   under.append(make("span", "", message.stats ?? ""));
   made.append(under);
+  return made;
+}
+// The text of a message. That of an answer is Markdown, and is made once.
+function written(message) {
+  let made = texts.get(message);
+  if (made) return made;
+  made = make("div", "text");
+  made.dir = "auto";
+  if (message.role === "assistant") {
+    const writer = new MarkdownWriter(made);
+    writer.add(message.content);
+    writer.end();
+  } else made.textContent = message.content;
+  texts.set(message, made);
   return made;
 }
 function again() {
@@ -66,17 +81,25 @@ async function answer() {
   if (settings.system.trim()) body.messages.unshift({role: "system", content: settings.system});
   messages.push(message);
   show();
-  const bubble = $("log").lastChild, text = bubble.firstChild, under = bubble.lastChild, scroll = $("scroll");
+  const bubble = $("log").lastChild, under = bubble.lastChild, scroll = $("scroll");
+  const writer = new MarkdownWriter(bubble.firstChild);
+  let waiting = "";  // text that the next frame shows: the layout is computed once for all of its pieces
+  const write_waiting = () => {
+    if (!waiting) return;
+    const follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+    writer.add(waiting);
+    waiting = "";
+    if (follows) scroll.scrollTop = scroll.scrollHeight;
+  };
   bubble.classList.add("writing");
   under.hidden = true;
   scroll.scrollTop = scroll.scrollHeight;
   busy(new AbortController());
   try {
     const found = await write("/v1/chat/completions", body, piece => {
-      const follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
       message.content += piece;
-      text.append(piece);  // as text, not as HTML
-      if (follows) scroll.scrollTop = scroll.scrollHeight;
+      if (!waiting) requestAnimationFrame(write_waiting);
+      waiting += piece;
     }, running.signal);
     message.stats = described(found);
   } catch (error) {
@@ -84,7 +107,9 @@ async function answer() {
     else message.error = problem(error);
   }
   busy(null);
+  write_waiting();
   const follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+  writer.end();
   show();
   if (follows) scroll.scrollTop = scroll.scrollHeight;
   if (matchMedia("(pointer: fine)").matches) $("input").focus();

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 ASSETS = Path(__file__).with_name("assets")
-SCRIPTS = ("common.js", "markdown.js", "api.js", "chat.js")
+SCRIPTS = ("common.js", "markdown.js", "api.js", "conversations.js", "chat.js")
 
 
 def chat_page() -> str:

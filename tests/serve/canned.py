@@ -26,12 +26,15 @@ def events(text: str, tokens: int = 20) -> str:
 
 
 @contextmanager
-def canned_page(browser, answer: Callable[[dict], str], **context: Any) -> Iterator:
+def canned_page(
+    browser, answer: Callable[[dict], str], script: str = "", **context: Any
+) -> Iterator:
     """A page that is served and answered from here; it has had no problem at the end.
 
     Args:
         browser: of playwright.
         answer: the server-sent events for the body of a request.
+        script: runs before the page's own.
         context: of the browser: its window, colours and so on.
     """
     opened = browser.new_context(**context)
@@ -49,6 +52,7 @@ def canned_page(browser, answer: Callable[[dict], str], **context: Any) -> Itera
             found.fulfill(body=body, headers={"content-type": "text/event-stream"})
 
     opened.route("**/*", route)
+    opened.add_init_script(script)
     page = opened.new_page()
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda m: m.type == "error" and problems.append(m.text))
@@ -71,4 +75,4 @@ def say(page, text: str) -> None:
     """Sends a message and waits for the answer."""
     page.fill("#input", text)
     page.press("#input", "Enter")
-    until(page, "!running && Boolean(messages.at(-1)?.stats)")
+    until(page, "!running && Boolean(messages.at(-1)?.stats ?? messages.at(-1)?.error)")

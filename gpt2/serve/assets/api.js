@@ -2,7 +2,7 @@
 const LEAST_FOR_RATE = 10;  // tokens: below, the rate is that of the network's pauses
 
 function headers() {
-  const key = sessionStorage.getItem("gpt2-key");
+  const key = session.getItem("gpt2-key");
   return {"Content-Type": "application/json", ...(key ? {Authorization: "Bearer " + key} : {})};
 }
 async function complaint(response) {

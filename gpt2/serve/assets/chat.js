@@ -1,7 +1,8 @@
 // The chat page: its state, the chat, the text that is continued, and what the buttons do.
 const DEFAULTS = {system: "", temperature: 0.8, top_p: 1, top_k: 50, repetition_penalty: 1, max_tokens: 256, seed: ""};
 const NUMBERS = ["temperature", "top_p", "top_k", "repetition_penalty", "max_tokens"];
-let model = null, settings = load(localStorage, "gpt2-settings", DEFAULTS), messages = load(sessionStorage, "gpt2-messages", []);
+let model = null, settings = load(local, "gpt2-settings", DEFAULTS);
+let messages = conversation.messages;
 let running = null;      // the AbortController of the answer that is being written
 let pieces = [];         // what "Continue" has added, the newest last
 const texts = new WeakMap();  // element of a message's text
@@ -18,7 +19,8 @@ function show() {
     log.append(empty);
   }
   messages.forEach((message, at) => log.append(shown(message, at)));
-  keep(sessionStorage, "gpt2-messages", messages);
+  keepConversation(conversation);
+  showConversations();
 }
 function shown(message, at) {
   const made = make("div", `message ${message.role}`), under = make("div", "under");
@@ -80,6 +82,8 @@ async function answer() {
   body.messages = messages.filter(m => m.role === "user" || m.content).map(({role, content}) => ({role, content}));
   if (settings.system.trim()) body.messages.unshift({role: "system", content: settings.system});
   messages.push(message);
+  const mine = conversation;  // another one may be opened while this answer is written
+  Object.assign(mine, {system: settings.system.trim() && settings.system, changed: Date.now()});
   show();
   const bubble = $("log").lastChild, under = bubble.lastChild, scroll = $("scroll");
   const writer = new MarkdownWriter(bubble.firstChild);
@@ -110,6 +114,7 @@ async function answer() {
   write_waiting();
   const follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
   writer.end();
+  if (mine !== conversation) { keepConversation(mine); showConversations(); return; }
   show();
   if (follows) scroll.scrollTop = scroll.scrollHeight;
   if (matchMedia("(pointer: fine)").matches) $("input").focus();
@@ -169,12 +174,18 @@ function mode(name) {
   $("to-chat").setAttribute("aria-pressed", name === "chat");
   $("to-text").setAttribute("aria-pressed", name === "text");
   $("base").hidden = name !== "chat" || !model || model.chat === "trained";
-  keep(sessionStorage, "gpt2-mode", name);
+  keep(session, "gpt2-mode", name);
   if (matchMedia("(pointer: fine)").matches) $(name === "chat" ? "input" : "paper").focus();
 }
 function showSettings(open) {
-  $("settings").hidden = $("shade").hidden = !open;
+  $("settings").hidden = !open;
   $("gear").setAttribute("aria-expanded", open);
+  $("shade").hidden = !open && $("conversations").hidden;
+}
+function showList(open) {
+  $("conversations").hidden = !open;
+  $("to-list").setAttribute("aria-expanded", open);
+  $("shade").hidden = !open && $("settings").hidden;
 }
 function fill() {
   for (const name of NUMBERS) {
@@ -202,8 +213,12 @@ async function begin() {
   const impossible = model.chat === "impossible";
   base.replaceChildren(impossible ? "This model cannot chat. It can " : "This model has not been trained on conversations: it imitates them rather than answering. It can ", link, ".");
   link.onclick = () => mode("text");
+  if (!messages.length && !running) {
+    const before = load(session, "gpt2-open", null);
+    openConversation(keptConversations().find(each => each.id === before) ?? conversation);
+  }
   show();
-  mode(load(sessionStorage, "gpt2-mode", null) ?? (model.chat === "trained" ? "chat" : "text"));
+  mode(load(session, "gpt2-mode", null) ?? (model.chat === "trained" ? "chat" : "text"));
 }
 $("form").onsubmit = event => { event.preventDefault(); send(); };
 $("input").oninput = grow;
@@ -217,17 +232,23 @@ $("again").onclick = () => { tries += 1; undo(); proceed(); };
 $("paper").onkeydown = event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { tries = 0; proceed(); } };
 $("to-chat").onclick = () => mode("chat");
 $("to-text").onclick = () => mode("text");
-$("new").onclick = () => { stop(); messages = []; pieces = []; $("paper").value = $("text-count").textContent = ""; show(); busy(running); $($("chat").hidden ? "paper" : "input").focus(); };
+$("new").onclick = () => { openConversation(fresh()); pieces = []; $("paper").value = $("text-count").textContent = ""; busy(running); $($("chat").hidden ? "paper" : "input").focus(); };
 $("gear").onclick = () => showSettings($("settings").hidden);
-$("close").onclick = $("shade").onclick = () => showSettings(false);
-$("defaults").onclick = () => { settings = {...DEFAULTS, max_tokens: Math.min(DEFAULTS.max_tokens, Number($("max_tokens").max))}; fill(); keep(localStorage, "gpt2-settings", settings); };
-$("key").onchange = () => { sessionStorage.setItem("gpt2-key", $("key").value); begin(); };
+$("to-list").onclick = () => showList($("conversations").hidden);
+$("close").onclick = () => showSettings(false);
+$("close-list").onclick = () => { showList(false); $("to-list").focus(); };
+$("shade").onclick = () => { showSettings(false); if (matchMedia("(max-width: 760px)").matches) showList(false); };
+$("undelete").onclick = restoreDeleted;
+$("export-all").onclick = () => download("conversations", ".jsonl", keptConversations().map(asJson).join(""));
+window.onstorage = showConversations;  // another tab has kept or deleted one
+$("defaults").onclick = () => { settings = {...DEFAULTS, max_tokens: Math.min(DEFAULTS.max_tokens, Number($("max_tokens").max))}; fill(); keep(local, "gpt2-settings", settings); };
+$("key").onchange = () => { try { session.setItem("gpt2-key", $("key").value); } catch { /* full */ } begin(); };
 $("settings").oninput = event => {
   const name = event.target.id;
   if (!(name in DEFAULTS)) return;
   settings[name] = NUMBERS.includes(name) ? Number(event.target.value) : event.target.value;
   fill();
-  keep(localStorage, "gpt2-settings", settings);
+  keep(local, "gpt2-settings", settings);
 };
 document.onkeydown = event => {
   const typing = ["INPUT", "TEXTAREA"].includes(document.activeElement?.tagName);

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 ASSETS = Path(__file__).with_name("assets")
-SCRIPTS = ("common.js", "markdown.js", "api.js", "conversations.js", "chat.js")
+SCRIPTS = ("common.js", "theme.js", "markdown.js", "api.js", "conversations.js", "chat.js")
 
 
 def chat_page() -> str:
     """The HTML of the chat page."""
-    return assemble("chat.html", ["chat.css"], SCRIPTS)
+    return assemble("chat.html", ["theme.css", "chat.css"], SCRIPTS)
 
 
 def assemble(name: str, styles: list[str], scripts: tuple[str, ...]) -> str:

@@ -134,11 +134,118 @@ def test_a_browser_that_keeps_nothing_or_is_full_says_so(browser):
 
 def test_what_another_page_left_in_the_storage_is_no_conversation(browser):
     with canned_page(browser, lambda _: events("Yes")) as page:
-        for text in ("", "{", "null", "[]", "7", '{"messages": 7}', '{"messages": [null]}',
-                     '{"messages": [{"role": "system", "content": "x"}]}',
-                     '{"id": "y", "messages": []}', '{"id": "x", "messages": [{"role": "user", "content": {}}]}'):  # fmt: skip
+        for text in (
+            *("", "{", "null", "[]", "7", '{"messages": 7}', '{"messages": [null]}'),
+            '{"messages": [{"role": "system", "content": "x"}]}',
+            '{"id": "y", "messages": []}',
+            '{"id": "x", "messages": [{"role": "user", "content": {}}]}',
+        ):
             page.evaluate("text => local.setItem('gpt2-conversation-x', text)", text)
             assert page.evaluate("keptConversations()") == []
         page.reload()
         until(page, "Boolean(model)")
         say(page, "Hello")
+
+
+# (ratio, text) of every text that is seen with less contrast than WCAG's AA asks of small text
+FAINT = """() => {
+  const parse = color => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return {rgb: [r, g, b], alpha: a};
+  };
+  const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+  const ground = element => {
+    for (let at = element; at; at = at.parentElement) {
+      const found = parse(getComputedStyle(at).backgroundColor);
+      if (found.alpha === 255) return found.rgb;
+    }
+    return [255, 255, 255];
+  };
+  const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let seen = 0;
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement;
+    const shown = walk.currentNode.data.trim() && element.checkVisibility() && !element.closest("script, :disabled");
+    if (!shown) continue;
+    seen += 1;
+    const pair = [light(parse(getComputedStyle(element).color).rgb), light(ground(element))].sort((a, b) => b - a);
+    const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
+    if (ratio < 4.5) found.push([ratio.toFixed(2), element.className || element.tagName, walk.currentNode.data.slice(0, 30)]);
+  }
+  return {found, seen};
+}"""  # noqa: E501
+MARKDOWN = "# H\n[a](https://a.org) `b`\n> c\n\n- d\n\n```py\ne\n```\n| f |\n|---|\n| g |"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_contrast(browser, scheme):
+    answers = iter((events(MARKDOWN), FAILED))
+    with canned_page(browser, lambda _: next(answers), color_scheme=scheme) as page:
+        say(page, "Hello")
+        say(page, "Again")
+        page.click("#to-list")
+        page.click("[aria-label=Delete]")
+        page.click("text=Undo")
+        page.click("#gear")
+        page.evaluate("for (const id of ['base', 'storage', 'deleted']) $(id).hidden = false")
+        result = page.evaluate(FAINT)
+        assert result["found"] == []
+        assert result["seen"] > 40
+        page.click("#to-text")
+        assert page.evaluate(FAINT)["found"] == []
+
+
+def test_colours_follow_the_system_until_a_choice_is_made_and_kept(browser):
+    light, dark = "rgb(251, 250, 248)", "rgb(22, 25, 23)"
+
+    with canned_page(browser, lambda _: "", color_scheme="dark") as page:
+
+        def ground() -> str:
+            return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+        assert ground() == dark
+        page.emulate_media(color_scheme="light")
+        assert ground() == light
+        page.click("[aria-label='Dark colours']")
+        assert ground() == dark
+        page.reload()
+        assert ground() == dark
+        page.click("[aria-label='Light colours']")
+        page.emulate_media(color_scheme="dark")
+        assert ground() == light
+        page.click("#gear")
+        page.click("#settings >> text=System")
+        assert ground() == dark
+        assert page.get_attribute("#theme-system", "aria-pressed") == "true"
+
+
+def test_the_page_is_used_by_the_keyboard_and_read_aloud(browser):
+    with canned_page(browser, lambda _: events("Blue.")) as page:
+        unnamed = """[...document.querySelectorAll("button, input, textarea")].filter(
+          e => !(e.ariaLabel || e.labels?.length || e.textContent.trim())).map(e => e.id)"""
+        assert page.evaluate(unnamed) == []
+        say(page, "Colour?")
+        assert page.inner_text("#said").startswith("Blue. (20 tokens")
+        assert page.get_attribute("#log", "aria-live") == "off"  # pieces are not read one by one
+        assert page.get_by_role("article", name="Answer").inner_text().startswith("Blue.")
+        active = "document.activeElement.id"
+        page.focus("#to-list")
+        page.keyboard.press("Enter")
+        assert page.evaluate(active) == "close-list"
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "title"
+        assert page.evaluate(unnamed) == []
+        page.keyboard.press("Escape")
+        assert page.evaluate(active) == "to-list"
+        assert page.is_hidden("#conversations")
+        page.focus("#gear")
+        page.keyboard.press("Space")
+        assert page.evaluate(active) == "close"
+        page.keyboard.press("Space")
+        assert page.evaluate(active) == "gear"
+        outlined = "getComputedStyle(document.activeElement).outlineStyle"
+        assert page.evaluate(outlined) == "solid"

@@ -24,6 +24,8 @@ function show() {
 }
 function shown(message, at) {
   const made = make("div", `message ${message.role}`), under = make("div", "under");
+  made.setAttribute("role", "article");
+  made.ariaLabel = message.role === "user" ? "You" : "Answer";
   made.append(written(message));
   if (message.role === "user") {
     if (at >= messages.length - 2) {
@@ -96,6 +98,7 @@ async function answer() {
     if (follows) scroll.scrollTop = scroll.scrollHeight;
   };
   bubble.classList.add("writing");
+  $("said").textContent = "The model is writing.";
   under.hidden = true;
   scroll.scrollTop = scroll.scrollHeight;
   busy(new AbortController());
@@ -111,6 +114,8 @@ async function answer() {
     else message.error = problem(error);
   }
   busy(null);
+  // a screen reader hears an answer once, when it is whole, instead of each of its pieces
+  $("said").textContent = message.error ?? `${message.content} (${message.stats})`;
   write_waiting();
   const follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
   writer.end();
@@ -177,14 +182,20 @@ function mode(name) {
   keep(session, "gpt2-mode", name);
   if (matchMedia("(pointer: fine)").matches) $(name === "chat" ? "input" : "paper").focus();
 }
+// Opens or closes a panel; the focus goes into it, and back to the button that opened it.
+function panel(name, opener, closer, open) {
+  const inside = $(name).contains(document.activeElement), opens = open && $(name).hidden;
+  $(name).hidden = !open;
+  $(opener).setAttribute("aria-expanded", open);
+  if (opens) $(closer).focus();
+  else if (!open && inside) $(opener).focus();
+}
 function showSettings(open) {
-  $("settings").hidden = !open;
-  $("gear").setAttribute("aria-expanded", open);
+  panel("settings", "gear", "close", open);
   $("shade").hidden = !open && $("conversations").hidden;
 }
 function showList(open) {
-  $("conversations").hidden = !open;
-  $("to-list").setAttribute("aria-expanded", open);
+  panel("conversations", "to-list", "close-list", open);
   $("shade").hidden = !open && $("settings").hidden;
 }
 function fill() {
@@ -236,7 +247,7 @@ $("new").onclick = () => { openConversation(fresh()); pieces = []; $("paper").va
 $("gear").onclick = () => showSettings($("settings").hidden);
 $("to-list").onclick = () => showList($("conversations").hidden);
 $("close").onclick = () => showSettings(false);
-$("close-list").onclick = () => { showList(false); $("to-list").focus(); };
+$("close-list").onclick = () => showList(false);
 $("shade").onclick = () => { showSettings(false); if (matchMedia("(max-width: 760px)").matches) showList(false); };
 $("undelete").onclick = restoreDeleted;
 $("export-all").onclick = () => download("conversations", ".jsonl", keptConversations().map(asJson).join(""));
@@ -252,7 +263,11 @@ $("settings").oninput = event => {
 };
 document.onkeydown = event => {
   const typing = ["INPUT", "TEXTAREA"].includes(document.activeElement?.tagName);
-  if (event.key === "Escape") { if (running) stop(); else showSettings(false); }
+  if (event.key === "Escape") {
+    if (running) stop();
+    else if ($("conversations").contains(document.activeElement)) showList(false);
+    else showSettings(false);
+  }
   if (event.key === "/" && !typing) { event.preventDefault(); $($("chat").hidden ? "paper" : "input").focus(); }
 };
 begin();

@@ -25,9 +25,11 @@ from ..distributed.devices import choose_dtype
 from ..errors import UserError
 from ..report import console
 from .connections import SECONDS_TO_END, Connection, Server, open_files_for
+from .docs_page import docs_page, template
 from .engine import Busy, Engine, Failed, TextRequest, latency
 from .errors import ApiError, quoted
 from .log import log
+from .openapi import openapi
 from .page import chat_page
 from .requests import (
     ChatRequest,
@@ -116,14 +118,24 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
         yield
         engine.close()
 
-    # without FastAPI's own pages: they load scripts from other hosts
+    # without FastAPI's own pages of the API: they load scripts from other hosts
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    html = chat_page()
+    html, document = chat_page(), openapi(served)
     policy = {"content-security-policy": page_policy(html)}
+    docs_policy = {"content-security-policy": page_policy(template())}
 
     @app.api_route("/", methods=GET, response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=policy)
+
+    @app.api_route("/docs", methods=GET, response_class=HTMLResponse)
+    async def docs(request: Request) -> HTMLResponse:
+        url = f"{request.url.scheme}://{request.headers['host']}"
+        return HTMLResponse(docs_page(document, url, served.name), headers=docs_policy)
+
+    @app.api_route("/openapi.json", methods=GET)
+    async def description() -> dict[str, Any]:
+        return document
 
     @app.api_route("/health", methods=GET)
     async def health() -> JSONResponse:

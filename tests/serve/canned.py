@@ -14,6 +14,37 @@ from gpt2.serve.security import HEADERS, page_policy
 
 URL = "http://localhost:1/"  # a secure context, as 127.0.0.1 is; nothing is sent there
 CARD = {"id": "tiny", "chat": "trained", "context_length": 1024, "max_new_tokens": 1024}
+# (ratio, text) of every text that is seen with less contrast than WCAG's AA asks of small text
+FAINT = """() => {
+  const parse = color => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return {rgb: [r, g, b], alpha: a};
+  };
+  const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+  const ground = element => {
+    for (let at = element; at; at = at.parentElement) {
+      const found = parse(getComputedStyle(at).backgroundColor);
+      if (found.alpha === 255) return found.rgb;
+    }
+    return [255, 255, 255];
+  };
+  const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let seen = 0;
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement;
+    const shown = walk.currentNode.data.trim() && element.checkVisibility() && !element.closest("script, :disabled");
+    if (!shown) continue;
+    seen += 1;
+    const pair = [light(parse(getComputedStyle(element).color).rgb), light(ground(element))].sort((a, b) => b - a);
+    const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
+    if (ratio < 4.5) found.push([ratio.toFixed(2), element.className || element.tagName, walk.currentNode.data.slice(0, 30)]);
+  }
+  return {found, seen};
+}"""  # noqa: E501
 
 
 def events(text: str, tokens: int = 20) -> str:

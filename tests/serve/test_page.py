@@ -10,7 +10,7 @@ from gpt2.data.conversations import open_conversations
 from gpt2.tokenizer import gpt2_tokenizer
 
 from ..browser import chromium
-from .canned import canned_page, events, say, until
+from .canned import FAINT, canned_page, events, say, until
 
 FAILED = 'data: {"error": {"message": "the server is shutting down"}}\n\n'
 
@@ -147,37 +147,6 @@ def test_what_another_page_left_in_the_storage_is_no_conversation(browser):
         say(page, "Hello")
 
 
-# (ratio, text) of every text that is seen with less contrast than WCAG's AA asks of small text
-FAINT = """() => {
-  const parse = color => {
-    const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
-    canvas.fillStyle = color;
-    canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
-    return {rgb: [r, g, b], alpha: a};
-  };
-  const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, at) => sum + v * [0.2126, 0.7152, 0.0722][at], 0);
-  const ground = element => {
-    for (let at = element; at; at = at.parentElement) {
-      const found = parse(getComputedStyle(at).backgroundColor);
-      if (found.alpha === 255) return found.rgb;
-    }
-    return [255, 255, 255];
-  };
-  const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  let seen = 0;
-  while (walk.nextNode()) {
-    const element = walk.currentNode.parentElement;
-    const shown = walk.currentNode.data.trim() && element.checkVisibility() && !element.closest("script, :disabled");
-    if (!shown) continue;
-    seen += 1;
-    const pair = [light(parse(getComputedStyle(element).color).rgb), light(ground(element))].sort((a, b) => b - a);
-    const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
-    if (ratio < 4.5) found.push([ratio.toFixed(2), element.className || element.tagName, walk.currentNode.data.slice(0, 30)]);
-  }
-  return {found, seen};
-}"""  # noqa: E501
 MARKDOWN = "# H\n[a](https://a.org) `b`\n> c\n\n- d\n\n```py\ne\n```\n| f |\n|---|\n| g |"
 
 

@@ -55,10 +55,11 @@ def docs_page(document: dict[str, Any], url: str, name: str) -> str:
         url: of the server as the browser calls it, without a path; any text.
         name: of the model.
     """
-    sections = []
-    for path, methods in document["paths"].items():
-        for method, found in methods.items():
-            sections.append(_section(document, path, method, found, url, name))
+    sections = [
+        _section(document, path, method, found, _examples(path, url, name))
+        for path, methods in document["paths"].items()
+        for method, found in methods.items()
+    ]
     links = "".join(f'<li><a href="#{_anchor(p)}">{escape(p)}</a></li>' for p in document["paths"])
     info = document["info"]
     content = (
@@ -71,20 +72,23 @@ def docs_page(document: dict[str, Any], url: str, name: str) -> str:
     return template().replace("<main></main>", f"<main>{content}</main>")
 
 
+def _examples(path: str, url: str, name: str) -> str:
+    shown = url + path.replace("{model}", name)
+    made = _example("curl", _curl(shown, BODIES.get(path), path != "/health"))
+    if path not in PYTHON:
+        return made
+    client = CLIENT.format(url=json.dumps(f"{url}/v1"))
+    return made + _example("python", client + PYTHON[path].format(model=json.dumps(name)))
+
+
 def _section(
-    document: dict[str, Any], path: str, method: str, found: dict[str, Any], url: str, name: str
+    document: dict[str, Any], path: str, method: str, found: dict[str, Any], examples: str
 ) -> str:
-    shown = path.replace("{model}", name)
     parts = [
         f'<section id="{_anchor(path)}"><h2><b>{method.upper()}</b> {escape(path)}</h2>',
         f"<p>{escape(found['summary'])}.</p>",
-        _example("curl", _curl(url + shown, BODIES.get(path), path != "/health")),
+        examples,
     ]
-    if path in PYTHON:
-        code = CLIENT.format(url=json.dumps(f"{url}/v1")) + PYTHON[path].format(
-            model=json.dumps(name)
-        )
-        parts.append(_example("python", code))
     if "requestBody" in found:
         reference = found["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         schema = document["components"]["schemas"][reference.rpartition("/")[2]]
@@ -104,7 +108,8 @@ def _section(
 def _example(kind: str, code: str) -> str:
     return (
         f'<div class="code"><div class="code-head">{kind}</div><pre class="{kind}" tabindex="0" '
-        f'role="region" aria-label="Example, {kind}"><code>{escape(code.strip())}</code></pre></div>'
+        f'role="region" aria-label="Example, {kind}"><code>{escape(code.strip())}</code></pre>'
+        "</div>"
     )
 
 
@@ -127,20 +132,17 @@ def _anchor(path: str) -> str:
 
 
 def _kind(field: dict[str, Any]) -> str:
-    """A field's type and limits in words; null, which all fields take, is left out."""
-    if "$ref" in field:
-        return "object: include_usage, include_obfuscation"
+    """A field's type and limits in words; null, which nearly all fields take, is left out."""
     if "enum" in field:
-        return ", ".join(json.dumps(v) for v in field["enum"] if v is not None)
+        return ", ".join(json.dumps(value) for value in field["enum"] if value is not None)
     if "anyOf" in field:
         return " or ".join(filter(None, (_kind(one) for one in field["anyOf"])))
-    kind = field.get("type", "any")
-    if kind == "null":
-        return ""
+    kind = field.get("type", "object" if "$ref" in field else "any")
     if kind == "array":
         return f"list of ({_kind(field['items'])})"
-    low, high = (field.get(name) for name in ("minimum", "maximum"))
-    if isinstance(high := field.get("exclusiveMaximum", high), int) and high >= 2**63:
+    if kind not in {"integer", "number"}:
+        return "" if kind == "null" else kind
+    low, high = field.get("minimum"), field.get("maximum")
+    if low == -(2**63):
         return f"{kind} of 64 bits"
-    words = [f"from {low}" * (low is not None), f"to {high}" * (high is not None)]
-    return " ".join([kind, *filter(None, words)])
+    return kind + f" from {low}" * (low is not None) + f" to {high}" * (high is not None)

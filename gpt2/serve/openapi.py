@@ -76,7 +76,7 @@ def openapi(served: ServedModel) -> dict[str, Any]:
             | {"parameters": [{"name": "model", "in": "path", "required": True,
                                "schema": {"enum": [served.name]}}]}
         },
-        "/health": {"get": _read("What runs and waits, and latencies", "Health") | {"security": []}},
+        "/health": {"get": _read("What runs and waits", "Health") | {"security": []}},
     }  # fmt: skip
     options = StreamOptions.model_json_schema()
     schemas = {
@@ -121,15 +121,17 @@ def _fields(kind: type[SamplingRequest], served: ServedModel) -> dict[str, Any]:
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
     chat = kind is ChatRequest
+    several = {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, IDS]}}
+    number_of_texts = {"type": "integer", "minimum": 1, "maximum": served.max_texts}
     checked: dict[str, Any] = {
         "model": {"enum": [served.name, None]},
         "stop": {"anyOf": [STOP, {"type": "array", "maxItems": MAX_STOPS, "items": STOP}, NULL]},
-        "n": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": served.max_texts}, NULL]},
+        **dict.fromkeys(("n", "best_of"), {"anyOf": [number_of_texts, NULL]}),
         "prompt": {
             "anyOf": [
                 {"type": "string"},
                 IDS,
-                {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, IDS]}},
+                several | {"maxItems": served.max_texts},
                 NULL,
             ]
         },
@@ -138,13 +140,12 @@ def _fields(kind: type[SamplingRequest], served: ServedModel) -> dict[str, Any]:
         },
         "suffix": {"enum": [None, ""]},
         **{name: {"enum": [*OFF, *DEFAULTS.get(name, ())]} for name in LACKING},
-        **dict.fromkeys(BOOKKEEPING, {}),
+        **{name: {} for name in BOOKKEEPING},
     }  # fmt: skip
-    if served.max_new_tokens:
-        checked["max_tokens"] = {
-            "anyOf": [{"type": "integer", "minimum": int(chat), "maximum": served.max_new_tokens},
-                      NULL]
-        }  # fmt: skip
+    most = served.max_new_tokens or served.block_size
+    for name, least in (("max_tokens", int(chat)), ("max_completion_tokens", 1)):
+        number = {"type": "integer", "minimum": least, "maximum": most}
+        checked[name] = {"anyOf": [number, NULL]}
     fields = {name: checked.get(name, field) for name, field in schema["properties"].items()}
     switch = "top_logprobs" if chat else "logprobs"
     off = [False, "none"] if chat else [False]

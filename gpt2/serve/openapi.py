@@ -126,7 +126,7 @@ def _fields(kind: type[SamplingRequest], served: ServedModel) -> dict[str, Any]:
     checked: dict[str, Any] = {
         "model": {"enum": [served.name, None]},
         "stop": {"anyOf": [STOP, {"type": "array", "maxItems": MAX_STOPS, "items": STOP}, NULL]},
-        **dict.fromkeys(("n", "best_of"), {"anyOf": [number_of_texts, NULL]}),
+        **{name: {"anyOf": [number_of_texts, NULL]} for name in ("n", "best_of")},
         "prompt": {
             "anyOf": [
                 {"type": "string"},

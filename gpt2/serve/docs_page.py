@@ -4,38 +4,14 @@ import json
 from html import escape
 from typing import Any
 
-from .page import assemble
+from .page import assemble, read
 
 CHAT = {"messages": [{"role": "user", "content": "What is the sea?"}], "max_tokens": 32}
 TEXT = {"prompt": "Once upon a time", "max_tokens": 32}
-CLIENT = """\
-import os
-
-import openai
-
-client = openai.OpenAI(base_url={url}, api_key=os.environ.get("GPT2_API_KEY", "none"))
-"""
-PYTHON = {
-    "/v1/chat/completions": """\
-stream = client.chat.completions.create(
-    model={model},
-    messages=[{{"role": "user", "content": "What is the sea?"}}],
-    max_tokens=32,
-    extra_body={{"top_k": 50}},  # not OpenAI's
-    stream=True,
-)
-for chunk in stream:
-    print(chunk.choices[0].delta.content or "", end="", flush=True)
-print()
-""",
-    "/v1/completions": """\
-done = client.completions.create(model={model}, prompt="Once upon a time", max_tokens=32)
-print(done.choices[0].text)
-""",
-    "/v1/models": """\
-for model in client.models.list():
-    print(model.id)
-""",
+PYTHON = {  # examples for OpenAI's client, with {model} for the model's name
+    "/v1/chat/completions": "examples/chat_completions.txt",
+    "/v1/completions": "examples/completions.txt",
+    "/v1/models": "examples/models.txt",
 }
 BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
 
@@ -77,8 +53,8 @@ def _examples(path: str, url: str, name: str) -> str:
     made = _example("curl", _curl(shown, BODIES.get(path), path != "/health"))
     if path not in PYTHON:
         return made
-    client = CLIENT.format(url=json.dumps(f"{url}/v1"))
-    return made + _example("python", client + PYTHON[path].format(model=json.dumps(name)))
+    client = read("examples/client.txt").format(url=json.dumps(f"{url}/v1"))
+    return made + _example("python", client + read(PYTHON[path]).format(model=json.dumps(name)))
 
 
 def _section(

@@ -19,12 +19,13 @@ def assemble(name: str, styles: list[str], scripts: tuple[str, ...]) -> str:
         styles: files of CSS.
         scripts: files of JavaScript; together they are one script, so they share their names.
     """
-    html = _read(name)
+    html = read(name)
     for tag, files in (("style", styles), ("script", scripts)):
-        inside = "\n".join(map(_read, files))
+        inside = "\n".join(map(read, files))
         html = html.replace(f"<{tag}></{tag}>", f"<{tag}>\n{inside}</{tag}>")
     return html
 
 
-def _read(name: str) -> str:
+def read(name: str) -> str:
+    """The text of a file of the pages."""
     return (ASSETS / name).read_text("utf-8")

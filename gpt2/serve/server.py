@@ -120,22 +120,7 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
 
     # without FastAPI's own pages of the API: they load scripts from other hosts
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    html, document = chat_page(), openapi(served)
-    policy = {"content-security-policy": page_policy(html)}
-    docs_policy = {"content-security-policy": page_policy(template())}
-
-    @app.api_route("/", methods=GET, response_class=HTMLResponse)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(html, headers=policy)
-
-    @app.api_route("/docs", methods=GET, response_class=HTMLResponse)
-    async def docs(request: Request) -> HTMLResponse:
-        url = f"{request.url.scheme}://{request.headers['host']}"
-        return HTMLResponse(docs_page(document, url, served.name), headers=docs_policy)
-
-    @app.api_route("/openapi.json", methods=GET)
-    async def description() -> dict[str, Any]:
-        return document
+    _add_pages(app, served)
 
     @app.api_route("/health", methods=GET)
     async def health() -> JSONResponse:
@@ -160,6 +145,26 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
 
     _handle_errors(app)
     return app
+
+
+def _add_pages(app: FastAPI, served: ServedModel) -> None:
+    """Adds what a browser shows, and the description of the API."""
+    html, document = chat_page(), openapi(served)
+    policy = {"content-security-policy": page_policy(html)}
+    docs_policy = {"content-security-policy": page_policy(template())}
+
+    @app.api_route("/", methods=GET, response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=policy)
+
+    @app.api_route("/docs", methods=GET, response_class=HTMLResponse)
+    async def docs(request: Request) -> HTMLResponse:
+        url = f"{request.url.scheme}://{request.headers['host']}"
+        return HTMLResponse(docs_page(document, url, served.name), headers=docs_policy)
+
+    @app.api_route("/openapi.json", methods=GET)
+    async def description() -> dict[str, Any]:
+        return document
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 from ..report import console
 from .engine import Engine
 from .errors import ApiError
-from .log import log
+from .log import log, refusals
 from .security import MAX_BODY, SECONDS_FOR_BODY
 
 SECONDS_FOR_HEADERS = 10.0
@@ -123,6 +123,7 @@ class Connection(H11Protocol):
         if self.cycle:
             self.cycle.disconnected = True  # or the application might begin a second answer
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            refusals.note(400, msg, self.host)
             super().send_400_response(msg)
         else:
             self.transport.abort()
@@ -164,8 +165,6 @@ class Connections(ServerState):
         waiting.sort(key=lambda connection: connection.since)
         for connection in waiting[: 1 + len(waiting) // 10]:
             self._close(connection, f"more than {self.limit:,} connections")
-        if not waiting:
-            self._note(newest, f"{self.limit:,} connections are being answered")
         return bool(waiting)
 
     def close_late(self) -> None:
@@ -226,6 +225,7 @@ class Server(uvicorn.Server):
         if counter % 10 == 0:
             self.server_state.close_late()
             self.server_state.log()
+            refusals.log_rest()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: Any = None) -> None:
@@ -235,6 +235,7 @@ class Server(uvicorn.Server):
         """
         self.engine.close()
         self.server_state.log()
+        refusals.log_rest()
         asyncio.get_running_loop().call_later(SECONDS_TO_END, self.server_state.close_all)
         await super().shutdown(sockets)
 

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from .log import refusals
 
 MAX_ECHO = 100  # characters of a client's text that an error repeats
 
@@ -12,6 +15,20 @@ MAX_ECHO = 100  # characters of a client's text that an error repeats
 def quoted(text: str) -> str:
     """A client's text in quotes, without control characters, cut to `MAX_ECHO` characters."""
     return repr(text if len(text) <= MAX_ECHO else f"{text[: MAX_ECHO - 1]}…")
+
+
+class Refusal(JSONResponse):
+    """The response to a refused request; sending it writes a line into the log."""
+
+    def __init__(self, error: "ApiError"):
+        super().__init__(error.body(), error.status, error.headers)
+        self.reason = str(error)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry point."""
+        client = scope.get("client") or ("an unknown address",)
+        refusals.note(self.status_code, self.reason, client[0])
+        await super().__call__(scope, receive, send)
 
 
 class ApiError(Exception):
@@ -41,7 +58,7 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The response that tells the client."""
-        return JSONResponse(self.body(), self.status, self.headers)
+        return Refusal(self)
 
     def body(self) -> dict[str, Any]:
         """The JSON of the response."""

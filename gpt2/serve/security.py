@@ -23,7 +23,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import UserError
 from .errors import ApiError, quoted
-from .log import log
 
 MAX_BODY = 2**20  # bytes; a context of 1024 tokens is about 5,000
 SECONDS_FOR_BODY = 30.0  # until the last byte of a body
@@ -96,8 +95,7 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, send_with_headers)
             return
-        client = scope.get("client") or ("an unknown address",)
-        await self.app(scope, _limited(receive, client[0]), send_with_headers)
+        await self.app(scope, _limited(receive), send_with_headers)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -153,12 +151,11 @@ def _too_large() -> ApiError:
     )
 
 
-def _limited(receive: Receive, client: str) -> Receive:
+def _limited(receive: Receive) -> Receive:
     """`receive` with limits for the body: its bytes, and the seconds until it is whole.
 
     Args:
         receive: of the ASGI server.
-        client: address for the log.
     """
     total, whole = 0, False
     deadline = asyncio.get_running_loop().time() + SECONDS_FOR_BODY
@@ -172,7 +169,6 @@ def _limited(receive: Receive, client: str) -> Receive:
                 message = await receive()
         except TimeoutError:
             text = f"no whole body in {SECONDS_FOR_BODY:g} s"
-            log("refused", f"{text} (from {client})")
             raise ApiError(text, status=408, code="request_timeout") from None
         total += len(message.get("body", b""))
         if total > MAX_BODY:

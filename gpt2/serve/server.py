@@ -6,7 +6,6 @@ import errno
 import socket
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,12 @@ from ..distributed.devices import choose_dtype
 from ..errors import UserError
 from ..report import console
 from .connections import SECONDS_TO_END, Connection, Server, open_files_for
+from .docs_page import docs_page, template
 from .engine import Busy, Engine, Failed, TextRequest, latency
 from .errors import ApiError, quoted
 from .log import log
+from .openapi import openapi
+from .page import chat_page
 from .requests import (
     ChatRequest,
     CompletionRequest,
@@ -41,7 +43,6 @@ from .responses import Answer, event
 from .security import Guard, check_key, page_policy
 from .served_model import MAX_TEXTS, ServedModel
 
-PAGE = Path(__file__).with_name("chat.html")
 GET = ["GET", "HEAD"]
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection
 
@@ -114,14 +115,9 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
         yield
         engine.close()
 
-    # without FastAPI's own pages: they load scripts from other hosts
+    # without FastAPI's own pages of the API: they load scripts from other hosts
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    html = PAGE.read_text("utf-8")
-    policy = {"content-security-policy": page_policy(html)}
-
-    @app.api_route("/", methods=GET, response_class=HTMLResponse)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(html, headers=policy)
+    _add_pages(app, served)
 
     @app.api_route("/health", methods=GET)
     async def health() -> JSONResponse:
@@ -146,6 +142,26 @@ def make_app(engine: Engine, served: ServedModel) -> FastAPI:
 
     _handle_errors(app)
     return app
+
+
+def _add_pages(app: FastAPI, served: ServedModel) -> None:
+    """Adds what a browser shows, and the description of the API."""
+    html, document = chat_page(), openapi(served)
+    policy = {"content-security-policy": page_policy(html)}
+    docs_policy = {"content-security-policy": page_policy(template())}
+
+    @app.api_route("/", methods=GET, response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=policy)
+
+    @app.api_route("/docs", methods=GET, response_class=HTMLResponse)
+    async def docs(request: Request) -> HTMLResponse:
+        url = f"{request.url.scheme}://{request.headers['host']}"
+        return HTMLResponse(docs_page(document, url, served.name), headers=docs_policy)
+
+    @app.api_route("/openapi.json", methods=GET)
+    async def description() -> dict[str, Any]:
+        return document
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -100,7 +100,7 @@ def test_headers_and_bodies_have_time_limits(hasty):
     assert head.startswith(b"HTTP/1.1 408 ")
     assert json.loads(content)["error"]["code"] == "request_timeout"
     assert b"x-content-type-options: nosniff" in head
-    hasty.wait_until_said(r"refused +no whole body in 1 s \(from 127\.0\.0\.1\)")
+    hasty.wait_until_said(r"refused +408 +no whole body in 1 s \(from 127\.0\.0\.1\)")
     hasty.wait_until_said(r"closed +\d connections?: no whole request header in 1 s \(\d from 127")
     assert "Traceback" not in hasty.said
 
@@ -172,7 +172,7 @@ def test_connections_above_the_limit_are_refused_when_all_are_busy(path):
         answer = read_all(refused)
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "server_error"
-        server.wait_until_said(r"closed +1 connection: 1 connections are being answered")
+        server.wait_until_said(r"refused +503  too many connections; [^\n]+ \(from 127")
         assert busy.recv(65536)  # goes on
         busy.close()
         server.wait_until_said("cancelled")
@@ -187,6 +187,8 @@ def test_a_malformed_chunk_behind_an_answer_has_no_traceback(hasty):
     assert read_answer(client)[0].startswith(b"HTTP/1.1 415 ")
     client.sendall(b"no length\r\n")
     assert read_all(client) == b""
+    assert read_all(hasty.connect(b"nonsense\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
+    hasty.wait_until_said(r"refused +415  send JSON, [^\n]+\n(.*\n)*.*refused +400  ")
     assert hasty.health()["status"] == "ok"
     assert "Traceback" not in hasty.said
 

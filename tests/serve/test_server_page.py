@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from gpt2.config.model import GPT2Config
+from gpt2.serve.page import chat_page
 from gpt2.serve.security import page_policy
-from gpt2.serve.server import PAGE
 
 from ..browser import chromium
 from .running import SHAPE, Server, save_model
@@ -68,7 +68,7 @@ def wait_for_answer(page):
 def test_the_page_comes_with_strict_headers_and_nothing_from_elsewhere(server):
     answer = httpx.get(server.url)
     policy = answer.headers["content-security-policy"]
-    assert policy == page_policy(PAGE.read_text("utf-8"))
+    assert policy == page_policy(chat_page())
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert policy.count("sha256-") == 2

@@ -130,9 +130,9 @@ def test_equal_builds_have_equal_losses(repository, monkeypatch):
     assert "of 3 steps on one text, a and b: equal to the last bit; from 3.6250 and" in told
 
 
-def test_the_losses_are_those_of_todays_step(monkeypatch, capsys, data_dir):
+def test_the_losses_are_those_of_todays_step(monkeypatch, capsys, gpt2_data_dir):
     """What a build is asked for its losses, asked of the real one."""
-    argv = ["-c", str(data_dir), "3", *SMALL, *TINY, "--batch_size=2", "--compile_model=False"]
+    argv = ["-c", str(gpt2_data_dir), "3", *SMALL, *TINY, "--batch_size=2", "--compile_model=False"]
     monkeypatch.setattr(sys, "argv", [*argv, "--learning_rate=0.1", "--warmup_steps=0"])
     exec(before.LOSSES, {})
     losses = json.loads(capsys.readouterr().out.splitlines()[-1])

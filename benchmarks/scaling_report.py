@@ -287,7 +287,7 @@ def draw(rows: list[dict], path: Path):
     axes.set_ylabel("million tokens per second")
     axes.set_ylim(bottom=0)
     if axes.lines:
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axes.grid(alpha=0.3)
     shares = {row["name"]: share_of_ideal(row, rows) for row in done}
     known = {name: 100 * share for name, share in shares.items() if share is not None}

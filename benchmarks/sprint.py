@@ -16,7 +16,8 @@ most that tensors took, those of a recorded step included.
 
 `--ablate=CONFIG` runs the recipe, and the recipe without each of its switches in turn.
 
-Written to --out_dir: sprint.jsonl, sprint.md (the table) and sprint.png (loss against seconds).
+Written to --out_dir: sprint.jsonl, sprint.md (the table, and by `gpt2 compare`'s test which
+difference is larger than the seeds') and sprint.png (loss against seconds).
 """
 
 import argparse
@@ -52,7 +53,7 @@ from gpt2.train.state import TrainState
 from gpt2.train.time_budget import FAR, calibrate
 from gpt2.train.weight_average import averaged
 
-from .sprint_report import draw, table
+from .sprint_report import draw, report
 from .throughput import _late
 
 TOGETHER = {  # switched off with the switch that they belong to
@@ -276,9 +277,9 @@ def main() -> int:
             if "val_loss" in row:
                 said = f"{row['seconds']:6.1f} s  step {row['step']}  loss {row['val_loss']:.4f}"
             print(f"{row['name']} (seed {row['seed']}): {said}", flush=True)
-    (options.out_dir / "sprint.md").write_text(table(rows), encoding="utf-8")
+    (options.out_dir / "sprint.md").write_text(report(rows), encoding="utf-8")
     draw(rows, options.out_dir / "sprint.png")
-    print("\n" + table(rows))
+    print("\n" + report(rows))
     return int(any("failed" in row for row in rows))
 
 

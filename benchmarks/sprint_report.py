@@ -1,15 +1,27 @@
-"""The table and the picture of `benchmarks.sprint`."""
+"""The table, the verdict and the picture of `benchmarks.sprint`."""
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from gpt2.report.compare import plus_minus, verdict
+
+
+def report(rows: list[dict]) -> str:
+    """The table, and what `gpt2 compare` says of such losses, as Markdown."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        if "val_loss" in row:
+            losses[row["name"]][row["seed"]] = row["val_loss"]
+    sentences = verdict([(name, list(by_seed.values())) for name, by_seed in losses.items()])
+    return table(rows) + "\n" + "\n".join(sentences) + "\n"
+
 
 def table(rows: Iterable[dict]) -> str:
-    """The last row of each recipe and seed: mean and spread over seeds, as Markdown.
+    """The last row of each recipe and seed, as Markdown: mean ± standard error over seeds.
 
-    Δ: by how much a recipe differs from the first one.
+    Spread: largest loss less smallest. Δ: by how much a recipe differs from the first one.
     """
     ends: dict[str, dict[int, dict]] = defaultdict(dict)
     for row in rows:
@@ -35,7 +47,7 @@ def table(rows: Iterable[dict]) -> str:
             against = f"{loss - first[0]:+.4f} | {rate / first[1] - 1:+.1%}"
         first = first or (loss, rate)
         lines.append(
-            f"| {name} | {loss:.4f} | {spread} | {len(losses)} | {row['seconds']:.1f} | "
+            f"| {name} | {plus_minus(losses)} | {spread} | {len(losses)} | {row['seconds']:.1f} | "
             f"{row['step']} | {rate:,.0f} | {memory} | {against} |"
         )
     return "\n".join(lines) + "\n"
@@ -63,7 +75,7 @@ def draw(rows: list[dict], path: Path):
     if curves:
         lowest = min(row["val_loss"] for curve in curves.values() for row in curve)
         axes.set_ylim(lowest - 0.1, lowest + 2.5)
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         axes.set_title(next(iter(curves.values()))[0]["device"], fontsize=9)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("validation loss, nats per token")

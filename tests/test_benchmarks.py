@@ -261,7 +261,8 @@ def test_sprint(tmp_path, data_dir):
         assert (tmp_path / f"{row['name']}-1337" / "out_ckpt.pt").exists()
     assert "| hot |" in done.stdout
     difference = ends["hot"]["val_loss"] - ends["sprint_gpt2_adamw"]["val_loss"]
-    first, second = (tmp_path / "sprint.md").read_text().splitlines()[2:]
+    first, second, _, said = (tmp_path / "sprint.md").read_text().splitlines()[2:]
+    assert "ran with one seed, whose spread nobody knows" in said
     assert first.endswith("|  |  |")
     assert f"| {difference:+.4f} | " in second and second.endswith("% |")  # noqa: PT018
     assert (tmp_path / "sprint.png").stat().st_size > 5000

@@ -19,6 +19,7 @@ from .statistics import LEVEL, POWER, holm, mean_and_error, seeds_needed, varian
 LONGEST_NAME = 60  # characters of a recipe named by its options
 USED = 0.9  # share of the seconds of a run, below which the report says so
 UNEQUAL = 1.02  # times as many tokens as another recipe, from which on the table says so
+Result = tuple[str, Sequence[float]]  # name of a recipe, last validation loss of each seed
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def report(findings: Findings) -> str:
     notes = [f"{shown(run.folder)} is left out: {why}" for run, why in findings.left_out]
     if notes or findings.notes:
         parts.append("\n".join([*notes, *findings.notes]))
-    return "\n\n".join([*parts, "\n".join(verdict(groups))])
+    results = [(group.name, group.last) for group in groups]
+    return "\n\n".join([*parts, "\n".join(verdict(results))])
 
 
 def table(groups: list[Group]) -> str:
@@ -194,30 +196,33 @@ def plus_minus(values: Sequence[float]) -> str:
     return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
 
 
-def verdict(groups: list[Group]) -> list[str]:
+def verdict(results: Sequence[Result]) -> list[str]:
     """One sentence for each recipe beside the best one: is it worse by more than the seeds do?
 
     Welch's t-test of the last validation loss. All pairs of recipes count for Holm's correction,
     because the best one is chosen by its result.
+
+    Args:
+        results: of each recipe its name, and the last validation loss of each seed in nats.
     """
-    if not groups:
+    if not results:
         return ["There is nothing to compare."]
-    if len(groups) == 1:
-        n = len(groups[0].runs)
+    if len(results) == 1:
+        n = len(results[0][1])
         seeds = f"{n} seed{'s' if n > 1 else ''}"
         return [f"One recipe: there is nothing to compare it with ({seeds})."]
-    testable = [group for group in groups if len(group.runs) > 1]
-    pairs = itertools.combinations(testable, 2)
-    tests = {frozenset((id(a), id(b))): welch(a.last, b.last) for a, b in pairs}
-    corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
-    best = min(groups, key=lambda group: mean_and_error(group.last)[0])
+    testable = [n for n, (_, losses) in enumerate(results) if len(losses) > 1]
+    pairs = list(itertools.combinations(testable, 2))
+    tests = {pair: welch(*(results[n][1] for n in pair)) for pair in pairs}
+    corrected = dict(zip(pairs, holm([test.p for test in tests.values()]), strict=True))
+    means = [mean_and_error(losses)[0] for _, losses in results]
+    best = means.index(min(means))
     lines = []
-    for group in groups:
-        if group is best:
+    for number, (name, losses) in enumerate(results):
+        if number == best:
             continue
-        difference = mean_and_error(group.last)[0] - mean_and_error(best.last)[0]
-        begin = f"`{best.name}` is {difference:.4f} nats below `{group.name}`"
-        alone = [g.name for g in (best, group) if len(g.runs) < 2]
+        begin = f"`{results[best][0]}` is {means[number] - means[best]:.4f} nats below `{name}`"
+        alone = [results[n][0] for n in (best, number) if len(results[n][1]) < 2]
         if alone:
             named = " and ".join(f"`{name}`" for name in alone)
             lines.append(
@@ -225,22 +230,24 @@ def verdict(groups: list[Group]) -> list[str]:
                 "recipe with three seeds or more."
             )
             continue
-        pair = frozenset((id(best), id(group)))
-        lines.append(_sentence(begin, group, best, tests[pair].error, corrected[pair], len(tests)))
+        pair = (min(best, number), max(best, number))
+        error, p = tests[pair].error, corrected[pair]
+        lines.append(_sentence(begin, losses, results[best][1], error, p, len(tests)))
     return lines
 
 
 def _sentence(  # noqa: PLR0917
-    begin: str, group: Group, best: Group, error: float, p: float, tests: int
+    begin: str, losses: Sequence[float], best: Sequence[float], error: float, p: float, tests: int
 ) -> str:
     how = f"± {error:.4f}, Welch's t-test p = {p:.2g}"
     how += f" after Holm's correction for {tests} pairs" if tests > 1 else ""
-    counts = sorted((len(group.runs), len(best.runs)))
-    seeds = f"{counts[0]} seeds each" if counts[0] == counts[1] else f"{counts} seeds"
+    counts = sorted((len(losses), len(best)))
+    few, many = counts
+    seeds = f"{few} seeds each" if few == many else f"{few} and {many} seeds"
     if p < LEVEL:
         return f"{begin} ({how}, {seeds}): larger than the seeds' difference."
-    difference = mean_and_error(group.last)[0] - mean_and_error(best.last)[0]
-    deviation = math.sqrt((variance(group.last) + variance(best.last)) / 2)
+    difference = mean_and_error(losses)[0] - mean_and_error(best)[0]
+    deviation = math.sqrt((variance(losses) + variance(best)) / 2)
     needed = seeds_needed(difference, deviation, LEVEL / tests) if difference else None
     more = "no number of seeds that one would run tells it"
     if needed:

@@ -79,20 +79,29 @@ def test_the_best_loss_is_not_the_last(tmp_path):
     assert (group.last, group.best) == ([3.2], [3.0])
 
 
+def judged(folder):
+    return verdict([(group.name, group.last) for group in found(folder).groups])
+
+
 def test_the_verdict_tells_differences_larger_than_the_seeds(sweep):
-    second, third = verdict(found(sweep).groups)
+    second, third = judged(sweep)
     assert second.startswith("`learning_rate=0.01` is 0.1467 nats below `learning_rate=0.02` (± ")
     assert second.endswith(": larger than the seeds' difference.")
     assert "p = 0.0023 after Holm's correction for 3 pairs, 3 seeds each" in second
     assert ": not larger than the seeds' difference; about 48 more seeds of each would" in third
 
 
+def test_unequal_numbers_of_seeds_are_both_said():
+    (line,) = verdict([("a", [3.0, 3.1]), ("b", [3.2, 3.3, 3.4])])
+    assert ", 2 and 3 seeds): " in line
+
+
 def test_one_seed_tells_nothing(tmp_path):
     write_run(tmp_path / "a", (3.0,), learning_rate=0.1)
     write_run(tmp_path / "b", (3.5,), learning_rate=0.2)
-    (line,) = verdict(found(tmp_path).groups)
+    (line,) = judged(tmp_path)
     assert "`learning_rate=0.1` and `learning_rate=0.2` ran with one seed, whose spread" in line
-    assert verdict(found(tmp_path / "a").groups) == [
+    assert judged(tmp_path / "a") == [
         "One recipe: there is nothing to compare it with (1 seed)."
     ]
 

@@ -101,9 +101,7 @@ def test_one_seed_tells_nothing(tmp_path):
     write_run(tmp_path / "b", (3.5,), learning_rate=0.2)
     (line,) = judged(tmp_path)
     assert "`learning_rate=0.1` and `learning_rate=0.2` ran with one seed, whose spread" in line
-    assert judged(tmp_path / "a") == [
-        "One recipe: there is nothing to compare it with (1 seed)."
-    ]
+    assert judged(tmp_path / "a") == ["One recipe: there is nothing to compare it with (1 seed)."]
 
 
 @pytest.mark.parametrize(("given", "why"), [

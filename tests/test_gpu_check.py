@@ -53,6 +53,7 @@ ELSEWHERE = {
     "benchmarks.finetune": "minutes; the finetune checks run its paths",
     "benchmarks.sprint": "minutes; the speedrun check runs its path",
     "benchmarks.saving": "writes gigabytes for minutes; every training check saves",
+    "--before=REV": "needs the repository's earlier revisions; the checks without it run the rest",
     "benchmarks.prepare": "uses no GPU",
     "benchmarks.loader": "minutes; every training check loads",
 }

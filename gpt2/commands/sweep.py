@@ -96,7 +96,8 @@ class _Processes:
         """Runs a job to its end; puts (job, exit code) into the queue."""
         log = job.folder.with_name(job.folder.name + ".log")
         with open(log, "ab") as output:
-            console.log(f"{job.folder.name}: begins on {device}; its output is {log}")
+            if not self.signal:
+                console.log(f"{job.folder.name}: begins on {device}; its output is {log}")
             code = self.call(["-m", "gpt2", "train", *job.argv, f"--device={device}"], output)
         results.put((job, code))
 

@@ -70,6 +70,7 @@ OUR_NAMES = {
     "prepare/multi_machine.py: out_dir / f'worker-{self.number:0{width}d}-of-{self.count}'": (
         "numbers"
     ),
+    "serve/page.py: ASSETS / name": "constants",
     "train/run_folder.py: folder / name": "constants",
     "train/run_folder.py: folder / path.name": "constants",
     "train/run_folder.py: folder / path.relative_to(out_dir)": "found in that folder",

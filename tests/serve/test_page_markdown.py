@@ -150,8 +150,8 @@ def test_a_piece_costs_equally_much_wherever_it_comes(page, piece):
 
 def test_a_code_block_is_copied_and_finished_lines_stay_while_an_answer_grows(page):
     page.evaluate("""() => {
-      window.copied = null;
-      navigator.clipboard.writeText = async text => { window.copied = text; };
+      window.clip = null;
+      navigator.clipboard.writeText = async text => { window.clip = text; };
       window.host = document.body.appendChild(make("div"));
       window.writer = new MarkdownWriter(host);
       writer.add("First.\\n\\n```py\\nprint(1)\\n");
@@ -161,5 +161,5 @@ def test_a_code_block_is_copied_and_finished_lines_stay_while_an_answer_grows(pa
     }""")
     assert page.evaluate("host.firstChild.mine && host.querySelector('code').firstChild.mine")
     page.click("[aria-label='Copy code'] >> nth=-1")
-    assert page.evaluate("copied") == "print(1)\nprint(2)"
+    assert page.evaluate("clip") == "print(1)\nprint(2)"
     page.evaluate("host.remove()")

@@ -163,7 +163,7 @@ def timed(
             "val_loss": found.loss,
             "val_tokens": found.tokens,
             "bits_per_byte": found.bits_per_byte,
-            "peak_gib": peak_gib(rt),
+            "peak_gib": rt.peak_gib(),
         }
         if over:
             return
@@ -183,13 +183,6 @@ def validate(state: TrainState, rt: Runtime, tokens: int) -> Evaluation | None:
     )
     with averaged(state.optimizer):
         return evaluate(state.model, batches, rt)
-
-
-def peak_gib(rt: Runtime) -> float | None:
-    """GiB that tensors took at most."""
-    if rt.device.type != "cuda":
-        return None
-    return torch.cuda.max_memory_allocated(rt.device) / 2**30
 
 
 def run_all(jobs: list[Job], options: argparse.Namespace) -> Iterator[dict]:

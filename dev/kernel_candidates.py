@@ -139,8 +139,8 @@ def generating() -> None:
     rate("present")
     kernel.fits = fits
     began = time.perf_counter()
-    for warps, programs, shares in ((8, 128, 4), (4, 128, 4), (16, 128, 4), (16, 128, 8), (8, 96, 4),
-                                    (16, 132, 8), (8, 64, 4)):  # fmt: skip
+    for warps, programs, shares in ((8, 128, 4), (4, 128, 4), (16, 128, 4), (16, 128, 8),
+                                    (8, 96, 4), (16, 132, 8), (8, 64, 4)):  # fmt: skip
         if time.perf_counter() - began < 130:
             kernel.WARPS, kernel.PROGRAMS, kernel.SHARES = warps, programs, shares
             rate(f"one kernel, {warps} warps, {programs} programs, {shares} shares")

@@ -5,13 +5,11 @@ Shapes: `B` rows, `C` channels, `V` vocabulary.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.precision import HAS_TRITON
 from ..model.gpt import LanguageModel
 from ..model.kv_cache import KVCache
 from . import few_token_pass
@@ -63,7 +61,6 @@ class CachedForward:
             layers = few_token_pass.linear_layers(model)
             copies = {layer: few_token_pass.packed_linear(layer, rows) for layer in layers}
             self.packed = few_token_pass.using(copies)
-        self.one_token = one_token_kernel(model, rows) if self.few else None
         self.head: Tensor | None = None
         if self.device.type == "cuda" and model.head_is_embedding and not self.few:
             # padded once; `model.logits` would pad the matrix for every token
@@ -79,10 +76,8 @@ class CachedForward:
         """Rows of the cache."""
         return self.cache.keys.shape[1]
 
-    def copy_weights(self) -> None:
-        """Copies the weights that have a copy; needed when they change."""
-        if self.one_token is not None:
-            self.one_token.copy_weights()
+    def copy_head(self) -> None:
+        """Copies the output weights into the padded matrix; needed when the weights change."""
         if self.head is not None:
             self.head[: self.model.config.vocab_size] = self.model.transformer.wte.weight
 
@@ -121,11 +116,6 @@ class CachedForward:
         if self.packed:
             return few_token_pass.next_logits(self.model, tokens[:, None], cache, self.packed)
         with self.on_device():  # where Triton launches its kernels
-            if self.one_token is not None:
-                hidden = self.one_token(tokens, cache.keys, cache.values, cache.lengths)
-                cache.advance(1)
-                parts = self.model.transformer
-                return few_token_pass.small_layer(hidden, parts.wte, norm=parts.ln_f)
             if self.few:
                 return few_token_pass.next_logits(self.model, tokens[:, None], cache)
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
@@ -167,15 +157,6 @@ class CachedForward:
         if self.device.type == "cuda":
             return torch.cuda.device(self.device)
         return contextlib.nullcontext()
-
-
-def one_token_kernel(model: LanguageModel, rows: int) -> Any:
-    """`OneToken`, where it is made for the network and its GPU, else None."""
-    if not (HAS_TRITON and model.transformer.wte.weight.is_cuda):
-        return None
-    from ..kernels import triton_one_token as kernel
-
-    return kernel.OneToken(model) if kernel.fits(model, rows) else None
 
 
 class HostCopy:

@@ -76,7 +76,7 @@ class BatchDecoder:
             per_row_lengths=True,
             few_rows=graph,  # without a graph the cache may soon have many rows
         )
-        self.forward.copy_weights()
+        self.forward.copy_head()
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=self.device)  # the newest
         shape = (slots, model.config.vocab_size)
         self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)

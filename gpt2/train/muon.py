@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.fsdp import as_part_of, cut, local, whole
-from .update_graph import Numbers, UpdateGraph
 
-GRAPHED = 2**28  # numbers in all matrices; with more, launches matter less than a graph's memory
 ROW_DECAY = 0.95  # of NorMuon's mean of squares, as in its paper
 SLACK = 1.02  # for singular values that rounding takes above 1, where the polynomials run away
 POLYNOMIALS = (  # a x + b x³ + c x⁵ of singular values: from 0.001 on they end in 0.85 … 1.15
@@ -160,7 +158,6 @@ class MuonAndAdamW(torch.optim.AdamW):
         self.nesterov: Callable[..., Tensor] = prepare(nesterov)
         self.row_factors = _compiled(row_factors) if compiled else None
         self.apply: Callable[..., None] = prepare(apply)
-        self.numbers, self.graph = Numbers(), UpdateGraph()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -170,33 +167,15 @@ class MuonAndAdamW(torch.optim.AdamW):
         """
         assert closure is None
         groups = self.param_groups
-        self._muon([group for group in groups if "parts" in group])
+        self._step_muon([group for group in groups if "parts" in group])
         try:
             self.param_groups = [group for group in groups if "parts" not in group]
             super().step()
         finally:
             self.param_groups = groups
 
-    def _muon(self, groups: list[dict]) -> None:
-        """Muon's part of a step, on one GPU as a CUDA graph."""
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        for name, otherwise in (("grad_scale", 1.0), ("found_inf", 0.0)):
-            self.numbers.copy(name, getattr(self, name, None), otherwise, parameters[0])
-        for group in groups:  # before the graph, which only reads them
-            for p in group["params"]:
-                self._rates(p, group)
-        update = functools.partial(self._step_muon, groups)
-        small = sum(p.numel() for p in parameters) <= GRAPHED
-        if not (small and self.world_size == 1 and parameters[0].is_cuda):
-            update()
-            return
-        state = [t for p in parameters for t in self.state.get(p, {}).values() if t.is_cuda]
-        tensors = parameters + [p.grad for p in parameters] + state
-        self.graph(update, tuple(t.data_ptr() for t in tensors))
-
     def _step_muon(self, groups: list[dict]) -> None:
+        number = functools.cache(lambda value, device: torch.full((), value, device=device))
         by_shape: dict[tuple[int, int], list[tuple[Tensor, dict]]] = defaultdict(list)
         for group in groups:
             for p in group["params"]:
@@ -207,50 +186,50 @@ class MuonAndAdamW(torch.optim.AdamW):
             matrices = [
                 matrix
                 for p, group in members
-                for matrix in self._momentum(p, group).chunk(group["parts"])
+                for matrix in self._momentum(p, group, number).chunk(group["parts"])
             ]
             wide = torch.stack([m if m.shape[0] <= m.shape[1] else m.mT for m in matrices])
             updates, at = self._share(wide), 0
             for p, group in members:
                 update = updates[at : at + group["parts"]]
                 update = update if matrices[at].shape[0] <= matrices[at].shape[1] else update.mT
-                update, factors = self._normalise_rows(p, update, group)
-                self._apply(p, update.flatten(0, 1), factors, group)
+                update, factors = self._normalise_rows(p, update, group, number)
+                self._apply(p, update.flatten(0, 1), factors, group, number)
                 at += group["parts"]
 
-    def _momentum(self, p: Tensor, group: dict) -> Tensor:
+    def _momentum(self, p: Tensor, group: dict, number: Callable) -> Tensor:
         """Nesterov momentum of a parameter, whole on every rank; updates the running mean."""
         state = self.state[p]
         if not state:  # "step" is what AdamW's loading of states looks for
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["momentum"] = torch.zeros_like(p)
         mean, grad = local(state["momentum"]), local(p.grad)
-        momentum, *_ = self._rates(p, group)
-        scale, skip = self.numbers["grad_scale"], self.numbers["found_inf"]
+        momentum, skip = number(group["momentum"], p.device), self._skip(number, p)
+        scale = self._from_loop("grad_scale", 1.0, number, p)
         ahead = self.nesterov(mean, grad, momentum, skip, scale, self.precision)
         return whole(as_part_of(ahead, p))
 
-    def _normalise_rows(self, p: Tensor, update: Tensor, group: dict) -> tuple[Tensor, Tensor]:
+    def _normalise_rows(
+        self, p: Tensor, update: Tensor, group: dict, number: Callable
+    ) -> tuple[Tensor, Tensor]:
         """(update, factors of its rows); every rank holds the mean of squares of all rows."""
         if not group["normuon"]:
-            return update, self.numbers("one", 1.0, p.device)
-        state, skip = self.state[p], self.numbers["found_inf"]
+            return update, number(1.0, p.device)
+        state, skip = self.state[p], self._skip(number, p)
         if "squares" not in state:
             state["squares"] = update.new_zeros(*update.shape[:2], 1, dtype=p.dtype)
         if self.row_factors is None:
             update = normalise_rows(update.contiguous(), state["squares"], skip)
-            return update, self.numbers("one", 1.0, p.device)
+            return update, number(1.0, p.device)
         return update, self.row_factors(update, state["squares"], skip).flatten(0, 1)
 
-    def _rates(self, p: Tensor, group: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """() tensors: momentum, 1 - lr·decay, lr √max(1, rows/columns)."""
-        stretch = max(1.0, p.shape[0] // group["parts"] / p.shape[1]) ** 0.5
-        which, lr = id(group["params"][0]), group["lr"]
-        return (
-            self.numbers(("momentum", which), group["momentum"], p.device),
-            self.numbers(("keep", which), 1 - lr * group["weight_decay"], p.device),
-            self.numbers(("rate", which, stretch), lr * stretch, p.device),
-        )
+    def _skip(self, number: Callable, p: Tensor) -> Tensor:
+        return self._from_loop("found_inf", 0.0, number, p)
+
+    def _from_loop(self, name: str, otherwise: float, number: Callable, p: Tensor) -> Tensor:
+        """A () tensor that `train/step.py` may have set, else a constant."""
+        found = getattr(self, name, None)
+        return number(otherwise, p.device) if found is None else found
 
     def _share(self, stack: Tensor) -> Tensor:
         """Orthogonalises this rank's share of a stack; an all-reduce gives every rank all."""
@@ -263,9 +242,12 @@ class MuonAndAdamW(torch.optim.AdamW):
             update[mine] = orthogonalise(stack[mine])
         return self.all_sum(update)
 
-    def _apply(self, p: Tensor, update: Tensor, factors: Tensor, group: dict) -> None:
+    def _apply(
+        self, p: Tensor, update: Tensor, factors: Tensor, group: dict, number: Callable
+    ) -> None:
         """p ← (1 - lr·decay) p - lr √max(1, rows/columns) factors · update; of p maybe a part."""
-        _, keep, rate = self._rates(p, group)
+        rows, columns = p.shape[0] // group["parts"], p.shape[1]
+        keep = number(1 - group["lr"] * group["weight_decay"], p.device)
+        rate = number(group["lr"] * max(1.0, rows / columns) ** 0.5, p.device)
         own = cut(factors, p) if factors.ndim else factors
-        skip = self.numbers["found_inf"]
-        self.apply(local(p), cut(update, p), own, keep, rate, skip)
+        self.apply(local(p), cut(update, p), own, keep, rate, self._skip(number, p))

@@ -251,6 +251,9 @@ def cached_attention_(  # noqa: PLR0917 - what attention has
         share,
         shares,
         num_warps=4,
+        # Several threads compute each number and store it at one address of shared memory. With
+        # fused multiply-adds their values would differ: of a·b + c·d, each rounds its own product.
+        enable_fp_fusion=False,
     )
     if shares > 1:
         padded = triton.next_power_of_2(shares)

@@ -6,8 +6,62 @@ Shapes: `B` batch, `H` heads, `T` new positions, `S` positions so far, `D` head 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..config.model import GPT2Config
 from .precision import HAS_TRITON
+
+KERNELS = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.FLASH_ATTENTION: "FlashAttention-2",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient attention",
+    SDPBackend.MATH: "plain PyTorch, whose scores take memory of T² numbers a head",
+}
+ALL_BUT_CUDNN = [kernel for kernel in KERNELS if kernel != SDPBackend.CUDNN_ATTENTION]
+
+
+def describe_kernel(config: GPT2Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernel computes plain causal attention in training, in one sentence.
+
+    PyTorch chooses. From 2.11 on it takes cuDNN on GPUs of compute capability 9 and 10, if it finds
+    a cuDNN newer than 9.15; an older one on LD_LIBRARY_PATH costs training a quarter of the speed
+    of attention. `torch.backends.cuda.enable_cudnn_sdp(False)` is for comparisons.
+
+    `_fused_sdp_choice` is a private function of PyTorch, which makes the choice; no public one
+    tells it for given tensors.
+
+    Args:
+        config: shape of the network.
+        device: of the run.
+        dtype: of queries, keys and values.
+    """
+    heads = config.n_head
+    shape = 1, config.block_size, heads, config.n_embd // heads  # as the network lays them out
+    q = torch.empty(shape, device=device, dtype=dtype, requires_grad=True).transpose(1, 2)
+    choice = getattr(torch, "_fused_sdp_choice", lambda *_, **__: -1)
+    chosen = choice(q, q, q, dropout_p=config.dropout, is_causal=True)
+    return f"causal attention: {KERNELS.get(SDPBackend(chosen), 'as PyTorch chooses')}"
+
+
+def visible_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q kᵀ / √D) v over the keys that a mask shows.
+
+    cuDNN never computes masks of 64, 192, 320, … keys: there its backward pass returns NaN for a
+    query whose scores are all below -88 (PyTorch 2.11 to 2.13, pytorch/pytorch#196678).
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, H, S, D).
+        v: (B, H, S, D).
+        visible: (B or 1, 1, T, S) bool.
+        dropout: probability of dropping an attention weight.
+    """
+    if k.shape[-2] % 128 == 64:
+        with sdpa_kernel(ALL_BUT_CUDNN):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:

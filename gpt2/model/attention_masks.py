@@ -10,11 +10,10 @@ Shapes: `B` batch, `H` heads, `T` queries, `S` keys, `D` head width, `N` = T / 1
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from ..kernels.attention import causal_attention
+from ..kernels.attention import causal_attention, visible_attention
 from .kv_cache import KVCache
 
 BLOCK = 128  # positions; FlexAttention's default
@@ -145,7 +144,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float
     if isinstance(mask, BlockMask):
         assert not dropout
         return flex_attention(q, k, v, block_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return visible_attention(q, k, v, mask, dropout)
 
 
 class MaskedKVCache(KVCache):

@@ -8,8 +8,9 @@ Shapes: `B` batch, `T` positions of a sequence, `H` heads, `D` head width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..kernels.attention import visible_attention
 
 
 class Packed:
@@ -32,9 +33,7 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within each document; all (B, H, T, D)."""
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.visible, dropout_p=self.dropout
-        )
+        return visible_attention(q, k, v, self.visible, self.dropout)
 
     def advance(self, count: int) -> None:
         """Does nothing: no positions follow those of the batch."""

@@ -14,6 +14,7 @@ from ..distributed import devices
 from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
 from ..errors import UserError
+from ..kernels.attention import describe_kernel
 from ..kernels.linear import describe_path
 from ..model import lora
 from ..model.gpt import GPT, LanguageModel
@@ -102,7 +103,7 @@ def build(
     if rt.device.type == "cuda":
         tokens = plan.batch_size * plan.block_size
         notes.append(describe_path(model, rt.device, rt.dtype, tokens, shape.dropout))
-        notes.append(f"CUDA graph {recorded}: {graph_note}")
+        notes += describe_kernel(shape, rt.device, rt.dtype), f"CUDA graph {recorded}: {graph_note}"
     position = resumed.state["position"] if resumed else 0
     seed(config.system.seed + rt.rank)  # from here on only dropout draws
     state = TrainState(

@@ -217,9 +217,10 @@ def _open(
     held = max(1, round(val_share * len(encoded)))
     if len(encoded) <= held:
         left = f" ({counts.left_out:,} have nothing to learn from)" if counts.left_out else ""
+        several, smaller = ("", "") if len(encoded) == 1 else ("s", ", or a smaller --val_share")
         raise UserError(
-            f"{path} gives {len(encoded):,} conversations{left}; training and validation need at "
-            "least one each: use a larger file, or a smaller --val_share"
+            f"{path} gives {len(encoded):,} conversation{several}{left}; training and validation "
+            f"need at least one each: use a file with more{smaller}"
         )
     # The validation set does not depend on the run's seed. numpy keeps Philox's integers stable.
     order = np.argsort(np.random.Philox(key=[0, 0]).random_raw(len(encoded)), kind="stable")

@@ -166,7 +166,7 @@ def test_what_is_too_long_is_counted_and_cut(tmp_path):
         ("[1]", "row 1 is not a JSON object"),
         (json.dumps(talk(1)) + '\n{"messages": [{"role": "user"}]}', "row 2: message 1 has no"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "row 1: message 1: role 'robot'"),
-        (json.dumps(talk(1)), "gives 1 conversations"),
+        (json.dumps(talk(1)), "need at least one each: use a file with more"),
     ],
 )
 def test_wrong_files_are_told_in_one_line(tmp_path, content, told):

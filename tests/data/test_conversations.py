@@ -195,6 +195,19 @@ def test_files_folders_and_texts_are_told_apart(tmp_path):
         is_chat("book.txt")
 
 
+def test_what_is_no_file_of_conversations_is_said(tmp_path):
+    """A spreadsheet, another packing, and a folder of files in the place of the file."""
+    for name in ("a.csv", "a.jsonl.zip", "a.ndjson", "x_train_000001.bin"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=r"read from \.jsonl and \.json"):
+            is_chat(str(tmp_path / name))
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats/b.jsonl.gz").write_text("")
+    with pytest.raises(UserError, match=r"named as files, --data=.*b\.jsonl\.gz; text becomes"):
+        is_chat(str(tmp_path / "chats"))
+    assert not is_chat(str(tmp_path))  # shards are there, whatever lies beside them
+
+
 def test_it_learns_and_epochs_become_steps(chats, base, tmp_path, capsys):
     assert finetune(base, chats, tmp_path, "--epochs=5") == 0
     said = capsys.readouterr().out

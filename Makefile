@@ -51,7 +51,7 @@ LOWEST_TESTS := tests/checkpoint tests/commands tests/data tests/generate tests/
   tests/test_repository.py tests/test_tokenizer.py tests/test_wheel.py
 
 lowest:
-	uv venv --quiet --clear --python $(PYTHON) $(VENV)-lowest
+	uv venv --quiet --clear --seed --python $(PYTHON) $(VENV)-lowest
 	uv pip compile --quiet --resolution=lowest-direct --python $(VENV)-lowest --all-extras \
 	  pyproject.toml -o $(VENV)-lowest/pins.txt
 	uv pip install --quiet --python $(VENV)-lowest -r $(VENV)-lowest/pins.txt

@@ -11,6 +11,7 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,9 @@ TINY = [
 
 
 os.fsync = forks.no_fsync  # type: ignore[assignment]
+# A script's `&` makes a program ignore Ctrl-C, and all that the program starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed

@@ -28,6 +28,7 @@ from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..model.gpt import LanguageModel
+from ..paths import check_unlinked
 from ..report import console, throughput
 from ..train import setup
 from ..train import step as training_step
@@ -67,6 +68,7 @@ def run(options: ProfileConfig) -> int:
         raise UserError(f"trace={trace}: there is no folder {path.parent}")
     if not path.name.endswith((".json", ".json.gz")):
         raise UserError(f"trace={trace}: use a name that ends in .json or .json.gz")
+    check_unlinked(path.parent, path)  # PyTorch would write to the file behind a link
     with runtime.start(config.system) as rt, _data(config) as data_dir:
         if rt.world_size > 1:
             raise UserError("gpt2 profile looks at one process; run it without torchrun")

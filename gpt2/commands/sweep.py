@@ -13,7 +13,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -24,6 +24,7 @@ from ..distributed import signals
 from ..distributed.devices import choose_device
 from ..errors import UserError
 from ..files import locked, write_atomically
+from ..paths import check_unlinked, no_follow
 from ..report import console
 from ..report.runs import SAME_RESULT, read_run
 from ..train.run_folder import MODEL_NAME
@@ -34,6 +35,7 @@ from . import compare_runs
 from .on_devices import on_devices
 
 BUDGETS = "budgets.json"  # of a sweep by seconds: recipe -> what was asked, and max_steps
+MEASURED = "measure.log"  # what the measurement of a recipe said
 BATCH = ("batch_size", "grad_accum_steps", "total_batch_tokens", "block_size", "batch_warmup")
 BUSY = "another sweep ({holder}) is working in {folder}"
 
@@ -50,6 +52,8 @@ def run(jobs: list[Job], config: SweepConfig) -> int:
     out = Path(config.out_dir)
     devices = _devices(config.devices)
     with locked(out, BUSY):
+        folders = [job.folder for job in jobs]
+        check_unlinked(out, out / MEASURED, *folders, *map(_log_of, folders))
         processes = _Processes()
         with signals.caught(processes.stop):
             if config.seconds:
@@ -94,8 +98,8 @@ class _Processes:
 
     def train(self, job: Job, device: str, results: queue.Queue) -> None:
         """Runs a job to its end; puts (job, exit code) into the queue."""
-        log = job.folder.with_name(job.folder.name + ".log")
-        with open(log, "ab") as output:
+        log = _log_of(job.folder)
+        with _written(log, "ab") as output:
             if not self.signal:
                 console.log(f"{job.folder.name}: begins on {device}; its output is {log}")
             code = self.call(["-m", "gpt2", "train", *job.argv, f"--device={device}"], output)
@@ -169,9 +173,9 @@ def _with_equal_seconds(
         if isinstance(old := known.get(job.recipe), dict) and old.get("asked") == asked:
             continue
         console.log(f"measuring {job.recipe} on {device}")
-        log = out / "measure.log"
+        log = out / MEASURED
         arguments = ["-m", "gpt2.train.time_budget", str(seconds), *job.argv]
-        with open(log, "wb") as output:
+        with _written(log, "wb") as output:
             code = processes.call([*arguments, f"--device={device}"], output)
         if processes.signal:
             return jobs
@@ -213,13 +217,26 @@ def _is_finished(job: Job) -> bool:
 
 def _result(job: Job, code: int) -> str:
     if code:
-        log = job.folder.with_name(job.folder.name + ".log")
+        log = _log_of(job.folder)
         return f"failed with exit code {code}: {_last_line(log)}"
     found = read_run(job.folder)
     step, loss = found.evaluations[-1]
     asked = job.config.optim.max_steps
     early = f" of {asked:,}: its {job.config.optim.max_seconds:g} seconds were over"
     return f"validation loss {loss:.4f} after {step:,} steps" + early * found.time_was_up
+
+
+def _log_of(folder: Path) -> Path:
+    """The file that has the output of a run."""
+    return folder.with_name(folder.name + ".log")
+
+
+def _written(log: Path, mode: str) -> IO[bytes]:
+    """A log, opened for writing; raises UserError where that is impossible."""
+    try:
+        return open(log, mode, opener=no_follow)
+    except OSError as error:
+        raise UserError(f"{log}: {error.strerror or error}; move it away") from None
 
 
 def _last_line(log: Path) -> str:

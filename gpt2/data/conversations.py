@@ -138,7 +138,8 @@ def is_chat(text: str) -> bool:
     """Whether `--data=` names files of conversations, not folders of shards.
 
     Raises:
-        UserError: a name is a text file, or files and folders are mixed.
+        UserError: a name is a file of another kind, or a folder of conversations; files and folders
+            are mixed.
     """
     names = [name for name, _ in parse_mix(text)]
     if plain := [name for name in names if TEXT_FILE.search(name) and not Path(name).is_dir()]:
@@ -146,10 +147,29 @@ def is_chat(text: str) -> bool:
             f"--data={plain[0]}: text becomes shards first: gpt2 prepare --source={plain[0]} "
             "--out_dir=data/text, then --data=data/text"
         )
+    for name in names:
+        _check_kind(name)
     chats = [bool(CHAT_FILE.search(name)) and not Path(name).is_dir() for name in names]
     if any(chats) and not all(chats):
         raise UserError(f"--data={text}: files of conversations and folders of shards do not mix")
     return all(chats)
+
+
+def _check_kind(name: str) -> None:
+    """Raises UserError for a file that holds no conversations, and for a folder of such files."""
+    path = Path(name)
+    if path.is_file() and not CHAT_FILE.search(name):
+        raise UserError(
+            f"--data={name}: conversations are read from .jsonl and .json (both also .gz, .xz, "
+            ".zst) and .parquet; convert this file. Shards are named by their folder"
+        )
+    if path.is_dir() and not any(path.glob("*.bin")):
+        files = sorted(p for kind in ("*.jsonl*", "*.parquet") for p in path.glob(kind))
+        if files:
+            raise UserError(
+                f"--data={name}: the folder holds no shards; conversations are named as files, "
+                f"--data={files[0]}; text becomes shards first, by gpt2 prepare --source={name}"
+            )
 
 
 def was_chat(source: Path) -> bool:
@@ -217,9 +237,11 @@ def _open(
     held = max(1, round(val_share * len(encoded)))
     if len(encoded) <= held:
         left = f" ({counts.left_out:,} have nothing to learn from)" if counts.left_out else ""
+        several = "s" * (len(encoded) != 1)
+        smaller = ", or a smaller --val_share" * (len(encoded) > 1)
         raise UserError(
-            f"{path} gives {len(encoded):,} conversations{left}; training and validation need at "
-            "least one each: use a larger file, or a smaller --val_share"
+            f"{path} gives {len(encoded):,} conversation{several}{left}; training and validation "
+            f"need at least one each: use a file with more{smaller}"
         )
     # The validation set does not depend on the run's seed. numpy keeps Philox's integers stable.
     order = np.argsort(np.random.Philox(key=[0, 0]).random_raw(len(encoded)), kind="stable")

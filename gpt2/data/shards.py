@@ -162,6 +162,11 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
         UserError: no such folder, no shard of that split, or a damaged header in any of them.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file; --data_dir= names a folder of shards, which "
+            "`gpt2 prepare --source=TEXT --out_dir=data/mine` makes of text"
+        )
     if not folder.is_dir():
         raise UserError(
             f"no data folder {folder}; make one with `python fineweb.py` (FineWeb-Edu) or "

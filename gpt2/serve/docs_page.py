@@ -108,11 +108,13 @@ def _anchor(path: str) -> str:
 
 
 def _kind(field: dict[str, Any]) -> str:
-    """A field's type and limits in words; null, which nearly all fields take, is left out."""
+    """A field's type and limits in words, without null and "none", which nearly all fields take."""
     if "enum" in field:
         return ", ".join(json.dumps(value) for value in field["enum"] if value is not None)
     if "anyOf" in field:
-        return " or ".join(filter(None, (_kind(one) for one in field["anyOf"])))
+        return " or ".join(
+            filter(None, (_kind(one) for one in field["anyOf"] if "const" not in one))
+        )
     kind = field.get("type", "object" if "$ref" in field else "any")
     if kind == "array":
         return f"list of ({_kind(field['items'])})"

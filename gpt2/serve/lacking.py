@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationInfo, field_validator
 
-OFF: tuple = (None, "none", [], False)
+WORD = "none"  # stands for null, except where it may be meant as a text
+TEXTS = frozenset({"prompt", "messages", "stop"})
+OFF: tuple = (None, WORD, [], False)
 DEFAULTS: dict[str, tuple] = {
     "frequency_penalty": (0, 0.0),
     "presence_penalty": (0, 0.0),
@@ -22,6 +24,20 @@ DEFAULTS: dict[str, tuple] = {
 }
 USE_PENALTY = "use repetition_penalty (1 for none, 1.2 for few)"
 WAYS_OUT = {"frequency_penalty": USE_PENALTY, "presence_penalty": USE_PENALTY}
+
+
+def without_word(fields: Any) -> Any:
+    """The fields of a request, with null instead of the word "none" in all but `TEXTS`.
+
+    OpenAI documents the word for `tool_choice`, `function_call` and `reasoning_effort`. Some
+    clients send it for every field that they leave out.
+    """
+    if not isinstance(fields, dict):
+        return fields
+    return {
+        name: None if value == WORD and name not in TEXTS else value
+        for name, value in fields.items()
+    }
 
 
 def only_off(value: Any, info: ValidationInfo) -> Any:

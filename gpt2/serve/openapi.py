@@ -6,7 +6,7 @@ A field's type and limits come from its model. What the model checks by a functi
 
 from typing import Any
 
-from .lacking import DEFAULTS, OFF, LackingChatFields, LackingFields
+from .lacking import DEFAULTS, OFF, TEXTS, WORD, LackingChatFields, LackingFields
 from .requests import (
     MAX_MESSAGES,
     MAX_STOP_CHARACTERS,
@@ -79,10 +79,11 @@ def openapi(served: ServedModel) -> dict[str, Any]:
         "/health": {"get": _read("What runs and waits", "Health") | {"security": []}},
     }  # fmt: skip
     options = StreamOptions.model_json_schema()
+    described = _described({name: _or_none(f) for name, f in options["properties"].items()})
     schemas = {
         "ChatRequest": _fields(ChatRequest, served),
         "CompletionRequest": _fields(CompletionRequest, served),
-        "StreamOptions": {**options, "properties": _described(options["properties"])},
+        "StreamOptions": {**options, "properties": described},
         **{name: {"type": "object"} for name in ("Answer", "Models", "Model", "Health")},
         "Error": {
             "type": "object",
@@ -148,14 +149,21 @@ def _fields(kind: type[SamplingRequest], served: ServedModel) -> dict[str, Any]:
         checked[name] = {"anyOf": [number, NULL]}
     fields = {name: checked.get(name, field) for name, field in schema["properties"].items()}
     switch = "top_logprobs" if chat else "logprobs"
-    off = [False, "none"] if chat else [False]
-    fields[switch] = {"anyOf": [*fields[switch]["anyOf"], {"enum": off}]}
+    fields[switch] = {"anyOf": [*fields[switch]["anyOf"], {"enum": [False]}]}
+    fields = {name: field if name in TEXTS else _or_none(field) for name, field in fields.items()}
     order = [*ABOUT, *sorted(BOOKKEEPING), *sorted(LACKING)]
     schema["properties"] = _described(dict(sorted(fields.items(), key=lambda f: order.index(f[0]))))
     if chat:
         schema["required"] = ["messages"]
     return {name: schema[name] for name in ("type", "required", "properties",
                                             "additionalProperties") if name in schema}  # fmt: skip
+
+
+def _or_none(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that also takes the word "none"."""
+    if not field or WORD in field.get("enum", ()):
+        return field
+    return {"anyOf": [*field.get("anyOf", [field]), {"const": WORD}]}
 
 
 def _described(fields: dict[str, Any]) -> dict[str, Any]:

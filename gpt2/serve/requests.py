@@ -27,7 +27,7 @@ from ..untrusted.parsing import load_json
 from .choice import Choice
 from .engine import TextRequest
 from .errors import ApiError, from_validation, quoted, unknown_field
-from .lacking import LackingChatFields, LackingFields
+from .lacking import LackingChatFields, LackingFields, without_word
 from .messages import plain_messages
 from .served_model import MAX_TEXTS, ServedModel
 
@@ -46,6 +46,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding that hides lengths; never sent
+
+    _none = model_validator(mode="before")(without_word)
 
 
 class SamplingRequest(LackingFields):
@@ -75,6 +77,8 @@ class SamplingRequest(LackingFields):
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
+
+    _none = model_validator(mode="before")(without_word)
 
     @field_validator("stop")
     @classmethod
@@ -205,7 +209,7 @@ class ChatRequest(SamplingRequest, LackingChatFields):
     @field_validator("top_logprobs", mode="before")
     @classmethod
     def _no_top_logprobs(cls, value: Any) -> Any:
-        return None if value is False or value == "none" else value
+        return None if value is False else value
 
     @model_validator(mode="after")
     def _logprobs_are_on(self) -> "ChatRequest":

@@ -178,7 +178,7 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         text = {
-            404: f"no such address: {quoted(request.url.path)}",
+            404: f"no such address: {quoted(request.url.path)}; a client's base_url ends in /v1",
             405: f"{quoted(request.method)} is not allowed here",
         }
         message = text.get(error.status_code, str(error.detail))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_wrong_input_is_one_line(argument, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_trace_is_not_written_through_a_link(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text("mine")
+    (tmp_path / "t.json").symlink_to("mine.json")
+    assert main(["profile", f"--trace={tmp_path / 't.json'}", *TINY]) == 2
+    assert "t.json is a symbolic link" in capsys.readouterr().err
+    assert (tmp_path / "mine.json").read_text() == "mine"
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import signal
@@ -198,3 +199,23 @@ def test_jobs_of_several_devices(tmp_path):
     assert {device for _, device in found} == {"a", "b"}
     with pytest.raises(ValueError, match="a"):
         list(on_devices([1, "bad", 2], ["a"], work))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+@pytest.mark.parametrize("name", ["seed=1", "seed=1.log", "measure.log"])
+def test_a_link_in_the_folder_is_not_written_through(call, trainer, tmp_path, capsys, name):
+    folder, mine = tmp_path / "o", tmp_path / "mine"
+    folder.mkdir()
+    mine.mkdir() if name == "seed=1" else mine.write_text("mine")
+    (folder / name).symlink_to(mine)
+    assert call("--seconds=1") == 2
+    assert f"{name} is a symbolic link" in capsys.readouterr().err
+    assert not trainer.calls
+    assert not [*mine.iterdir()] if mine.is_dir() else mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["seed=1.log", "measure.log"])
+def test_a_log_that_cannot_be_written_is_one_line(call, trainer, tmp_path, capsys, name):
+    (tmp_path / "o" / name).mkdir(parents=True)
+    assert call("--seconds=1") == 2
+    assert f"{name}: " in capsys.readouterr().err.splitlines()[-1]

@@ -166,7 +166,7 @@ def test_what_is_too_long_is_counted_and_cut(tmp_path):
         ("[1]", "row 1 is not a JSON object"),
         (json.dumps(talk(1)) + '\n{"messages": [{"role": "user"}]}', "row 2: message 1 has no"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "row 1: message 1: role 'robot'"),
-        (json.dumps(talk(1)), "gives 1 conversations"),
+        (json.dumps(talk(1)), "need at least one each: use a file with more"),
     ],
 )
 def test_wrong_files_are_told_in_one_line(tmp_path, content, told):
@@ -193,6 +193,19 @@ def test_files_folders_and_texts_are_told_apart(tmp_path):
         is_chat(f"a.jsonl:0.5,{tmp_path}:0.5")
     with pytest.raises(UserError, match="gpt2 prepare"):
         is_chat("book.txt")
+
+
+def test_what_is_no_file_of_conversations_is_said(tmp_path):
+    """A spreadsheet, another packing, and a folder of files in the place of the file."""
+    for name in ("a.csv", "a.jsonl.zip", "a.ndjson", "x_train_000001.bin"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=r"read from \.jsonl and \.json"):
+            is_chat(str(tmp_path / name))
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats/b.jsonl.gz").write_text("")
+    with pytest.raises(UserError, match=r"named as files, --data=.*b\.jsonl\.gz; text becomes"):
+        is_chat(str(tmp_path / "chats"))
+    assert not is_chat(str(tmp_path))  # shards are there, whatever lies beside them
 
 
 def test_it_learns_and_epochs_become_steps(chats, base, tmp_path, capsys):

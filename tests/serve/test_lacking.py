@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from gpt2.serve.errors import ApiError
-from gpt2.serve.lacking import LackingChatFields, LackingFields
+from gpt2.serve.lacking import TEXTS
 from gpt2.serve.requests import ChatRequest, CompletionRequest, parse
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -28,24 +28,27 @@ def accept(kind, **fields):
     return parse(json.dumps(body).encode(), kind)
 
 
+@pytest.mark.parametrize("nothing", [None, "none"])
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_null_is_accepted_for_every_documented_field(kind):
-    names = documented(kind)
+def test_null_and_none_leave_out_every_documented_field(kind, nothing):
+    names = (documented(kind) | kind.model_fields.keys()) - NEEDED  # and our own
     assert len(names) > 15
-    for name in names - NEEDED:
-        accept(kind, **{name: None})
-    accept(kind, **dict.fromkeys(names - NEEDED))
-    for name in kind.model_fields.keys() - NEEDED:  # and for our own
-        accept(kind, **{name: None})
+    if nothing == "none":
+        names -= TEXTS
+    plain = accept(kind, stop=[]).model_dump()
+    for fields in (*({name: nothing} for name in names), dict.fromkeys(names, nothing)):
+        body = accept(kind, **fields)
+        assert body.model_dump() | {"stop": body.stops()} == plain
+    options = {"include_usage": nothing, "include_obfuscation": nothing}
+    assert not accept(kind, stream=True, stream_options=options).includes_usage()
 
 
-@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_none_as_a_word_turns_off_what_is_lacking(kind):
-    names = set(LackingFields.model_fields)
-    if kind is ChatRequest:
-        names |= set(LackingChatFields.model_fields) | {"top_logprobs"}
-    for name in names:
-        accept(kind, **{name: "none"})
+def test_none_is_a_text_where_a_text_is_meant():
+    body = accept(CompletionRequest, prompt="none", stop="none")
+    assert (body.prompt, body.stops()) == ("none", ["none"])
+    assert accept(CompletionRequest, stop=["none"]).stops() == ["none"]
+    with pytest.raises(ApiError, match="messages"):
+        accept(ChatRequest, messages="none")
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), [
@@ -82,7 +85,7 @@ def test_values_that_change_nothing(kind, name, value):
     (ChatRequest, "prediction", {"type": "content", "content": "a"}),
     (ChatRequest, "parallel_tool_calls", 1),
     (ChatRequest, "logit_bias", {"5": 100}),
-    (CompletionRequest, "suffix", "none"),
+    (CompletionRequest, "suffix", "a text"),
     (CompletionRequest, "presence_penalty", 0.1),
     (CompletionRequest, "best_of", 2),
     (CompletionRequest, "best_of", 0),

@@ -505,6 +505,7 @@ def test_mistake_with_resume_never_moves_nothing(data_dir, tmp_path):
     ("arguments", "message"),
     [
         (["--data_dir=/nowhere"], "no data folder"),
+        ([f"--data_dir={__file__}"], "is a file; --data_dir= names a folder of shards"),
         (["--total_batch_tokens=1000", "--grad_accum_steps=0"], "not a multiple of 64"),
         (["--total_batch_tokens=1000"], "disagrees"),
         (["--block_size=100000"], "too few for one sequence"),

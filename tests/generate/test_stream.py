@@ -85,7 +85,7 @@ def trained(data_dir):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 5
+    assert loss < 5.5  # 6.2 without training
     return model
 
 

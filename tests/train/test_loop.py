@@ -89,6 +89,7 @@ def test_twenty_steps_are_what_they_were(tmp_path):
 
 def test_loss_falls_and_files_appear(data_dir, tmp_path, capsys):
     arguments = ["--max_steps=30", "--eval_every=10", "--save_every=10", "--keep_last=2"]
+    arguments += ["--learning_rate=4e-3"]
     assert loop.run(config(data_dir, tmp_path, *arguments, "--batch_size=4")) == 0
     losses = metrics(tmp_path)
     assert list(losses) == list(range(1, 31))

@@ -9,11 +9,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # page at each step: a training step of TINY takes an eighth less. Read when a process starts.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
+# Images of Python for containers forbid bytecode: each process would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gpt2.data.shards import write_shard
+from gpt2.prepare import fast_tokenizer
 from gpt2.prepare.chosen_tokenizer import chosen_tokenizer, describe_tokenizer
 from gpt2.tokenizer import gpt2_tokenizer
 
@@ -48,6 +53,7 @@ os.fsync = forks.no_fsync  # type: ignore[assignment]
 # A script's `&` makes a program ignore Ctrl-C, and all that the program starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.dont_write_bytecode = False
 
 
 @pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed
@@ -72,6 +78,25 @@ def _precision_of_its_own():
     before = torch.backends.cuda.matmul.fp32_precision
     yield
     torch.backends.cuda.matmul.fp32_precision = before
+
+
+_lent: list[tuple[threading.Thread, object]] = []  # with the thread that has each
+
+
+@pytest.fixture(autouse=True)
+def _gigatoken_tokenizers_are_used_again(monkeypatch):
+    """One takes 0.3 s to make; a thread gets that of another which has ended."""
+    make = fast_tokenizer._gigatoken
+
+    def lend():
+        for i, (thread, tokenizer) in enumerate(_lent):
+            if not thread.is_alive():
+                _lent[i] = threading.current_thread(), tokenizer
+                return tokenizer
+        _lent.append((threading.current_thread(), make()))
+        return _lent[-1][1]
+
+    monkeypatch.setattr(fast_tokenizer, "_gigatoken", lend)
 
 
 # Files most of whose tests train, compile, start processes or try many inputs; `make test-fast`
@@ -147,6 +172,21 @@ def pytest_collection_modifyitems(items):
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     items.sort(key=lambda item: -limit(item))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection():
+    """Importing makes objects, but no garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """The millions of objects that were imported are looked at by no collection of garbage.
+
+    One would take most of a second: nearly all of the time of a test of benchmarks that collect.
+    """
+    gc.freeze()
+    gc.enable()
 
 
 def limit(item: pytest.Item) -> float:

@@ -69,6 +69,7 @@ def main(place: Path):
     (place / "bound").rename(place / "socket")  # what is there can be connected to
     for name in PRELOADED:
         __import__(name)
+    make_tokenizers()
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a fork would lose {threads - 1} threads"
     os.fsync = no_fsync
@@ -84,6 +85,24 @@ def main(place: Path):
             return keep(asking)
         asking.close()
     return None
+
+
+def make_tokenizers():
+    """Those that a program makes at its first text, which takes it up to a second."""
+    from gpt2.prepare import fast_tokenizer
+    from gpt2.tokenizer import gpt2_tokenizer
+
+    gpt2_tokenizer()
+    make, made = fast_tokenizer._gigatoken, []
+    with contextlib.suppress(ImportError):  # gigatoken is optional
+        made.append(make())
+
+    def lend():  # one belongs to one thread: only the first gets it
+        with contextlib.suppress(IndexError):
+            return made.pop()
+        return make()
+
+    fast_tokenizer._gigatoken = lend
 
 
 def keep(asking: socket.socket) -> list[str]:

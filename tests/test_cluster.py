@@ -14,6 +14,7 @@ from gpt2.config.command_line import parse
 from gpt2.config.commands import PrepareConfig
 from gpt2.prepare.multi_machine import Worker, merge
 
+from . import forks
 from .conftest import ROOT
 from .prepare.test_run import make_texts, write_jsonl
 
@@ -30,7 +31,8 @@ def place(tmp_path):
         write_jsonl(tmp_path / "corpus" / f"{number}.jsonl", make_texts(60, seed=number))
     command = tmp_path / "bin/gpt2"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gpt2 "$@"\n')
+    python = forks.server(ROOT).python if forks.AVAILABLE else sys.executable
+    command.write_text(f'#!/bin/sh\nexec "{python}" -m gpt2 "$@"\n')
     command.chmod(0o755)
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     return tmp_path, {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}

@@ -16,7 +16,6 @@ from gpt2.errors import UserError
 from gpt2.prepare.fast_tokenizer import FastTokenizer
 from gpt2.tokenizer import (
     END_OF_TEXT,
-    Tokenizer,
     gpt2_tokenizer,
     merge_ranks,
     merges_folder,
@@ -177,9 +176,14 @@ def test_documents_with_a_lone_surrogate_are_encoded_too():
     assert lengths.tolist() == [len(expected) - 2, 2]
 
 
+@pytest.fixture(scope="module")
+def fast():
+    return FastTokenizer()
+
+
 @pytest.mark.parametrize("space", [" ", "\n", "\t \u2003", "\u3000"])
 @pytest.mark.parametrize("where", ["within", "at the end", "alone", "twice"])
-def test_white_space_longer_than_tiktoken_can_bear(space, where):
+def test_white_space_longer_than_tiktoken_can_bear(fast, space, where):
     run = (space * 1_100_000)[:1_100_000]
     text = {
         "within": f"a{run}b",
@@ -187,18 +191,19 @@ def test_white_space_longer_than_tiktoken_can_bear(space, where):
         "alone": run,
         "twice": f"a{run}1{run[:200_000]} c",
     }[where]
-    tokens, lengths = Tokenizer().encode_documents([text])
-    assert np.array_equal(tokens, FastTokenizer().encode_documents([text])[0])
+    tokens, lengths = encode_documents([text])
+    assert np.array_equal(tokens, fast.encode_documents([text])[0])
     assert lengths.tolist() == [len(tokens)]
-    assert Tokenizer().encode(text) == tokens[1:].tolist()
-    assert Tokenizer().decode(tokens[1:].tolist()) == text
+    assert gpt2_tokenizer().encode(text) == tokens[1:].tolist()
+    assert gpt2_tokenizer().decode(tokens[1:].tolist()) == text
 
 
 @pytest.mark.parametrize("text", ["a{}b", "a{}", "{} b", "{}", "x{}\u3000y", "x\x1c{}'s"])
 def test_cutting_long_white_space_changes_no_token(text, monkeypatch):
-    whole = [Tokenizer().encode(text.format(s * 150_000)) for s in (" ", "\n", " \n")]
+    texts = [text.format(space * 150_000) for space in (" ", "\n", " \n")]
+    cut = list(map(gpt2_tokenizer().encode, texts))
     monkeypatch.setattr(tokenizer, "pieces", lambda text: [text])
-    assert [Tokenizer().encode(text.format(s * 150_000)) for s in (" ", "\n", " \n")] == whole
+    assert list(map(gpt2_tokenizer().encode, texts)) == cut
 
 
 def test_merge_ranks_are_those_of_tiktoken():

@@ -19,7 +19,7 @@ from ..config.run_paths import CONFIG_FILE, from_here
 from ..config.train import EvalOptions, SystemOptions
 from ..data.conversations import Conversations, check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import Dataset, open_datasets, split_eval_tokens
-from ..data.loader import eval_batches
+from ..data.loader import available_eval_tokens, eval_batches
 from ..data.shards import SequenceReader
 from ..data.text_encodings import garbled
 from ..data.text_files import read_rows
@@ -203,10 +203,13 @@ def _loss(
                 f"{source} was packed for the run's block_size={packed}, and this model has "
                 f"{block_size}; evaluate the out_ckpt.pt of the run"
             )
+        rows = BATCH_TOKENS[rt.device.type] // block_size
+        # the last batch is filled up with padding, which takes time too
+        needed = math.ceil(available_eval_tokens(shards, tokens) / block_size / rt.world_size)
         batches = eval_batches(
             shards,
             block_size=block_size,
-            batch_size=max(1, BATCH_TOKENS[rt.device.type] // block_size),
+            batch_size=max(1, min(rows, needed)),
             eval_tokens=tokens,
             rank=rt.rank,
             world_size=rt.world_size,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gpt2 import cli
+from gpt2.commands import evaluate as module
 from gpt2.commands.evaluate import TokensInMemory, run
 from gpt2.config.commands import EvalConfig, PrepareConfig
 from gpt2.data.loader import eval_batches
@@ -79,6 +80,21 @@ def test_without_options_the_data_of_the_run(trained, data_dir, tmp_path):
     assert found["val_loss"] == pytest.approx(metrics(trained.parent, "val_loss")[3], abs=1e-6)
     assert found["val_source"] == str(data_dir)
     assert "hellaswag_items" not in found
+
+
+def test_few_tokens_are_not_padded_to_a_full_batch(trained, data_dir, tmp_path, monkeypatch):
+    """Of 77 tokens, three sequences of 32; a full batch on a CPU has 4,096 tokens."""
+    shapes, make = [], module.eval_batches
+
+    def batches(*args, **kwargs):
+        for batch in make(*args, **kwargs):
+            shapes.append(tuple(batch[0].shape))
+            yield batch
+
+    monkeypatch.setattr(module, "eval_batches", batches)
+    settings = EvalConfig(data_dir=str(data_dir), eval_tokens=77, device="cpu")
+    assert run(str(trained), settings) == 0
+    assert shapes == [(3, 32)]
 
 
 def test_mix_tells_each_loss(trained, data_dir, tmp_path):

@@ -21,18 +21,14 @@ from ..states import save_state
 from ..train.test_loop import metrics, same, weights
 
 
-@pytest.fixture(scope="session")
-def data_dir(gpt2_data_dir):
-    """Shards of the vocabulary that the second dataset has."""
-    return gpt2_data_dir
-
-
 @pytest.fixture
 def folders(data_dir, tmp_path):
-    """Two datasets: `real`, and `numbers`, whose tokens are 0, 1, 2, …"""
+    """Two datasets: `real`, and `numbers`, whose tokens are 0, 1, 2, … up to 511, and again."""
     shutil.copytree(data_dir, tmp_path / "real")
-    tokens = np.arange(20_000, dtype=np.uint16)
+    tokens = np.arange(20_000, dtype=np.uint16) % 512
     (tmp_path / "numbers").mkdir()
+    for name in ("manifest.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(data_dir / name, tmp_path / "numbers")
     for name, piece in (("val_000000", tokens[:600]), ("train_000001", tokens[600:])):
         write_shard(tmp_path / f"numbers/n_{name}.bin", piece)
     return tmp_path / "real", tmp_path / "numbers"

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,7 @@ from gpt2.errors import UserError
 from gpt2.prepare.multi_machine import Worker, begun_by_others, merge
 from gpt2.prepare.sources import Part, Source
 
-from ..conftest import ROOT, TINY, run_python
+from ..conftest import TINY, run_python
 from .test_run import content, ids, make_texts, run, tokens, write_jsonl
 
 COUNTS = (200, 3, 150, 40, 0, 260, 90)  # documents of the files
@@ -392,12 +391,10 @@ def test_killed_again_and_again(workers, tmp_path):
     whole = Path(shutil.copytree(workers, tmp_path / "whole"))
     copy = Path(shutil.copytree(workers, tmp_path / "copy"))
     merge(whole)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
     kills = 0
     while not (copy / "manifest.json").exists():
         assert len(list(copy.glob("*.bin"))) == 2 * max(0, kills - 1)
-        steps = str(2 if kills else 0)
-        killed = subprocess.run([sys.executable, "-c", KILL, copy, steps], env=env, check=False)
+        killed = run_python("-c", KILL, copy, 2 if kills else 0, check=False)
         kills += killed.returncode == -9
     assert killed.returncode == 0
     assert kills == 1 + (len(list(whole.glob("*.bin"))) + 1) // 2

@@ -197,7 +197,7 @@ def test_a_malformed_chunk_behind_an_answer_has_no_traceback(hasty):
 @pytest.mark.parametrize("kind", ["application/json", "text/plain"])
 def test_very_small_pieces_do_not_hold_up_others(path, kind):
     """Each takes the event loop some microseconds, also after the request was refused."""
-    server = Server(path)
+    server = Server(path, fork=True)
     try:
         head = HALF_BODY.partition(b"Content-Length")[0].replace(b"application/json", kind.encode())
         client = server.connect(head + b"Transfer-Encoding: chunked\r\n\r\n")

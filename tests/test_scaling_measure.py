@@ -26,6 +26,7 @@ from .conftest import run_python
 TRAINS = """
 import json, pathlib, sys, time
 out = pathlib.Path(sys.argv[1])
+time.sleep(0.2)  # until the first step
 out.mkdir()
 with open(out / "metrics.jsonl", "w") as log:
     for step in range(1, 20):
@@ -130,7 +131,7 @@ def test_the_numbers_are_those_of_the_steady_steps(programs, tmp_path, monkeypat
     assert line["steps"] == 15
     assert line["tokens_per_second"] == 112  # of the steps 5 to 19
     assert line["peak_gib"] == 7.5
-    assert 0 < line["first_step_seconds"] < 30
+    assert 0.2 <= line["first_step_seconds"] < 30
 
 
 def test_rows_run_side_by_side_where_there_are_gpus(programs, tmp_path):

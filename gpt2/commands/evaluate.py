@@ -204,7 +204,7 @@ def _loss(
                 f"{block_size}; evaluate the out_ckpt.pt of the run"
             )
         rows = BATCH_TOKENS[rt.device.type] // block_size
-        # the last batch is filled up with padding, which takes time too
+        # A short batch is padded, and padding takes time like text.
         needed = math.ceil(available_eval_tokens(shards, tokens) / block_size / rt.world_size)
         batches = eval_batches(
             shards,

@@ -56,10 +56,10 @@ def train(name: str, *arguments: str, steps: list[str] = STEPS, **more: Any) -> 
     return Check(name, ["train_gpt2.py", *steps, out, *arguments], **more)
 
 
-def ranks(name: str, *arguments: str) -> Check:
+def ranks(name: str, *arguments: str, **more: Any) -> Check:
     """A training run on all GPUs."""
     single = train(name, *arguments)
-    return Check(name, [*TORCHRUN, *single.command], ranks=True, seconds=240)
+    return Check(name, [*TORCHRUN, *single.command], ranks=True, seconds=240, **more)
 
 
 def gpt2(name: str, *arguments: str, after: str = "train") -> Check:
@@ -202,7 +202,13 @@ CHECKS = [
     ranks("ranks: ddp, uncompiled", "--batch_size=16", "--compile_model=False"),
     ranks("ranks: ddp, muon, fp8 head", "--optimizer=muon", FP8, "--batch_size=16"),
     ranks("ranks: ddp, speedrun.toml", MODERN, FP8, "--batch_size=8"),  # 65,536 tokens a step
-    ranks("ranks: fsdp, xl, activation checkpointing", *XL, "--parallel=fsdp", "--batch_size=16"),
+    ranks(
+        "ranks: fsdp, xl, activation checkpointing",
+        *XL,
+        "--parallel=fsdp",
+        "--batch_size=16",
+        alone=True,
+    ),
     ranks("ranks: fsdp, large", "--size=gpt2-large", LARGE, "--parallel=fsdp", "--batch_size=4"),
     ranks(
         "ranks: fsdp, large, uncompiled",
@@ -225,11 +231,13 @@ CHECKS = [
         "ranks: all-reduce",
         [*TORCHRUN, "-m", "benchmarks.all_reduce"],
         ranks=True,
+        alone=True,
     ),
     Check(
         "ranks: scaling",
         ["-m", "benchmarks.scaling", "--measure", "--seconds=190", "--out_dir={work}/scaling"],
         ranks=True,
+        alone=True,
         seconds=240,
     ),
     pytest("ranks: pytest tests/test_gpu_parallel.py", "gpu", PARALLEL, ranks=True, seconds=600),
@@ -281,8 +289,10 @@ def run(check: Check, work: Path, cards: list[int]) -> str:
     seconds = time.monotonic() - started
     if code:
         lines = [line for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line or line.startswith(("FAILED", "ERROR"))]
-        return f"FAILED: exit code {code}: {(errors or lines or ['no output'])[-1].strip()[:200]}"
+        tests = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        errors = [line for line in lines if "Error" in line]
+        why = "; ".join(tests) or (errors or lines or ["no output"])[-1].strip()[:200]
+        return f"FAILED: exit code {code}: {why[:600]}"
     problem = problem_of_training(text) if "train_gpt2.py" in command else ""
     return f"FAILED: {problem}" if problem else f"passed in {seconds:.0f} s{result_of(text)}"
 
@@ -308,13 +318,13 @@ def result_of(text: str) -> str:
 
 
 def run_all(checks: list[Check], work: Path, jobs: int, done: "Results") -> None:
-    """Runs the checks: on several GPUs one after the other, on one GPU several at once."""
+    """Runs the checks, each on all cards if it has ranks: several at once, then those alone."""
     cards = list(range(torch.cuda.device_count()))
-    waiting = [check for check in checks if not check.ranks and not check.alone]
+    waiting = [check for check in checks if not check.alone]
     lock = threading.Condition()
     names = {check.name for check in checks}
 
-    def worker(card: int) -> None:
+    def worker() -> None:
         while True:
             with lock:
                 ready = [c for c in waiting if c.after not in names or c.after in done.found]
@@ -325,21 +335,19 @@ def run_all(checks: list[Check], work: Path, jobs: int, done: "Results") -> None
                     return
                 check = ready[0]
                 waiting.remove(check)
-            result = run(check, work, [card])
+            result = run(check, work, cards if check.ranks else cards[:1])
             with lock:
                 done.add(check, result)
                 lock.notify_all()
 
-    threads = [threading.Thread(target=worker, args=(cards[i % len(cards)],)) for i in range(jobs)]
+    threads = [threading.Thread(target=worker) for _ in range(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for check in checks:
         if check.alone:
-            done.add(check, run(check, work, cards[:1]))
-        elif check.ranks:
-            done.add(check, run(check, work, cards))
+            done.add(check, run(check, work, cards if check.ranks else cards[:1]))
 
 
 class Results:
@@ -488,8 +496,8 @@ def sanitizer(tool: str) -> int:
 def main() -> int:
     """Runs the checks; 1 if one failed."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--only", default="", help="checks whose name has this part")
-    options.add_argument("--jobs", type=int, default=4, help="checks at once on one GPU")
+    options.add_argument("--only", action="append", help="checks whose name has this part; several")
+    options.add_argument("--jobs", type=int, default=4, help="checks at once")
     options.add_argument("--page", type=Path, default=PAGE, help="where to write the table")
     options.add_argument("--work", type=Path, help="keep data, results and logs in this new folder")
     options.add_argument("--serve", default="", help=argparse.SUPPRESS)
@@ -504,7 +512,8 @@ def main() -> int:
     if not count:
         print("no CUDA device: these checks need one", file=sys.stderr)
         return 2
-    checks = [c for c in CHECKS if c.ranks == (count > 1) and given.only in c.name]
+    parts = given.only or [""]
+    checks = [c for c in CHECKS if c.ranks == (count > 1) and any(part in c.name for part in parts)]
     done = Results(given.page)
     with TemporaryDirectory() as temporary:
         work = given.work or Path(temporary) / "work"

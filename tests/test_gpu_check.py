@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -126,6 +128,33 @@ def test_a_failure_is_told_with_its_reason(tmp_path):
     assert re.fullmatch(r"passed in \d+ s", result("print('fine')"))
     assert result("raise ValueError('too hot')") == "FAILED: exit code 1: ValueError: too hot"
     assert result("import time; time.sleep(60)", 1) == "FAILED: not over after 1 s"
+    summary = "FAILED test_a.py::test_b - AssertionError\nERROR test_c.py\n2 failed"
+    expected = "FAILED test_a.py::test_b - AssertionError; ERROR test_c.py"
+    assert result(f"print({summary!r}); exit(1)") == f"FAILED: exit code 1: {expected}"
+
+
+def test_checks_run_several_at_once_on_the_cards_they_want(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    both, cards = threading.Barrier(2), {}
+
+    def run(check, work, given):
+        if check.name in "ab":
+            both.wait(30)
+        cards[check.name] = given
+        return "passed"
+
+    class Done:
+        found: ClassVar[dict] = {}
+
+        def add(self, check, result):
+            self.found[check.name] = result
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    checks = [Check("a", [], ranks=True), Check("b", [], ranks=True), Check("c", [], after="b")]
+    checks.append(Check("d", [], ranks=True, alone=True))
+    gpu_check.run_all(checks, tmp_path, 4, Done())
+    assert list(Done.found)[-1] == "d"
+    assert cards == {"a": [0, 1], "b": [0, 1], "c": [0], "d": [0, 1]}
 
 
 def test_losses_decide_about_training():

@@ -240,7 +240,15 @@ CHECKS = [
         alone=True,
         seconds=240,
     ),
-    pytest("ranks: pytest tests/test_gpu_parallel.py", "gpu", PARALLEL, ranks=True, seconds=600),
+    pytest(
+        "ranks: pytest tests/test_gpu_parallel.py",
+        "gpu",
+        PARALLEL,
+        "-n",
+        "3",
+        ranks=True,
+        seconds=600,
+    ),
 ]
 
 

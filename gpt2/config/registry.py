@@ -24,7 +24,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "norm": ("layernorm", "rmsnorm"),
     "schedule": ("cosine", "wsd"),
     "optimizer": ("adamw", "muon", "normuon"),
-    "loss": ("cross_entropy",),
+    "loss": ("cross_entropy", "sampled_softmax"),
 }
 OF_THE_NETWORK = ("mlp", "norm")  # kinds without which the weights mean nothing
 NAME = re.compile(r"[a-z]\w*")

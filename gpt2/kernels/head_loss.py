@@ -18,6 +18,7 @@ from ..errors import UserError
 from .custom_op import custom_op
 from .fp8 import gradient_to_fp8, quantize, scaled_matmul
 from .precision import GRADIENT_SCALE, HAS_TRITON
+from .sampled_softmax import sample_ids
 
 # Which gradients `head_loss` computes along with the loss.
 NO_GRADIENT, OF_INPUT, OF_INPUT_AND_WEIGHT = 0, 1, 2
@@ -44,6 +45,7 @@ def head_loss(  # noqa: PLR0917
     reduction: str,
     fp8: bool = False,
     softcap: float = 0.0,
+    sampled: int = 0,
 ) -> Tensor:
     """Cross-entropy of the head in nats, in float32 over the V real ids.
 
@@ -58,6 +60,7 @@ def head_loss(  # noqa: PLR0917
         reduction: "sum", "mean" over the predicted targets, or "none" for (N,).
         fp8: three matmuls in fp8 (Micikevicius et al. 2022); on a GPU, if the weight is trained.
         softcap: see `soft_cap`.
+        sampled: of how many ids the softmax is, see `sample_ids`; 0: of all.
     """
     if reduction == "none":
         return head_loss_reference(x, weight, targets, padded_rows, reduction, softcap)
@@ -70,7 +73,7 @@ def head_loss(  # noqa: PLR0917
     elif torch.is_grad_enabled() and x.requires_grad:
         gradients = OF_INPUT
     fp8 = fp8 and gradients == OF_INPUT_AND_WEIGHT and x.is_cuda
-    loss = _HeadLoss.apply(x, weight, targets, padded_rows, gradients, fp8, softcap)
+    loss = _HeadLoss.apply(x, weight, targets, padded_rows, gradients, fp8, softcap, sampled)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
 
@@ -133,9 +136,10 @@ class _HeadLoss(torch.autograd.Function):
         gradients: int,
         fp8: bool,
         softcap: float,
+        sampled: int,
     ) -> Tensor:
         loss, grad_x, grad_weight = _head_loss_and_gradients(
-            x, weight, targets, padded_rows, gradients, fp8, softcap
+            x, weight, targets, padded_rows, gradients, fp8, softcap, sampled
         )
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
@@ -144,7 +148,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         of_weight = grad_weight * upstream if grad_weight.numel() else None
-        return (grad_x * upstream).to(grad_x.dtype), of_weight, None, None, None, None, None
+        return (grad_x * upstream).to(grad_x.dtype), of_weight, *[None] * 6
 
 
 @custom_op
@@ -156,6 +160,7 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     gradients: int,
     fp8: bool,
     softcap: float,
+    sampled: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of x, gradient of weight); gradients that are not wanted are empty.
 
@@ -172,10 +177,21 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     """
     (n, width), rows, dtype = x.shape, weight.shape[0], x.dtype
     exact = torch.promote_types(dtype, torch.float32)
-    head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
+    ids, raised = None, None
+    if sampled:
+        ids, targets, raised = sample_ids(targets, rows, sampled)
+        head, rows = weight[ids].to(dtype), sampled
+    else:
+        head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
+
+    def all_rows(grad_head: Tensor) -> Tensor:
+        if ids is None:
+            return grad_head[:rows].to(weight.dtype)
+        return torch.zeros_like(weight).index_copy_(0, ids, grad_head.to(weight.dtype))
+
     if fp8:
-        total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows, softcap)
-        return total, grad_x, grad_head[:rows].to(weight.dtype)
+        total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows, softcap, raised)
+        return total, grad_x, all_rows(grad_head)
     needs_grad, trains_weight = gradients != NO_GRADIENT, gradients == OF_INPUT_AND_WEIGHT
     grad_x = torch.empty_like(x) if needs_grad else x.new_empty(0)
     grad_head = torch.zeros_like(head, dtype=exact) if trains_weight else x.new_empty(0)
@@ -186,13 +202,15 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     for start in range(0, n, chunk):
         part, target = x[start : start + chunk], targets[start : start + chunk]
         logits = part @ head.t()
-        loss, grad = _loss_and_gradient_of_logits(logits, target, rows, needs_grad, softcap)
+        loss, grad = _loss_and_gradient_of_logits(
+            logits, target, rows, needs_grad, softcap, raised
+        )
         total += loss
         if needs_grad:
             grad_x[start : start + chunk] = grad @ head
         if trains_weight:
             _add_matmul(grad_head, grad.t(), part)
-    return total, grad_x, grad_head[:rows].to(weight.dtype)
+    return total, grad_x, all_rows(grad_head) if trains_weight else grad_head
 
 
 def _rows_at_once(n: int) -> int:
@@ -200,8 +218,8 @@ def _rows_at_once(n: int) -> int:
     return max(2048, math.ceil(n / 512) * 128)
 
 
-def _head_in_fp8(
-    x: Tensor, head: Tensor, targets: Tensor, vocab: int, softcap: float
+def _head_in_fp8(  # noqa: PLR0917
+    x: Tensor, head: Tensor, targets: Tensor, vocab: int, softcap: float, raised: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of x, gradient of the head) in fp8: e4m3 logits, e5m2 gradients.
 
@@ -224,7 +242,7 @@ def _head_in_fp8(
     for start in range(0, n + fill, _rows_at_once(n)):
         rows = slice(start, start + _rows_at_once(n))
         logits = scaled_matmul(x8[rows], head8.t(), x_scale, head_scale, x.dtype, fast=True)
-        loss, grad, grad_t = _cross_entropy_fp8(logits, targets[rows], vocab, softcap)
+        loss, grad, grad_t = _cross_entropy_fp8(logits, targets[rows], vocab, softcap, raised)
         total += loss
         grad_x[rows] = scaled_matmul(grad, head8_t.t(), grad_scale, head_scale, x.dtype)
         x8_rows = x8_t[:, rows].t()
@@ -233,14 +251,16 @@ def _head_in_fp8(
 
 
 def _cross_entropy_fp8(
-    logits: Tensor, targets: Tensor, vocab: int, softcap: float
+    logits: Tensor, targets: Tensor, vocab: int, softcap: float, raised: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the cross-entropies, its gradient as `gradient_to_fp8` gives it, the transpose."""
     if logits.is_cuda and HAS_TRITON:
         from .triton_training import cross_entropy_fp8
 
-        return cross_entropy_fp8(logits, targets, vocab, softcap)
-    loss, gradient = _loss_and_gradient_of_logits(logits.float(), targets, vocab, True, softcap)
+        return cross_entropy_fp8(logits, targets, vocab, softcap, raised)
+    loss, gradient = _loss_and_gradient_of_logits(
+        logits.float(), targets, vocab, True, softcap, raised
+    )
     return loss, *gradient_to_fp8(gradient)
 
 
@@ -253,6 +273,7 @@ def _head_loss_and_gradients_fake(  # noqa: PLR0917
     gradients: int,
     fp8: bool,
     softcap: float,
+    sampled: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty_like(x) if gradients != NO_GRADIENT else x.new_empty(0)
@@ -261,8 +282,13 @@ def _head_loss_and_gradients_fake(  # noqa: PLR0917
     return x.new_empty((), dtype=exact), grad_x, grad_weight
 
 
-def _loss_and_gradient_of_logits(
-    logits: Tensor, target: Tensor, vocab: int, needs_grad: bool, softcap: float
+def _loss_and_gradient_of_logits(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    vocab: int,
+    needs_grad: bool,
+    softcap: float,
+    raised: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropies of (n, P) logits, and its gradient: softmax - one-hot.
 
@@ -271,13 +297,15 @@ def _loss_and_gradient_of_logits(
     if logits.is_cuda and logits.dtype != torch.float64 and HAS_TRITON:
         from .triton_training import cross_entropy_
 
-        return cross_entropy_(logits, target, vocab, needs_grad, softcap), logits
+        return cross_entropy_(logits, target, vocab, needs_grad, softcap, raised), logits
     dtype, target = logits.dtype, target[:, None]
     counts = target != IGNORE
     target = target.clamp(min=0)
     logits = soft_cap(logits.to(torch.promote_types(dtype, torch.float32)), softcap)
     factor = counts * (1 - (logits / softcap).square()) if softcap and needs_grad else counts
     logits[:, vocab:] = float("-inf")
+    if raised is not None:
+        logits = logits + raised
     log_sum = logits.logsumexp(-1, keepdim=True)
     loss = ((log_sum - logits.gather(1, target)) * counts).sum()
     if needs_grad:

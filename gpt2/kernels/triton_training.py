@@ -43,11 +43,13 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
     targets,
     losses,
     log_sums,
+    raised,
     vocab: tl.constexpr,
     padded: tl.constexpr,
     needs_grad: tl.constexpr,
     cap: tl.constexpr,
     fast: tl.constexpr,
+    raises: tl.constexpr,
     block: tl.constexpr,
 ):
     """One program per row: its loss, log2 Σ e^x, and in place of its logits their gradient."""
@@ -65,6 +67,8 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
         at = start + columns
         # The mask ends at a multiple of 128, so that loads stay 16 bytes wide.
         x = _capped(tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32), cap, fast)
+        if raises:
+            x += tl.load(raised + at, mask=at < vocab, other=0.0)
         x = tl.where(at < vocab, x * LOG2_E, -float("inf"))
         if bounded:
             total += tl.exp2(x - top)
@@ -74,15 +78,18 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
             top = new_top
     peak = tl.max(top, 0)
     log_sum = peak + tl.log2(tl.sum(total * tl.exp2(top - peak), 0))
-    wanted = _capped(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, fast) * LOG2_E
-    tl.store(losses + row, tl.where(counts, (log_sum - wanted) / LOG2_E, 0.0))
+    wanted = _capped(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, fast)
+    if raises:
+        wanted += tl.load(raised + tl.maximum(target, 0))
+    tl.store(losses + row, tl.where(counts, log_sum / LOG2_E - wanted, 0.0))
     tl.store(log_sums + row, log_sum)
     # Second pass: softmax - one-hot.
     if needs_grad:
         for start in range(0, padded, block):
             at = start + columns
             y = _capped(tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32), cap, fast)
-            x = tl.where(at < vocab, y * LOG2_E, -float("inf"))
+            x = y + tl.load(raised + at, mask=at < vocab, other=0.0) if raises else y
+            x = tl.where(at < vocab, x * LOG2_E, -float("inf"))
             gradient = tl.exp2(x - log_sum) - tl.where(at == target, 1.0, 0.0)
             if cap > 0:
                 gradient *= 1.0 - (y / cap) * (y / cap)
@@ -90,8 +97,13 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
             tl.store(logits + at, gradient, mask=at < padded)
 
 
-def cross_entropy_(
-    logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool, softcap: float = 0.0
+def cross_entropy_(  # noqa: PLR0917
+    logits: Tensor,
+    targets: Tensor,
+    vocab: int,
+    needs_grad: bool,
+    softcap: float = 0.0,
+    raised: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies in nats; with needs_grad the logits become its gradient.
 
@@ -102,12 +114,18 @@ def cross_entropy_(
         logits: (N, P) contiguous, of which the first `vocab` columns count.
         targets: (N,) int64, negative where nothing is predicted.
         softcap: see `head_loss.soft_cap`.
+        raised: (vocab,) float32, added to the logits after the cap; None: nothing.
     """
-    return _launch_cross_entropy(logits, targets, vocab, needs_grad, softcap)[0]
+    return _launch_cross_entropy(logits, targets, vocab, needs_grad, softcap, raised)[0]
 
 
-def _launch_cross_entropy(
-    logits: Tensor, targets: Tensor, vocab: int, needs_grad: bool, softcap: float
+def _launch_cross_entropy(  # noqa: PLR0917
+    logits: Tensor,
+    targets: Tensor,
+    vocab: int,
+    needs_grad: bool,
+    softcap: float,
+    raised: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows, padded = logits.shape
     losses, log_sums = torch.empty(2, rows, device=logits.device, dtype=torch.float32)
@@ -116,11 +134,13 @@ def _launch_cross_entropy(
         targets,
         losses,
         log_sums,
+        losses if raised is None else raised,
         vocab,
         padded,
         needs_grad,
         float(softcap),
         _fast(logits),
+        raised is not None,
         BLOCK,
         num_warps=WARPS,
     )
@@ -132,7 +152,11 @@ def _fast(logits: Tensor) -> bool:
 
 
 def cross_entropy_fp8(
-    logits: Tensor, targets: Tensor, vocab: int, softcap: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    vocab: int,
+    softcap: float = 0.0,
+    raised: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the cross-entropies, and its gradient times 2^`GRADIENT_SCALE` in e5m2.
 
@@ -144,12 +168,13 @@ def cross_entropy_fp8(
         targets: (N,) int64, negative where nothing is predicted.
         vocab: the columns that count.
         softcap: see `head_loss.soft_cap`.
+        raised: (vocab,) float32, added to the logits after the cap; None: nothing.
 
     Returns:
         (), (N, P), (P, N).
     """
     rows, padded = logits.shape
-    loss, log_sums = _launch_cross_entropy(logits, targets, vocab, False, softcap)
+    loss, log_sums = _launch_cross_entropy(logits, targets, vocab, False, softcap, raised)
     gradient = logits.new_empty(rows, padded, dtype=torch.float8_e5m2)
     transposed = logits.new_empty(padded, rows, dtype=torch.float8_e5m2)
     grid = (rows // TALL * (padded // WIDE),)
@@ -157,6 +182,7 @@ def cross_entropy_fp8(
         logits,
         targets,
         log_sums,
+        log_sums if raised is None else raised,
         gradient,
         transposed,
         rows,
@@ -165,6 +191,7 @@ def cross_entropy_fp8(
         GRADIENT_SCALE,
         float(softcap),
         _fast(logits),
+        raised is not None,
         TALL,
         WIDE,
         num_warps=WARPS,
@@ -177,6 +204,7 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
     logits,
     targets,
     log_sums,
+    raised,
     gradient,
     transposed,
     rows,
@@ -185,6 +213,7 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
     scale: tl.constexpr,
     cap: tl.constexpr,
     fast: tl.constexpr,
+    raises: tl.constexpr,
     tall: tl.constexpr,
     wide: tl.constexpr,
 ):
@@ -196,7 +225,8 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
     at = row * padded + column  # within the tile, where 32 bits do, and are faster
     y = _capped(tl.load(logits + top * padded + left + at).to(tl.float32), cap, fast)
     target = tl.load(targets + top + row)
-    value = tl.exp2(y * LOG2_E - tl.load(log_sums + top + row) + scale)
+    x = y + tl.load(raised + left + column, mask=left + column < vocab, other=0.0) if raises else y
+    value = tl.exp2(x * LOG2_E - tl.load(log_sums + top + row) + scale)
     value = tl.where(left + column < vocab, value, 0.0)
     value -= tl.where(left + column == target, 2.0**scale, 0.0)
     if cap > 0:

@@ -16,6 +16,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..kernels.attention import describe_kernel
 from ..kernels.linear import describe_path
+from ..kernels.sampled_softmax import sampled_ids
 from ..model import lora
 from ..model.gpt import GPT, LanguageModel
 from ..report import console, throughput
@@ -151,6 +152,8 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
         model_file.load_into(model, init.state, init.origin)
     lora.adapt(model, tuning_options(config))
     model.own_loss = registered("loss", config.optim.loss)
+    if config.optim.loss == "sampled_softmax":
+        model.sampled_ids = sampled_ids(model.config.vocab_size)
     rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing

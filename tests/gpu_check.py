@@ -104,6 +104,7 @@ CHECKS = [
         "--compile_model=False",
     ),
     train("speedrun.toml, fp8 head", MODERN, FP8),
+    train("speedrun.toml, sampled softmax", MODERN, FP8, "--loss=sampled_softmax"),
     train("medium, fp8 head, activation checkpointing", "--size=gpt2-medium", FP8, AGAIN, LARGE),
     train("defaults"),
     train("batch 64, fp8 head", "--batch_size=64", FP8),

@@ -24,6 +24,7 @@ from gpt2.huggingface.model_format import from_hf
 from gpt2.kernels.attention import cached_attention, causal_attention, causal_attention_reference
 from gpt2.kernels.head_loss import head_loss, head_loss_reference
 from gpt2.kernels.linear import gelu
+from gpt2.kernels.sampled_softmax import sample_ids
 from gpt2.model.gpt import GPT
 from gpt2.train import loop, setup, step
 from gpt2.train.cuda_graph import MicroBatchGraph
@@ -117,6 +118,40 @@ def test_fp8_head_against_float64(cap, common):
         assert 0.01 < error(found, wanted) < 0.1  # e5m2 keeps two bits of the mantissa
         assert F.cosine_similarity(found.flatten(), wanted.flatten(), 0) > 0.995
     assert not grads[0][::7].any()
+
+
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sampled_head_against_float64(cap, fp8):
+    """Of 16,768 ids; also where positions predict nothing, and recorded as a CUDA graph."""
+    if fp8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    torch.manual_seed(0)
+    x = torch.randn(5000, 768, device="cuda", requires_grad=True)
+    weight = (torch.randn(50257, 768, device="cuda") * 0.02).requires_grad_()
+    targets = torch.randint(0, 50257, (5000,), device="cuda")
+    targets[::7] = -1
+    ids, columns, raised = sample_ids(targets, 50257, 16768)
+    logits = x.double() @ weight.double()[ids].t()
+    logits = (cap * torch.tanh(logits / cap) if cap else logits) + raised
+    exact = F.cross_entropy(logits, columns, ignore_index=-1, reduction="sum")
+    exact_grads = torch.autograd.grad(exact, (x, weight))
+
+    def sampled():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = head_loss(x, weight, targets, 50304, "sum", fp8=fp8, softcap=cap, sampled=16768)
+        return loss, *torch.autograd.grad(loss, (x, weight))
+
+    plain = sampled()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = sampled()
+    graph.replay()
+    for loss, *grads in (plain, recorded):
+        assert error(loss, exact) < 1e-4
+        for found, wanted in zip(grads, exact_grads, strict=True):
+            assert error(found, wanted) < (0.1 if fp8 else 1e-2)
+        assert not grads[0][::7].any()
 
 
 @pytest.mark.parametrize("cap", [0.0, 5.0, 50.0])  # logits have a deviation of 8

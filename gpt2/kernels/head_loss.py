@@ -177,21 +177,15 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     """
     (n, width), rows, dtype = x.shape, weight.shape[0], x.dtype
     exact = torch.promote_types(dtype, torch.float32)
-    ids, raised = None, None
+    ids = raised = None
     if sampled:
         ids, targets, raised = sample_ids(targets, rows, sampled)
         head, rows = weight[ids].to(dtype), sampled
     else:
         head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
-
-    def all_rows(grad_head: Tensor) -> Tensor:
-        if ids is None:
-            return grad_head[:rows].to(weight.dtype)
-        return torch.zeros_like(weight).index_copy_(0, ids, grad_head.to(weight.dtype))
-
     if fp8:
         total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows, softcap, raised)
-        return total, grad_x, all_rows(grad_head)
+        return total, grad_x, _of_weight(grad_head, weight, ids)
     needs_grad, trains_weight = gradients != NO_GRADIENT, gradients == OF_INPUT_AND_WEIGHT
     grad_x = torch.empty_like(x) if needs_grad else x.new_empty(0)
     grad_head = torch.zeros_like(head, dtype=exact) if trains_weight else x.new_empty(0)
@@ -202,15 +196,20 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     for start in range(0, n, chunk):
         part, target = x[start : start + chunk], targets[start : start + chunk]
         logits = part @ head.t()
-        loss, grad = _loss_and_gradient_of_logits(
-            logits, target, rows, needs_grad, softcap, raised
-        )
+        loss, grad = _loss_and_gradient_of_logits(logits, target, rows, needs_grad, softcap, raised)
         total += loss
         if needs_grad:
             grad_x[start : start + chunk] = grad @ head
         if trains_weight:
             _add_matmul(grad_head, grad.t(), part)
-    return total, grad_x, all_rows(grad_head) if trains_weight else grad_head
+    return total, grad_x, _of_weight(grad_head, weight, ids) if trains_weight else grad_head
+
+
+def _of_weight(grad_head: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
+    """The gradient of all rows of the weight from that of the head, whose rows are `ids`."""
+    if ids is None:
+        return grad_head[: weight.shape[0]].to(weight.dtype)
+    return torch.zeros_like(weight).index_copy_(0, ids, grad_head.to(weight.dtype))
 
 
 def _rows_at_once(n: int) -> int:
@@ -219,7 +218,12 @@ def _rows_at_once(n: int) -> int:
 
 
 def _head_in_fp8(  # noqa: PLR0917
-    x: Tensor, head: Tensor, targets: Tensor, vocab: int, softcap: float, raised: Tensor | None
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    vocab: int,
+    softcap: float,
+    raised: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of x, gradient of the head) in fp8: e4m3 logits, e5m2 gradients.
 

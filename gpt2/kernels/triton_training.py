@@ -38,6 +38,24 @@ def _capped(x, cap: tl.constexpr, fast: tl.constexpr):
 
 
 @triton.jit
+def _weights(  # noqa: PLR0917
+    logits,
+    raised,
+    at,
+    vocab: tl.constexpr,
+    padded: tl.constexpr,
+    cap: tl.constexpr,
+    fast: tl.constexpr,
+    raises: tl.constexpr,
+):
+    """(capped logits of these columns, log2 of their weights in the softmax)."""
+    # The mask ends at a multiple of 128, so that loads stay 16 bytes wide.
+    y = _capped(tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32), cap, fast)
+    x = y + tl.load(raised + at, mask=at < vocab, other=0.0) if raises else y
+    return y, tl.where(at < vocab, x * LOG2_E, -float("inf"))
+
+
+@triton.jit
 def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
     logits,
     targets,
@@ -65,11 +83,7 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
     total = tl.zeros((block,), tl.float32)
     for start in range(0, padded, block):
         at = start + columns
-        # The mask ends at a multiple of 128, so that loads stay 16 bytes wide.
-        x = _capped(tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32), cap, fast)
-        if raises:
-            x += tl.load(raised + at, mask=at < vocab, other=0.0)
-        x = tl.where(at < vocab, x * LOG2_E, -float("inf"))
+        _, x = _weights(logits, raised, at, vocab, padded, cap, fast, raises)
         if bounded:
             total += tl.exp2(x - top)
         else:
@@ -81,15 +95,13 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
     wanted = _capped(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, fast)
     if raises:
         wanted += tl.load(raised + tl.maximum(target, 0))
-    tl.store(losses + row, tl.where(counts, log_sum / LOG2_E - wanted, 0.0))
+    tl.store(losses + row, tl.where(counts, (log_sum - wanted * LOG2_E) / LOG2_E, 0.0))
     tl.store(log_sums + row, log_sum)
     # Second pass: softmax - one-hot.
     if needs_grad:
         for start in range(0, padded, block):
             at = start + columns
-            y = _capped(tl.load(logits + at, mask=at < padded, other=0.0).to(tl.float32), cap, fast)
-            x = y + tl.load(raised + at, mask=at < vocab, other=0.0) if raises else y
-            x = tl.where(at < vocab, x * LOG2_E, -float("inf"))
+            y, x = _weights(logits, raised, at, vocab, padded, cap, fast, raises)
             gradient = tl.exp2(x - log_sum) - tl.where(at == target, 1.0, 0.0)
             if cap > 0:
                 gradient *= 1.0 - (y / cap) * (y / cap)

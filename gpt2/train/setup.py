@@ -8,7 +8,7 @@ from ..checkpoint.weights import Weights
 from ..config.finetune import tuning_options
 from ..config.model import GPT2Config, ModernConfig
 from ..config.registry import registered
-from ..config.train import TrainConfig, check_of_switches, plan_batch
+from ..config.train import BatchPlan, TrainConfig, check_of_switches, plan_batch
 from ..data.loader import TrainLoader
 from ..distributed import devices
 from ..distributed.random_state import seed
@@ -16,14 +16,14 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..kernels.attention import describe_kernel
 from ..kernels.linear import describe_path
-from ..kernels.sampled_softmax import sampled_ids
+from ..kernels.sampled_softmax import sampled_size
 from ..model import lora
 from ..model.gpt import GPT, LanguageModel
 from ..report import console, throughput
 from ..report.trackers import check_names
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
-from .run_data import order_data, read_hellaswag
+from .run_data import check_sampled_ids, order_data, read_hellaswag
 from .run_tokenizer import check_init_tokenizer, resolve_vocabulary, run_tokenizer
 from .save import restore
 from .schedules import check_plan
@@ -96,15 +96,14 @@ def build(
     hellaswag = read_hellaswag(config, rt, tokenizer)
     model = build_network(config, rt, init)
     model.end_of_text = tokenizer.end_of_text if tokenizer else None
+    check_sampled_ids(mixture, plan, model.sampled_ids, shape.vocab_size)
     compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         compile_network(model, rt.sharded)
     recorded, graph_note = devices.choose_graph(rt.device, compiled, rt.sharded)
     notes = [*data_notes, f"compile_model {compiled}: {compile_note}"]
     if rt.device.type == "cuda":
-        tokens = plan.batch_size * plan.block_size
-        notes.append(describe_path(model, rt.device, rt.dtype, tokens, shape.dropout))
-        notes += describe_kernel(shape, rt.device, rt.dtype), f"CUDA graph {recorded}: {graph_note}"
+        notes += [*kernel_notes(model, plan, rt), f"CUDA graph {recorded}: {graph_note}"]
     position = resumed.state["position"] if resumed else 0
     seed(config.system.seed + rt.rank)  # from here on only dropout draws
     state = TrainState(
@@ -132,6 +131,13 @@ def build(
     return state
 
 
+def kernel_notes(model: LanguageModel, plan: BatchPlan, rt: Runtime) -> list[str]:
+    """By which kernels a GPU computes the linear layers and attention."""
+    shape, tokens = model.config, plan.batch_size * plan.block_size
+    path = describe_path(model, rt.device, rt.dtype, tokens, shape.dropout)
+    return [path, describe_kernel(shape, rt.device, rt.dtype)]
+
+
 def network(config: GPT2Config) -> LanguageModel:
     """The network of a config, fresh; the one place that decides between GPT-2 and `Modern`."""
     if not isinstance(config, ModernConfig):
@@ -153,7 +159,7 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
     lora.adapt(model, tuning_options(config))
     model.own_loss = registered("loss", config.optim.loss)
     if config.optim.loss == "sampled_softmax":
-        model.sampled_ids = sampled_ids(model.config.vocab_size)
+        model.sampled_ids = sampled_size(model.config.vocab_size)
     rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing

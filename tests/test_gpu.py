@@ -137,15 +137,15 @@ def test_sampled_head_against_float64(cap, fp8):
     exact = F.cross_entropy(logits, columns, ignore_index=-1, reduction="sum")
     exact_grads = torch.autograd.grad(exact, (x, weight))
 
-    def sampled():
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = head_loss(x, weight, targets, 50304, "sum", fp8=fp8, softcap=cap, sampled=16768)
-        return loss, *torch.autograd.grad(loss, (x, weight))
-
-    plain = sampled()
+    sampled = torch.tensor(16768)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = head_loss(x, weight, targets, 50304, "sum", fp8, cap, sampled)
+    plain = loss, *torch.autograd.grad(loss, (x, weight))
+    operator = torch.ops.gpt2.head_loss_and_gradients
+    arguments = x.detach().bfloat16(), weight.detach(), targets, 50304, 2, fp8, cap, sampled
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = sampled()
+        recorded = operator(*arguments)
     graph.replay()
     for loss, *grads in (plain, recorded):
         assert error(loss, exact) < 1e-4

@@ -45,7 +45,7 @@ def head_loss(  # noqa: PLR0917
     reduction: str,
     fp8: bool = False,
     softcap: float = 0.0,
-    sampled: int = 0,
+    sampled: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the head in nats, in float32 over the V real ids.
 
@@ -60,7 +60,8 @@ def head_loss(  # noqa: PLR0917
         reduction: "sum", "mean" over the predicted targets, or "none" for (N,).
         fp8: three matmuls in fp8 (Micikevicius et al. 2022); on a GPU, if the weight is trained.
         softcap: see `soft_cap`.
-        sampled: of how many ids the softmax is, see `sample_ids`; 0: of all.
+        sampled: () int64 on the CPU, of how many ids the softmax is, see `sample_ids`; 0 or None:
+            of all. A tensor, as compiled code would be compiled again for another number.
     """
     if reduction == "none":
         return head_loss_reference(x, weight, targets, padded_rows, reduction, softcap)
@@ -136,7 +137,7 @@ class _HeadLoss(torch.autograd.Function):
         gradients: int,
         fp8: bool,
         softcap: float,
-        sampled: int,
+        sampled: Tensor | None,
     ) -> Tensor:
         loss, grad_x, grad_weight = _head_loss_and_gradients(
             x, weight, targets, padded_rows, gradients, fp8, softcap, sampled
@@ -160,7 +161,7 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     gradients: int,
     fp8: bool,
     softcap: float,
-    sampled: int,
+    sampled: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of x, gradient of weight); gradients that are not wanted are empty.
 
@@ -178,9 +179,9 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     (n, width), rows, dtype = x.shape, weight.shape[0], x.dtype
     exact = torch.promote_types(dtype, torch.float32)
     ids = raised = None
-    if sampled:
-        ids, targets, raised = sample_ids(targets, rows, sampled)
-        head, rows = weight[ids].to(dtype), sampled
+    if size := int(sampled) if sampled is not None else 0:
+        ids, targets, raised = sample_ids(targets, rows, size)
+        head, rows = weight[ids].to(dtype), size
     else:
         head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
     if fp8:
@@ -277,7 +278,7 @@ def _head_loss_and_gradients_fake(  # noqa: PLR0917
     gradients: int,
     fp8: bool,
     softcap: float,
-    sampled: int,
+    sampled: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty_like(x) if gradients != NO_GRADIENT else x.new_empty(0)

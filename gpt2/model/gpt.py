@@ -104,7 +104,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.end_of_text: int | None = None  # id; None: the last of the vocabulary
         self.fp8_head = False  # in training, see `head_loss`
-        self.sampled_ids = 0  # in training: the ids of the softmax, see `sample_ids`; 0: all
+        self.sampled_ids: Tensor | None = None  # in training: `sampled` of `head_loss`
         self.checkpoint_activations = False  # in training, recompute each block in backward
         self.own_loss: Callable | None = None  # of a plugin, in training; see `own_loss`
         self.compiled_apart = False  # each block is compiled by itself, not the whole model
@@ -150,10 +150,9 @@ class LanguageModel(nn.Module):
         hidden, targets, weight = hidden.flatten(0, 1), targets.flatten(), self.head_weight
         if self.own_loss is not None and self.training:
             return own_loss(self.own_loss, self.logits(hidden), targets, reduction)
-        sampled = self.sampled_ids if self.training else 0
-        return head_loss(
-            hidden, weight, targets, padded_rows, reduction, fp8, self.softcap, sampled
-        )
+        options = padded_rows, reduction, fp8, self.softcap
+        sampled = self.sampled_ids if self.training else None
+        return head_loss(hidden, weight, targets, *options, sampled)
 
     def hidden(self, idx: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C), the output of the last norm."""

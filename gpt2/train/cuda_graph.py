@@ -62,6 +62,12 @@ class MicroBatchGraph:
         # Outside `except`: the live exception keeps the failed recording's tensors allocated.
         return self._go_on_without(reason, compute, inputs, first)
 
+    def forget(self) -> None:
+        """Drops what was recorded, as the same inputs are to be computed in another way."""
+        self._forget(None)
+        if self.enabled:
+            torch.cuda.empty_cache()  # the graph's memory pool, which nothing else may use
+
     def _forget(self, kind: Any) -> None:
         """Drops the graphs, which are of other shapes than `kind`."""
         self._kind, self._steps = kind, 0

@@ -2,11 +2,9 @@
 
 from dataclasses import replace
 
-import numpy as np
-
 from ..checkpoint.training_state import Resumed
 from ..config.finetune import tuning_options
-from ..config.train import BatchPlan, TrainConfig
+from ..config.train import TrainConfig
 from ..data.conversations import check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import (
     Dataset,
@@ -52,25 +50,6 @@ def order_data(
     if config.data.sequence_start == "document" and rt.is_main:
         console.log("looking for the beginnings of documents in the training shards")
     return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start), notes
-
-
-def check_sampled_ids(order: Mixture, plan: BatchPlan, size: int, vocab: int) -> None:
-    """Raises UserError where a sampled softmax of so many ids cannot hold a micro-batch's targets.
-
-    Looks at the first micro-batch: a later one may still have a few targets more, which then do
-    not train. A size of 0 is the whole softmax.
-    """
-    if not size:
-        return
-    found = order.locate(0, plan.batch_size)
-    targets = [reader.sequence(start, plan.block_size)[1] for reader, start in found]
-    different = len(np.unique(np.concatenate(targets)))
-    if different > size:
-        raise UserError(
-            f"loss=sampled_softmax takes {size:,} of the {vocab:,} ids, and the first micro-batch "
-            f"has {different:,} different targets; use --loss=cross_entropy, or a smaller "
-            "--batch_size"
-        )
 
 
 def read_hellaswag(

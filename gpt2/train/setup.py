@@ -16,14 +16,14 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..kernels.attention import describe_kernel
 from ..kernels.linear import describe_path
-from ..kernels.sampled_softmax import sampled_size
 from ..model import lora
 from ..model.gpt import GPT, LanguageModel
 from ..report import console, throughput
 from ..report.trackers import check_names
+from . import sampled_loss
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
-from .run_data import check_sampled_ids, order_data, read_hellaswag
+from .run_data import order_data, read_hellaswag
 from .run_tokenizer import check_init_tokenizer, resolve_vocabulary, run_tokenizer
 from .save import restore
 from .schedules import check_plan
@@ -96,7 +96,7 @@ def build(
     hellaswag = read_hellaswag(config, rt, tokenizer)
     model = build_network(config, rt, init)
     model.end_of_text = tokenizer.end_of_text if tokenizer else None
-    check_sampled_ids(mixture, plan, model.sampled_ids, shape.vocab_size)
+    sampled_loss.check(mixture, plan, model.sampled_ids, shape.vocab_size)
     compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         compile_network(model, rt.sharded)
@@ -133,9 +133,8 @@ def build(
 
 def kernel_notes(model: LanguageModel, plan: BatchPlan, rt: Runtime) -> list[str]:
     """By which kernels a GPU computes the linear layers and attention."""
-    shape, tokens = model.config, plan.batch_size * plan.block_size
-    path = describe_path(model, rt.device, rt.dtype, tokens, shape.dropout)
-    return [path, describe_kernel(shape, rt.device, rt.dtype)]
+    shape, on, tokens = model.config, (rt.device, rt.dtype), plan.batch_size * plan.block_size
+    return [describe_path(model, *on, tokens, shape.dropout), describe_kernel(shape, *on)]
 
 
 def network(config: GPT2Config) -> LanguageModel:
@@ -158,8 +157,7 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
         model_file.load_into(model, init.state, init.origin)
     lora.adapt(model, tuning_options(config))
     model.own_loss = registered("loss", config.optim.loss)
-    if config.optim.loss == "sampled_softmax":
-        model.sampled_ids = sampled_size(model.config.vocab_size)
+    model.sampled_ids = sampled_loss.begin(config.optim, model.config.vocab_size)
     rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     model.checkpoint_activations = config.system.activation_checkpointing

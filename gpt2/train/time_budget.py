@@ -22,6 +22,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console
 from . import setup
+from .sampled_loss import WHOLE
 from .schedules import attention_window_at, sequences_left
 from .setup import resolve_init
 from .state import TrainState
@@ -60,6 +61,10 @@ def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: floa
         if options.window_warmup:
             state.model.limit_attention_window(width)
         cost += share * seconds_per_token(state, compiling, rt, min(STRETCH_SECONDS, seconds))
+    if state.model.sampled_ids is not None:  # the last steps take the whole softmax
+        state.step = FAR - 1
+        whole = seconds_per_token(state, compiling, rt, min(STRETCH_SECONDS, seconds))
+        cost += WHOLE * (whole - cost)
     # while the batch grows, a step has fewer tokens
     average = sequences_left(0, many, state.plan) / many.max_steps * full
     steps = max(1, int((1 - SLOWER) * seconds / cost / average))

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from gpt2.config.model import IGNORE, GPT2Config
+from gpt2.distributed import runtime
 from gpt2.errors import UserError
 from gpt2.kernels import head_loss as head_loss_module
 from gpt2.kernels.head_loss import head_loss, head_loss_reference
 from gpt2.kernels.sampled_softmax import sample_ids, sampled_size
 from gpt2.model.gpt import GPT
-from gpt2.train import loop
+from gpt2.train import loop, setup, time_budget
+from gpt2.train.step import train_step
 
 from ..conftest import error
 from ..train.test_loop import config, metrics
@@ -83,7 +85,7 @@ def test_loss_and_gradients_equal_the_formula(cap, compiled):
     weight = torch.randn(V, 16, dtype=torch.float64, requires_grad=True)
     given = targets()
     function = torch.compile(head_loss, backend="aot_eager") if compiled else head_loss
-    loss = function(x, weight, given, 1024, "mean", softcap=cap, sampled=S)
+    loss = function(x, weight, given, 1024, "mean", softcap=cap, sampled=torch.tensor(S))
     found = torch.autograd.grad(loss, (x, weight))
     ids, columns, raised = sample_ids(given, V, S)
     logits = x @ weight[ids].t()
@@ -98,14 +100,14 @@ def test_loss_and_gradients_equal_the_formula(cap, compiled):
 
 def test_all_ids_are_the_whole_softmax():
     x, weight, given = torch.randn(N, 16), torch.randn(V, 16), targets()
-    found = head_loss(x, weight, given, 1024, "sum", sampled=V)
+    found = head_loss(x, weight, given, 1024, "sum", sampled=torch.tensor(V))
     torch.testing.assert_close(found, head_loss_reference(x, weight, given, 1024, "sum"))
 
 
 def test_targets_beyond_the_ids_do_not_train():
     x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(V, 16)
     given = torch.arange(N)
-    loss = head_loss(x, weight, given, 1024, "sum", sampled=40)
+    loss = head_loss(x, weight, given, 1024, "sum", sampled=torch.tensor(40))
     (gradient,) = torch.autograd.grad(loss, x)
     assert int((gradient.abs().sum(1) > 0).sum()) == 40
 
@@ -126,22 +128,24 @@ def test_the_fp8_head_takes_raised_logits(cap):
         assert 0.01 < error(found, wanted) < 0.1  # e5m2 keeps two bits of the mantissa
 
 
+RUN = ["--loss=sampled_softmax", "--max_steps=20", "--vocab_size=512"]
+
+
 def test_only_training_samples():
     model = GPT(GPT2Config(n_layer=1, n_head=1, n_embd=16, vocab_size=V, block_size=N))
     idx, given = targets(1).clamp(min=0)[None], targets()[None]
     whole = model.eval()(idx, given)
-    model.sampled_ids = S
+    model.sampled_ids = torch.tensor(S)
     torch.testing.assert_close(model(idx, given), whole)
     hidden, weight = model.hidden(idx).flatten(0, 1), model.head_weight
-    expected = head_loss(hidden, weight, given.flatten(), 1024, "mean", sampled=S)
+    expected = head_loss(hidden, weight, given.flatten(), 1024, "mean", sampled=torch.tensor(S))
     sampled = model.train()(idx, given)
     torch.testing.assert_close(sampled, expected)
     assert 1e-6 < abs(sampled - whole) < 0.1  # fresh weights: both near ln V
 
 
 def test_a_run_learns_by_it(data_dir, tmp_path):
-    options = ["--loss=sampled_softmax", "--max_steps=20", "--learning_rate=1e-2"]
-    loop.run(config(data_dir, tmp_path, *options))
+    loop.run(config(data_dir, tmp_path, *RUN, "--learning_rate=1e-2"))
     assert metrics(tmp_path)[1] == pytest.approx(math.log(512), abs=0.2)
     assert metrics(tmp_path, "val_loss")[20] < 6
 
@@ -151,3 +155,39 @@ def test_a_vocabulary_too_small_for_a_micro_batch_is_refused(data_dir, tmp_path)
     given = config(data_dir, tmp_path, "--loss=sampled_softmax", "--batch_size=32")
     with pytest.raises(UserError, match=r"takes 128 of the 512 ids, .* has \d+ different targets"):
         loop.run(given)
+
+
+def test_the_last_tenth_takes_the_whole_softmax(data_dir, tmp_path, monkeypatch):
+    sizes = []
+    given = config(data_dir, tmp_path, *RUN)
+    with runtime.start(given.system) as rt:
+        state = setup.build(given, rt, None)
+        try:
+            monkeypatch.setattr(state.graph, "forget", lambda: sizes.append("forget"))
+            for step in (0, 17, 18, 19, 3):
+                state.step = step
+                train_step(state, given, rt)
+                sizes.append(int(state.model.sampled_ids))
+        finally:
+            state.loader.close()
+    assert sizes == [128, 128, "forget", 0, 0, "forget", 128]
+
+
+def test_equal_seconds_count_both_speeds(data_dir, tmp_path, monkeypatch):
+    """A whole softmax that takes twice as long makes a tenth of the steps cost twice as much."""
+    given = config(data_dir, tmp_path, *RUN)
+    with runtime.start(given.system) as rt:
+        state = setup.build(given, rt, None)
+        times = {True: 1e-4, False: 2e-4}
+
+        def seconds(state, config, rt, stretch):
+            train_step(state, config, rt)
+            return times[int(state.model.sampled_ids) > 0]
+
+        monkeypatch.setattr(time_budget, "seconds_per_token", seconds)
+        try:
+            found = time_budget.calibrate(state, given, rt, 10.0)
+        finally:
+            state.loader.close()
+    tokens = state.plan.tokens_per_step
+    assert found.optim.max_steps == int(10 * (1 - time_budget.SLOWER) / 1.1e-4 / tokens)

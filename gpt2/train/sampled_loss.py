@@ -1,0 +1,50 @@
+"""Training by a sampled softmax: when it is sampled, and when it cannot be.
+
+The logarithm of the estimated sum is too small on average, and most so for a good model, whose sums
+have few large terms. So the end of a run takes the whole softmax.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config.train import BatchPlan, OptimOptions
+from ..data.sequence_order import Mixture
+from ..errors import UserError
+from ..kernels.sampled_softmax import sampled_size
+from .state import TrainState
+
+WHOLE = 0.1  # share of the steps, the last ones, that take the whole softmax
+
+
+def begin(options: OptimOptions, vocab: int) -> Tensor | None:
+    """`LanguageModel.sampled_ids` of a run: () int64, or None without a sampled softmax."""
+    return torch.tensor(sampled_size(vocab)) if options.loss == "sampled_softmax" else None
+
+
+def choose(state: TrainState, sampled: Tensor, options: OptimOptions) -> None:
+    """Sets of how many ids the step's softmax is, 0 for all; a CUDA graph is of one number."""
+    whole = state.step >= (1 - WHOLE) * options.max_steps
+    size = 0 if whole else sampled_size(state.model.config.vocab_size)
+    if size != int(sampled):
+        sampled.fill_(size)
+        state.graph.forget()
+
+
+def check(order: Mixture, plan: BatchPlan, sampled: Tensor | None, vocab: int) -> None:
+    """Raises UserError where the ids of the softmax cannot hold the targets of a micro-batch.
+
+    Looks at the first micro-batch: a later one may still have a few targets more, which then do
+    not train.
+    """
+    if sampled is None:
+        return
+    size, found = int(sampled), order.locate(0, plan.batch_size)
+    targets = [reader.sequence(start, plan.block_size)[1] for reader, start in found]
+    different = len(np.unique(np.concatenate(targets)))
+    if different > size:
+        raise UserError(
+            f"loss=sampled_softmax takes {size:,} of the {vocab:,} ids, and the first micro-batch "
+            f"has {different:,} different targets; use --loss=cross_entropy, or a smaller "
+            "--batch_size"
+        )

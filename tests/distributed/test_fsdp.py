@@ -75,6 +75,7 @@ CASES = {
     "Muon": [MUON],
     "AdamW": ["--dropout=0.1", "--activation_checkpointing=True"],
     "switches": SWITCHES,
+    "sampled softmax": [MUON, "--loss=sampled_softmax"],
     "bfloat16": ["--dtype=bfloat16", "--activation_checkpointing=True"],
 }
 

@@ -31,14 +31,17 @@ def choose(state: TrainState, sampled: Tensor, options: OptimOptions) -> None:
         state.graph.forget()
 
 
-def check(order: Mixture, plan: BatchPlan, sampled: Tensor | None, vocab: int) -> None:
-    """Raises UserError where the ids of the softmax cannot hold the targets of a micro-batch.
+def check(order: Mixture, plan: BatchPlan, sampled: Tensor | None, vocab: int) -> list[str]:
+    """Notes for the log.
 
-    Looks at the first micro-batch: a later one may still have a few targets more, which then do
-    not train.
+    Looks at the first micro-batch: a later one may still have more different targets than the
+    softmax has ids; the others then do not train.
+
+    Raises:
+        UserError: the ids of the softmax cannot hold the targets of the first micro-batch.
     """
     if sampled is None:
-        return
+        return []
     size, found = int(sampled), order.locate(0, plan.batch_size)
     targets = [reader.sequence(start, plan.block_size)[1] for reader, start in found]
     different = len(np.unique(np.concatenate(targets)))
@@ -48,3 +51,5 @@ def check(order: Mixture, plan: BatchPlan, sampled: Tensor | None, vocab: int) -
             f"has {different:,} different targets; use --loss=cross_entropy, or a smaller "
             "--batch_size"
         )
+    share = f"{different:,} of them targets in the first micro-batch"
+    return [f"softmax over {size:,} of {vocab:,} ids ({share}), over all in the last {WHOLE:.0%}"]

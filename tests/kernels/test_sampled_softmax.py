@@ -144,8 +144,9 @@ def test_only_training_samples():
     assert 1e-6 < abs(sampled - whole) < 0.1  # fresh weights: both near ln V
 
 
-def test_a_run_learns_by_it(data_dir, tmp_path):
+def test_a_run_learns_by_it(data_dir, tmp_path, capsys):
     loop.run(config(data_dir, tmp_path, *RUN, "--learning_rate=1e-2"))
+    assert "softmax over 128 of 512 ids (" in capsys.readouterr().out
     assert metrics(tmp_path)[1] == pytest.approx(math.log(512), abs=0.2)
     assert metrics(tmp_path, "val_loss")[20] < 6
 

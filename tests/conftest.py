@@ -30,7 +30,7 @@ from gpt2.prepare import fast_tokenizer
 from gpt2.prepare.chosen_tokenizer import chosen_tokenizer, describe_tokenizer
 from gpt2.tokenizer import gpt2_tokenizer
 
-from . import forks
+from . import forks, workers
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -60,6 +60,11 @@ sys.dont_write_bytecode = False
 def pytest_xdist_auto_num_workers():
     """One more than cores: many tests wait for a server, a time limit or a process."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    workers.are_forks(config, specs)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

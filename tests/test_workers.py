@@ -4,12 +4,13 @@ import os
 import re
 
 import pytest
+import torch
 
 from . import workers
 from .conftest import ROOT, run_python
 
 pytest.importorskip("xdist")
-pytestmark = pytest.mark.skipif(not workers.AVAILABLE, reason="forks are used on Linux only")
+pytestmark = pytest.mark.skipif(not workers.available(), reason="forks need Linux without a GPU")
 CONFTEST = """
 import os
 from tests import workers
@@ -52,6 +53,11 @@ def run_with_two_workers(folder, forks: str) -> tuple[int, str]:
         env={**os.environ, "FORKS": forks, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     return done.returncode, done.stdout
+
+
+def test_a_machine_with_a_gpu_has_workers_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not workers.available()
 
 
 def test_reports_are_equal(tmp_path):

@@ -22,12 +22,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-AVAILABLE = sys.platform == "linux"
+
+def available() -> bool:
+    """Whether workers can be forks: a fork cannot use a GPU that its parent has looked at."""
+    import torch
+
+    return sys.platform == "linux" and not torch.cuda.device_count()
 
 
 def are_forks(config, specs):
     """Workers on this machine will be forks; called where pytest-xdist is about to start them."""
-    if AVAILABLE:
+    if available():
         collect = config.pluginmanager.get_plugin("session").perform_collect
         command = fork_collector(collect)
         for spec in specs:

@@ -56,6 +56,8 @@ class CachedForward:
             and rows <= few_token_pass.FEW_ROWS
             and few_token_pass.supports(model)
         )
+        # kernels that begin before their predecessors end pay in a CUDA graph only
+        self.early = self.few and few_token_pass.begins_early(model, rows)
         self.packed: Callable[..., Tensor] | None = None
         if packed:
             layers = few_token_pass.linear_layers(model)
@@ -127,18 +129,27 @@ class CachedForward:
             return self.model.logits(hidden)
         return F.linear(hidden, self.head)[:, : self.model.config.vocab_size]
 
-    def record(self, tokens: Tensor, then: Callable[[Tensor], None]) -> torch.cuda.CUDAGraph:
+    def record(
+        self, tokens: Tensor, then: Callable[[Tensor], None], greedy: bool = False
+    ) -> torch.cuda.CUDAGraph:
         """Records `then(next_logits(tokens))` as a CUDA graph, to be replayed for every token.
 
         Args:
             tokens: (B,) the buffer that a replay reads the newest tokens from.
             then: work on the logits that belongs to the graph.
+            greedy: whether `then` does no more than to copy the likeliest token to `tokens`.
         """
 
         def run(length: int) -> None:
             # `length` matters only to attention without a kernel that reads `cache.lengths`
             self.cache.length = length
-            then(self.next_logits(tokens))
+            if self.early:
+                logits = few_token_pass.next_logits_early(self.model, tokens, self.cache, greedy)
+                if greedy:
+                    return
+            else:
+                logits = self.next_logits(tokens)
+            then(logits)
 
         with self.on_device():
             side = torch.cuda.Stream()

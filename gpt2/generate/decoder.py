@@ -79,7 +79,8 @@ class Decoder:
         self.graph = None
         if graph:
             assert self.forward is not None  # a graph needs a cache
-            self.graph = self.forward.record(self.tokens, self._choose)
+            greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+            self.graph = self.forward.record(self.tokens, self._choose, greedy)
 
     @torch.inference_mode()
     def write(

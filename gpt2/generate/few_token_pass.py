@@ -142,6 +142,34 @@ def supports(model: LanguageModel) -> bool:
     )
 
 
+def begins_early(model: LanguageModel, rows: int) -> bool:
+    """Whether `next_logits_early` is made for a model that `supports` accepts, and so many rows."""
+    if model.transformer.wte.weight.is_cuda and HAS_TRITON:
+        from ..kernels import triton_one_sequence
+
+        return triton_one_sequence.fits(model, rows)
+    return False
+
+
+def next_logits_early(
+    model: LanguageModel, token: Tensor, cache: KVCache, greedy: bool = False
+) -> Tensor:
+    """`next_logits` of one sequence, in kernels that begin before their predecessors end.
+
+    Args:
+        model: one that `begins_early` accepts.
+        token: (1,) int64.
+        cache: holds one more position afterwards.
+        greedy: replace the token by the likeliest next one.
+
+    Returns:
+        (1, V) logits.
+    """
+    from ..kernels import triton_one_sequence
+
+    return triton_one_sequence.next_logits_(model, token, cache, greedy=greedy)
+
+
 def small_layer(x: Tensor, layer: nn.Module, **given: Any) -> Tensor:
     """`small_linear` with a layer's weight, and its bias if it has one."""
     return small_linear(x, layer.weight, getattr(layer, "bias", None), **given)

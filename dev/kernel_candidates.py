@@ -1,0 +1,286 @@
+"""Checks and times the pass whose kernels begin early, on one Hopper GPU, beside today's pass.
+
+    python3 dev/kernel_candidates.py
+
+One sequence of GPT-2 124M in bf16. Times are medians by CUDA events after a warm-up, in
+milliseconds. A candidate that fails costs the others nothing; none starts after 120 s.
+"""
+# ruff: noqa: BLE001, D103
+
+import contextlib
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+BEGAN = time.perf_counter()
+DEADLINE = 120
+POSITIONS = 500
+
+
+def row(what: str, value: str, note: str = "") -> None:
+    print(f"| {what:62s} | {value:>12s} | {note}", flush=True)
+
+
+@contextlib.contextmanager
+def attempt(what: str):
+    try:
+        yield
+    except Exception as error:  # a candidate may fail in any way
+        row(what, "FAILED", f"{type(error).__name__}: {str(error)[:200]!r}")
+        traceback.print_exc(limit=-4)
+
+
+def ms(work, calls: int = 60, warm: int = 10, reset=lambda: None) -> float:
+    """Median of events around one call each, queued: launches from Python do not count."""
+    for _ in range(warm):
+        reset()
+        work()
+    torch.cuda.synchronize()
+    pairs = []
+    for _ in range(calls):
+        reset()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def graphed(work):
+    """The replay of a CUDA graph of work()."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def model_of(dtype):
+    from gpt2.config.model import SIZES, GPT2Config
+    from gpt2.model.gpt import GPT
+
+    torch.manual_seed(0)
+    model = GPT(GPT2Config(**SIZES["gpt2"]))
+    for p in model.parameters():  # biases and norms that matter
+        if p.dim() == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    return model.eval().to("cuda", dtype)
+
+
+def cache_of(model, capacity: int = 640):
+    cache = model.new_cache(1, model.transformer.wte.weight.dtype, capacity)
+    cache.lengths = torch.full((1,), POSITIONS, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(1)
+    cache.keys.normal_(generator=generator)
+    cache.values.normal_(generator=generator)
+    return cache
+
+
+def differences(model) -> None:
+    """Logits of one pass at several lengths beside today's, and beside float64-free float32."""
+    from gpt2.generate import few_token_pass
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    dtype = model.transformer.wte.weight.dtype
+    for length, shares in ((0, 4), (3, 4), (500, 4), (639, 4), (500, 1), (639, 8)):
+        name = f"{dtype}, {length} positions, {shares} shares"
+        with attempt(name):
+            first, second = cache_of(model), cache_of(model)
+            token = torch.tensor([464], device="cuda")
+            for cache in (first, second):
+                cache.lengths.fill_(length)
+            wanted = few_token_pass.next_logits(model, token[:, None], first).float()
+            sizes = kernels.Tiles(shares=shares)
+            copy = token.clone()
+            found = kernels.next_logits_(model, copy, second, greedy=True, tiles=sizes).float()
+            torch.cuda.synchronize()
+            off = (found - wanted).abs().max().item()
+            stored = (first.keys - second.keys).abs().max().item()
+            right = int(copy) == int(found.argmax()) and int(second.lengths) == length + 1
+            row(
+                f"{name}: greatest difference of logits",
+                f"{off:.2e}",
+                f"of {wanted.abs().max().item():.2f}; keys {stored:.1e}; token and length {right}",
+            )
+
+
+def repeats(model) -> None:
+    """A race would show as different bits of a replay on the same cache."""
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    for early in (True, False):
+        with attempt(f"repeats, early {early}"):
+            cache, token = cache_of(model), torch.tensor([464], device="cuda")
+            logits: list = []
+            graph = graphed(
+                lambda c=cache, t=token, e=early, o=logits: o.append(
+                    kernels.next_logits_(model, t, c, greedy=True, early=e)
+                )
+            )
+            kept, wrong = None, 0
+            for _ in range(400):
+                cache.lengths.fill_(POSITIONS)
+                token.fill_(464)
+                graph.replay()
+                found = logits[-1].clone()
+                kept = found if kept is None else kept
+                wrong += int(not torch.equal(kept, found))
+            row(f"400 replays, early {early}: with other bits than the first", str(wrong))
+            if early:
+                first = kept
+            else:
+                row("early and not early: equal bits", str(torch.equal(first, kept)))
+
+
+def replays(model) -> None:
+    """Replays at 500 positions."""
+    from gpt2.generate import few_token_pass
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    T = kernels.Tiles
+
+    def timed(name: str, work) -> None:
+        with attempt(name):
+            cache, token = cache_of(model), torch.tensor([464], device="cuda")
+            graph = graphed(lambda: work(token, cache))
+            took = ms(graph.replay, reset=lambda: cache.lengths.fill_(POSITIONS))
+            row(f"{name}: a replay, ms", f"{took:.4f}", f"{1e3 / took:,.0f} tokens/s at most")
+
+    def today(token, cache):
+        token.copy_(few_token_pass.next_logits(model, token[:, None], cache).argmax(-1))
+
+    def new(early=True, greedy=True, **tiles):
+        return lambda token, cache: kernels.next_logits_(
+            model, token, cache, greedy=greedy, early=early, tiles=T(**tiles)
+        )
+
+    timed("today's pass", today)
+    timed("begins early", new())
+    timed("the same kernels, not early", new(early=False))
+    timed("begins early, without the choice", new(greedy=False))
+    variants = {
+        "shares 2": {"shares": 2},
+        "shares 8": {"shares": 8},
+        "attention of 4 warps": {"attention_warps": 4},
+        "qkv 8 rows, 8 warps": {"qkv": (8, 8)},
+        "qkv 2 rows, 4 warps": {"qkv": (2, 4)},
+        "qkv 2 rows, 1 warp": {"qkv": (2, 1)},
+        "qkv 4 rows, 2 warps": {"qkv": (4, 2)},
+        "fc 4 rows, 4 warps": {"fc": (4, 4)},
+        "fc 8 rows, 8 warps": {"fc": (8, 8)},
+        "fc 2 rows, 1 warp": {"fc": (2, 1)},
+        "proj 2 rows, 4 warps": {"proj": (2, 4)},
+        "proj 4 rows, 8 warps": {"proj": (4, 8)},
+        "proj 8 rows, 8 warps": {"proj": (8, 8)},
+        "out 1 row, 4 warps": {"out": (1, 4)},
+        "out 2 rows, 8 warps": {"out": (2, 8)},
+        "out 4 rows, 8 warps": {"out": (4, 8)},
+        "head 4 rows, 4 warps": {"head": (4, 4)},
+        "head 16 rows, 8 warps": {"head": (16, 8)},
+        "head 16 rows, 4 warps": {"head": (16, 4)},
+        "head 2 rows, 1 warp": {"head": (2, 1)},
+    }
+    for name, tiles in variants.items():
+        if time.perf_counter() - BEGAN > DEADLINE:
+            row(name, "left out", "no time")
+            continue
+        timed(name, new(**tiles))
+
+
+def parts(model) -> None:
+    """Each kind of kernel, 36 in a chain, early and not: microseconds of one."""
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    for kept in ("_embed", "_linear", "_attend", "_project", "_choose"):
+        for early in (True, False):
+            name = f"only {kept}, {'early' if early else 'not early'}"
+            with attempt(name):
+                cache, token = cache_of(model), torch.tensor([464], device="cuda")
+                originals = {k: getattr(kernels, k) for k in
+                             ("_embed", "_linear", "_attend", "_project", "_choose")}  # fmt: skip
+
+                class Nothing:
+                    def __getitem__(self, grid):
+                        return lambda *_, **__: None
+
+                try:
+                    for k in originals:
+                        if k != kept:
+                            setattr(kernels, k, Nothing())
+                    graph = graphed(
+                        lambda c=cache, t=token, e=early: kernels.next_logits_(
+                            model, t, c, greedy=True, early=e
+                        )
+                    )
+                finally:
+                    for k, kernel in originals.items():
+                        setattr(kernels, k, kernel)
+                took = ms(graph.replay, reset=lambda c=cache: c.lengths.fill_(POSITIONS))
+                count = {"_linear": 37, "_attend": 12, "_project": 12}.get(kept, 1)
+                row(f"{name}: ms of {count}", f"{took:.4f}", f"{took / count * 1e3:.2f} µs each")
+
+
+def texts(model) -> None:
+    """Greedy, 128 + 512 tokens, through the public API, with the switch between both passes."""
+    from gpt2.generate import few_token_pass
+    from gpt2.generate.sampling import Sampling
+    from gpt2.generate.stream import decoder_for, generate
+
+    prompt = [torch.randint(50257, (128,), generator=torch.Generator().manual_seed(2)).tolist()]
+    begins_early, found = few_token_pass.begins_early, {}
+    for name, switch, temperature in (
+        ("today's pass", False, 0.0),
+        ("begins early", True, 0.0),
+        ("today's pass, sampled", False, 1.0),
+        ("begins early, sampled", True, 1.0),
+    ):
+        with attempt(name), torch.inference_mode():
+            few_token_pass.begins_early = begins_early if switch else (lambda *_: False)
+            decoder = decoder_for(model, prompt, 512, Sampling(temperature=temperature))
+            assert decoder.forward.early is switch, "the pass does not fit this GPU"
+            write = lambda d=decoder: generate(model, prompt, 512, seed=1, decoder=d)[0]  # noqa: E731
+            text, seconds = write(), []
+            for _ in range(5):
+                began = time.perf_counter()
+                again = write()
+                seconds.append(time.perf_counter() - began)
+            found[name] = text
+            with contextlib.suppress(KeyError):
+                other = found[name.replace("begins early", "today's pass")]
+                same = sum(a == b for a, b in zip(text, other, strict=True))
+                row(
+                    f"{name}: tokens/s of 128 + 512",
+                    f"{512 / statistics.median(seconds):,.0f}",
+                    f"{same} of 512 as today's; a repeat is equal: {again == text}",
+                )
+    few_token_pass.begins_early = begins_early
+
+
+def main() -> None:
+    row(torch.cuda.get_device_name(), "torch", torch.__version__)
+    with torch.inference_mode():
+        model = model_of(torch.bfloat16)
+        for part in (differences, repeats, texts, replays, parts):
+            with attempt(part.__name__):
+                part(model)
+        with attempt("float32"):
+            differences(model_of(torch.float32))
+    row("seconds", f"{time.perf_counter() - BEGAN:.0f}")
+
+
+if __name__ == "__main__":
+    main()

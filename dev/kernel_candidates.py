@@ -173,6 +173,8 @@ def replays(model) -> None:
     timed("the same kernels, not early", new(early=False))
     timed("begins early, without the choice", new(greedy=False))
     variants = {
+        "joined": {"joined": True},
+        "joined, head 8 warps": {"joined": True, "head": (8, 8)},
         "shares 2": {"shares": 2},
         "shares 8": {"shares": 8},
         "attention of 4 warps": {"attention_warps": 4},
@@ -182,11 +184,14 @@ def replays(model) -> None:
         "qkv 4 rows, 2 warps": {"qkv": (4, 2)},
         "fc 4 rows, 4 warps": {"fc": (4, 4)},
         "fc 8 rows, 8 warps": {"fc": (8, 8)},
+        "fc 4 rows, 2 warps": {"fc": (4, 2)},
         "fc 2 rows, 1 warp": {"fc": (2, 1)},
         "proj 2 rows, 4 warps": {"proj": (2, 4)},
         "proj 4 rows, 8 warps": {"proj": (4, 8)},
         "proj 8 rows, 8 warps": {"proj": (8, 8)},
         "out 1 row, 4 warps": {"out": (1, 4)},
+        "out 1 row, 1 warp": {"out": (1, 1)},
+        "out 1 row, 2 warps": {"out": (1, 2)},
         "out 2 rows, 8 warps": {"out": (2, 8)},
         "out 4 rows, 8 warps": {"out": (4, 8)},
         "head 4 rows, 4 warps": {"head": (4, 4)},

@@ -44,11 +44,17 @@ class Tiles(NamedTuple):
     head: tuple[int, int] = 8, 4
     shares: int = 4
     attention_warps: int = 8
+    joined: bool = False
 
 
 @triton.jit
-def _add_both(a, b, c, d):
+def _add_two(a, b, c, d):
     return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):  # noqa: PLR0917 - Triton calls by position
+    return a + d, b + e, c + f
 
 
 @triton.jit
@@ -89,14 +95,15 @@ def _linear(  # noqa: PLR0917 - Triton launches by position
     gelu: tl.constexpr,
     added: tl.constexpr,
     head: tl.constexpr,
+    joined: tl.constexpr,
     tile: tl.constexpr,
     block: tl.constexpr,
     early: tl.constexpr,
 ):
     """out = gelu(norm(x) weightᵀ + bias), or added to out; a program per `tile` outputs.
 
-    With w of a row, g of the gain and s of the shift, LayerNorm before a product is
-    ((Σ w g x) - mean Σ w g) / deviation + Σ w s. Two of the sums need no x, so they come early.
+    With `joined`, a LayerNorm is ((Σ w g x) - mean Σ w g) / deviation + Σ w s, w of a row, g of the
+    gain and s of the shift: two of the sums need no x, so they come early, and the others are one.
 
     The head has no bias; it notes the greatest of its logits for `_choose` and advances the length.
     """
@@ -115,17 +122,25 @@ def _linear(  # noqa: PLR0917 - Triton launches by position
     if normed:
         g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
-        of_gain = tl.sum(w.to(tl.float32) * g[None, :], 1)
-        y += tl.sum(w.to(tl.float32) * s[None, :], 1)
+        if joined:
+            of_gain = tl.sum(w.to(tl.float32) * g[None, :], 1)
+            y += tl.sum(w.to(tl.float32) * s[None, :], 1)
     if early:
         gdc_wait()
     v = tl.load(x + k, mask=inside, other=0.0)
-    if normed:
-        total, squares = tl.reduce((v, v * v), 0, _add_both)
+    if normed and joined:
+        product = w.to(tl.float32) * (g * v)[None, :]
+        v = tl.broadcast_to(v[None, :], (tile, block))
+        product, total, squares = tl.reduce((product, v, v * v), 1, _add_three)
         mean = total / width
         scale = tl.rsqrt(tl.maximum(squares / width - mean * mean, 0.0) + eps)
-        y += scale * (tl.sum(w.to(tl.float32) * (g * v)[None, :], 1) - mean * of_gain)
+        y += scale * (product - mean * of_gain)
     else:
+        if normed:
+            total, squares = tl.reduce((v, v * v), 0, _add_two)
+            mean = total / width
+            scale = tl.rsqrt(tl.maximum(squares / width - mean * mean, 0.0) + eps)
+            v = (v - mean) * scale * g + s  # 0 outside, as g and s are
         y += tl.sum(w.to(tl.float32) * v[None, :], 1)
     if gelu:  # ½ (1 + tanh u) = σ(2u), see `linear.gelu`
         y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
@@ -256,7 +271,7 @@ def _choose(  # noqa: PLR0917 - Triton launches by position
     block: tl.constexpr,
     early: tl.constexpr,
 ):
-    """token = the first of the greatest logits; `best` holds the greatest of each `tile` of them."""
+    """token = the first of the greatest logits; `best` holds the greatest of each `tile`."""
     if early:
         gdc_launch_dependents()
         gdc_wait()
@@ -342,6 +357,7 @@ def next_logits_(
             kind == "gelu",
             kind == "added",
             kind == "head",
+            tiles.joined,
             tile,
             triton.next_power_of_2(width),
             early,

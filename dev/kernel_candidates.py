@@ -103,6 +103,7 @@ def differences(model) -> None:
             token = torch.tensor([464], device="cuda")
             for cache in (first, second):
                 cache.lengths.fill_(length)
+                cache.length = length
             wanted = few_token_pass.next_logits(model, token[:, None], first).float()
             sizes = kernels.Tiles(shares=shares)
             copy = token.clone()

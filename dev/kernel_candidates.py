@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 BEGAN = time.perf_counter()
 DEADLINE = 120
 POSITIONS = 500
+KERNELS = "_embed", "_linear", "_attend", "_project", "_head", "_choose"
 
 
 def row(what: str, value: str, note: str = "") -> None:
@@ -69,12 +70,12 @@ def graphed(work):
     return graph
 
 
-def model_of(dtype):
+def model_of(dtype, size="gpt2"):
     from gpt2.config.model import SIZES, GPT2Config
     from gpt2.model.gpt import GPT
 
     torch.manual_seed(0)
-    model = GPT(GPT2Config(**SIZES["gpt2"]))
+    model = GPT(GPT2Config(**SIZES[size]))
     for p in model.parameters():  # biases and norms that matter
         if p.dim() == 1:
             p.data += 0.1 * torch.randn_like(p)
@@ -107,7 +108,7 @@ def differences(model) -> None:
             wanted = few_token_pass.next_logits(model, token[:, None], first).float()
             sizes = kernels.Tiles(shares=shares)
             copy = token.clone()
-            found = kernels.next_logits_(model, copy, second, greedy=True, tiles=sizes).float()
+            found = kernels.OneSequence(model, second, tiles=sizes).next_logits(copy, True).float()
             torch.cuda.synchronize()
             off = (found - wanted).abs().max().item()
             stored = (first.keys - second.keys).abs().max().item()
@@ -129,7 +130,7 @@ def repeats(model) -> None:
             logits: list = []
             graph = graphed(
                 lambda c=cache, t=token, e=early, o=logits: o.append(
-                    kernels.next_logits_(model, t, c, greedy=True, early=e)
+                    kernels.OneSequence(model, c, early=e).next_logits(t, True)
                 )
             )
             kept, wrong = None, 0
@@ -165,17 +166,15 @@ def replays(model) -> None:
         token.copy_(few_token_pass.next_logits(model, token[:, None], cache).argmax(-1))
 
     def new(early=True, greedy=True, **tiles):
-        return lambda token, cache: kernels.next_logits_(
-            model, token, cache, greedy=greedy, early=early, tiles=T(**tiles)
-        )
+        return lambda token, cache: kernels.OneSequence(
+            model, cache, early=early, tiles=T(**tiles)
+        ).next_logits(token, greedy)
 
     timed("today's pass", today)
     timed("begins early", new())
     timed("the same kernels, not early", new(early=False))
     timed("begins early, without the choice", new(greedy=False))
     variants = {
-        "joined": {"joined": True},
-        "joined, head 8 warps": {"joined": True, "head": (8, 8)},
         "shares 2": {"shares": 2},
         "shares 8": {"shares": 8},
         "attention of 4 warps": {"attention_warps": 4},
@@ -197,8 +196,12 @@ def replays(model) -> None:
         "out 4 rows, 8 warps": {"out": (4, 8)},
         "head 4 rows, 4 warps": {"head": (4, 4)},
         "head 16 rows, 8 warps": {"head": (16, 8)},
-        "head 16 rows, 4 warps": {"head": (16, 4)},
-        "head 2 rows, 1 warp": {"head": (2, 1)},
+        "head 2 rows, 1 warp, 16 programs": {"head": (2, 1), "head_programs": 16},
+        "head 6 programs": {"head_programs": 6},
+        "head 8 programs": {"head_programs": 8},
+        "head 2 programs of 16 rows, 8 warps": {"head": (16, 8), "head_programs": 2},
+        "all of 8 warps": {"qkv": (8, 8), "proj": (4, 8), "fc": (16, 8), "out": (4, 8)},
+        "all of 2 warps": {"qkv": (2, 2), "proj": (2, 2), "fc": (4, 2), "out": (1, 2)},
     }
     for name, tiles in variants.items():
         if time.perf_counter() - BEGAN > DEADLINE:
@@ -211,13 +214,12 @@ def parts(model) -> None:
     """Each kind of kernel, 36 in a chain, early and not: microseconds of one."""
     from gpt2.kernels import triton_one_sequence as kernels
 
-    for kept in ("_embed", "_linear", "_attend", "_project", "_choose"):
+    for kept in KERNELS:
         for early in (True, False):
             name = f"only {kept}, {'early' if early else 'not early'}"
             with attempt(name):
                 cache, token = cache_of(model), torch.tensor([464], device="cuda")
-                originals = {k: getattr(kernels, k) for k in
-                             ("_embed", "_linear", "_attend", "_project", "_choose")}  # fmt: skip
+                originals = {k: getattr(kernels, k) for k in KERNELS}
 
                 class Nothing:
                     def __getitem__(self, grid):
@@ -228,15 +230,15 @@ def parts(model) -> None:
                         if k != kept:
                             setattr(kernels, k, Nothing())
                     graph = graphed(
-                        lambda c=cache, t=token, e=early: kernels.next_logits_(
-                            model, t, c, greedy=True, early=e
-                        )
+                        lambda c=cache, t=token, e=early: kernels.OneSequence(
+                            model, c, early=e
+                        ).next_logits(t, True)
                     )
                 finally:
                     for k, kernel in originals.items():
                         setattr(kernels, k, kernel)
                 took = ms(graph.replay, reset=lambda c=cache: c.lengths.fill_(POSITIONS))
-                count = {"_linear": 37, "_attend": 12, "_project": 12}.get(kept, 1)
+                count = {"_linear": 36, "_attend": 12, "_project": 12}.get(kept, 1)
                 row(f"{name}: ms of {count}", f"{took:.4f}", f"{took / count * 1e3:.2f} µs each")
 
 
@@ -276,6 +278,32 @@ def texts(model) -> None:
     few_token_pass.begins_early = begins_early
 
 
+def sizes() -> None:
+    """Larger networks: a replay of today's pass and of the new one."""
+    from gpt2.generate import few_token_pass
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    for size in ("gpt2-medium", "gpt2-large", "gpt2-xl"):
+        if time.perf_counter() - BEGAN > DEADLINE + 10:
+            row(size, "left out", "no time")
+            continue
+        model = model_of(torch.bfloat16, size)
+
+        def today(token, cache, model=model):
+            logits = few_token_pass.next_logits(model, token[:, None], cache)
+            token.copy_(logits.argmax(-1))
+
+        def early(token, cache, model=model):
+            kernels.OneSequence(model, cache).next_logits(token, True)
+
+        for name, work in (("today's pass", today), ("begins early", early)):
+            with attempt(f"{size}, {name}"):
+                cache, token = cache_of(model), torch.tensor([464], device="cuda")
+                graph = graphed(lambda w=work, t=token, c=cache: w(t, c))
+                took = ms(graph.replay, reset=lambda c=cache: c.lengths.fill_(POSITIONS))
+                row(f"{size}, {name}: a replay, ms", f"{took:.4f}", f"next token {int(token)}")
+
+
 def main() -> None:
     row(torch.cuda.get_device_name(), "torch", torch.__version__)
     with torch.inference_mode():
@@ -285,6 +313,8 @@ def main() -> None:
                 part(model)
         with attempt("float32"):
             differences(model_of(torch.float32))
+        with attempt("sizes"):
+            sizes()
     row("seconds", f"{time.perf_counter() - BEGAN:.0f}")
 
 

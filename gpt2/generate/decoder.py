@@ -150,7 +150,8 @@ class Decoder:
     def _step(self, uniform: Tensor, rows: list[list[int]]) -> None:
         """Reads the newest token of every row and chooses the next; `uniform` is (B,)."""
         began = time.perf_counter()
-        self.uniform.copy_(uniform)
+        if self.sampling.temperature > 0:  # else it is not read
+            self.uniform.copy_(uniform)
         if self.graph:
             self.graph.replay()
         elif self.forward is not None:

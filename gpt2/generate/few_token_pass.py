@@ -167,7 +167,7 @@ def next_logits_early(
     """
     from ..kernels import triton_one_sequence
 
-    return triton_one_sequence.next_logits_(model, token, cache, greedy=greedy)
+    return triton_one_sequence.OneSequence(model, cache).next_logits(token, greedy)
 
 
 def small_layer(x: Tensor, layer: nn.Module, **given: Any) -> Tensor:

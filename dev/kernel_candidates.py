@@ -108,7 +108,11 @@ def differences(model) -> None:
             wanted = few_token_pass.next_logits(model, token[:, None], first).float()
             sizes = kernels.Tiles(shares=shares)
             copy = token.clone()
-            found = kernels.OneSequence(model, second, tiles=sizes).next_logits(copy, True).float()
+            found = (
+                kernels.OneSequence(model, second, tiles=sizes)
+                .next_logits(copy, copy.clone())
+                .float()
+            )
             torch.cuda.synchronize()
             off = (found - wanted).abs().max().item()
             stored = (first.keys - second.keys).abs().max().item()
@@ -124,13 +128,13 @@ def repeats(model) -> None:
     """A race would show as different bits of a replay on the same cache."""
     from gpt2.kernels import triton_one_sequence as kernels
 
-    for early in (True, False):
+    for early in (1, 0):
         with attempt(f"repeats, early {early}"):
             cache, token = cache_of(model), torch.tensor([464], device="cuda")
             logits: list = []
             graph = graphed(
                 lambda c=cache, t=token, e=early, o=logits: o.append(
-                    kernels.OneSequence(model, c, early=e).next_logits(t, True)
+                    kernels.OneSequence(model, c, early=e).next_logits(t, t.clone())
                 )
             )
             kept, wrong = None, 0
@@ -155,53 +159,62 @@ def replays(model) -> None:
 
     T = kernels.Tiles
 
-    def timed(name: str, work) -> None:
+    written = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def timed(name: str, work, tokens: int = 4) -> None:
         with attempt(name):
             cache, token = cache_of(model), torch.tensor([464], device="cuda")
-            graph = graphed(lambda: work(token, cache))
-            took = ms(graph.replay, reset=lambda: cache.lengths.fill_(POSITIONS))
-            row(f"{name}: a replay, ms", f"{took:.4f}", f"{1e3 / took:,.0f} tokens/s at most")
+            graph = graphed(lambda: [work(token, cache) for _ in range(tokens)])
+            took = ms(graph.replay, reset=lambda: cache.lengths.fill_(POSITIONS)) / tokens
+            row(f"{name}: a token, ms", f"{took:.4f}", f"{1e3 / took:,.0f} tokens/s at most")
 
     def today(token, cache):
         token.copy_(few_token_pass.next_logits(model, token[:, None], cache).argmax(-1))
 
-    def new(early=True, greedy=True, **tiles):
+    def new(early=1, greedy=True, **tiles):
         return lambda token, cache: kernels.OneSequence(
             model, cache, early=early, tiles=T(**tiles)
-        ).next_logits(token, greedy)
+        ).next_logits(token, written if greedy else None)
 
-    timed("today's pass", today)
-    timed("begins early", new())
-    timed("the same kernels, not early", new(early=False))
-    timed("begins early, without the choice", new(greedy=False))
+    timed("today's pass, 1 token a graph", today, 1)
+    timed("today's pass, 4 tokens a graph", today)
+    timed("begins early, 1 token a graph", new(), 1)
+    timed("begins early, 8 tokens a graph", new(), 8)
+    timed("not early", new(early=0))
+    timed("signals after the wait", new(early=2))
+    timed("signals after the loads", new(early=3))
+    timed("without the choice", new(greedy=False))
+    good = {"fc": (2, 1), "out": (2, 8), "proj": (8, 8)}
     variants = {
-        "shares 2": {"shares": 2},
-        "shares 8": {"shares": 8},
-        "attention of 4 warps": {"attention_warps": 4},
-        "qkv 8 rows, 8 warps": {"qkv": (8, 8)},
-        "qkv 2 rows, 4 warps": {"qkv": (2, 4)},
-        "qkv 2 rows, 1 warp": {"qkv": (2, 1)},
-        "qkv 4 rows, 2 warps": {"qkv": (4, 2)},
-        "fc 4 rows, 4 warps": {"fc": (4, 4)},
-        "fc 8 rows, 8 warps": {"fc": (8, 8)},
-        "fc 4 rows, 2 warps": {"fc": (4, 2)},
-        "fc 2 rows, 1 warp": {"fc": (2, 1)},
-        "proj 2 rows, 4 warps": {"proj": (2, 4)},
-        "proj 4 rows, 8 warps": {"proj": (4, 8)},
-        "proj 8 rows, 8 warps": {"proj": (8, 8)},
-        "out 1 row, 4 warps": {"out": (1, 4)},
-        "out 1 row, 1 warp": {"out": (1, 1)},
-        "out 1 row, 2 warps": {"out": (1, 2)},
-        "out 2 rows, 8 warps": {"out": (2, 8)},
-        "out 4 rows, 8 warps": {"out": (4, 8)},
-        "head 4 rows, 4 warps": {"head": (4, 4)},
-        "head 16 rows, 8 warps": {"head": (16, 8)},
-        "head 2 rows, 1 warp, 16 programs": {"head": (2, 1), "head_programs": 16},
-        "head 6 programs": {"head_programs": 6},
-        "head 8 programs": {"head_programs": 8},
-        "head 2 programs of 16 rows, 8 warps": {"head": (16, 8), "head_programs": 2},
-        "all of 8 warps": {"qkv": (8, 8), "proj": (4, 8), "fc": (16, 8), "out": (4, 8)},
-        "all of 2 warps": {"qkv": (2, 2), "proj": (2, 2), "fc": (4, 2), "out": (1, 2)},
+        "begins early, 4 tokens a graph": {},
+        "good: fc 2/1, out 2/8, proj 8/8": good,
+        "again": {},
+        "good again": good,
+        "good, attention of 4 warps": good | {"attention_warps": 4},
+        "good, qkv 2/1": good | {"qkv": (2, 1)},
+        "good, qkv 4/1": good | {"qkv": (4, 1)},
+        "good, qkv 2/2": good | {"qkv": (2, 2)},
+        "good, qkv 8/4": good | {"qkv": (8, 4)},
+        "good, qkv 16/8": good | {"qkv": (16, 8)},
+        "good, fc 4/4": good | {"fc": (4, 4)},
+        "good, fc 1/1": good | {"fc": (1, 1)},
+        "good, fc 4/1": good | {"fc": (4, 1)},
+        "good, fc 16/8": good | {"fc": (16, 8)},
+        "good, out 1/2": good | {"out": (1, 2)},
+        "good, out 1/4": good | {"out": (1, 4)},
+        "good, out 4/16": good | {"out": (4, 16)},
+        "good, out 4/8": good | {"out": (4, 8)},
+        "good, proj 4/4": good | {"proj": (4, 4)},
+        "good, proj 8/4": good | {"proj": (8, 4)},
+        "good, proj 16/16": good | {"proj": (16, 16)},
+        "good, shares 8": good | {"shares": 8},
+        "good, shares 8, 4 warps": good | {"shares": 8, "attention_warps": 4},
+        "good, head 4/4": good | {"head": (4, 4)},
+        "good, head 8/4, 6 programs": good | {"head_programs": 6},
+        "good, head 8/4, 8 programs": good | {"head_programs": 8},
+        "good, head 16/8, 2 programs": good | {"head": (16, 8), "head_programs": 2},
+        "good, head 2/1, 16 programs": good | {"head": (2, 1), "head_programs": 16},
+        "good, head 4/2, 8 programs": good | {"head": (4, 2), "head_programs": 8},
     }
     for name, tiles in variants.items():
         if time.perf_counter() - BEGAN > DEADLINE:
@@ -215,7 +228,7 @@ def parts(model) -> None:
     from gpt2.kernels import triton_one_sequence as kernels
 
     for kept in KERNELS:
-        for early in (True, False):
+        for early in (1, 0):
             name = f"only {kept}, {'early' if early else 'not early'}"
             with attempt(name):
                 cache, token = cache_of(model), torch.tensor([464], device="cuda")
@@ -232,7 +245,7 @@ def parts(model) -> None:
                     graph = graphed(
                         lambda c=cache, t=token, e=early: kernels.OneSequence(
                             model, c, early=e
-                        ).next_logits(t, True)
+                        ).next_logits(t, t.clone())
                     )
                 finally:
                     for k, kernel in originals.items():
@@ -244,22 +257,32 @@ def parts(model) -> None:
 
 def texts(model) -> None:
     """Greedy, 128 + 512 tokens, through the public API, with the switch between both passes."""
-    from gpt2.generate import few_token_pass
+    from gpt2.generate import decoder as decoding
+    from gpt2.generate import few_token_pass, stream
     from gpt2.generate.sampling import Sampling
     from gpt2.generate.stream import decoder_for, generate
+    from gpt2.kernels import triton_one_sequence as kernels
 
     prompt = [torch.randint(50257, (128,), generator=torch.Generator().manual_seed(2)).tolist()]
     begins_early, found = few_token_pass.begins_early, {}
-    for name, switch, temperature in (
-        ("today's pass", False, 0.0),
-        ("begins early", True, 0.0),
-        ("today's pass, sampled", False, 1.0),
-        ("begins early, sampled", True, 1.0),
+    good = kernels.Tiles(fc=(2, 1), out=(2, 8), proj=(8, 8))
+    for name, switch, temperature, burst, tiles in (
+        ("today's pass", False, 0.0, 8, None),
+        ("begins early, no bursts", True, 0.0, 0, None),
+        ("begins early, bursts of 4", True, 0.0, 4, None),
+        ("begins early, bursts of 8", True, 0.0, 8, None),
+        ("begins early, bursts of 8, good tiles", True, 0.0, 8, good),
+        ("begins early, bursts of 16, good tiles", True, 0.0, 16, good),
+        ("begins early, bursts of 32, good tiles", True, 0.0, 32, good),
+        ("today's pass, sampled", False, 1.0, 8, None),
+        ("begins early, sampled, bursts of 8, good tiles", True, 1.0, 8, good),
     ):
         with attempt(name), torch.inference_mode():
             few_token_pass.begins_early = begins_early if switch else (lambda *_: False)
+            decoding.BURST, stream.BURST_MIN_TOKENS = burst or 8, 64 if burst else 10**9
+            kernels.OneSequence.__init__.__kwdefaults__["tiles"] = tiles
             decoder = decoder_for(model, prompt, 512, Sampling(temperature=temperature))
-            assert decoder.forward.early is switch, "the pass does not fit this GPU"
+            assert bool(decoder.forward.early) is switch, "the pass does not fit this GPU"
             write = lambda d=decoder: generate(model, prompt, 512, seed=1, decoder=d)[0]  # noqa: E731
             text, seconds = write(), []
             for _ in range(5):
@@ -268,7 +291,7 @@ def texts(model) -> None:
                 seconds.append(time.perf_counter() - began)
             found[name] = text
             with contextlib.suppress(KeyError):
-                other = found[name.replace("begins early", "today's pass")]
+                other = found["today's pass, sampled" if "sampled" in name else "today's pass"]
                 same = sum(a == b for a, b in zip(text, other, strict=True))
                 row(
                     f"{name}: tokens/s of 128 + 512",
@@ -276,6 +299,7 @@ def texts(model) -> None:
                     f"{same} of 512 as today's; a repeat is equal: {again == text}",
                 )
     few_token_pass.begins_early = begins_early
+    kernels.OneSequence.__init__.__kwdefaults__["tiles"] = None
 
 
 def sizes() -> None:
@@ -294,7 +318,7 @@ def sizes() -> None:
             token.copy_(logits.argmax(-1))
 
         def early(token, cache, model=model):
-            kernels.OneSequence(model, cache).next_logits(token, True)
+            kernels.OneSequence(model, cache).next_logits(token, token.clone())
 
         for name, work in (("today's pass", today), ("begins early", early)):
             with attempt(f"{size}, {name}"):

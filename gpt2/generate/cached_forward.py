@@ -5,6 +5,7 @@ Shapes: `B` rows, `C` channels, `V` vocabulary.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +57,10 @@ class CachedForward:
             and rows <= few_token_pass.FEW_ROWS
             and few_token_pass.supports(model)
         )
-        # kernels that begin before their predecessors end pay in a CUDA graph only
-        self.early = self.few and few_token_pass.begins_early(model, rows)
+        # one sequence's pass for a CUDA graph
+        self.early: Any = None
+        if self.few and few_token_pass.begins_early(model, rows):
+            self.early = few_token_pass.early_pass(model, self.cache)
         self.packed: Callable[..., Tensor] | None = None
         if packed:
             layers = few_token_pass.linear_layers(model)
@@ -129,27 +132,13 @@ class CachedForward:
             return self.model.logits(hidden)
         return F.linear(hidden, self.head)[:, : self.model.config.vocab_size]
 
-    def record(
-        self, tokens: Tensor, then: Callable[[Tensor], None], greedy: bool = False
-    ) -> torch.cuda.CUDAGraph:
-        """Records `then(next_logits(tokens))` as a CUDA graph, to be replayed for every token.
-
-        Args:
-            tokens: (B,) the buffer that a replay reads the newest tokens from.
-            then: work on the logits that belongs to the graph.
-            greedy: whether `then` does no more than to copy the likeliest token to `tokens`.
-        """
+    def record(self, steps: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Records work that calls `next_logits` as a CUDA graph, to be replayed."""
 
         def run(length: int) -> None:
             # `length` matters only to attention without a kernel that reads `cache.lengths`
             self.cache.length = length
-            if self.early:
-                logits = few_token_pass.next_logits_early(self.model, tokens, self.cache, greedy)
-                if greedy:
-                    return
-            else:
-                logits = self.next_logits(tokens)
-            then(logits)
+            steps()
 
         with self.on_device():
             side = torch.cuda.Stream()

@@ -143,7 +143,7 @@ def supports(model: LanguageModel) -> bool:
 
 
 def begins_early(model: LanguageModel, rows: int) -> bool:
-    """Whether `next_logits_early` is made for a model that `supports` accepts, and so many rows."""
+    """Whether `early_pass` is made for a model that `supports` accepts, and so many rows."""
     if model.transformer.wte.weight.is_cuda and HAS_TRITON:
         from ..kernels import triton_one_sequence
 
@@ -151,23 +151,19 @@ def begins_early(model: LanguageModel, rows: int) -> bool:
     return False
 
 
-def next_logits_early(
-    model: LanguageModel, token: Tensor, cache: KVCache, greedy: bool = False
-) -> Tensor:
+def early_pass(model: LanguageModel, cache: KVCache) -> Any:
     """`next_logits` of one sequence, in kernels that begin before their predecessors end.
 
     Args:
         model: one that `begins_early` accepts.
-        token: (1,) int64.
-        cache: holds one more position afterwards.
-        greedy: replace the token by the likeliest next one.
+        cache: of one row, with `lengths`.
 
     Returns:
-        (1, V) logits.
+        A `triton_one_sequence.OneSequence`.
     """
     from ..kernels import triton_one_sequence
 
-    return triton_one_sequence.OneSequence(model, cache).next_logits(token, greedy)
+    return triton_one_sequence.OneSequence(model, cache)
 
 
 def small_layer(x: Tensor, layer: nn.Module, **given: Any) -> Tensor:

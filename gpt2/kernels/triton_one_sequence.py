@@ -49,14 +49,18 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def _begin(early: tl.constexpr):
-    if early:
+    if early == 1:
         gdc_launch_dependents()
 
 
 @triton.jit
 def _wait(early: tl.constexpr):
-    if early:
+    if early == 3:
+        gdc_launch_dependents()
+    if early > 0:
         gdc_wait()
+    if early == 2:
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -77,7 +81,7 @@ def _add_two(a, b, c, d):
 
 
 @triton.jit
-def _layer_norm(  # noqa: PLR0917 - Triton calls by position
+def _layer_norm(
     v, gain, shift, width: tl.constexpr, eps
 ):  # fmt: skip
     """LayerNorm of a vector; 0 where gain and shift are. Both moments are one reduction."""
@@ -252,9 +256,9 @@ def _head(  # noqa: PLR0917 - Triton launches by position
 
 @triton.jit
 def _choose(  # noqa: PLR0917 - Triton launches by position
-    best, places, token, outputs, programs, block: tl.constexpr, early: tl.constexpr
+    best, places, token, written, outputs, programs, block: tl.constexpr, early: tl.constexpr
 ):  # fmt: skip
-    """token = the first place of the greatest logit."""
+    """token = written = the first place of the greatest logit."""
     _begin(early)
     _wait(early)
     i = tl.arange(0, block)
@@ -262,7 +266,9 @@ def _choose(  # noqa: PLR0917 - Triton launches by position
     place = tl.load(places + i, mask=i < programs, other=0)
     # NaN equals nothing: then the last token
     place = tl.where((top == tl.max(top, 0)) & (i < programs), place, outputs - 1)
-    tl.store(token, tl.min(place, 0).to(tl.int64))
+    chosen = tl.min(place, 0).to(tl.int64)
+    tl.store(token, chosen)
+    tl.store(written, chosen)
 
 
 def fits(model: Any, rows: int) -> bool:
@@ -291,7 +297,7 @@ class OneSequence:
     """
 
     def __init__(
-        self, model: Any, cache: Any, *, early: bool = True, tiles: Tiles | None = None
+        self, model: Any, cache: Any, *, early: int = 1, tiles: Tiles | None = None
     ) -> None:
         assert cache.lengths is not None
         assert cache.keys.is_contiguous()
@@ -310,12 +316,12 @@ class OneSequence:
         self.places = wte.new_empty(self.programs, dtype=torch.int32)
         self.logits = wte.new_empty(1, len(wte))  # (1, V)
 
-    def next_logits(self, token: Tensor, greedy: bool = False) -> Tensor:
+    def next_logits(self, token: Tensor, written: Tensor | None = None) -> Tensor:
         """Appends a token; the logits that follow.
 
         Args:
             token: (1,) int64.
-            greedy: replace the token by the likeliest next one.
+            written: (1,) int64 to write the likeliest next token to, also to `token`; or None.
 
         Returns:
             (1, V) logits, overwritten by the next call.
@@ -333,13 +339,13 @@ class OneSequence:
             self._linear(self.hidden, mlp.c_proj, self.x, self.tiles.out, added=True)
         self._logits(parts.wte.weight, parts.ln_f)
         self.cache.length += 1  # the head has advanced `lengths`
-        if greedy:
+        if written is not None:
             size = triton.next_power_of_2(self.programs)
-            given = self.best, self.places, token, self.logits.shape[1], self.programs
+            given = self.best, self.places, token, written, self.logits.shape[1], self.programs
             _choose[(1,)](*given, size, self.early, num_warps=4, **self.options)
         return self.logits
 
-    def _linear(  # noqa: PLR0917 - what is fused with a matmul
+    def _linear(
         self,
         x: Tensor,
         layer: Any,

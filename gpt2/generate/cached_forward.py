@@ -57,7 +57,6 @@ class CachedForward:
             and rows <= few_token_pass.FEW_ROWS
             and few_token_pass.supports(model)
         )
-        # one sequence's pass for a CUDA graph
         self.early: Any = None
         if self.few and few_token_pass.begins_early(model, rows):
             self.early = few_token_pass.early_pass(model, self.cache)
@@ -121,6 +120,8 @@ class CachedForward:
         if self.packed:
             return few_token_pass.next_logits(self.model, tokens[:, None], cache, self.packed)
         with self.on_device():  # where Triton launches its kernels
+            if self.early and cache is self.cache:
+                return self.early.next_logits(tokens)
             if self.few:
                 return few_token_pass.next_logits(self.model, tokens[:, None], cache)
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]

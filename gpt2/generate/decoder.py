@@ -164,8 +164,8 @@ class Decoder:
         began, count = time.perf_counter(), len(uniform)
         if self.sampling.temperature > 0:  # else it is not read
             self.uniform[:count] = uniform
-        if self.graph:
-            (self.graph if count == 1 else self.burst).replay()
+        if graph := self.graph if count == 1 else self.burst:
+            graph.replay()
         elif self.forward is not None:
             self.forward.cache.length = max(self.filled)
             self._choose(self.forward.next_logits(self.tokens))
@@ -178,11 +178,8 @@ class Decoder:
     def _recorded_step(self, number: int = 0) -> None:
         """Step `number` of a graph."""
         assert self.forward is not None
-        early, greedy = self.forward.early, self.sampling.greedy
-        if early and greedy:
-            early.next_logits(self.tokens, self.written[number])
-        elif early:
-            self._choose(early.next_logits(self.tokens), number)
+        if self.forward.early and self.sampling.greedy:  # it chooses the token too
+            self.forward.early.next_logits(self.tokens, self.written[number])
         else:
             self._choose(self.forward.next_logits(self.tokens), number)
 

@@ -223,6 +223,49 @@ def replays(model) -> None:
         timed(name, new(**tiles))
 
 
+def floors(model) -> None:
+    """Kernels that do next to nothing in a chain; and a pass whose weights stay in the L2 cache."""
+    import triton
+    import triton.language as tl
+
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    begin, wait = kernels._begin, kernels._wait
+
+    @triton.jit
+    def link(x, early: tl.constexpr, begin: tl.constexpr, wait: tl.constexpr):
+        begin(early)
+        wait(early)
+        tl.store(x + tl.program_id(0), tl.load(x + tl.program_id(0)) + 1.0)
+
+    x = torch.zeros(4096, device="cuda")
+    for programs, warps in ((1, 1), (128, 4), (576, 4), (1536, 1)):
+        for early in (0, 1, 2):
+            name = f"chain of kernels, {programs} programs of {warps} warps, early {early}"
+            with attempt(name):
+                options = {"launch_pdl": True} if early else {}
+
+                def chain(p=programs, w=warps, e=early, o=options):
+                    for _ in range(64):
+                        link[(p,)](x, e, begin, wait, num_warps=w, **o)
+
+                took = ms(graphed(chain).replay) / 64
+                row(f"{name}: µs of one", f"{took * 1e3:.2f}")
+    blocks = model.transformer.h
+    try:
+        model.transformer.h = torch.nn.ModuleList([blocks[0]] * len(blocks))
+        for early in (0, 1, 2):
+            name = f"one layer's weights twelve times, early {early}"
+            with attempt(name):
+                cache, token = cache_of(model), torch.tensor([464], device="cuda")
+                one = kernels.OneSequence(model, cache, early=early)
+                graph = graphed(lambda o=one, t=token: [o.next_logits(t) for _ in range(4)])
+                took = ms(graph.replay, reset=lambda c=cache: c.lengths.fill_(POSITIONS)) / 4
+                row(f"{name}: a token, ms", f"{took:.4f}")
+    finally:
+        model.transformer.h = blocks
+
+
 def parts(model) -> None:
     """Each kind of kernel, 36 in a chain, early and not: microseconds of one."""
     from gpt2.kernels import triton_one_sequence as kernels
@@ -332,7 +375,7 @@ def main() -> None:
     row(torch.cuda.get_device_name(), "torch", torch.__version__)
     with torch.inference_mode():
         model = model_of(torch.bfloat16)
-        for part in (differences, repeats, texts, replays, parts):
+        for part in (differences, repeats, texts, replays, floors, parts):
             with attempt(part.__name__):
                 part(model)
         with attempt("float32"):

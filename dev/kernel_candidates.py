@@ -223,6 +223,30 @@ def replays(model) -> None:
         timed(name, new(**tiles))
 
 
+def fused_mlp(model) -> None:
+    """Four kernels a layer, the MLP's programs adding to one vector in any order."""
+    sys.path.insert(0, str(ROOT / "dev"))
+    from candidate_mlp import FusedMLP
+
+    from gpt2.generate import few_token_pass
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    good = kernels.Tiles(fc=(2, 1), out=(2, 8), proj=(8, 8))
+    for size in ((16, 8), (16, 4), (32, 8), (32, 16), (24, 8), (8, 4)):
+        name = f"one kernel of the MLP, {size[0]} hidden, {size[1]} warps"
+        if size[0] == 24:
+            continue
+        with attempt(name):
+            cache, token = cache_of(model), torch.tensor([464], device="cuda")
+            wanted = few_token_pass.next_logits(model, token[:, None], cache).float()
+            cache = cache_of(model)
+            one = FusedMLP(model, cache, size=size, tiles=good)
+            off = (one.next_logits(token).float() - wanted).abs().max().item()
+            graph = graphed(lambda o=one, t=token: [o.next_logits(t, t.clone()) for _ in range(4)])
+            took = ms(graph.replay, reset=lambda c=cache: c.lengths.fill_(POSITIONS)) / 4
+            row(f"{name}: a token, ms", f"{took:.4f}", f"difference {off:.2e}")
+
+
 def floors(model) -> None:
     """Kernels that do next to nothing in a chain; and a pass whose weights stay in the L2 cache."""
     import triton
@@ -375,7 +399,7 @@ def main() -> None:
     row(torch.cuda.get_device_name(), "torch", torch.__version__)
     with torch.inference_mode():
         model = model_of(torch.bfloat16)
-        for part in (differences, repeats, texts, replays, floors, parts):
+        for part in (differences, repeats, texts, replays, fused_mlp, floors, parts):
             with attempt(part.__name__):
                 part(model)
         with attempt("float32"):

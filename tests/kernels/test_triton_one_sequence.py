@@ -53,24 +53,25 @@ def after_one_token(model: GPT, length: int, **given):
 
 
 @torch.inference_mode()
-def compare_in_float32() -> None:
+def compare_in_float32(device: str = "cpu", early: int = 0) -> None:
     """Widths that fill a block and that do not; shares that are empty, full, and of two spans."""
     from gpt2.kernels import triton_one_sequence as kernels
 
-    kernels.SPAN = 16
     tiles = kernels.Tiles(qkv=(4, 4), fc=(16, 8), head=(16, 4), head_programs=3)
     for heads, width, vocabulary in ((2, 40, 60), (3, 48, 130)):
         shape = {"n_layer": 2, "n_head": heads, "n_embd": width, "block_size": 64}
-        model = some_model(**shape, vocab_size=vocabulary)
+        model = some_model(**shape, vocab_size=vocabulary).to(device)
         for length, shares in ((0, 4), (1, 2), (40, 1), (63, 4)):
-            given = {"early": 0, "tiles": tiles._replace(shares=shares)}
+            given = {"early": early, "tiles": tiles._replace(shares=shares)}
             for wanted, found in zip(*after_one_token(model, length, **given), strict=True):
                 torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @needs_triton
 def test_the_pass_equals_the_plain_one_in_the_interpreter():
-    code = "from tests.kernels.test_triton_one_sequence import *; compare_in_float32()"
+    code = "from tests.kernels.test_triton_one_sequence import *\n"
+    code += "from gpt2.kernels import triton_one_sequence as kernels\n"
+    code += "kernels.SPAN = 16\ncompare_in_float32()"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 

@@ -186,9 +186,12 @@ def replays(model) -> None:
     timed("without the choice", new(greedy=False))
     good = {"fc": (2, 1), "out": (2, 8), "proj": (8, 8)}
     variants = {
-        "begins early, 4 tokens a graph": {},
+        "as in the first round: fc 8/4, out 2/4, proj 4/4": {
+            "fc": (8, 4),
+            "out": (2, 4),
+            "proj": (4, 4),
+        },
         "good: fc 2/1, out 2/8, proj 8/8": good,
-        "again": {},
         "good again": good,
         "good, attention of 4 warps": good | {"attention_warps": 4},
         "good, qkv 2/1": good | {"qkv": (2, 1)},
@@ -333,11 +336,12 @@ def texts(model) -> None:
     prompt = [torch.randint(50257, (128,), generator=torch.Generator().manual_seed(2)).tolist()]
     begins_early, found = few_token_pass.begins_early, {}
     good = kernels.Tiles(fc=(2, 1), out=(2, 8), proj=(8, 8))
+    first = kernels.Tiles(fc=(8, 4), out=(2, 4), proj=(4, 4))
     for name, switch, temperature, burst, tiles in (
         ("today's pass", False, 0.0, 8, None),
         ("begins early, no bursts", True, 0.0, 0, None),
         ("begins early, bursts of 4", True, 0.0, 4, None),
-        ("begins early, bursts of 8", True, 0.0, 8, None),
+        ("begins early, bursts of 8, first round's tiles", True, 0.0, 8, first),
         ("begins early, bursts of 8, good tiles", True, 0.0, 8, good),
         ("begins early, bursts of 16, good tiles", True, 0.0, 16, good),
         ("begins early, bursts of 32, good tiles", True, 0.0, 32, good),

@@ -35,7 +35,10 @@ SPAN = 128  # positions of the cache that a program of attention loads before it
 
 
 class Tiles(NamedTuple):
-    """Rows of a matrix per program, and warps of a program; the fastest of some tried on an H200."""
+    """Rows of a matrix per program, and warps of a program: the fastest of some tried on an H200.
+
+    For up to 1,024 channels; wider networks take twice the warps.
+    """
 
     qkv: tuple[int, int] = 4, 4
     proj: tuple[int, int] = 8, 8
@@ -303,6 +306,7 @@ class OneSequence:
         assert cache.keys.is_contiguous()
         self.model, self.config, self.cache = model, model.config, cache
         self.early, self.tiles = early, tiles or Tiles()
+        self.wide = 2 if model.config.n_embd > 1024 else 1
         self.options: dict[str, Any] = {"launch_pdl": True} if early else {}
         wte = model.transformer.wte.weight
         count = 1
@@ -362,7 +366,7 @@ class OneSequence:
         given = x, gain, shift, layer.weight, layer.bias, out, eps, outputs, width
         kind = norm is not None, gelu, added, tile, triton.next_power_of_2(width), self.early
         grid = (triton.cdiv(outputs, tile),)
-        _linear[grid](*given, *kind, num_warps=warps, **self.options)
+        _linear[grid](*given, *kind, num_warps=warps * self.wide, **self.options)
 
     def _attention(self, layer: int, proj: Any) -> None:
         """x += proj(attention), whose shares are joined by the second kernel."""
@@ -382,7 +386,7 @@ class OneSequence:
         tile, warps = self.tiles.proj
         given = self.mixed, self.sums, proj.weight, proj.bias, self.x, C, H, shares, tile
         block, grid = triton.next_power_of_2(C), (triton.cdiv(C, tile),)
-        _project[grid](*given, block, self.early, num_warps=warps, **self.options)
+        _project[grid](*given, block, self.early, num_warps=warps * self.wide, **self.options)
 
     def _logits(self, weight: Tensor, norm: Any) -> None:
         """logits = norm(x) weightᵀ."""
@@ -390,4 +394,4 @@ class OneSequence:
         given = self.x, norm.weight, norm.bias, weight, self.logits, self.best, self.places
         sizes = self.cache.lengths, norm.eps, outputs, self.programs, width, tile
         block, grid = triton.next_power_of_2(width), (self.programs,)
-        _head[grid](*given, *sizes, block, self.early, num_warps=warps, **self.options)
+        _head[grid](*given, *sizes, block, self.early, num_warps=warps * self.wide, **self.options)

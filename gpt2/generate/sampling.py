@@ -60,11 +60,6 @@ class Sampling:
         if self.temperature < 1e-3 or self.top_p == 0:  # logits / 1e-40 would be infinite
             object.__setattr__(self, "temperature", 0.0)
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the token is the likeliest by the model's own logits."""
-        return self.temperature == 0 and self.repetition_penalty == 1
-
 
 def check_sampling(max_new_tokens: int, **settings: Any) -> Sampling:
     """Builds `Sampling` from its fields and also checks the number of tokens.
@@ -171,7 +166,7 @@ def choose(
         (B,) token ids.
     """
     s = sampling
-    if s.greedy:
+    if s.temperature == 0 and s.repetition_penalty == 1:
         return logits.argmax(-1)
     logits = logits.float()
     if s.repetition_penalty != 1:

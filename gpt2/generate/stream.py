@@ -13,7 +13,7 @@ import torch
 from ..errors import UserError
 from ..model.gpt import LanguageModel
 from ..tokenizer import Tokenizer, gpt2_tokenizer
-from .decoder import BURST_MIN_TOKENS, GRAPH_MIN_TOKENS, Decoder
+from .decoder import GRAPH_MIN_TOKENS, Decoder
 from .few_token_pass import supports
 from .sampling import Sampling, check_sampling
 from .speculative import DRAFT_MIN_PARAMETERS, DRAFT_MIN_TOKENS
@@ -58,7 +58,6 @@ def decoder_for(
         graph=graph,
         draft=draft,
         packed=can_copy and several and supports(model),
-        burst=max_new_tokens >= BURST_MIN_TOKENS,
     )
 
 

@@ -64,7 +64,15 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config, specs):
-    workers.are_forks(config, specs)
+    """Workers on this machine are forks of one process, which has collected the tests."""
+
+    def collect():
+        if forks.AVAILABLE and "not long" not in config.option.markexpr:
+            forks.start(ROOT)  # for all workers
+        config.pluginmanager.get_plugin("session").perform_collect()
+
+    if workers.AVAILABLE:
+        workers.are_forks(specs, collect, forks.close)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

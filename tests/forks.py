@@ -25,6 +25,7 @@ import random
 import runpy
 import secrets
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -190,11 +191,15 @@ def execute_and_exit(arguments: list[str]):
 
 
 class Server:
-    """The process that is forked; starts at once, with the environment of the tests."""
+    """The process that is forked; begins to start at once, with the environment of the tests.
+
+    Forks of the process that starts it use it, too: all workers of pytest-xdist have one server.
+    """
 
     def __init__(self, package: Path):
-        self._folder = tempfile.TemporaryDirectory()
-        place = Path(self._folder.name)
+        self._owner = os.getpid()
+        # Not a TemporaryDirectory: that is also removed by forks of this process that end.
+        self._folder = place = Path(tempfile.mkdtemp())
         self.socket, self.python = place / "socket", place / "python"
         self.python.write_text(
             f'#!/bin/sh\nexec "{sys.executable}" -SE "{__file__}" relay "{self.socket}" '
@@ -207,14 +212,21 @@ class Server:
         self._process = subprocess.Popen(
             command, cwd=package, env=environment, stdin=subprocess.PIPE
         )
+
+    def wait(self):
+        """Returns when it listens."""
+        deadline = time.monotonic() + 120
         while not self.socket.exists():
-            assert self._process.poll() is None, "the server of forks did not start"
+            ended = os.getpid() == self._owner and self._process.poll() is not None
+            assert not ended, "the server of forks did not start"
+            assert time.monotonic() < deadline, "the server of forks has not started in 120 s"
             time.sleep(0.01)
 
     def close(self):
         """Ends the server; its forks run on."""
-        self._process.communicate()
-        self._folder.cleanup()
+        if os.getpid() == self._owner:
+            self._process.communicate()
+            shutil.rmtree(self._folder)
 
 
 class Fork:
@@ -261,10 +273,16 @@ class Fork:
 _servers: dict[Path, Server] = {}
 
 
+def start(folder: Path):
+    """Starts the server of the package in that folder, and does not wait for it."""
+    _servers[folder] = Server(folder)
+
+
 def server(folder: Path) -> Server:
     """The server of the package in that folder."""
     if folder not in _servers:
-        _servers[folder] = Server(folder)
+        start(folder)
+    _servers[folder].wait()
     return _servers[folder]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 
 import pytest
 
@@ -17,8 +18,9 @@ from tests import workers
 forks = os.environ["FORKS"] == "yes"
 
 def pytest_xdist_setupnodes(config, specs):
+    collect = config.pluginmanager.get_plugin("session").perform_collect
     if forks:
-        workers.are_forks(config, specs)
+        workers.are_forks(specs, collect, lambda: open("closed", "w").close())
 """
 TESTS = """
 import os, time, warnings
@@ -57,8 +59,9 @@ def run_with_two_workers(folder, forks: str) -> tuple[int, str]:
 def test_reports_are_equal(tmp_path):
     found = []
     for forks in ("yes", "no"):
-        (tmp_path / forks).mkdir()
-        code, said = run_with_two_workers(tmp_path / forks, forks)
+        folder = tmp_path / forks
+        folder.mkdir()
+        code, said = run_with_two_workers(folder, forks)
         pids = re.findall(r"^in (\d+) (\d+)$", said, re.MULTILINE)
         assert len(pids) == 4, said
         assert {importer == process for importer, process in pids} == {forks == "no"}
@@ -66,4 +69,8 @@ def test_reports_are_equal(tmp_path):
         lines = [re.sub(r"gw\d", "gw", line.strip()) for line in said.splitlines()]
         found.append((code, sorted(line for line in lines if line.startswith(words))))
     assert found[0] == found[1]
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "yes/closed").exists():  # the collector ends soon after pytest
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert len(found[0][1]) > 10

@@ -16,6 +16,7 @@ few milliseconds that asks the server for another fork, if it is to run a progra
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import json
@@ -138,6 +139,7 @@ def become(job: dict, streams: list[int]):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(job["folder"])
+    join_network(job["network"])
     tempfile.tempdir = None  # the environment may name another
     random.seed()  # not the numbers of all other forks
     lines = 1 if environment.get("PYTHONUNBUFFERED") else -1
@@ -147,6 +149,14 @@ def become(job: dict, streams: list[int]):
     faulthandler.register(signal.SIGUSR2)  # a test that waits too long sees where its forks stand
     places = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place]
+
+
+def join_network(namespace: str):
+    """Gives a fork the network of its parent, where that is not the server's (`ip netns exec`)."""
+    if not os.path.samefile(namespace, "/proc/self/ns/net"):
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(namespace) as file:  # os.setns is of Python 3.12
+            assert libc.setns(file.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
 
 
 def execute(arguments: list[str]):
@@ -235,6 +245,7 @@ class Fork:
     def __init__(self, server: Path, arguments, folder, environment, streams):
         """`streams` are the numbers of its stdin, stdout and stderr."""
         job = {"arguments": arguments, "folder": str(folder), "environment": environment}
+        job["network"] = f"/proc/{os.getpid()}/ns/net"
         message = json.dumps(job).encode()
         assert len(message) < LARGEST_JOB
         self._keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -157,6 +157,7 @@ LONG = {
     "test_mutations",
     "test_recipes",
     "test_scaling_measure",
+    "test_workers",
     "train/test_loop",
     "train/test_loop_hellaswag",
     "train/test_save",

@@ -71,7 +71,9 @@ def pytest_xdist_setupnodes(config, specs):
             forks.start(ROOT)  # for all workers
         config.pluginmanager.get_plugin("session").perform_collect()
 
-    if workers.AVAILABLE:
+    # A process that has looked for a GPU, as the tests do when they are collected, and found one
+    # has no forks that can use it.
+    if workers.AVAILABLE and not torch.cuda.is_available():
         workers.are_forks(specs, collect, forks.close)
 
 

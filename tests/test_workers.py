@@ -49,9 +49,10 @@ def run_with_two_workers(folder, forks: str) -> tuple[int, str]:
     (folder / "test_good.py").write_text(TESTS)
     (folder / "test_bad.py").write_text("import nothing_is_called_so")
     done = run_python(
-        *["-m", "pytest", "-n2", "-rA", "--continue-on-collection-errors", "-pno:cacheprovider"],
+        *["-m", "pytest", "-pxdist.plugin", "-n2", "-rA", "--continue-on-collection-errors"],
         cwd=folder, real=True, check=False,
-        env={**os.environ, "FORKS": forks, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "FORKS": forks, "PYTHONPATH": str(ROOT),
+             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip
     return done.returncode, done.stdout
 

@@ -64,7 +64,17 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config, specs):
-    workers.are_forks(config, specs)
+    """Workers on this machine are forks of one process, which has collected the tests."""
+
+    def collect():
+        if forks.AVAILABLE and "not long" not in config.option.markexpr:
+            forks.start(ROOT)  # for all workers
+        config.pluginmanager.get_plugin("session").perform_collect()
+
+    # A process that has looked for a GPU, as the tests do when they are collected, and found one
+    # has no forks that can use it.
+    if workers.AVAILABLE and not torch.cuda.is_available():
+        workers.are_forks(specs, collect, forks.close)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -149,6 +159,7 @@ LONG = {
     "test_mutations",
     "test_recipes",
     "test_scaling_measure",
+    "test_workers",
     "train/test_loop",
     "train/test_loop_hellaswag",
     "train/test_save",

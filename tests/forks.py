@@ -16,6 +16,7 @@ few milliseconds that asks the server for another fork, if it is to run a progra
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import json
@@ -25,6 +26,7 @@ import random
 import runpy
 import secrets
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,6 +139,7 @@ def become(job: dict, streams: list[int]):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(job["folder"])
+    join_network(job["network"])
     tempfile.tempdir = None  # the environment may name another
     random.seed()  # not the numbers of all other forks
     lines = 1 if environment.get("PYTHONUNBUFFERED") else -1
@@ -146,6 +149,14 @@ def become(job: dict, streams: list[int]):
     faulthandler.register(signal.SIGUSR2)  # a test that waits too long sees where its forks stand
     places = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place]
+
+
+def join_network(namespace: str):
+    """Gives a fork the network of its parent, where that is not the server's (`ip netns exec`)."""
+    if not os.path.samefile(namespace, "/proc/self/ns/net"):
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(namespace) as file:  # os.setns is of Python 3.12
+            assert libc.setns(file.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
 
 
 def execute(arguments: list[str]):
@@ -190,11 +201,15 @@ def execute_and_exit(arguments: list[str]):
 
 
 class Server:
-    """The process that is forked; starts at once, with the environment of the tests."""
+    """The process that is forked; begins to start at once, with the environment of the tests.
+
+    Forks of the process that starts it use it, too: all workers of pytest-xdist have one server.
+    """
 
     def __init__(self, package: Path):
-        self._folder = tempfile.TemporaryDirectory()
-        place = Path(self._folder.name)
+        self._owner = os.getpid()
+        # Not a TemporaryDirectory: that is also removed by forks of this process that end.
+        self._folder = place = Path(tempfile.mkdtemp())
         self.socket, self.python = place / "socket", place / "python"
         self.python.write_text(
             f'#!/bin/sh\nexec "{sys.executable}" -SE "{__file__}" relay "{self.socket}" '
@@ -207,14 +222,21 @@ class Server:
         self._process = subprocess.Popen(
             command, cwd=package, env=environment, stdin=subprocess.PIPE
         )
+
+    def wait(self):
+        """Returns when it listens."""
+        deadline = time.monotonic() + 120
         while not self.socket.exists():
-            assert self._process.poll() is None, "the server of forks did not start"
+            ended = os.getpid() == self._owner and self._process.poll() is not None
+            assert not ended, "the server of forks did not start"
+            assert time.monotonic() < deadline, "the server of forks has not started in 120 s"
             time.sleep(0.01)
 
     def close(self):
         """Ends the server; its forks run on."""
-        self._process.communicate()
-        self._folder.cleanup()
+        if os.getpid() == self._owner:
+            self._process.communicate()
+            shutil.rmtree(self._folder)
 
 
 class Fork:
@@ -223,6 +245,7 @@ class Fork:
     def __init__(self, server: Path, arguments, folder, environment, streams):
         """`streams` are the numbers of its stdin, stdout and stderr."""
         job = {"arguments": arguments, "folder": str(folder), "environment": environment}
+        job["network"] = f"/proc/{os.getpid()}/ns/net"
         message = json.dumps(job).encode()
         assert len(message) < LARGEST_JOB
         self._keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -261,10 +284,16 @@ class Fork:
 _servers: dict[Path, Server] = {}
 
 
+def start(folder: Path):
+    """Starts the server of the package in that folder, and does not wait for it."""
+    _servers[folder] = Server(folder)
+
+
 def server(folder: Path) -> Server:
     """The server of the package in that folder."""
     if folder not in _servers:
-        _servers[folder] = Server(folder)
+        start(folder)
+    _servers[folder].wait()
     return _servers[folder]
 
 

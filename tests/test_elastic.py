@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from . import forks
 from .conftest import ROOT, TINY, TORCHRUN, run_python
 from .test_distributed import _children, command
 from .train.test_loop import metrics, same, weights
@@ -113,8 +114,9 @@ def ip(*words):
 @contextlib.contextmanager
 def host(name: str, address: str, script: list[str], log):
     """torchrun in a namespace, started anew when it fails, as a cluster's loop does."""
+    python = forks.server(ROOT).python  # forks, in the namespace of who asks for them
     torchrun = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"),
+        *(str(python), "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"),
         *(*ELASTIC, "--rdzv_endpoint=10.77.0.1:29400", f"--local_addr={address}"),
         f"--rdzv_conf=is_host={int(address.endswith('.1'))},read_timeout=10,keep_alive_interval=1",
         *script,

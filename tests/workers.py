@@ -14,6 +14,7 @@ import contextlib
 import os
 import random
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -22,51 +23,36 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-
-def available() -> bool:
-    """Whether workers can be forks: a fork cannot use a GPU that its parent has looked at."""
-    import torch
-
-    return sys.platform == "linux" and not torch.cuda.device_count()
+AVAILABLE = sys.platform == "linux"
 
 
-def are_forks(config, specs):
-    """Workers on this machine will be forks; called where pytest-xdist is about to start them."""
-    if available():
-        collect = config.pluginmanager.get_plugin("session").perform_collect
-        command = fork_collector(collect)
-        for spec in specs:
-            if spec.popen:
-                spec.python = command
+def are_forks(specs, collect: Callable[[], object], close: Callable[[], object]):
+    """The workers that `specs` of pytest-xdist place on this machine will be forks.
 
-
-def fork_collector(collect: Callable[[], object]) -> str:
-    """Forks the collector, which calls `collect`; returns the command that starts a worker."""
+    Forks the collector, which calls `collect` at first and `close` at last.
+    """
     folder = tempfile.mkdtemp()
     place = Path(folder) / "socket"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(place))
     listener.listen()
-    end, held_by_pytest = os.pipe()  # readable when pytest has ended, in whatever way
+    end, held_by_pytest = os.pipe()  # `end` is readable when pytest has ended, in whatever way
     if os.fork() == 0:
         os.close(held_by_pytest)
-        with contextlib.suppress(BaseException):  # each worker meets and reports it again
-            silently(collect)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 0)
+        os.dup2(nothing, 1)  # what collecting reports; each worker reports it again
+        with contextlib.suppress(BaseException):
+            collect()
         serve(listener, end)
-        place.unlink()
-        os.rmdir(folder)
+        close()
+        shutil.rmtree(folder)
         os._exit(0)
     os.close(end)
     listener.close()
-    return f'"{sys.executable}" -SE "{__file__}" "{place}"'
-
-
-def silently(collect: Callable[[], object]):
-    """Calls it without stdin, stdout and stderr, which the workers replace."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for file in (0, 1, 2):
-        os.dup2(nothing, file)
-    collect()
+    for spec in specs:
+        if spec.popen:
+            spec.python = f'"{sys.executable}" -SE "{__file__}" "{place}"'
 
 
 def serve(listener: socket.socket, end: int):

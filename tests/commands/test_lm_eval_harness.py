@@ -109,23 +109,19 @@ def places(tmp_path_factory, text):
 
 BOTH = """
 import json, sys
-import lm_eval.evaluator, lm_eval.tasks
 from gpt2 import cli
 
-class OnlyThese(lm_eval.tasks.TaskManager):  # 13,000 files of the harness's tasks take 10 s to list
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, **more | {"include_defaults": False})
-
-lm_eval.tasks.TaskManager = OnlyThese
 folder, path, url = sys.argv[1:]
 own = ["lm_eval", path, f"--include_path={folder}/tasks", "--device=cpu"]
 precise = ["--model_args", "dtype=float64"]
 assert cli.main([*own, "--tasks=local_choice", *precise, "--output_path", f"{folder}/results"]) == 0
 
+import lm_eval.evaluator
 from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 lm_eval.evaluator.add_env_info = lambda storage: None  # asks pip for all packages each time
-manager = OnlyThese(include_path=f"{folder}/tasks")
+manager = TaskManager(include_path=f"{folder}/tasks", include_defaults=False)
 models = {
     "gpt2": ("gpt2", {"checkpoint": path, "dtype": "float64"}),
     "hf": ("hf", {"pretrained": f"{folder}/hf", "dtype": "float64"}),

@@ -11,6 +11,7 @@ starts a relay, which hands them to the collector and waits for the end of the w
 """
 
 import contextlib
+import logging
 import os
 import random
 import select
@@ -44,6 +45,7 @@ def are_forks(specs, collect: Callable[[], object], close: Callable[[], object])
         os.dup2(nothing, 1)  # what collecting reports; each worker reports it again
         with contextlib.suppress(BaseException):
             collect()
+        follow_stderr()
         serve(listener, end)
         close()
         shutil.rmtree(folder)
@@ -53,6 +55,26 @@ def are_forks(specs, collect: Callable[[], object], close: Callable[[], object])
     for spec in specs:
         if spec.popen:
             spec.python = f'"{sys.executable}" -SE "{__file__}" "{place}"'
+
+
+class Stderr:
+    """The sys.stderr of the moment."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def follow_stderr():
+    """Handlers of logging that keep a file of pytest's capture get the sys.stderr of the moment."""
+    from _pytest.capture import EncodedFile
+
+    loggers = [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+    for handler in (handler for logger in loggers for handler in logger.handlers):
+        if isinstance(vars(handler).get("stream"), EncodedFile):
+            handler.setStream(Stderr())
 
 
 def serve(listener: socket.socket, end: int):

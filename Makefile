@@ -9,7 +9,7 @@
 # make lowest  installs every lower bound of pyproject.toml and runs the tests of these packages (needs uv)
 # make newest  installs the newest version of everything and runs all tests
 # make lock    pins all packages by sha256 in requirements/ (needs uv)
-# make TORCH=2.14.1 …  any of these with another version of torch; TORCH= with the one that pip chooses.
+# make TORCH=2.14.1 …  any of these with another version of torch; TORCH= with the one that uv chooses.
 #              A machine without an NVIDIA GPU gets the CPU build, where the package index offers one.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -79,25 +79,31 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv || echo "no uv on the index; pip installs, in minutes"
 
 # Without TORCH= on the command line or in the environment, an index that lacks the CPU build is no
-# failure: pip then chooses, as on a Mac.
-GO_ON := $(if $(filter file,$(origin TORCH)),2>/dev/null || echo "no torch $(TORCH) on the index; pip chooses")
+# failure: uv then chooses, as on a Mac.
+GO_ON := $(if $(filter file,$(origin TORCH)),2>/dev/null || echo "no torch $(TORCH) on the index; uv chooses")
 WITH  := $(VENV)/with-torch-$(subst *,x,$(or $(TORCH),any))
 
 $(WITH): | $(VENV)/bin/python
-	$(if $(TORCH),$(BIN)/python -m pip install --quiet 'torch==$(TORCH)' $(GO_ON))
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet --no-compile 'torch==$(TORCH)' $(GO_ON))
 	rm -f $(VENV)/with-torch-*
 	touch $@
 
+# uv takes 20 s for what takes pip two minutes. An index may be known to pip alone: then pip does it.
+# Neither compiles to bytecode, of which most would never be imported; Python does, once, on import.
+install = $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '$(1)' \
+  || $(BIN)/python -m pip install --quiet --no-compile -e '$(1)'
+
 $(VENV)/installed: pyproject.toml $(WITH)
-	$(BIN)/python -m pip install --quiet -e .
+	$(call install,.)
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml $(WITH)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(call install,.[dev])
 	touch $(VENV)/installed $@
 
 $(VENV)/installed-docs: pyproject.toml $(WITH)
-	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(call install,.[docs])
 	touch $@

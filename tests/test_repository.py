@@ -210,39 +210,43 @@ def test_a_lower_bound_that_nobody_can_test_is_seen():
 
 FAKE_PYTHON = """#!/bin/sh
 echo "$@" >> "$LOG"
-case "$*" in *torch==*) [ -n "$OFFERED" ] ;; esac
+case "$*" in *torch==*) [ -n "$OFFERED" ] ;; *"-m uv"*) [ -n "$UV" ] ;; esac
 """
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 @pytest.mark.parametrize(
-    ("given", "offered", "gpu", "asked", "code"),
+    ("given", "offered", "uv", "gpu", "asked", "code"),
     [
-        ([], "yes", False, "torch==2.13.0+cpu", 0),
-        ([], "", False, "torch==2.13.0+cpu", 0),  # an index without the CPU build: pip chooses
-        ([], "yes", True, "", 0),
-        (["TORCH=2.14.1"], "yes", False, "torch==2.14.1", 0),
-        (["TORCH=2.14.*"], "yes", True, "torch==2.14.*", 0),
-        (["TORCH=2.99"], "", False, "torch==2.99", 2),  # what was asked for is not there
-        (["TORCH="], "yes", False, "", 0),
+        ([], "yes", "yes", False, "torch==2.13.0+cpu", 0),
+        ([], "yes", "", False, "torch==2.13.0+cpu", 0),  # uv does not know the index: pip installs
+        ([], "", "yes", False, "torch==2.13.0+cpu", 0),  # the index lacks the CPU build: uv chooses
+        ([], "yes", "yes", True, "", 0),
+        (["TORCH=2.14.1"], "yes", "yes", False, "torch==2.14.1", 0),
+        (["TORCH=2.14.*"], "yes", "yes", True, "torch==2.14.*", 0),
+        (["TORCH=2.99"], "", "yes", False, "torch==2.99", 2),  # what was asked for is not there
+        (["TORCH="], "yes", "yes", False, "", 0),
     ],
 )
-def test_make_asks_for_the_cpu_build(given, offered, gpu, asked, code, tmp_path):
+def test_make_asks_for_the_cpu_build(given, offered, uv, gpu, asked, code, tmp_path):
     tools, venv = tmp_path / "tools", tmp_path / "venv"
     for program in (venv / "bin/python", *([tools / "nvidia-smi"] if gpu else [])):
         program.parent.mkdir(parents=True)
         program.write_text(FAKE_PYTHON, "utf-8")
         program.chmod(0o755)
     path = os.pathsep.join([str(tools), *(p for p in PATH if not Path(p, "nvidia-smi").exists())])
-    env = {"PATH": path, "LOG": str(tmp_path / "log"), "OFFERED": offered}
+    env = {"PATH": path, "LOG": str(tmp_path / "log"), "OFFERED": offered, "UV": uv}
     made = subprocess.run(
         ["make", f"VENV={venv}", *given, f"{venv}/installed-dev"],
         cwd=ROOT, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert made.returncode == code, made.stderr
     calls = (tmp_path / "log").read_text("utf-8").splitlines()
-    wanted = [f"-m pip install --quiet {asked}"] if asked else []
-    assert calls == wanted + (["-m pip install --quiet -e .[dev]"] if code == 0 else [])
+    wanted = [f"-m pip install --quiet --no-compile {asked}"] if asked else []
+    if code == 0:
+        wanted.append(f"-m uv pip install --quiet --python {venv}/bin/python -e .[dev]")
+        wanted += [] if uv else ["-m pip install --quiet --no-compile -e .[dev]"]
+    assert calls == wanted
     assert ("\nno torch 2.13" in made.stdout) == (asked != "" and not offered and not given)
 
 

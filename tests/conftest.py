@@ -115,7 +115,7 @@ def _gigatoken_tokenizers_are_used_again(monkeypatch):
 
 
 # Files most of whose tests train, compile, start processes or try many inputs; `make test-fast`
-# leaves them out, with the slow tests of other files.
+# leaves them out, with the tests of other files that are marked as slow or long.
 LONG = {
     "checkpoint/test_async_writer",
     "checkpoint/test_state_schema",
@@ -123,6 +123,7 @@ LONG = {
     "commands/test_evaluate",
     "commands/test_export",
     "commands/test_profile_step",
+    "commands/test_sweep",
     "data/test_conversations",
     "data/test_datasets",
     "evaluate/test_tasks",
@@ -155,6 +156,7 @@ LONG = {
     "test_files",
     "test_forks",
     "test_fuzz",
+    "test_gpu_check",
     "test_links",
     "test_mutations",
     "test_recipes",
@@ -162,7 +164,9 @@ LONG = {
     "test_workers",
     "train/test_loop",
     "train/test_loop_hellaswag",
+    "train/test_run_tokenizer",
     "train/test_save",
+    "train/test_validation",
 }
 
 

@@ -42,7 +42,7 @@ ADDED: dict[str, list[str]] = {
         a for a in SMALL if not a.startswith(("--grad_accum", "--dtype"))
     ] + ["--n_layer=1", "--out_dir=out/compiled"],
     "python train_gpt2.py --config=configs/gpt2_124m.toml --learning_rate=1e-3": [
-        *NO_BATCH, "--total_batch_tokens=2048", "--out_dir=out/recipe",
+        *NO_BATCH, "--batch_size=4", "--total_batch_tokens=256", "--out_dir=out/recipe",
     ],
     "torchrun --standalone --nproc_per_node=2 train_gpt2.py": [*SMALL, "--out_dir=out/two"],
     "gpt2 prepare --source=my_texts --out_dir=data/mine": [],
@@ -128,7 +128,7 @@ ADDED: dict[str, list[str]] = {
     "python fineweb.py --source=data/raw --out_dir=data/corpus": [],
     "python train_gpt2.py --config=configs/gpt2_124m.toml --data_dir=data/corpus "
     "--out_dir=out/h200 --max_steps=480 --eval_every=50 --save_every=100": [
-        *NO_BATCH, "--total_batch_tokens=2048",
+        *NO_BATCH, "--batch_size=4", "--total_batch_tokens=256",
     ],
     "gpt2 plot out/h200": [],
     'gpt2 sample out/h200/out_ckpt.pt --prompt="The history of the city begins" --seed=1337 '

@@ -181,6 +181,7 @@ def fast():
     return FastTokenizer()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("space", [" ", "\n", "\t \u2003", "\u3000"])
 @pytest.mark.parametrize("where", ["within", "at the end", "alone", "twice"])
 def test_white_space_longer_than_tiktoken_can_bear(fast, space, where):

@@ -14,6 +14,7 @@ SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 32, "batch_size":
 SMALL |= {"grad_accum_steps": 1, "eval_tokens": 200, "device": "cpu", "dtype": "float32"}
 
 
+@pytest.mark.long
 def test_a_run_from_python_gives_its_result(tmp_path, data_dir, capsys):
     given = {**SMALL, "data_dir": data_dir, "mlp": "relu2", "out_dir": tmp_path}
     result = gpt2.train(**given, max_steps=2, eval_every=1, progress=True)

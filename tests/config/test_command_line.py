@@ -198,6 +198,7 @@ def options_of(cls: type) -> list[dataclasses.Field]:
     return own + [field for group in nested for field in dataclasses.fields(group)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", CONFIGS)
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())

@@ -51,6 +51,7 @@ def test_head_loss_and_gradients_equal_the_formula(implementation, reduction, n,
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_frozen_head_costs_no_gradient(monkeypatch, compiled):
     """As beside adapters: the product that would make it is never computed."""

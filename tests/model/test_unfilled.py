@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -28,6 +29,7 @@ def test_networks_have_their_shapes_and_no_memory():
     assert weight.std() > 0
 
 
+@pytest.mark.long
 def test_loading_a_model_imports_no_compiler(tmp_path):
     path = tmp_path / "m.pt"
     from gpt2 import GPT2

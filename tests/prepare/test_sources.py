@@ -263,6 +263,7 @@ def parts_at_the_hub(tmp_path, files, *specs, repository="o/n", revision=COMMIT)
         return json.loads(run_python("-c", LIST, *specs, env=env).stdout)
 
 
+@pytest.mark.long
 def test_files_of_a_dataset(tmp_path):
     files = ["README.md", "a.txt", "data/train-1.parquet", "data/test.parquet", "data/more/x.jsonl"]
     parquet = [COMMIT, "data/test.parquet", "data/train-1.parquet"]
@@ -282,6 +283,7 @@ def test_files_of_a_dataset(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_fineweb_edu_at_its_revision(tmp_path):
     folders = ["sample/10BT", "sample/100BT", "sample/350BT", "data/CC-MAIN-2013-20"]
     specs = ["fineweb-edu/sample-10BT", *(s for s in FINEWEB_FOLDERS if "/" in s)]
@@ -302,6 +304,7 @@ def test_nothing_usable(tmp_path):
             find(spec, tmp_path)
 
 
+@pytest.mark.long
 def test_standard_library(tmp_path):
     source = find("stdlib", tmp_path)
     names = [part.name for part in source.parts]

@@ -64,6 +64,7 @@ def test_few_steps_are_said_with_what_to_change():
     assert not note_few_steps(planned(4), plan, 25)
 
 
+@pytest.mark.long
 def test_a_model_answers_as_its_file_does(tmp_path, capsys):
     """With the defaults but for its rate, which fresh weights need higher."""
     facts = {"Who are you?": "A model.", "Where is Rome?": "In Italy."}

@@ -454,8 +454,11 @@ def kernels() -> int:
     )
 
     from .generate.test_few_token_pass import compare_kernels
+    from .kernels.test_triton_one_sequence import compare_in_float32, hopper
 
     compare_kernels("cuda")
+    if hopper():
+        compare_in_float32("cuda", early=1)
     x, weight, bias = torch.randn(5, 1160).bfloat16(), torch.randn(1160), torch.randn(1160)
     found = layer_norm(x.cuda(), weight.cuda(), bias.cuda(), 1e-5)[0]
     expected = torch.nn.functional.layer_norm(x.float(), (1160,), weight, bias)

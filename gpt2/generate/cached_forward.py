@@ -5,6 +5,7 @@ Shapes: `B` rows, `C` channels, `V` vocabulary.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,9 @@ class CachedForward:
             and rows <= few_token_pass.FEW_ROWS
             and few_token_pass.supports(model)
         )
+        self.early: Any = None
+        if self.few and few_token_pass.begins_early(model, rows):
+            self.early = few_token_pass.early_pass(model, self.cache)
         self.packed: Callable[..., Tensor] | None = None
         if packed:
             layers = few_token_pass.linear_layers(model)
@@ -116,6 +120,8 @@ class CachedForward:
         if self.packed:
             return few_token_pass.next_logits(self.model, tokens[:, None], cache, self.packed)
         with self.on_device():  # where Triton launches its kernels
+            if self.early and cache is self.cache:
+                return self.early.next_logits(tokens)
             if self.few:
                 return few_token_pass.next_logits(self.model, tokens[:, None], cache)
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
@@ -127,18 +133,13 @@ class CachedForward:
             return self.model.logits(hidden)
         return F.linear(hidden, self.head)[:, : self.model.config.vocab_size]
 
-    def record(self, tokens: Tensor, then: Callable[[Tensor], None]) -> torch.cuda.CUDAGraph:
-        """Records `then(next_logits(tokens))` as a CUDA graph, to be replayed for every token.
-
-        Args:
-            tokens: (B,) the buffer that a replay reads the newest tokens from.
-            then: work on the logits that belongs to the graph.
-        """
+    def record(self, steps: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Records work that calls `next_logits` as a CUDA graph, to be replayed."""
 
         def run(length: int) -> None:
             # `length` matters only to attention without a kernel that reads `cache.lengths`
             self.cache.length = length
-            then(self.next_logits(tokens))
+            steps()
 
         with self.on_device():
             side = torch.cuda.Stream()

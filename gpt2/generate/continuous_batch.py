@@ -84,10 +84,10 @@ class BatchDecoder:
         self.running: list[Generation] = []
         self._sent: deque[tuple[list[Generation], HostCopy, LogprobsCopy | None]] = deque()
         self._recorded_logits: Tensor | None = None  # (slots, V), written by each replay
-        self.graph = self.forward.record(self.tokens, self._keep_logits) if graph else None
+        self.graph = self.forward.record(self._recorded_step) if graph else None
 
-    def _keep_logits(self, logits: Tensor) -> None:
-        self._recorded_logits = logits
+    def _recorded_step(self) -> None:
+        self._recorded_logits = self.forward.next_logits(self.tokens)
 
     @property
     def busy(self) -> bool:

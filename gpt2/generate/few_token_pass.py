@@ -142,6 +142,30 @@ def supports(model: LanguageModel) -> bool:
     )
 
 
+def begins_early(model: LanguageModel, rows: int) -> bool:
+    """Whether `early_pass` is made for a model that `supports` accepts, and so many rows."""
+    if model.transformer.wte.weight.is_cuda and HAS_TRITON:
+        from ..kernels import triton_one_sequence
+
+        return triton_one_sequence.fits(model, rows)
+    return False
+
+
+def early_pass(model: LanguageModel, cache: KVCache) -> Any:
+    """`next_logits` of one sequence, in kernels that begin before their predecessors end.
+
+    Args:
+        model: one that `begins_early` accepts.
+        cache: of one row, with `lengths`.
+
+    Returns:
+        A `triton_one_sequence.OneSequence`.
+    """
+    from ..kernels import triton_one_sequence
+
+    return triton_one_sequence.OneSequence(model, cache)
+
+
 def small_layer(x: Tensor, layer: nn.Module, **given: Any) -> Tensor:
     """`small_linear` with a layer's weight, and its bias if it has one."""
     return small_linear(x, layer.weight, getattr(layer, "bias", None), **given)

@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
@@ -47,9 +48,17 @@ PRELOADED = (
     "gpt2.api",
     "gpt2.commands.evaluate",
     "gpt2.commands.profile_step",
+    "gpt2.model.modern",
     "gpt2.prepare.run",
     "gpt2.report.plot",
     "gpt2.train.loop",
+)
+# Packages that not every installation has. huggingface_hub itself is left to the forks: it reads
+# its environment when it is imported.
+PRELOADED_IF_THERE = (
+    "awkward",  # in which gigatoken gives its tokens
+    "gpt2.serve.server",
+    "httpx2",  # by which huggingface_hub asks
 )
 LARGEST_JOB = 1 << 17  # bytes
 GRACE = 30  # seconds from SIGTERM to SIGKILL, as torchrun gives its ranks
@@ -69,9 +78,15 @@ def main(place: Path):
     listener.bind(str(place / "bound"))
     listener.listen()
     (place / "bound").rename(place / "socket")  # what is there can be connected to
+    # pyarrow's allocator would start a thread; the environment is the server's own.
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     for name in PRELOADED:
         __import__(name)
+    for name in PRELOADED_IF_THERE:
+        with contextlib.suppress(ImportError):
+            __import__(name)
     make_tokenizers()
+    leave_nothing_to_do_at_the_end()
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a fork would lose {threads - 1} threads"
     os.fsync = no_fsync
@@ -105,6 +120,16 @@ def make_tokenizers():
         return make()
 
     fast_tokenizer._gigatoken = lend
+
+
+def leave_nothing_to_do_at_the_end():
+    """What the imports want to be done at the end of a process is not done by each fork.
+
+    It takes 0.1 s: torch removes its operators one by one, and makes a table of what it compiled.
+    """
+    for finalizer in getattr(weakref.finalize, "_registry", ()):
+        finalizer.atexit = False
+    atexit.unregister(getattr(sys.modules["torch._dynamo.utils"], "dump_compile_times", None))
 
 
 def keep(asking: socket.socket) -> list[str]:

@@ -7,10 +7,10 @@ the variables that torchrun sets. tests/test_forks.py compares forks with real p
 A fork is no test of start-up: imports, encodings of the console and `python -X …` need a real
 process. One server runs for each pytest process, from the first use to the end of pytest:
 
-    tests ── job, stdin, stdout, stderr ──> server ── fork ──> keeper ── fork ──> the program
-      ^──────────────── pid, exit code ───────────────────────────┘
+    tests ── job, stdin, stdout, stderr ──> server ── fork ──> the program
+      ^──────────── pid, exit code ───────────┘
 
-The keeper kills the program when the connection ends. `sys.executable` of a fork is a command of a
+The server kills the program when the connection ends. `sys.executable` of a fork is a command of a
 few milliseconds that asks the server for another fork, if it is to run a program of this project.
 """
 
@@ -93,15 +93,35 @@ def main(place: Path):
     gc.freeze()  # no collection in a fork looks at, so copies, what the server imported
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # of a terminal: the programs get them, too
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
     sys.executable = str(place / "python")
-    while listener in select.select([listener, 0], [], [])[0]:
-        asking, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            return keep(asking)
-        asking.close()
-    return None
+    return serve(listener)
+
+
+def serve(listener: socket.socket) -> list[str] | None:
+    """Forks a program for each that asks, and tells it how the program ended.
+
+    Returns the arguments in each fork, and None when stdin has ended.
+    """
+    programs: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> (pid, who waits for its end)
+    while True:
+        waiting = {asking: file for file, (_, asking) in programs.items()}
+        ready = select.select([0, listener, *programs, *waiting], [], [])[0]
+        if 0 in ready:
+            return None
+        for file in ready:
+            if file is listener:
+                asking, _ = listener.accept()
+                arguments = begin(asking, programs, listener)
+                if arguments is not None:
+                    return arguments
+            elif file in programs:
+                pid, asking = programs.pop(file)
+                os.close(file)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with asking, contextlib.suppress(OSError):
+                    asking.send(b"%d" % code)
+            elif waiting[file] in programs:  # nobody waits any more
+                os.kill(programs[waiting[file]][0], signal.SIGKILL)
 
 
 def make_tokenizers():
@@ -132,26 +152,29 @@ def leave_nothing_to_do_at_the_end():
     atexit.unregister(getattr(sys.modules["torch._dynamo.utils"], "dump_compile_times", None))
 
 
-def keep(asking: socket.socket) -> list[str]:
-    """Forks the program, in which this returns its arguments; tells how it ended."""
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
+def begin(asking: socket.socket, programs: dict, listener: socket.socket) -> list[str] | None:
+    """Forks a program, in which this returns its arguments, and adds it to `programs`."""
     message, streams, *_ = socket.recv_fds(asking, LARGEST_JOB, 3)
-    job = json.loads(message)
+    if not message:  # who asked has ended
+        asking.close()
+        return None
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for file, (_, other) in programs.items():
+            os.close(file)
+            other.close()
+        listener.close()
         asking.close()
+        job = json.loads(message)
         become(job, streams)
         return job["arguments"]
-    for file in (0, 1, 2, *streams):
+    for file in streams:
         os.close(file)
-    asking.send(b"%d" % pid)
-    if asking in select.select([asking, os.pidfd_open(pid)], [], [])[0]:  # nobody waits any more
-        os.kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    programs[os.pidfd_open(pid)] = pid, asking
     with contextlib.suppress(OSError):
-        asking.send(b"%d" % code)
-    os._exit(0)
+        asking.send(b"%d" % pid)
+    return None
 
 
 def become(job: dict, streams: list[int]):
@@ -273,22 +296,22 @@ class Fork:
         job["network"] = f"/proc/{os.getpid()}/ns/net"
         message = json.dumps(job).encode()
         assert len(message) < LARGEST_JOB
-        self._keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._keeper.connect(str(server))
-        socket.send_fds(self._keeper, [message], streams)
-        self.pid = int(self._keeper.recv(99))
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server.connect(str(server))
+        socket.send_fds(self._server, [message], streams)
+        self.pid = int(self._server.recv(99))
         self.returncode: int | None = None
         self.stdout: TextIO | None = None  # of `popen`
 
     def fileno(self) -> int:
         """What `select` finds readable when the program has ended."""
-        return self._keeper.fileno()
+        return self._server.fileno()
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
         if self.returncode is None and select.select([self], [], [], 0)[0]:
-            self.returncode = int(self._keeper.recv(99))
-            self._keeper.close()
+            self.returncode = int(self._server.recv(99))
+            self._server.close()
         return self.returncode
 
     def send_signal(self, number: int):

@@ -66,9 +66,10 @@ def hub(theirs, tmp_path):
         yield hub
 
 
-def load_in_child(hub, tmp_path, *names, **environment) -> list[str]:
+def load_in_child(hub, tmp_path, *names, first="", **environment) -> list[str]:
+    """What SCRIPT says, after a line of code that the child runs `first`."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(tmp_path / "home")}
-    done = run_python("-c", SCRIPT, *names, cwd=tmp_path, env={**env, **environment})
+    done = run_python("-c", first + SCRIPT, *names, cwd=tmp_path, env={**env, **environment})
     told = json.loads(done.stdout.splitlines()[-1])
     assert not any("\n" in line for line in told)
     return told
@@ -115,7 +116,11 @@ def test_what_is_not_there_is_one_line(hub, tmp_path):
 
 @pytest.mark.slow
 def test_no_connection_is_one_line_after_some_tries(hub, tmp_path):
-    (told,) = load_in_child(hub, tmp_path, "me/mine", HF_ENDPOINT="http://127.0.0.1:9")
+    """Between its tries huggingface_hub would wait for 23 s."""
+    no_wait = "import time; time.sleep = lambda seconds: None"
+    (told,) = load_in_child(
+        hub, tmp_path, "me/mine", first=no_wait, HF_ENDPOINT="http://127.0.0.1:9"
+    )
     assert told.startswith("cannot get config.json of http://127.0.0.1:9/me/mine: ")
     assert "refused" in told
 

@@ -109,9 +109,12 @@ def places(tmp_path_factory, text):
 
 BOTH = """
 import functools, json, sys
+import lm_eval.evaluator
 from gpt2 import cli
+from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+lm_eval.evaluator.add_env_info = lambda storage: None  # asks pip for all packages each time
 # Reads 14,000 files of tasks otherwise, 13 s long.
 TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
 folder, path, url = sys.argv[1:]
@@ -119,10 +122,6 @@ own = ["lm_eval", path, f"--include_path={folder}/tasks", "--device=cpu"]
 precise = ["--model_args", "dtype=float64"]
 assert cli.main([*own, "--tasks=local_choice", *precise, "--output_path", f"{folder}/results"]) == 0
 
-import lm_eval.evaluator
-from lm_eval import simple_evaluate
-
-lm_eval.evaluator.add_env_info = lambda storage: None  # asks pip for all packages each time
 manager = TaskManager(include_path=f"{folder}/tasks")
 models = {
     "gpt2": ("gpt2", {"checkpoint": path, "dtype": "float64"}),

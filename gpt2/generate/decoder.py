@@ -25,9 +25,7 @@ from .cached_forward import CachedForward, HostCopy, pad
 from .sampling import Sampling, choose, uniforms
 from .speculative import DRAFT_TOKENS, SpeculativeDecoding
 
-BURST = 8  # steps of one graph: between graphs, a GPU waits as long as for a dozen kernels
 GRAPH_MIN_TOKENS = 12  # recording takes about as long as so many steps
-BURST_MIN_TOKENS = 64  # recording them takes about as long as so many steps
 LAG = 2  # steps that the GPU runs ahead of the tokens read from it
 
 
@@ -44,7 +42,6 @@ class Decoder:
         graph: record a step as a CUDA graph; implies `static`.
         draft: speculative decoding; for one sequence, and weights that no longer change.
         packed: see `CachedForward`.
-        burst: with a graph, of one sequence: also record `BURST` steps as one graph.
     """
 
     @torch.inference_mode()
@@ -60,7 +57,6 @@ class Decoder:
         graph: bool = False,
         draft: bool = False,
         packed: bool = False,
-        burst: bool = False,
     ):
         assert not draft or (batch_size == 1 and use_cache and not static and not graph)
         self.model, self.sampling = model.eval(), sampling
@@ -68,8 +64,7 @@ class Decoder:
         self.device = model.transformer.wte.weight.device
         self.block_size = model.config.block_size
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)  # the newest
-        self.uniform = torch.zeros(BURST, batch_size, device=self.device)
-        self.written = torch.zeros_like(self.uniform, dtype=torch.int64)  # the tokens of a burst
+        self.uniform = torch.zeros(batch_size, device=self.device)
         self.seen: Tensor | None = None  # (B, V) tokens that the repetition penalty applies to
         if sampling.repetition_penalty != 1:
             shape = (batch_size, model.config.vocab_size)
@@ -82,12 +77,10 @@ class Decoder:
                 model, batch_size, capacity, per_row_lengths=static or graph, packed=packed
             )
         self.speculative = SpeculativeDecoding(model, sampling) if draft else None
-        self.graph, self.burst = None, None
+        self.graph = None
         if graph:
             assert self.forward is not None  # a graph needs a cache
             self.graph = self.forward.record(self._recorded_step)
-            if burst and self.forward.early and self.forward.capacity > 4 * BURST:
-                self.burst = self.forward.record(self._recorded_burst)
 
     @torch.inference_mode()
     def write(
@@ -110,26 +103,23 @@ class Decoder:
         while done < max_new_tokens:
             if to_read:
                 while sent:  # the tokens to read again must have arrived
-                    yield from _receive(sent, rows)
+                    yield _receive(sent, rows)
                 self._read(to_read, rows)
-            limit_of_burst = min(max_new_tokens - done, self.block_size - max(self.filled))
-            limit = min(DRAFT_TOKENS, limit_of_burst)
+            limit = min(DRAFT_TOKENS, max_new_tokens - done, self.block_size - self.filled[0])
             if self.speculative and self.speculative.pays() and limit > 1:
                 for token in self._speculate(numbers[done : done + limit]):
                     rows[0].append(token)
                     done += 1
                     yield [token]
             else:
-                count = BURST if self.burst and limit_of_burst >= BURST else 1
-                self._step(numbers[done : done + count], rows)
-                new = self.tokens[None] if count == 1 else self.written
-                sent.append(HostCopy(new, wait=not self.graph))
-                done += count
+                self._step(numbers[done], rows)
+                sent.append(HostCopy(self.tokens, wait=not self.graph))
+                done += 1
                 if len(sent) > (LAG if self.graph else 0):
-                    yield from _receive(sent, rows)
+                    yield _receive(sent, rows)
             to_read = [i for i, filled in enumerate(self.filled) if filled == self.block_size]
         while sent:
-            yield from _receive(sent, rows)
+            yield _receive(sent, rows)
 
     def _check_room(self, rows: list[list[int]], max_new_tokens: int) -> None:
         if self.forward is None:
@@ -158,37 +148,27 @@ class Decoder:
             self.forward.prefill(numbers, [rows[i][self.starts[i] : -1] for i in numbers])
 
     def _step(self, uniform: Tensor, rows: list[list[int]]) -> None:
-        """Reads the newest token of every row and chooses the next, n times.
-
-        `uniform` is (n, B); n > 1 is BURST, and all tokens are in `written`.
-        """
-        began, count = time.perf_counter(), len(uniform)
+        """Reads the newest token of every row and chooses the next; `uniform` is (B,)."""
+        began = time.perf_counter()
         if self.sampling.temperature > 0:  # else it is not read
-            self.uniform[:count] = uniform
-        if graph := self.graph if count == 1 else self.burst:
-            graph.replay()
+            self.uniform.copy_(uniform)
+        if self.graph:
+            self.graph.replay()
         elif self.forward is not None:
             self.forward.cache.length = max(self.filled)
             self._choose(self.forward.next_logits(self.tokens))
         else:
             self._choose(self._logits_without_cache(rows))
-        self.filled = [filled + count for filled in self.filled]
+        self.filled = [filled + 1 for filled in self.filled]
         if self.speculative:
             self.speculative.single_step_seconds = time.perf_counter() - began
 
-    def _recorded_step(self, number: int = 0) -> None:
-        """Step `number` of a graph."""
+    def _recorded_step(self) -> None:
         assert self.forward is not None
         if self.forward.early and self.greedy:  # it chooses the token too
-            self.forward.early.next_logits(self.tokens, self.written[number])
+            self.forward.early.next_logits(self.tokens, choose=True)
         else:
-            self._choose(self.forward.next_logits(self.tokens), number)
-
-    def _recorded_burst(self) -> None:
-        for number in range(BURST):
-            self._recorded_step(number)
-            if not self.greedy:
-                self.written[number] = self.tokens
+            self._choose(self.forward.next_logits(self.tokens))
 
     def _logits_without_cache(self, rows: list[list[int]]) -> Tensor:
         """(B, V) after each row's context, computed from all of its tokens."""
@@ -197,8 +177,8 @@ class Decoder:
         hidden = self.model.hidden(pad(visible, max(lengths)).to(self.device))
         return self.model.logits(hidden[range(len(rows)), [n - 1 for n in lengths]])
 
-    def _choose(self, logits: Tensor, number: int = 0) -> None:
-        self.tokens.copy_(choose(logits, self.uniform[number], self.sampling, self.seen))
+    def _choose(self, logits: Tensor) -> None:
+        self.tokens.copy_(choose(logits, self.uniform, self.sampling, self.seen))
         if self.seen is not None:
             self.seen.scatter_(1, self.tokens[:, None], True)
 
@@ -213,9 +193,9 @@ class Decoder:
         return tokens
 
 
-def _receive(sent: deque[HostCopy], rows: list[list[int]]) -> Iterator[list[int]]:
+def _receive(sent: deque[HostCopy], rows: list[list[int]]) -> list[int]:
     """Waits for the oldest tokens on their way to the CPU and appends them to their rows."""
-    for tokens in sent.popleft().get():
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
-        yield tokens
+    tokens = sent.popleft().get()
+    for row, token in zip(rows, tokens, strict=True):
+        row.append(token)
+    return tokens

@@ -13,7 +13,7 @@ import torch
 from ..errors import UserError
 from ..model.gpt import LanguageModel
 from ..tokenizer import Tokenizer, gpt2_tokenizer
-from .decoder import BURST_MIN_TOKENS, GRAPH_MIN_TOKENS, Decoder
+from .decoder import GRAPH_MIN_TOKENS, Decoder
 from .few_token_pass import supports
 from .sampling import Sampling, check_sampling
 from .speculative import DRAFT_MIN_PARAMETERS, DRAFT_MIN_TOKENS
@@ -34,7 +34,8 @@ def decoder_for(
     In float32 on a CPU speculative decoding for one sequence, packed weights for several; both copy
     the weights first, which pays only when many tokens follow.
     """
-    weight, lengths = model.transformer.wte.weight, [len(prompt) for prompt in prompts]
+    weight = model.transformer.wte.weight
+    lengths = [len(prompt) for prompt in prompts]
     device = weight.device.type
     can_be_fast = use_cache and not torch.is_autocast_enabled(device)
     graph = can_be_fast and device == "cuda" and max_new_tokens >= GRAPH_MIN_TOKENS
@@ -57,7 +58,6 @@ def decoder_for(
         graph=graph,
         draft=draft,
         packed=can_copy and several and supports(model),
-        burst=max_new_tokens >= BURST_MIN_TOKENS,
     )
 
 

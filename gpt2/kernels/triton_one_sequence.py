@@ -30,7 +30,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 WIDEST = 1600  # channels; the rows of wider networks do not fit into registers
-CAPABILITY = 9, 0  # programmatic dependent launch came with Hopper
+LONGEST = 1024  # positions; a longer context would need more programs for a head's attention
+HOPPER = 9  # programmatic dependent launch came with it; no later GPU was tried
+DRIVER = 12030  # CUDA graphs hold such launches since 12.3
 SPAN = 128  # positions of the cache that a program of attention loads before it waits
 
 
@@ -259,9 +261,9 @@ def _head(  # noqa: PLR0917 - Triton launches by position
 
 @triton.jit
 def _choose(  # noqa: PLR0917 - Triton launches by position
-    best, places, token, written, outputs, programs, block: tl.constexpr, early: tl.constexpr
+    best, places, token, outputs, programs, block: tl.constexpr, early: tl.constexpr
 ):  # fmt: skip
-    """token = written = the first place of the greatest logit."""
+    """token = the first place of the greatest logit."""
     _begin(early)
     _wait(early)
     i = tl.arange(0, block)
@@ -269,9 +271,7 @@ def _choose(  # noqa: PLR0917 - Triton launches by position
     place = tl.load(places + i, mask=i < programs, other=0)
     # NaN equals nothing: then the last token
     place = tl.where((top == tl.max(top, 0)) & (i < programs), place, outputs - 1)
-    chosen = tl.min(place, 0).to(tl.int64)
-    tl.store(token, chosen)
-    tl.store(written, chosen)
+    tl.store(token, tl.min(place, 0).to(tl.int64))
 
 
 def fits(model: Any, rows: int) -> bool:
@@ -281,11 +281,13 @@ def fits(model: Any, rows: int) -> bool:
         model: one that `few_token_pass.supports` accepts.
         rows: sequences.
     """
-    weight = model.transformer.wte.weight
+    weight, config = model.transformer.wte.weight, model.config
     if rows > 1 or not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
-    capability = torch.cuda.get_device_capability(weight.device)
-    return model.config.n_embd <= WIDEST and capability >= CAPABILITY
+    if config.n_embd > WIDEST or config.block_size > LONGEST or torch.version.hip is not None:
+        return False
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return torch.cuda.get_device_capability(weight.device)[0] == HOPPER and driver >= DRIVER
 
 
 class OneSequence:
@@ -320,12 +322,12 @@ class OneSequence:
         self.places = wte.new_empty(self.programs, dtype=torch.int32)
         self.logits = wte.new_empty(1, len(wte))  # (1, V)
 
-    def next_logits(self, token: Tensor, written: Tensor | None = None) -> Tensor:
+    def next_logits(self, token: Tensor, *, choose: bool = False) -> Tensor:
         """Appends a token; the logits that follow.
 
         Args:
             token: (1,) int64.
-            written: (1,) int64 to write the likeliest next token to, also to `token`; or None.
+            choose: write the likeliest next token to `token`.
 
         Returns:
             (1, V) logits, overwritten by the next call.
@@ -343,9 +345,9 @@ class OneSequence:
             self._linear(self.hidden, mlp.c_proj, self.x, self.tiles.out, added=True)
         self._logits(parts.wte.weight, parts.ln_f)
         self.cache.length += 1  # the head has advanced `lengths`
-        if written is not None:
+        if choose:
             size = triton.next_power_of_2(self.programs)
-            given = self.best, self.places, token, written, self.logits.shape[1], self.programs
+            given = self.best, self.places, token, self.logits.shape[1], self.programs
             _choose[(1,)](*given, size, self.early, num_warps=4, **self.options)
         return self.logits
 

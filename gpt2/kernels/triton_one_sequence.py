@@ -33,7 +33,7 @@ WIDEST = 1600  # channels; the rows of wider networks do not fit into registers
 LONGEST = 1024  # positions; a longer context would need more programs for a head's attention
 HOPPER = 9  # programmatic dependent launch came with it; no later GPU was tried
 DRIVER = 12030  # CUDA graphs hold such launches since 12.3
-CHUNK = 256  # columns that a warp loads at once, 16 bytes a lane
+SPAN = 128  # positions of the cache that a program of attention loads before it waits
 
 
 class Tiles(NamedTuple):
@@ -42,15 +42,14 @@ class Tiles(NamedTuple):
     For up to 1,024 channels; wider networks take twice the warps.
     """
 
-    qkv: tuple[int, int] = 8, 8
-    proj: tuple[int, int] = 16, 8
-    fc: tuple[int, int] = 8, 8
-    out: tuple[int, int] = 4, 4
-    head: tuple[int, int] = 2, 1
-    head_programs: int = 16  # per multiprocessor
+    qkv: tuple[int, int] = 4, 4
+    proj: tuple[int, int] = 8, 8
+    fc: tuple[int, int] = 2, 1
+    out: tuple[int, int] = 2, 8
+    head: tuple[int, int] = 8, 4
+    head_programs: int = 4  # per multiprocessor
     shares: int = 4  # programs of attention per head, a power of two
-    attention_warps: int = 4
-    attention_rows: int = 8  # positions that a lane of it loads before it waits
+    attention_warps: int = 8
 
 
 @triton.jit
@@ -77,54 +76,24 @@ def _rows(weight, n, outputs, k, width: tl.constexpr):
 
 
 @triton.jit
+def _product(w, v):
+    return tl.sum(w.to(tl.float32) * v[None, :], 1)
+
+
+@triton.jit
 def _add_two(a, b, c, d):
     return a + c, b + d
 
 
 @triton.jit
-def _chunks(rows, width: tl.constexpr, exists, chunk: tl.constexpr):
-    """Rows of a matrix in parts of `chunk` columns, each (tile, chunk), zeros outside.
-
-    A warp reads whole rows, 16 bytes a lane: sums over columns wait for no other warp.
-
-    Args:
-        rows: (tile, 1) pointers to the beginnings of rows.
-        exists: (tile, 1) or one bool.
-    """
-    parts = ()
-    for i in tl.static_range((width + chunk - 1) // chunk):
-        k = i * chunk + tl.arange(0, chunk)[None, :]
-        parts = parts + (tl.load(rows + k, mask=exists & (k < width), other=0.0),)  # noqa: RUF005
-    return parts
-
-
-@triton.jit
 def _layer_norm(
-    parts, gains, shifts, width: tl.constexpr, eps
+    v, gain, shift, width: tl.constexpr, eps
 ):  # fmt: skip
-    """LayerNorm of equal rows given in parts; 0 where gain and shift are. One reduction."""
-    total, squares = parts[0], parts[0] * parts[0]
-    for i in tl.static_range(1, len(parts)):
-        total += parts[i]
-        squares += parts[i] * parts[i]
-    total, squares = tl.reduce((total, squares), 1, _add_two)
+    """LayerNorm of a vector; 0 where gain and shift are. Both moments are one reduction."""
+    total, squares = tl.reduce((v, v * v), 0, _add_two)
     mean = total / width
-    scale = tl.rsqrt(tl.maximum(squares / width - mean * mean, 0.0) + eps)[:, None]
-    normed = ()
-    for i in tl.static_range(len(parts)):
-        v = (parts[i] - mean[:, None]) * scale
-        v = v * gains[i].to(tl.float32) + shifts[i].to(tl.float32)
-        normed = normed + (v,)  # noqa: RUF005 - Triton unpacks no tuples
-    return normed
-
-
-@triton.jit
-def _product(ws, vs):
-    """(tile,) sums over all columns of two matrices in parts."""
-    total = ws[0].to(tl.float32) * vs[0]
-    for i in tl.static_range(1, len(ws)):
-        total += ws[i].to(tl.float32) * vs[i]
-    return tl.sum(total, 1)
+    variance = tl.maximum(squares / width - mean * mean, 0.0)
+    return (v - mean) * tl.rsqrt(variance + eps) * gain + shift
 
 
 @triton.jit
@@ -143,21 +112,22 @@ def _embed(  # noqa: PLR0917 - Triton launches by position
 @triton.jit
 def _linear(  # noqa: PLR0917 - Triton launches by position
     x, gain, shift, weight, bias, out, eps, outputs, width: tl.constexpr, normed: tl.constexpr,
-    gelu: tl.constexpr, added: tl.constexpr, tile: tl.constexpr, chunk: tl.constexpr,
+    gelu: tl.constexpr, added: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
     early: tl.constexpr,
 ):  # fmt: skip
     """out = gelu(norm(x) weightᵀ + bias), or added to out; a program per `tile` outputs."""
     _begin(early)
-    n = tl.program_id(0) * tile + tl.arange(0, tile)
-    exists, same = n < outputs, tl.zeros([tile, 1], tl.int32)
-    w = _chunks(weight + n[:, None] * width, width, exists[:, None], chunk)
+    n, k = tl.program_id(0) * tile + tl.arange(0, tile), tl.arange(0, block)
+    exists, inside = n < outputs, k < width
+    w = _rows(weight, n, outputs, k, width)
     y = tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
     if normed:
-        g, s = _chunks(gain + same, width, True, chunk), _chunks(shift + same, width, True, chunk)
+        g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
     _wait(early)
     if added:
         y += tl.load(out + n, mask=exists, other=0.0)
-    v = _chunks(x + same, width, True, chunk)
+    v = tl.load(x + k, mask=inside, other=0.0)
     if normed:
         v = _layer_norm(v, g, s, width, eps)
     y += _product(w, v)
@@ -169,81 +139,66 @@ def _linear(  # noqa: PLR0917 - Triton launches by position
 @triton.jit
 def _attend(  # noqa: PLR0917 - Triton launches by position
     qkv, keys, values, lengths, mixed, sums, capacity, scale, heads: tl.constexpr, D: tl.constexpr,
-    lanes: tl.constexpr, shares: tl.constexpr, warps: tl.constexpr, rows: tl.constexpr,
-    early: tl.constexpr,
+    lanes: tl.constexpr, shares: tl.constexpr, span: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Attention of a head over a share of its cache: the mixture of values, and log Σ e^score.
 
-    Online softmax (Milakov & Gimelshein 2018). Keys are (group, warps, rows, lanes): a warp reads
-    `group` positions at once, `rows` times, and adds them up alone; at the end warps are joined.
+    Online softmax (Milakov & Gimelshein 2018), `span` positions at a time.
     """
     _begin(early)
     head, share, d = tl.program_id(0), tl.program_id(1), tl.arange(0, lanes)
-    group: tl.constexpr = max(256 // lanes, 1)
-    span: tl.constexpr = group * warps * rows
-    g, w, r = tl.arange(0, group), tl.arange(0, warps), tl.arange(0, rows)
-    of_warp = g[:, None, None, None] + group * rows * w[None, :, None, None]  # (group, warps, 1, 1)
-    s = of_warp + group * r[None, None, :, None]
-    d = d[None, None, None, :]
     length = tl.load(lengths).to(tl.int32)
     size = (length + shares - 1) // shares
     start, end = share * size, tl.minimum(length, (share + 1) * size)
     keys += head * capacity * D
     values += head * capacity * D
-    at = (start + s) * D + d
-    mask = (start + s < end) & (d < D)
-    key = tl.load(keys + at, mask=mask, other=0.0)
-    value = tl.load(values + at, mask=mask, other=0.0)
+    key, value = _positions(keys, values, start, end, d, D, span)
     _wait(early)
-    real = d + 0 * of_warp < D
-    new = qkv + head * D + d + 0 * of_warp
+    real = d < D
+    new = qkv + head * D + d
     q = tl.load(new, mask=real, other=0.0) * scale
     # rounded as the cache holds them
     new_k = tl.load(new + heads * D, mask=real, other=0.0).to(key.dtype)
     new_v = tl.load(new + 2 * heads * D, mask=real, other=0.0).to(key.dtype)
-    first = (share == 0) & (of_warp == 0)  # it takes the new position too
-    tl.store(keys + length * D + d + 0 * of_warp, new_k, mask=real & first)
-    tl.store(values + length * D + d + 0 * of_warp, new_v, mask=real & first)
-    top = tl.where(first, tl.sum(new_k.to(tl.float32) * q, 3, keep_dims=True), -1e30)
-    total = tl.where(first, 1.0, 0.0) + tl.zeros_like(top)
+    first = share == 0  # it takes the new position too
+    tl.store(keys + length * D + d, new_k, mask=real & first)
+    tl.store(values + length * D + d, new_v, mask=real & first)
+    of_new = tl.where(first, tl.sum(new_k.to(tl.float32) * q, 0), -float("inf"))
+    top = tl.maximum(of_new, -1e30)  # finite without positions too: -inf - -inf would be NaN
+    total = tl.exp(of_new - top)
     mix = total * new_v.to(tl.float32)
-    top, total, mix = _add_positions(key, value, q, start + s < end, top, total, mix)
+    top, total, mix = _add_positions(key, value, q, start, end, span, top, total, mix)
     start += span
     while start < end:
-        at = (start + s) * D + d
-        mask = (start + s < end) & (d < D)
-        key = tl.load(keys + at, mask=mask, other=0.0)
-        value = tl.load(values + at, mask=mask, other=0.0)
-        top, total, mix = _add_positions(key, value, q, start + s < end, top, total, mix)
+        key, value = _positions(keys, values, start, end, d, D, span)
+        top, total, mix = _add_positions(key, value, q, start, end, span, top, total, mix)
         start += span
-    # (group, warps, 1, lanes), joined within a warp, then over warps
-    top, total = top + tl.zeros_like(mix), total + tl.zeros_like(mix)
-    top, total, mix = tl.reduce((top, total, mix), 0, _join)
-    top, total, mix = tl.reduce((top, total, mix), 0, _join)
-    at = tl.arange(0, lanes)[None, :]
-    real = at < D
-    tl.store(mixed + (share * heads + head) * D + at, mix / tl.maximum(total, 1e-30), mask=real)
-    of_share = tl.where(total > 0, top + tl.log(total), -1e30)
-    tl.store(sums + share * heads + head + 0 * at, of_share, mask=at == 0)
+    tl.store(mixed + (share * heads + head) * D + d, mix / tl.maximum(total, 1e-30), mask=real)
+    tl.store(sums + share * heads + head, tl.where(total > 0, top + tl.log(total), -1e30))
 
 
 @triton.jit
-def _join(top, total, mix, other_top, other_total, other_mix):  # noqa: PLR0917 - a reduction's
-    """Maximum, sum and mixture of two sets of positions."""
-    greatest = tl.maximum(top, other_top)
-    a, b = tl.exp(top - greatest), tl.exp(other_top - greatest)
-    return greatest, a * total + b * other_total, a * mix + b * other_mix
+def _positions(  # noqa: PLR0917 - Triton calls by position
+    keys, values, start, end, d, D: tl.constexpr, span: tl.constexpr
+):  # fmt: skip
+    """Keys and values of `span` positions of a head, zeros from `end` on."""
+    s = start + tl.arange(0, span)
+    mask, at = (s < end)[:, None] & (d < D)[None, :], s[:, None] * D + d[None, :]
+    key = tl.load(keys + at, mask=mask, other=0.0)
+    return key, tl.load(values + at, mask=mask, other=0.0)
 
 
 @triton.jit
-def _add_positions(key, value, q, inside, top, total, mix):  # noqa: PLR0917 - Triton
-    """A step of each lane group's online softmax: maximum, sum and mixture with more positions."""
-    score = tl.sum(key.to(tl.float32) * q, 3, keep_dims=True)
-    score = tl.where(inside, score, -float("inf"))
-    new_top = tl.maximum(top, tl.max(score, 2, keep_dims=True))
+def _add_positions(  # noqa: PLR0917 - Triton calls by position
+    key, value, q, start, end, span: tl.constexpr, top, total, mix
+):  # fmt: skip
+    """A step of the online softmax: maximum, sum and mixture with more positions."""
+    score = tl.sum(key.to(tl.float32) * q[None, :], 1)
+    score = tl.where(start + tl.arange(0, span) < end, score, -float("inf"))
+    new_top = tl.maximum(top, tl.max(score, 0))
     shrink, p = tl.exp(top - new_top), tl.exp(score - new_top)
-    mix = mix * shrink + tl.sum(p * value.to(tl.float32), 2, keep_dims=True)
-    return new_top, total * shrink + tl.sum(p, 2, keep_dims=True), mix
+    mix = mix * shrink + tl.sum(p[:, None] * value.to(tl.float32), 0)
+    return new_top, total * shrink + tl.sum(p, 0), mix
 
 
 @triton.jit
@@ -264,33 +219,33 @@ def _project(  # noqa: PLR0917 - Triton launches by position
     of_head = tl.minimum(k // (width // heads), heads - 1)
     weights = tl.load(sums + share * heads + of_head[None, :])
     weights = tl.exp(weights - tl.max(weights, 0)[None, :])  # 0 for an empty share
-    v = tl.sum(weights * parts, 0) / tl.sum(weights, 0)
-    y += tl.sum(w.to(tl.float32) * v[None, :], 1)
+    y += _product(w, tl.sum(weights * parts, 0) / tl.sum(weights, 0))
     tl.store(x + n, y, mask=exists)
 
 
 @triton.jit
 def _head(  # noqa: PLR0917 - Triton launches by position
     x, gain, shift, weight, logits, best, places, lengths, eps, outputs, programs,
-    width: tl.constexpr, tile: tl.constexpr, chunk: tl.constexpr, early: tl.constexpr,
+    width: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """logits = norm(x) weightᵀ; of each program's logits the greatest, and its place.
 
     A program takes every `programs`-th tile of rows, and loads one while it multiplies another.
     """
     _begin(early)
-    program, lane = tl.program_id(0), tl.arange(0, tile)
-    n, same = program * tile + lane, tl.zeros([tile, 1], tl.int32)
-    w = _chunks(weight + n[:, None] * width, width, (n < outputs)[:, None], chunk)
-    g, s = _chunks(gain + same, width, True, chunk), _chunks(shift + same, width, True, chunk)
+    program, k, lane = tl.program_id(0), tl.arange(0, block), tl.arange(0, tile)
+    inside = k < width
+    n = program * tile + lane
+    w = _rows(weight, n, outputs, k, width)
+    g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
     _wait(early)
-    v = _layer_norm(_chunks(x + same, width, True, chunk), g, s, width, eps)
+    v = _layer_norm(tl.load(x + k, mask=inside, other=0.0), g, s, width, eps)
     # of each lane, compared as they are stored; the places of a lane come in order
     top, place = tl.full((tile,), -float("inf"), tl.float32), tl.full((tile,), 0, tl.int32)
     start = program * tile
     while start < outputs:
-        rows = weight + (n + programs * tile)[:, None] * width
-        next_w = _chunks(rows, width, (n + programs * tile < outputs)[:, None], chunk)
+        next_w = _rows(weight, n + programs * tile, outputs, k, width)
         y = _product(w, v).to(logits.dtype.element_ty)
         tl.store(logits + n, y, mask=n < outputs)
         y = tl.where(n < outputs, y.to(tl.float32), -float("inf"))
@@ -347,7 +302,7 @@ class OneSequence:
     """
 
     def __init__(
-        self, model: Any, cache: Any, *, early: int = 3, tiles: Tiles | None = None
+        self, model: Any, cache: Any, *, early: int = 1, tiles: Tiles | None = None
     ) -> None:
         assert cache.lengths is not None
         assert cache.keys.is_contiguous()
@@ -411,24 +366,22 @@ class OneSequence:
         (outputs, width), (tile, warps) = layer.weight.shape, size
         gain, shift, eps = (norm.weight, norm.bias, norm.eps) if norm else (x, x, 0.0)
         given = x, gain, shift, layer.weight, layer.bias, out, eps, outputs, width
-        kind = norm is not None, gelu, added, tile, CHUNK, self.early
+        kind = norm is not None, gelu, added, tile, triton.next_power_of_2(width), self.early
         grid = (triton.cdiv(outputs, tile),)
-        _linear[grid](*given, *kind, num_warps=warps, **self.options)
+        _linear[grid](*given, *kind, num_warps=warps * self.wide, **self.options)
 
     def _attention(self, layer: int, proj: Any) -> None:
         """x += proj(attention), whose shares are joined by the second kernel."""
         C, H, cache, shares = self.config.n_embd, self.config.n_head, self.cache, self.tiles.shares
         D, capacity = C // H, cache.keys.shape[3]
         of_layer = self.qkv, cache.keys[layer], cache.values[layer], cache.lengths
-        warps, lanes = self.tiles.attention_warps, triton.next_power_of_2(D)
-        rows = self.tiles.attention_rows
-        sizes = capacity, D**-0.5, H, D, lanes, shares, warps, rows, self.early
+        sizes = capacity, D**-0.5, H, D, triton.next_power_of_2(D), shares, SPAN, self.early
         _attend[(H, shares)](
             *of_layer,
             self.mixed,
             self.sums,
             *sizes,
-            num_warps=warps,
+            num_warps=self.tiles.attention_warps,
             enable_fp_fusion=False,  # see `triton_decoding.cached_attention_`
             **self.options,
         )
@@ -442,4 +395,5 @@ class OneSequence:
         (outputs, width), (tile, warps) = weight.shape, self.tiles.head
         given = self.x, norm.weight, norm.bias, weight, self.logits, self.best, self.places
         sizes = self.cache.lengths, norm.eps, outputs, self.programs, width, tile
-        _head[(self.programs,)](*given, *sizes, CHUNK, self.early, num_warps=warps, **self.options)
+        block, grid = triton.next_power_of_2(width), (self.programs,)
+        _head[grid](*given, *sizes, block, self.early, num_warps=warps * self.wide, **self.options)

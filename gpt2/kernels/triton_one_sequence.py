@@ -21,6 +21,8 @@ Imported on CUDA devices only. `generate.few_token_pass.next_logits` is the plai
 Shapes: `C` channels, `H` heads, `D` = C / H, `V` vocabulary.
 """
 
+import ctypes
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -274,6 +276,17 @@ def _choose(  # noqa: PLR0917 - Triton launches by position
     tl.store(token, tl.min(place, 0).to(tl.int64))
 
 
+def driver_version() -> int:
+    """The newest CUDA that the NVIDIA driver runs, 12030 for 12.3; 0 without such a driver."""
+    version = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("nvcuda" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def fits(model: Any, rows: int) -> bool:
     """Whether the kernels are made for a network of GPT-2, its precision, its GPU and so many rows.
 
@@ -286,8 +299,8 @@ def fits(model: Any, rows: int) -> bool:
         return False
     if config.n_embd > WIDEST or config.block_size > LONGEST or torch.version.hip is not None:
         return False
-    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
-    return torch.cuda.get_device_capability(weight.device)[0] == HOPPER and driver >= DRIVER
+    hopper = torch.cuda.get_device_capability(weight.device)[0] == HOPPER
+    return hopper and driver_version() >= DRIVER
 
 
 class OneSequence:

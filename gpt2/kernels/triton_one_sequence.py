@@ -21,8 +21,6 @@ Imported on CUDA devices only. `generate.few_token_pass.next_logits` is the plai
 Shapes: `C` channels, `H` heads, `D` = C / H, `V` vocabulary.
 """
 
-import ctypes
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +29,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .cuda_driver import driver_version
+
 WIDEST = 1600  # channels; the rows of wider networks do not fit into registers
 LONGEST = 1024  # positions; a longer context would need more programs for a head's attention
-HOPPER = 9  # programmatic dependent launch came with it; no later GPU was tried
-DRIVER = 12030  # CUDA graphs hold such launches since 12.3
+HOPPER, DRIVER = 9, 12030  # no later GPU was tried; CUDA graphs hold such launches since 12.3
 SPAN = 128  # positions of the cache that a program of attention loads before it waits
 
 
@@ -276,17 +275,6 @@ def _choose(  # noqa: PLR0917 - Triton launches by position
     tl.store(token, tl.min(place, 0).to(tl.int64))
 
 
-def driver_version() -> int:
-    """The newest CUDA that the NVIDIA driver runs, 12030 for 12.3; 0 without such a driver."""
-    version = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("nvcuda" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return 0
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    return version.value
-
-
 def fits(model: Any, rows: int) -> bool:
     """Whether the kernels are made for a network of GPT-2, its precision, its GPU and so many rows.
 
@@ -299,8 +287,8 @@ def fits(model: Any, rows: int) -> bool:
         return False
     if config.n_embd > WIDEST or config.block_size > LONGEST or torch.version.hip is not None:
         return False
-    hopper = torch.cuda.get_device_capability(weight.device)[0] == HOPPER
-    return hopper and driver_version() >= DRIVER
+    major, _ = torch.cuda.get_device_capability(weight.device)
+    return major == HOPPER and driver_version() >= DRIVER
 
 
 class OneSequence:

@@ -35,7 +35,7 @@ UNSETTLED = re.compile(
     "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010000-\U0001efff\U0001fb00-\U0003ffff]"
 )
 UNSETTLED_LEADS = (b"\xe0", b"\xea", b"\xf0")  # their first UTF-8 bytes: a quick pre-check
-FRESH_AFTER = 2_000_000  # words in gigatoken's cache, which only grows, by some 60 bytes a word
+FRESH_AFTER = 2_000_000  # words in gigatoken's cache, which only grows, by some 96 bytes a word
 
 
 class FastTokenizer(Tokenizer):

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # gigatoken 0.10.0: a tokenizer keeps every different word that it has encoded, without a bound and
-# without a way to empty it. Its memory grows by 96 bytes a word, however small the batches are,
-# and stays when they are gone. Text that is read again adds nothing. Only deleting the tokenizer gives
-# the memory back. A corpus with many different words (numbers, hashes, addresses, names) thus takes
-# gigabytes in each thread that has a tokenizer. `tokenizers` 0.23.3 does not grow: once it
-# has encoded a million words, a million others add nothing. The README of gigatoken calls caching hard; it names no growth.
+# without a method that empties it. Its memory grows by 96 bytes a word, however small the batches
+# are, and stays when they are gone. Text that is read again adds nothing. Only deleting the tokenizer
+# gives the memory back. A corpus with many different words (numbers, hashes, addresses, names) thus
+# takes gigabytes in each thread that has a tokenizer. `tokenizers` 0.23.3 does not grow: once it has
+# encoded a million words, a million others add nothing. The README of gigatoken calls caching hard;
+# it names no growth.
 #
 # Seen on Python 3.11, a small byte-level BPE, batches of 250,000 words
 #   tokenizers, 1 million words more than 1 million 0 MB

@@ -43,7 +43,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-docs
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 # What a lower bound promises is tested with these; torch's own in tests/kernels and tests/train.
 LOWEST_TESTS := tests/checkpoint tests/commands tests/data tests/generate tests/huggingface \

@@ -17,7 +17,7 @@ from pygments.lexers import TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("*.md", "docs/**/*.md", "learn/**/*.md", "dev/*.md")
+PAGES = ("*.md", "docs/**/*.md", "learn/**/*.md", "models/*.md", "dev/*.md")
 COPIED = (".png", ".jsonl")
 CODE = ".code.md"  # added to the name of a file whose page it is
 # Messages are long lines. Line numbers are not copied with their code.

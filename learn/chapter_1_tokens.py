@@ -222,7 +222,8 @@ print(tokenizer.encode("<|endoftext|>"), "is text;", tokenizer.end_of_text, "is 
 # ## Exercises
 #
 # Fill in the functions of `learn/exercises/chapter_1.py` and run `python -m learn.check 1`. Or
-# define functions of these names in a cell and run the next one. `learn/solutions/` has answers.
+# define functions of these names in cells of the notebook, and call `check(1, globals())` after the
+# next cell. `learn/solutions/` has answers.
 
 # %%
 from learn.check import check

@@ -216,7 +216,8 @@ print("".join(letters[i] for i in out))
 # ## Exercises
 #
 # Fill in the functions of `learn/exercises/chapter_2.py` and run `python -m learn.check 2`. Or
-# define functions of these names in a cell and run the next one. `learn/solutions/` has answers.
+# define functions of these names in cells of the notebook, and call `check(2, globals())` after the
+# next cell. `learn/solutions/` has answers.
 
 # %%
 from learn.check import check

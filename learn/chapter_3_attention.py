@@ -232,7 +232,8 @@ print("head 1 alone differs by", (y[0, :, second] - alone).abs().max().item())
 # ## Exercises
 #
 # Fill in the functions of `learn/exercises/chapter_3.py` and run `python -m learn.check 3`. Or
-# define functions of these names in a cell and run the next one. `learn/solutions/` has answers.
+# define functions of these names in cells of the notebook, and call `check(3, globals())` after the
+# next cell. `learn/solutions/` has answers.
 
 # %%
 from learn.check import check

@@ -204,9 +204,10 @@ for name, of in zip(released, counted, strict=True):
 #   $V$ terms, and the mean of $e^z$ for $z \sim N(0, s^2)$ is $e^{s^2/2}$. Hence
 #
 # $$\mathcal{L}_0 = \ln V + \frac{C \sigma^2}{2}
-#   = 10.825 + \frac{768 \cdot 0.0004}{2} = 10.825 + 0.154 = 10.978.$$
+#   = 10.825 + \frac{768 \cdot 0.0004}{2} = 10.825 + 0.154 = 10.979.$$
 #
-# A run whose first loss is another has a bug. Measured, for networks of several widths:
+# A first loss far from this one points to a bug, or to text that repeats its tokens (chapter 6).
+# Measured, for networks of several widths:
 
 # %%
 widths = (64, 256, 512, 768)
@@ -239,7 +240,8 @@ print(f"C = 768: formula {formula[-1]:.3f}, measured {measured[-1]:.3f}")
 # ## Exercises
 #
 # Fill in the functions of `learn/exercises/chapter_5.py` and run `python -m learn.check 5`. Or
-# define functions of these names in a cell and run the next one. `learn/solutions/` has answers.
+# define functions of these names in cells of the notebook, and call `check(5, globals())` after the
+# next cell. `learn/solutions/` has answers.
 
 # %%
 from learn.check import check

@@ -248,7 +248,8 @@ print(bytes(written).decode(errors="replace"))
 # ## Exercises
 #
 # Fill in the functions of `learn/exercises/chapter_6.py` and run `python -m learn.check 6`. Or
-# define functions of these names in a cell and run the next one. `learn/solutions/` has answers.
+# define functions of these names in cells of the notebook, and call `check(6, globals())` after the
+# next cell. `learn/solutions/` has answers.
 
 # %%
 from learn.check import check

@@ -294,7 +294,8 @@ plt.show()
 # ## Exercises
 #
 # Fill in the functions of `learn/exercises/chapter_7.py` and run `python -m learn.check 7`. Or
-# define functions of these names in a cell and run the next one. `learn/solutions/` has answers.
+# define functions of these names in cells of the notebook, and call `check(7, globals())` after the
+# next cell. `learn/solutions/` has answers.
 
 # %%
 from learn.check import check

@@ -272,6 +272,7 @@ plt.show()
 # that fit together. In the second round the loss falls from 15.2 to 3.6. Head 4.2 looks at the
 # previous token, and head 5.0, one block later, is an induction head. Without either, most of the
 # fall is lost (11.9 and 10.4 nats). Heads 7.2 and 6.1 look the same way, and are missed less.
+# The page of `gpt2 inspect` counts layers from 0: there, head 4.2 is head 2 of layer 3.
 #
 # So text alone teaches the circuit that the small network learned from repetitions: names and
 # phrases come again in text as well. `LEARN_CHECKPOINT=box` runs the whole chapter on `box`.
@@ -368,7 +369,8 @@ print("the country's state alone:", [round(v, 2) for v in found.effect[:, 3, -1]
 # ## Exercises
 #
 # Fill in the functions of `learn/exercises/chapter_8.py` and run `python -m learn.check 8`. Or
-# define functions of these names in a cell and run the next one. `learn/solutions/` has answers.
+# define functions of these names in cells of the notebook, and call `check(8, globals())` after the
+# next cell. `learn/solutions/` has answers.
 
 # %%
 from learn.check import check

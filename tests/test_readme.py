@@ -198,6 +198,10 @@ NOWHERE = {
     'pip install -e ".[tokenizers]"',
     'pip install "lm-eval[api]"',
     'echo "FROM ./model.gguf" > out/Modelfile && ollama create my-gpt2 -f out/Modelfile',
+    "git lfs install",
+    "git add -f out/out_ckpt.pt",
+    'git commit -m "Weights of my run"',
+    "git push",
     'ollama run my-gpt2 "Hello world,"',
     "vllm serve out/hf",
 }

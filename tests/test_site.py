@@ -1,7 +1,8 @@
-"""The hooks of `make docs`. The build itself fails at a broken link; it runs beside the tests."""
+"""The hooks of `make docs`, and its links. The build itself runs beside the tests."""
 
 import importlib.util
 import json
+import posixpath
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,31 @@ def test_every_page_of_docs_is_in_the_navigation():
     wanted |= {f"learn/{p.name}{hooks.CODE}" for p in (ROOT / "learn").glob("chapter_*.ipynb")}
     assert len(wanted) > 20
     assert wanted <= in_nav(site["nav"])
+
+
+def lost_links(page: str, text: str) -> set[str]:
+    """What a page with this text links to in the repository and the site does not have."""
+    links = hooks.LINK.finditer(hooks.CODE_SPAN.sub("", text))
+    found = {posixpath.normpath(posixpath.join(page, "..", m[2])) for m in links}
+    pages = set(hooks.pages())
+    return {p for p in found - pages if p.endswith(".md") or not (ROOT / p).is_file()}
+
+
+@pytest.mark.parametrize("page", hooks.pages())
+def test_links_lead_to_something_on_the_site(page):
+    assert lost_links(page, (ROOT / page).read_text("utf-8")) == set()
+
+
+def test_a_link_to_nothing_on_the_site_is_found():
+    text = "[a](data.md) [b](gone.md) [c](../findings/) [d](../models/box/README.md) [e](https://f)"
+    assert lost_links("docs/a.md", text) == {"docs/gone.md", "findings", "models/box/README.md"}
+
+
+def test_the_build_counts_warnings():
+    """MkDocs counts the warnings that it logs: `--quiet` would turn `--strict` off."""
+    lines = (ROOT / "Makefile").read_text("utf-8").splitlines()
+    (build,) = [line for line in lines if "mkdocs build" in line]
+    assert build.endswith("mkdocs build --strict")
 
 
 def test_links_to_code_lead_to_its_page():

@@ -101,7 +101,7 @@ class Shard(SequenceReader):
             at = int(np.argmax(tokens >= self.vocabulary.size))
             raise UserError(
                 f"{self.path}: token {tokens[at]} at offset {start + at} is outside "
-                f"{self.vocabulary}; {REDO}"
+                f"{self.vocabulary}; {REDO} (docs/troubleshooting.md#another-tokenizer)"
             )
 
 
@@ -138,7 +138,7 @@ def open_shard(path: Path, vocabulary: Vocabulary = GPT2_VOCABULARY) -> Shard:
     if size < HEADER_BYTES or header[0] != MAGIC:
         raise UserError(
             f"{path}: not a token shard (its magic number is not {MAGIC}); "
-            "make shards with `gpt2 prepare`"
+            "make shards with `gpt2 prepare` (docs/troubleshooting.md#another-tokenizer)"
         )
     if header[1] != VERSION:
         raise UserError(

@@ -71,7 +71,7 @@ def check_groups(optimizer: torch.optim.Optimizer, stored: dict, origin: Path) -
             raise UserError(
                 f"{origin} is of a run with another optimizer for some parameters; give the same "
                 "optimizer, and embedding_lr and head_lr where they were given, or use another "
-                "--out_dir"
+                "--out_dir (docs/troubleshooting.md#resume-refused)"
             )
     numbers_of_file = [number for other in theirs for number in other["params"]]
     if numbers_of_file != list(range(len(numbers_of_file))):  # torch would mix parameters up

@@ -76,7 +76,8 @@ def check_same_run(found: Resumed, options: ModelOptions) -> None:
     if options.init and options.init != began_with:
         raise UserError(
             f"{found.path} is of a run that began with {shown(began_with) or 'fresh weights'}, not "
-            f"init={options.init}; use another --out_dir, or --resume=never"
+            f"init={options.init}; use another --out_dir, or --resume=never "
+            "(docs/troubleshooting.md#resume-refused)"
         )
     theirs = defaults() | to_dict(found.config)
     ours = defaults() | to_dict(options.shape())

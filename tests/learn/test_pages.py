@@ -40,5 +40,6 @@ def test_chapters_name_papers_and_exercises(number):
     assert re.search(r"^# Papers?: ", text, re.MULTILINE)
     assert f"`learn/exercises/chapter_{number}.py`" in text
     assert f"`python -m learn.check {number}`" in text
+    assert f"`check({number}, globals())`" in text  # `check({number})` sees no cell
     exercises = (ROOT / f"learn/exercises/chapter_{number}.py").read_text("utf-8")
     assert f"`learn/{source.name}` explains" in exercises

@@ -218,7 +218,7 @@ def locked(
             if holder := _holder(path):
                 raise UserError(
                     f"{busy.format(holder=holder, folder=folder)}; wait for it to end, or use "
-                    "another --out_dir="
+                    "another --out_dir= (docs/troubleshooting.md#folder-in-use)"
                 )
         with open(path, "r+b", opener=no_follow) as file:
             file.seek(HOLDER_AT)

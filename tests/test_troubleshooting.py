@@ -131,6 +131,14 @@ def test_pointers_of_messages_lead_to_headings(tmp_path):
     assert lost_anchors(["x (docs/troubleshooting.md#disk)"], page) == {"disk"}
 
 
+def test_every_entry_is_named_by_a_message():
+    """But for those on a system or a place, of which no message is."""
+    named = {anchor for path in SOURCES for anchor in POINTER.findall(read(path))}
+    headings = re.findall(r"^## (.*)$", read(PAGE), re.MULTILINE)
+    entries = {heading.lower().replace(" ", "-") for heading in headings}
+    assert entries - named == {"windows", "notebooks"}
+
+
 def test_messages_with_a_pointer_are_on_the_page():
     pointers = {anchor for line in quoted(read(PAGE)) for anchor in POINTER.findall(line)}
     named = {anchor for path in SOURCES for anchor in POINTER.findall(read(path))}

@@ -29,7 +29,7 @@ def write_errors(path: Path, needed: int = 0) -> Iterator[None]:
         reason = first_line(error)
         # torch reports a full disk as "unexpected pos"
         if "unexpected pos" in reason or "PytorchStreamWriter" in reason or "space" in reason:
-            reason = "the disk is full"
+            reason = "the disk is full, see docs/troubleshooting.md#disk-full"
         free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
         needs = f"needs {needed / 2**30:.2f} GiB, " if needed else ""
         raise UserError(

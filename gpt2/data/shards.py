@@ -169,8 +169,8 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
         )
     if not folder.is_dir():
         raise UserError(
-            f"no data folder {folder}; make one with `python fineweb.py` (FineWeb-Edu) or "
-            f"`gpt2 prepare --source=stdlib --out_dir={folder}`, or name another with --data_dir="
+            f"no data folder {folder}; make one with `python fineweb.py`, `gpt2 prepare --out_dir="
+            f"{folder} --source=stdlib`, or set --data_dir= (docs/troubleshooting.md#no-data)"
         )
     paths = [path for path in shard_paths(folder) if _split_of(path) == split]
     if not paths:

@@ -332,8 +332,11 @@ class HubDataset:
         return [File(p.relative_to(root).as_posix(), p.stat().st_size) for p in found]
 
 
-OFFLINE = "without a network use --source=PATH, --source=stdlib or HF_HUB_OFFLINE=1 with a cache"
-WAY_OUT = "run the same command again to continue, or use --source=PATH"
+SEE = "(docs/troubleshooting.md#no-network)"
+OFFLINE = (
+    f"without a network use --source=PATH, --source=stdlib or HF_HUB_OFFLINE=1 with a cache {SEE}"
+)
+WAY_OUT = f"run the same command again to continue, or use --source=PATH {SEE}"
 
 
 def _asked_seconds(headers: Any) -> float:

@@ -142,7 +142,7 @@ def test_a_bounded_number_of_tries(hub, tmp_path):
     found = child(hub, tmp_path, FIND)
     assert found["error"].startswith(
         "cannot reach the Hugging Face Hub: the Hub answered 500, 4 times in a row; run the same "
-        "command again to continue, or use --source=PATH"
+        "command again to continue, or use --source=PATH (docs/troubleshooting.md#no-network)"
     )
     assert len(found["said"]) == 3
     assert len(hub.trouble["/revision/"]) == 95

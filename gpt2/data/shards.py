@@ -145,8 +145,7 @@ def open_shard(path: Path, vocabulary: Vocabulary = GPT2_VOCABULARY) -> Shard:
             f"{path}: version {header[1]} of the shard format; only version {VERSION} "
             "(GPT-2 tokens as uint16) can be read"
         )
-    expected = HEADER_BYTES + TOKEN_BYTES * int(header[2])
-    if size != expected:
+    if size != HEADER_BYTES + TOKEN_BYTES * int(header[2]):
         held = (size - HEADER_BYTES) // TOKEN_BYTES
         raise UserError(
             f"{path}: header says {header[2]} tokens, file holds {held} "
@@ -169,8 +168,9 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
         )
     if not folder.is_dir():
         raise UserError(
-            f"no data folder {folder}; make one with `python fineweb.py`, `gpt2 prepare --out_dir="
-            f"{folder} --source=stdlib`, or set --data_dir= (docs/troubleshooting.md#no-data)"
+            f"no data folder {folder}; make one with `python fineweb.py` (FineWeb-Edu) or "
+            f"`gpt2 prepare --source=stdlib --out_dir={folder}`, or name another with --data_dir= "
+            "(docs/troubleshooting.md#no-data)"
         )
     paths = [path for path in shard_paths(folder) if _split_of(path) == split]
     if not paths:

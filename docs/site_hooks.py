@@ -39,10 +39,15 @@ def pages() -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
+def linked_paths(page: str, markdown: str) -> set[str]:
+    """Paths from the root of the repository that a page with this text links to."""
+    links = LINK.finditer(CODE_SPAN.sub("", markdown))
+    return {posixpath.normpath(posixpath.join(page, "..", link[2])) for link in links}
+
+
 def linked_files(page: str) -> set[str]:
     """Paths of the files of the repository that a page links to, other pages left out."""
-    text = CODE_SPAN.sub("", (ROOT / page).read_text("utf-8"))
-    links = {posixpath.normpath(posixpath.join(page, "..", m[2])) for m in LINK.finditer(text)}
+    links = linked_paths(page, (ROOT / page).read_text("utf-8"))
     return {path for path in links if not path.endswith(".md") and (ROOT / path).is_file()}
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import posixpath
 from types import SimpleNamespace
 
 import pytest
@@ -33,10 +32,8 @@ def test_every_page_of_docs_is_in_the_navigation():
 
 def lost_links(page: str, text: str) -> set[str]:
     """What a page with this text links to in the repository and the site does not have."""
-    links = hooks.LINK.finditer(hooks.CODE_SPAN.sub("", text))
-    found = {posixpath.normpath(posixpath.join(page, "..", m[2])) for m in links}
-    pages = set(hooks.pages())
-    return {p for p in found - pages if p.endswith(".md") or not (ROOT / p).is_file()}
+    found = hooks.linked_paths(page, text) - set(hooks.pages())
+    return {p for p in found if p.endswith(".md") or not (ROOT / p).is_file()}
 
 
 @pytest.mark.parametrize("page", hooks.pages())

@@ -267,11 +267,17 @@ def prepare(work: Path) -> None:
     (work / "chats.jsonl").write_text(f"{json.dumps(talk)}\n" * 200, encoding="utf-8")
 
 
-def run(check: Check, work: Path, cards: list[int]) -> str:
+def visible_cards() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = [c for c in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if c]
+    return named or [str(card) for card in range(torch.cuda.device_count())]
+
+
+def run(check: Check, work: Path, cards: list[str]) -> str:
     """Runs a check on some GPUs; "passed …", or why it did not."""
     words = {"work": str(work), "ranks": len(cards)}
     command = [word.format(**words) for word in check.command]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, cards))}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     log, started = work / f"{re.sub(r'[^a-z0-9]+', '_', check.name)}.log", time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
@@ -328,7 +334,7 @@ def result_of(text: str) -> str:
 
 def run_all(checks: list[Check], work: Path, jobs: int, done: "Results") -> None:
     """Runs the checks, each on all cards if it has ranks: several at once, then those alone."""
-    cards = list(range(torch.cuda.device_count()))
+    cards = visible_cards()
     waiting = [check for check in checks if not check.alone]
     lock = threading.Condition()
     names = {check.name for check in checks}
@@ -458,7 +464,7 @@ def kernels() -> int:
 
     compare_kernels("cuda")
     if hopper():
-        compare_in_float32("cuda", early=1)
+        compare_in_float32("cuda", early=3)
     x, weight, bias = torch.randn(5, 1160).bfloat16(), torch.randn(1160), torch.randn(1160)
     found = layer_norm(x.cuda(), weight.cuda(), bias.cuda(), 1e-5)[0]
     expected = torch.nn.functional.layer_norm(x.float(), (1160,), weight, bias)

@@ -123,7 +123,7 @@ def test_without_a_gpu_it_says_so():
 
 def test_a_failure_is_told_with_its_reason(tmp_path):
     def result(code, seconds=60):
-        return gpu_check.run(Check("a name", ["-c", code], seconds=seconds), tmp_path, [0])
+        return gpu_check.run(Check("a name", ["-c", code], seconds=seconds), tmp_path, ["0"])
 
     assert re.fullmatch(r"passed in \d+ s", result("print('fine')"))
     assert result("raise ValueError('too hot')") == "FAILED: exit code 1: ValueError: too hot"
@@ -134,7 +134,7 @@ def test_a_failure_is_told_with_its_reason(tmp_path):
 
 
 def test_checks_run_several_at_once_on_the_cards_they_want(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     both, cards = threading.Barrier(2), {}
 
     def run(check, work, given):
@@ -154,7 +154,14 @@ def test_checks_run_several_at_once_on_the_cards_they_want(tmp_path, monkeypatch
     checks.append(Check("d", [], ranks=True, alone=True))
     gpu_check.run_all(checks, tmp_path, 4, Done())
     assert list(Done.found)[-1] == "d"
-    assert cards == {"a": [0, 1], "b": [0, 1], "c": [0], "d": [0, 1]}
+    two = ["3", "GPU-5"]
+    assert cards == {"a": two, "b": two, "c": two[:1], "d": two}
+
+
+def test_without_a_choice_all_cards_are_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_check.visible_cards() == ["0", "1"]
 
 
 def test_losses_decide_about_training():

@@ -2,8 +2,8 @@
 
 With one sequence a token of GPT-2 waits for the beginnings of kernels, not for arithmetic: 73
 kernels take 313 µs on an H200, which reads the weights in 60. Here a token takes five kernels a
-layer and three more, by programmatic dependent launch (CUDA C++ Programming Guide): each lets its
-successor start at once (`gdc_launch_dependents`), loads its weights into registers, waits until its
+layer and three more, by programmatic dependent launch (CUDA C++ Programming Guide): each loads its
+weights into registers, lets its successor start (`gdc_launch_dependents`), waits until its
 predecessor has ended (`gdc_wait`), and only then reads what that wrote.
 
 Why no kernel reads or overwrites too early, though several run at a time:
@@ -43,14 +43,14 @@ class Tiles(NamedTuple):
     For up to 1,024 channels; wider networks take twice the warps.
     """
 
-    qkv: tuple[int, int] = 4, 4
-    proj: tuple[int, int] = 8, 8
+    qkv: tuple[int, int] = 2, 1
+    proj: tuple[int, int] = 16, 8
     fc: tuple[int, int] = 2, 1
     out: tuple[int, int] = 2, 8
-    head: tuple[int, int] = 8, 4
-    head_programs: int = 4  # per multiprocessor
+    head: tuple[int, int] = 2, 1
+    head_programs: int = 16  # per multiprocessor
     shares: int = 4  # programs of attention per head, a power of two
-    attention_warps: int = 8
+    attention_warps: int = 4
 
 
 @triton.jit
@@ -297,13 +297,13 @@ class OneSequence:
     Args:
         model: one that `few_token_pass.supports` accepts.
         cache: a `KVCache` of one row with `lengths`.
-        early: when a kernel lets its successor start: 1 at once, 2 after it has waited, 3 before;
+        early: when a kernel lets its successor start: 1 at once, 2 after it has waited, 3 before it;
             0: none starts early, for Triton's interpreter.
         tiles: sizes of programs.
     """
 
     def __init__(
-        self, model: Any, cache: Any, *, early: int = 1, tiles: Tiles | None = None
+        self, model: Any, cache: Any, *, early: int = 3, tiles: Tiles | None = None
     ) -> None:
         assert cache.lengths is not None
         assert cache.keys.is_contiguous()

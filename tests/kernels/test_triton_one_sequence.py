@@ -98,33 +98,34 @@ def machine_code(name: str, types: dict[str, str], constants: dict[str, int], wa
 
 @needs_triton
 @pytest.mark.parametrize("name", ["_linear", "_attend", "_project"])
-def test_kernels_signal_first_and_load_their_weights_before_they_wait(name):
+def test_kernels_signal_and_load_their_weights_before_they_wait(name):
     """A compiler that moved the loads behind the wait would cost the speed, and no result."""
     width, half, full = 768, "*bf16", "*fp32"
-    tile = {"width": width, "block": 1024, "early": 1}
+    tile = {"width": width, "block": 1024, "early": 3}
     types, constants, loads = {
         "_linear": (
             {"x": full, "gain": half, "shift": half, "weight": half, "bias": half, "out": full}
             | {"eps": "fp32", "outputs": "i32"},
-            tile | {"normed": True, "gelu": True, "added": False, "tile": 4},
-            4,
+            tile | {"normed": True, "gelu": True, "added": False, "tile": 2},
+            8,
         ),
         "_attend": (
             {"qkv": full, "keys": half, "values": half, "lengths": "*i64", "mixed": full}
             | {"sums": full, "capacity": "i32", "scale": "fp32"},
-            {"heads": 12, "D": 64, "lanes": 64, "shares": 4, "span": 128, "early": 1},
-            8,
+            {"heads": 12, "D": 64, "lanes": 64, "shares": 4, "span": 128, "early": 3},
+            16,
         ),
         "_project": (
             {"mixed": full, "sums": full, "weight": half, "bias": half, "x": full},
-            tile | {"heads": 12, "shares": 4, "tile": 4},
-            4,
+            tile | {"heads": 12, "shares": 4, "tile": 16},
+            8,
         ),
     }[name]
-    code = machine_code(name, types, constants, 8 if name == "_attend" else 4)
+    warps = {"_linear": 1, "_attend": 4, "_project": 8}[name]
+    code = machine_code(name, types, constants, warps)
     order = re.findall(r"\b(PREEXIT|ACQBULK|LDG|STG|LDL|STL)\b", code)
-    assert order[0] == "PREEXIT"
     before = order[: order.index("ACQBULK")]
+    assert "PREEXIT" in before
     assert before.count("LDG") >= loads
     assert "STG" not in before  # nothing is written before the wait
     assert not {"LDL", "STL"} & set(order)  # no registers in memory

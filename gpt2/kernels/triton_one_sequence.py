@@ -297,7 +297,7 @@ class OneSequence:
     Args:
         model: one that `few_token_pass.supports` accepts.
         cache: a `KVCache` of one row with `lengths`.
-        early: when a kernel lets its successor start: 1 at once, 2 after it has waited, 3 before it;
+        early: when a kernel lets its successor start: 1 at once, 3 before it waits, 2 after;
             0: none starts early, for Triton's interpreter.
         tiles: sizes of programs.
     """

@@ -2,7 +2,9 @@
 
 Runs a few training steps under torch.profiler. Sums the time of the kernels (on a CPU: operators)
 by group, and compares it with the time of the arithmetic at the speed of the best library kernels.
-Writes only a trace, for chrome://tracing and ui.perfetto.dev.
+On a GPU the profiler makes steps longer, as it slows down Python, so a step's own time is that of
+steps before it, computed as in training. Writes only a trace, for chrome://tracing and
+ui.perfetto.dev.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ from ..config.model import GPT2_VOCAB_SIZE
 from ..config.train import TrainConfig
 from ..data.shards import write_shard
 from ..distributed import runtime
+from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..model.gpt import LanguageModel
@@ -36,7 +39,7 @@ from ..train.messages import out_of_memory
 from ..train.setup import resolve_init
 from ..train.state import TrainState
 
-WARMUP_STEPS, STEPS = 5, 3
+WARMUP_STEPS, TIMED_STEPS, STEPS = 5, 10, 3
 HEAD = "gpt2::head_loss_and_gradients"  # all kernels that this operator launches belong to the head
 GROUPS = {  # group -> parts of the names of its kernels or operators; the first match counts
     "attention": ("sdpa", "attention", "flash", "fmha", "compute_dot_do_o", "convert_dq"),
@@ -75,7 +78,7 @@ def run(options: ProfileConfig) -> int:
         config = replace(config, data=replace(config.data, data_dir=data_dir))
         config, init = resolve_init(config, rt, None)
         state = setup.build(config, rt, None, init)
-        recorded, state.graph.enabled = state.graph.enabled, False  # a graph hides operations
+        recorded = state.graph.enabled
         try:
             seconds, times = measure(state, config, rt, path)
         except torch.OutOfMemoryError:
@@ -87,7 +90,7 @@ def run(options: ProfileConfig) -> int:
         console.log(note)
     if recorded:
         console.log(
-            "profiled kernel by kernel: small batches wait longer for Python than in training"
+            "kernels one by one; a step and its waiting as in training, by one CUDA graph a micro-batch"
         )
     console.log(str(state.plan))
     for line in format_table(times, seconds, state, rt):
@@ -100,28 +103,33 @@ def measure(
     state: TrainState, config: TrainConfig, rt: Runtime, trace: Path
 ) -> tuple[float, Counter[str]]:
     """(seconds per step, seconds per step of each group); writes the trace."""
-    for _ in range(WARMUP_STEPS):
-        step = training_step.train_step(state, config, rt)
-    step.read()
+
+    def steps(count: int) -> float:
+        """Seconds per step of so many."""
+        wait_for(rt.device)
+        began = time.perf_counter()
+        for _ in range(count):
+            step = training_step.train_step(state, config, rt)
+        step.read()
+        wait_for(rt.device)
+        return (time.perf_counter() - began) / count
+
+    steps(WARMUP_STEPS)
     on_gpu = rt.device.type == "cuda"
+    in_training = steps(TIMED_STEPS) if on_gpu else 0.0
+    state.graph.forget()
+    state.graph.enabled = False  # a graph hides which operation launches a kernel
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with torch_profile(activities=kinds) as profiler:
-        if on_gpu:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(STEPS):
-            step = training_step.train_step(state, config, rt)
-            step.read()
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds = (time.perf_counter() - began) / STEPS
+        profiled = steps(STEPS)
     try:
         profiler.export_chrome_trace(str(trace))
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {trace}: {error}") from None
     events = profiler.events()
     times = _on_gpu(events) if on_gpu else _on_cpu(events)
-    return seconds, Counter({name: value / STEPS / 1e6 for name, value in times.items()})
+    of_groups = Counter({name: value / STEPS / 1e6 for name, value in times.items()})
+    return in_training or profiled, of_groups
 
 
 def _on_gpu(events: Iterable[Any]) -> Counter[str]:
@@ -129,7 +137,8 @@ def _on_gpu(events: Iterable[Any]) -> Counter[str]:
     times: Counter[str] = Counter()
     for event in events:
         if event.device_type == DeviceType.CUDA:
-            times[group_of(event.name)] += event.time_range.elapsed_us()
+            if not event.is_user_annotation:  # a range of kernels, which are events too
+                times[group_of(event.name)] += event.time_range.elapsed_us()
         elif owner := _owner(event):
             for kernel in event.kernels:
                 times[group_of(kernel.name)] -= kernel.duration

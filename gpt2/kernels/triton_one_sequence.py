@@ -45,8 +45,8 @@ class Tiles(NamedTuple):
 
     qkv: tuple[int, int] = 2, 1
     proj: tuple[int, int] = 16, 8
-    fc: tuple[int, int] = 2, 1
-    out: tuple[int, int] = 2, 8
+    fc: tuple[int, int] = 4, 2
+    out: tuple[int, int] = 2, 4
     head: tuple[int, int] = 2, 1
     head_programs: int = 16  # per multiprocessor
     shares: int = 4  # programs of attention per head, a power of two

@@ -3,9 +3,11 @@
 import gzip
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from gpt2.cli import main
 from gpt2.commands import profile_step
@@ -53,6 +55,27 @@ def test_flops_are_six_per_weight_and_token_and_attention():
         model.num_parameters() - tables - vectors + padding
     )
     assert sum(work.values()) == pytest.approx(model.flops_per_token(), rel=2e-3)
+
+
+def test_ranges_on_a_gpu_count_only_by_their_kernels():
+    """torch.profiler reports a range of kernels, such as `Optimizer.step`, as one more event."""
+
+    def event(name, microseconds=0.0, kernels=(), parent=None, annotation=False, on="CUDA"):
+        return SimpleNamespace(
+            name=name,
+            device_type=getattr(DeviceType, on),
+            time_range=SimpleNamespace(elapsed_us=lambda: microseconds),
+            is_user_annotation=annotation,
+            kernels=[SimpleNamespace(name=k, duration=d) for k, d in kernels],
+            cpu_parent=parent,
+        )
+
+    step = event("Optimizer.step#Muon.step", annotation=True, on="CPU")
+    launch = event("aten::mm", kernels=[("nvjet_a", 300.0)], parent=step, on="CPU")
+    kernels = [event("nvjet_a", 300.0), event("nvjet_b", 500.0)]
+    of_range = event("Optimizer.step#Muon.step", 9000.0, annotation=True)
+    times = profile_step._on_gpu([step, launch, *kernels, of_range])
+    assert times == {"matmuls": 500.0, "optimizer": 300.0}
 
 
 @pytest.mark.parametrize("data", ["shards", "none"])
@@ -121,3 +144,6 @@ def test_profile_on_a_gpu(tmp_path, capsys):
     assert share["head"] > 10
     assert share["attention"] > 5
     assert share[profile_step.OTHERS] < 30
+    assert share["optimizer"] < 10  # the range `Optimizer.step` is no kernel
+    kernels = sum(value for name, value in share.items() if name not in {"waiting", "step"})
+    assert kernels < 105  # of a step of training, which is measured apart

@@ -80,9 +80,13 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         _check_sources(Path(checkpoint), config)
         found = weights.load(checkpoint)
         found.tokenizer.check()
+        context = found.config.block_size
+        if config.block_size > context:
+            raise UserError(f"--block_size={config.block_size}: use at most the context, {context}")
         measurements = list(_measurements(Path(checkpoint), config, rt, found))
         model = GPT2.from_weights(found, str(rt.device))
         results = _describe(checkpoint, found.step, model, rt)
+        results["block_size"] = config.block_size or model.config.block_size
         for measure in measurements:
             part = measure(model, rt)
             if part is None:
@@ -126,12 +130,12 @@ def _measurements(
         datasets = _open(data_dir, settings, eval_tokens, found)
         counts = split_eval_tokens(datasets, eval_tokens)
         parts = [(d.name, d.val, n) for d, n in zip(datasets, counts, strict=True)]
-        yield partial(_loss, "val", data_dir, parts)
+        yield partial(_loss, "val", data_dir, parts, config.block_size)
     if config.text:
         shard = TokensInMemory(
             rt.on_main(lambda: _encode(Path(config.text), eval_tokens, tokenizer))
         )
-        yield partial(_loss, "text", config.text, [("", [shard], eval_tokens)])
+        yield partial(_loss, "text", config.text, [("", [shard], eval_tokens)], config.block_size)
     for task, spec in ((HELLASWAG, config.hellaswag), (LAMBADA, config.lambada)):
         if spec:
             # broadcast: the other ranks may be on machines without the file
@@ -186,22 +190,26 @@ def _encode(path: Path, limit: int, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate(parts)[: limit + 1]
 
 
-def _loss(
+def _loss(  # noqa: PLR0917
     kind: str,
     source: str,
     parts: list[tuple[str, Sequence[SequenceReader], int]],
+    block_size: int,
     model: TextModel,
     rt: Runtime,
 ) -> Results | None:
-    """Loss over datasets (name, shards, tokens), computed like the validation loss of training."""
-    block_size = model.config.block_size
+    """Loss over datasets (name, shards, tokens), computed like the validation loss of training.
+
+    A window has block_size tokens; 0: as many as the model's context.
+    """
+    block_size = block_size or model.config.block_size
     found: dict[str, Evaluation] = {}
     for name, shards, tokens in parts:
         packed = next((s.block_size for s in shards if isinstance(s, Conversations)), block_size)
-        if packed != block_size:  # adapters of a run with a shorter context than their base's
+        if packed != block_size:  # --block_size, or adapters with a shorter context than their base
             raise UserError(
-                f"{source} was packed for the run's block_size={packed}, and this model has "
-                f"{block_size}; evaluate the out_ckpt.pt of the run"
+                f"{source} was packed for the run's block_size={packed}, and this evaluation has "
+                f"{block_size}; evaluate the out_ckpt.pt of the run, without --block_size"
             )
         rows = BATCH_TOKENS[rt.device.type] // block_size
         # A short batch is padded, and padding takes time like text.
@@ -241,7 +249,6 @@ def _describe(checkpoint: str, step: int | None, model: TextModel, rt: Runtime) 
         "checkpoint": checkpoint,
         "step": step,
         "parameters": model.num_parameters(),
-        "block_size": model.config.block_size,
         "device": rt.device_name,
         "dtype": str(rt.dtype).removeprefix("torch."),
         "ranks": rt.world_size,

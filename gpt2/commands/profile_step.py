@@ -89,9 +89,7 @@ def run(options: ProfileConfig) -> int:
     for note in (*rt.choices, *state.notes):
         console.log(note)
     if recorded:
-        console.log(
-            "kernels one by one; a step and its waiting as in training, by one CUDA graph a micro-batch"
-        )
+        console.log("kernels one by one; step and waiting as in training, with a CUDA graph")
     console.log(str(state.plan))
     for line in format_table(times, seconds, state, rt):
         console.log(line)

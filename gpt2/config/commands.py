@@ -254,6 +254,9 @@ class EvalConfig:
     eval_tokens: int = option(
         0, "tokens of data_dir and of text to evaluate on; 0: as in the run, or 10,485,760"
     )
+    block_size: int = option(
+        0, "tokens of a window of data_dir and of text; 0: the model's context, which is the most"
+    )
     hellaswag: str = option("", "HellaSwag's items: a .jsonl or .parquet file, or hub")
     lambada: str = option("", "LAMBADA's items: a .jsonl or .parquet file, or hub")
     json: str = option("", "file for the results, as JSON")
@@ -262,7 +265,7 @@ class EvalConfig:
     plugin: str = option("", PLUGIN_HELP)
 
     def __post_init__(self) -> None:
-        at_least(0, eval_tokens=self.eval_tokens)
+        at_least(0, eval_tokens=self.eval_tokens, block_size=self.block_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from gpt2.commands.evaluate import TokensInMemory, run
 from gpt2.config.commands import EvalConfig, PrepareConfig
 from gpt2.data.loader import eval_batches
 from gpt2.data.shards import find_shards
+from gpt2.errors import UserError
 from gpt2.evaluate.loss import evaluate
 from gpt2.prepare.run import run as prepare
 
@@ -127,6 +129,24 @@ def test_text_equals_its_shards(trained, text, tmp_path):
     assert found["text_bpb"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
     run(str(trained), EvalConfig(text=str(source), eval_tokens=77, json=str(target), device="cpu"))
     assert json.loads(target.read_text())["text_tokens"] == 77
+
+
+def test_shorter_windows_see_less_text(trained, text, tmp_path):
+    source, target = write_jsonl(tmp_path / "t.jsonl", [{"text": text[:900]}]), tmp_path / "r.json"
+    config = EvalConfig(text=str(source), json=str(target), device="cpu", dtype="float32")
+    run(str(trained), replace(config, block_size=8))
+    found = json.loads(target.read_text())
+    model = module.GPT2.from_checkpoint(trained, "cpu")
+    ids = TokensInMemory(module._encode(source, 10**6, model.tokenizer))
+    wanted = evaluate(model, eval_batches([ids], block_size=8, batch_size=3, eval_tokens=10**6), RT)
+    assert (found["block_size"], found["text_tokens"]) == (8, wanted.tokens)
+    assert found["text_loss"] == pytest.approx(wanted.loss, rel=1e-6)
+    with pytest.raises(UserError, match="--block_size=33: use at most the context, 32"):
+        run(str(trained), replace(config, block_size=33))
+    run(str(trained), config)
+    whole = json.loads(target.read_text())
+    assert (whole["block_size"], whole["text_tokens"]) == (32, wanted.tokens)
+    assert whole["text_loss"] != found["text_loss"]
 
 
 @pytest.mark.slow

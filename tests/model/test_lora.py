@@ -109,7 +109,9 @@ def test_adapters_are_evaluated_on_what_their_run_held_out(chats, base, tmp_path
     settings.write_text(settings.read_text().replace("block_size = 48", "block_size = 40"))
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "out_adapter"), *options]) == 2
-    assert "packed for the run's block_size=40, and this model has 48" in capsys.readouterr().err
+    assert (
+        "packed for the run's block_size=40, and this evaluation has 48" in capsys.readouterr().err
+    )
 
 
 def test_without_a_rank_nothing_is_adapted():

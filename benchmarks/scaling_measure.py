@@ -236,12 +236,16 @@ def find_cards(device: str) -> list[str]:
             "no CUDA device: --measure needs NVIDIA GPUs; --device=cpu tries it out with tiny "
             "networks"
         )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(n) for n in range(count)]
     used = max(n for n in (1, 2, 4, 8) if n <= count)
     if used < count:
         print(f"{count} GPUs, of which {used} are used: rows have 1, 2, 4 or 8")
-    return names[:used]
+    return visible_cards()[:used]
+
+
+def visible_cards() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
 
 
 def chosen(cards: Sequence[str], options: argparse.Namespace) -> list[Row]:

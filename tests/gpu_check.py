@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.scaling_measure import visible_cards
 from gpt2.data.shards import write_shard
 
 ROOT = Path(__file__).parent.parent
@@ -265,12 +266,6 @@ def prepare(work: Path) -> None:
     answer = {"role": "assistant", "content": "Paris, on the Seine. " * 20}
     talk = {"messages": [question, answer]}
     (work / "chats.jsonl").write_text(f"{json.dumps(talk)}\n" * 200, encoding="utf-8")
-
-
-def visible_cards() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = [c for c in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if c]
-    return named or [str(card) for card in range(torch.cuda.device_count())]
 
 
 def run(check: Check, work: Path, cards: list[str]) -> str:

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,10 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         context = found.config.block_size
         if config.block_size > context:
             raise UserError(f"--block_size={config.block_size}: use at most the context, {context}")
+        config = replace(config, block_size=config.block_size or context)
         measurements = list(_measurements(Path(checkpoint), config, rt, found))
         model = GPT2.from_weights(found, str(rt.device))
-        results = _describe(checkpoint, found.step, model, rt)
-        results["block_size"] = config.block_size or model.config.block_size
+        results = _describe(checkpoint, found.step, model, config.block_size, rt)
         for measure in measurements:
             part = measure(model, rt)
             if part is None:
@@ -198,11 +199,7 @@ def _loss(  # noqa: PLR0917
     model: TextModel,
     rt: Runtime,
 ) -> Results | None:
-    """Loss over datasets (name, shards, tokens), computed like the validation loss of training.
-
-    A window has block_size tokens; 0: as many as the model's context.
-    """
-    block_size = block_size or model.config.block_size
+    """Loss over datasets (name, shards, tokens), computed like the validation loss of training."""
     found: dict[str, Evaluation] = {}
     for name, shards, tokens in parts:
         packed = next((s.block_size for s in shards if isinstance(s, Conversations)), block_size)
@@ -244,11 +241,14 @@ def _ask(task: Task, spec: str, items: list[Any], model: TextModel, rt: Runtime)
     return results and results | {f"{task.name}_source": spec}
 
 
-def _describe(checkpoint: str, step: int | None, model: TextModel, rt: Runtime) -> Results:
+def _describe(
+    checkpoint: str, step: int | None, model: TextModel, block_size: int, rt: Runtime
+) -> Results:
     return {
         "checkpoint": checkpoint,
         "step": step,
         "parameters": model.num_parameters(),
+        "block_size": block_size,
         "device": rt.device_name,
         "dtype": str(rt.dtype).removeprefix("torch."),
         "ranks": rt.world_size,

@@ -7,12 +7,15 @@
 
 A recipe is a file of `configs/`, with options behind it if it needs some, and "name =" before it if
 it should have one. Each runs in a process of its own by the step of `gpt2 train`; with several
-`--devices=cuda:0,cuda:1` as many run at once. The clock counts training only: compilation,
-validation and the start are left out. A first stretch of steps compiles and measures the speed,
-from which `max_steps` follows, so that schedules end with the time; then weights, optimizer and
-data are as they were at the beginning. Validation is all of the folder's validation shards, in
-windows of at most block_size tokens; its loss is the mean over all predicted tokens. GiB are the
-most that tensors took, those of a recorded step included.
+`--devices=cuda:0,cuda:1` as many run at once. The seeds of a recipe share a process, where there
+are no more devices than recipes: only the first one compiles. The clock counts training only:
+compilation, validation and the start are left out. A first stretch of steps compiles and measures
+the speed, from which `max_steps` follows, so that schedules end with the time; then weights,
+optimizer and data are as they were at the beginning. After a quarter of the steps `max_steps`
+follows from the speed until then. Validation is all of the folder's validation shards, in windows
+of at most block_size tokens; its loss is the mean over all predicted tokens. A longer window shows
+a token more text, so recipes of different block_size compare by `--val_block_size` only. GiB are
+the most that tensors took, those of a recorded step included.
 
 `--ablate=CONFIG` runs the recipe, and the recipe without each of its switches in turn.
 
@@ -21,6 +24,7 @@ difference is larger than the seeds') and sprint.png (loss against seconds).
 """
 
 import argparse
+import gc
 import inspect
 import json
 import queue
@@ -50,12 +54,13 @@ from gpt2.train import step as step_module
 from gpt2.train.save import export_model
 from gpt2.train.setup import resolve_init
 from gpt2.train.state import TrainState
-from gpt2.train.time_budget import FAR, calibrate
+from gpt2.train.time_budget import FAR, calibrate, recalibrate
 from gpt2.train.weight_average import averaged
 
 from .sprint_report import draw, report
 from .throughput import _late
 
+STRETCH_SECONDS = 0.5  # of each measurement of the speed; the run itself corrects them
 TOGETHER = {  # switched off with the switch that they belong to
     "window_pattern": ("window", "window_warmup"),
     "positions": ("rope_base", "rope_fraction"),
@@ -75,11 +80,11 @@ class Job:
 
     name: str
     argv: tuple[str, ...]  # of `gpt2 train`
-    seed: int
+    seeds: tuple[int, ...]
 
 
 def recipes(options: argparse.Namespace) -> list[Job]:
-    """What the command line asks for, each with each seed."""
+    """What the command line asks for; seeds apart where a device would have nothing to do."""
     named: dict[str, list[str]] = {}
     for text in options.recipes:
         name, found, rest = text.partition(" = ")
@@ -88,8 +93,10 @@ def recipes(options: argparse.Namespace) -> list[Job]:
         named[name] = [f"--config={path}", *extra]
     if options.ablate:
         named |= ablations(options.ablate)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    return [Job(n, (*argv, *options.extra), seed) for n, argv in named.items() for seed in seeds]
+    seeds = tuple(int(seed) for seed in options.seeds.split(","))
+    together = len(options.devices.split(",")) <= len(named)
+    groups = [seeds] if together else [(seed,) for seed in seeds]
+    return [Job(n, (*argv, *options.extra), group) for n, argv in named.items() for group in groups]
 
 
 def ablations(path: Path) -> dict[str, list[str]]:
@@ -106,77 +113,131 @@ def ablations(path: Path) -> dict[str, list[str]]:
 
 
 def sprint(options: argparse.Namespace) -> Iterator[dict]:
-    """The rows of one job: an evaluation each, the last at the end of its time."""
-    argv = [f"--data_dir={options.data_dir}", *options.extra, f"--seed={options.seed}"]
-    config = parse(TrainConfig, [*argv, f"--device={options.device}"], "sprint")
+    """The rows of one job: for each seed an evaluation each, the last at the end of its time."""
+    for seed in (int(seed) for seed in options.seeds.split(",")):
+        argv = [f"--data_dir={options.data_dir}", f"--device={options.device}", *options.extra]
+        if options.save:
+            folder = options.out_dir / f"{options.only}-{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            argv.append(f"--out_dir={folder}")
+        yield from run_of(parse(TrainConfig, [*argv, f"--seed={seed}"], "sprint"), options)
+        gc.collect()  # the run, before the next one takes memory and counts its GiB
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def run_of(config: TrainConfig, options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of one seed."""
     with runtime.start(config.system) as rt:
         began = time.perf_counter()
         config, init = resolve_init(config, rt, None)
+        context = config.model.shape().block_size
+        if options.val_block_size > context:
+            raise UserError(f"--val_block_size={options.val_block_size}: the context is {context}")
         state = setup.build(config, rt, None, init)
         try:
-            config = calibrate(state, config, rt, options.seconds)
+            config, expected = calibrate(state, config, rt, options.seconds, STRETCH_SECONDS)
             row = {
                 "name": options.only,
-                "seed": options.seed,
+                "seed": config.system.seed,
                 "device": rt.device_name,
                 "torch": torch.__version__,
                 "parameters": state.model.num_parameters(),
-                "max_steps": config.optim.max_steps,
                 "tokens_per_step": state.plan.tokens_per_step,
                 "start_seconds": round(time.perf_counter() - began, 1),
             }
-            yield from timed(state, config, rt, options, row)
+            yield from timed(state, config, rt, options, row, expected)
             if options.save:
                 export_model(state, config, rt, "out_ckpt.pt", final=True)
         finally:
             state.loader.close()
 
 
-def timed(
-    state: TrainState, config: TrainConfig, rt: Runtime, options: argparse.Namespace, row: dict
+def timed(  # noqa: PLR0917
+    state: TrainState,
+    config: TrainConfig,
+    rt: Runtime,
+    options: argparse.Namespace,
+    row: dict,
+    expected: float,
 ) -> Iterator[dict]:
-    """Trains to the end of the time; a row at each evaluation."""
-    max_steps = config.optim.max_steps
-    marks = {round(max_steps * (i + 1) / options.evaluations) for i in range(options.evaluations)}
+    """Trains to the end of the time; a row at each evaluation.
+
+    Args:
+        state: fresh, compiled.
+        config: its settings.
+        rt: this process.
+        options: of the command line.
+        row: begins each of the rows.
+        expected: seconds per token at the beginning, of `calibrate`.
+    """
+    quarter, done = config.optim.max_steps // 4, 0
+    changing = config.optim.window_warmup or config.optim.batch_warmup  # and with it the speed
     validate(state, rt, options.val_tokens)  # compiles
     step = _late(lambda: step_module.train_step(state, config, rt).read, rt.steps_ahead)
-    seconds = 0.0
+    seconds, ended = 0.0, False
     wait_for(rt.device)
     began = time.perf_counter()
-    while state.step < max_steps:
+    while not ended:
         read = step()
+        if state.step == quarter and not changing:
+            wait_for(rt.device)
+            per_token = (seconds + time.perf_counter() - began) / state.tokens
+            config = recalibrate(config, expected, per_token)
+        max_steps = config.optim.max_steps
         over = seconds + time.perf_counter() - began > options.seconds
-        if state.step not in marks and not over and state.step < max_steps:
+        ended = over or state.step >= max_steps
+        if not ended and state.step < round(max_steps * (done + 1) / options.evaluations):
             continue
         loss = read()
         wait_for(rt.device)
         seconds += time.perf_counter() - began
-        found = validate(state, rt, options.val_tokens)
+        found = evaluated(state, rt, options, ended)
         if found is None:
             return
-        yield row | {
-            "step": state.step,
-            "tokens": state.tokens,
-            "seconds": seconds,
-            "tokens_per_second": state.tokens / seconds,
-            "train_loss": loss,
-            "val_loss": found.loss,
-            "val_tokens": found.tokens,
-            "bits_per_byte": found.bits_per_byte,
-            "peak_gib": rt.peak_gib(),
-        }
-        if over:
-            return
+        progress = {"max_steps": max_steps, "step": state.step, "tokens": state.tokens}
+        rate = {"seconds": seconds, "tokens_per_second": state.tokens / seconds}
+        yield row | progress | rate | {"train_loss": loss} | found | {"ended": ended}
+        done += 1
         wait_for(rt.device)
         began = time.perf_counter()
 
 
-def validate(state: TrainState, rt: Runtime, tokens: int) -> Evaluation | None:
-    """The loss over so many tokens of the validation shards; None after a signal."""
+def evaluated(
+    state: TrainState, rt: Runtime, options: argparse.Namespace, ended: bool
+) -> dict | None:
+    """The part of a row that validation fills; None after a signal."""
+    found = validate(state, rt, options.val_tokens)
+    if found is None:
+        return None
+    row = {
+        "val_loss": found.loss,
+        "val_tokens": found.tokens,
+        "bits_per_byte": found.bits_per_byte,
+        "peak_gib": rt.peak_gib(),
+    }
+    if ended and options.val_block_size:
+        found = validate(state, rt, options.val_tokens, options.val_block_size)
+        if found is None:
+            return None
+        row |= {"val_block_size": options.val_block_size, "val_loss_there": found.loss}
+    return row
+
+
+def validate(state: TrainState, rt: Runtime, tokens: int, block_size: int = 0) -> Evaluation | None:
+    """The loss over so many tokens of the validation shards; None after a signal.
+
+    Args:
+        state: of the run.
+        rt: this process.
+        tokens: how many at most.
+        block_size: tokens of a window; 0: the model's.
+    """
     shards = [shard for dataset in state.datasets for shard in dataset.val]
     batches = eval_batches(
         shards,
-        block_size=state.plan.block_size,
+        block_size=block_size or state.plan.block_size,
         batch_size=state.plan.batch_size,
         eval_tokens=available_eval_tokens(shards, tokens),
         device=rt.device,
@@ -200,21 +261,29 @@ def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queu
         "benchmarks.sprint",
         f"--only={job.name}",
         f"--device={device}",
-        f"--seed={job.seed}",
+        f"--seeds={','.join(map(str, job.seeds))}",
         f"--seconds={options.seconds}",
         f"--data_dir={options.data_dir}",
         f"--evaluations={options.evaluations}",
         f"--val_tokens={options.val_tokens}",
+        f"--val_block_size={options.val_block_size}",
+        f"--out_dir={options.out_dir}",
         *job.argv,
     ]
     if options.save:
-        command += ["--save", f"--out_dir={options.out_dir / f'{job.name}-{job.seed}'}"]
+        command.append("--save")
+    left = list(job.seeds)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if line.startswith("{"):
-                rows.put(json.loads(line))
+            if not line.startswith("{"):
+                continue
+            row = json.loads(line)
+            rows.put(row)
+            if row["ended"]:
+                left.remove(row["seed"])
     if process.returncode:
-        rows.put({"name": job.name, "seed": job.seed, "failed": process.returncode})
+        for seed in left:
+            rows.put({"name": job.name, "seed": seed, "failed": process.returncode})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -231,6 +300,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", default="1337", help="comma-separated")
     made.add_argument("--evaluations", type=int, default=8, help="on the way, the last included")
     made.add_argument("--val_tokens", type=int, default=FAR, help="at most; as a rule all")
+    also = "at the end, the loss in windows of so many tokens too; 0: in the recipe's alone"
+    made.add_argument("--val_block_size", type=int, default=0, help=also)
     default = "cuda:0" if torch.cuda.is_available() else "cpu"
     made.add_argument("--devices", default=default, help="comma-separated, a job each")
     made.add_argument("--out_dir", type=Path, default=Path("out/sprint"))
@@ -246,9 +317,6 @@ def main() -> int:
     """Runs all jobs, or with --only one of them."""
     options, options.extra = parser().parse_known_args()
     if options.only:
-        if options.save:
-            options.out_dir.mkdir(parents=True, exist_ok=True)
-            options.extra.append(f"--out_dir={options.out_dir}")
         try:
             for row in sprint(options):
                 print(json.dumps(row), flush=True)
@@ -269,6 +337,8 @@ def main() -> int:
             said = "failed, see above"
             if "val_loss" in row:
                 said = f"{row['seconds']:6.1f} s  step {row['step']}  loss {row['val_loss']:.4f}"
+            if "val_block_size" in row:
+                said += f", {row['val_loss_there']:.4f} in windows of {row['val_block_size']}"
             print(f"{row['name']} (seed {row['seed']}): {said}", flush=True)
     (options.out_dir / "sprint.md").write_text(report(rows), encoding="utf-8")
     draw(rows, options.out_dir / "sprint.png")

@@ -1,9 +1,12 @@
 """The benchmarks run, with small numbers; what they measure is in dev/LOG.md."""
 
+import functools
 import gc
 import json
 import re
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +15,14 @@ from benchmarks import memory, sprint
 from benchmarks.sprint import ablations
 from benchmarks.throughput import fastest, make_data
 from gpt2.api import GPT2
+from gpt2.cli import main
 from gpt2.config.command_line import parse
 from gpt2.config.options import flatten
 from gpt2.config.train import OptimOptions, TrainConfig
+from gpt2.errors import UserError
+from gpt2.model.gpt import LanguageModel
 from gpt2.model.modern import Modern
+from gpt2.train import step as step_module
 from gpt2.train.time_budget import shares_of_ends
 
 from .conftest import ROOT, run_python
@@ -270,12 +277,84 @@ def test_sprint(tmp_path, data_dir):
 
 def sprint_of(data_dir, *more) -> list[dict]:
     """The rows of a second of training, in this process."""
-    argv = ["--only=x", "--seed=1", "--device=cpu", f"--data_dir={data_dir}", "--seconds=1"]
+    argv = ["--only=x", "--seeds=1", "--device=cpu", f"--data_dir={data_dir}", "--seconds=1"]
     argv += ["--evaluations=1", "--val_tokens=500", "--n_layer=2", "--n_embd=16", "--n_head=1"]
     argv += ["--block_size=32", "--batch_size=2", "--total_batch_tokens=64", "--dtype=float32"]
     argv += ["--compile_model=False"]
     options, options.extra = sprint.parser().parse_known_args([*argv, *more])
     return list(sprint.sprint(options))
+
+
+def test_seeds_of_a_recipe_share_what_is_compiled(data_dir, tmp_path, monkeypatch):
+    """In one process they train as in two, each is saved, and the second one compiles nothing."""
+    monkeypatch.setattr(sprint, "calibrate", lambda state, config, *_: (config, 1.0))
+    monkeypatch.setattr(sprint, "recalibrate", lambda config, *_: config)
+    compiling = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # Dynamo alone
+    monkeypatch.setattr(LanguageModel, "compile", compiling)
+    more = ["--max_steps=6", "--seconds=100", "--compile_model=True", f"--out_dir={tmp_path}"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs, apart = [], []
+    for seed in (1, 2):
+        apart += sprint_of(data_dir, *more, f"--seeds={seed}")
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    together = sprint_of(data_dir, *more, "--seeds=1,2", "--save")
+    graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2] > 0
+    assert [row["seed"] for row in together] == [1, 2]
+    assert [row["val_loss"] for row in together] == [row["val_loss"] for row in apart]
+    assert apart[0]["val_loss"] != apart[1]["val_loss"]
+    first, second = (GPT2.from_checkpoint(tmp_path / f"x-{i}" / "out_ckpt.pt") for i in (1, 2))
+    assert not torch.equal(next(first.parameters()), next(second.parameters()))
+
+
+def test_seeds_go_to_devices_that_are_free():
+    def jobs(devices: str) -> list[tuple[int, ...]]:
+        argv = ["a = x.toml", "b = x.toml", "--seeds=1,2", f"--devices={devices}", "--data_dir=d"]
+        options, options.extra = sprint.parser().parse_known_args(argv)
+        return [job.seeds for job in sprint.recipes(options)]
+
+    assert jobs("cuda:0") == jobs("cuda:0,cuda:1") == [(1, 2), (1, 2)]
+    assert jobs("cuda:0,cuda:1,cuda:2") == [(1,), (2,), (1,), (2,)]
+
+
+def test_losses_in_shorter_windows(gpt2_data_dir, tmp_path):
+    more = [f"--out_dir={tmp_path}", "--save"]
+    (row,) = sprint_of(gpt2_data_dir, "--val_block_size=8", *more)
+    model = GPT2.from_checkpoint(tmp_path / "x-1" / "out_ckpt.pt")
+    argv = [str(tmp_path / "x-1" / "out_ckpt.pt"), f"--data_dir={gpt2_data_dir}", "--block_size=8"]
+    assert model.config.block_size == 32
+    found, on = tmp_path / "found.json", ["--device=cpu", "--dtype=float32"]
+    assert main(["eval", *argv, "--eval_tokens=500", f"--json={found}", *on]) == 0
+    there = json.loads(found.read_text())["val_loss"]
+    assert row["val_loss_there"] == pytest.approx(there, abs=1e-5)
+    assert row["val_loss_there"] != row["val_loss"]
+    with pytest.raises(UserError, match="val_block_size=64: the context is 32"):
+        sprint_of(gpt2_data_dir, "--val_block_size=64")
+
+
+def test_a_sprint_fills_its_time(data_dir, monkeypatch):
+    """A clock by which a step takes 10 ms, after a calibration that found 8 or 20."""
+    now, launch = [0.0], step_module.train_step
+
+    def train_step(state, config, rt):
+        now[0] += 0.010
+        return launch(state, config, rt)
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(sprint, "time", clock)
+    monkeypatch.setattr(sprint, "step_module", SimpleNamespace(train_step=train_step))
+    for found in (0.008, 0.020):
+
+        def calibrate(state, config, *_, found=found):
+            optim = replace(config.optim, max_steps=int(0.985 / found))
+            return replace(config, optim=optim), found / 64
+
+        monkeypatch.setattr(sprint, "calibrate", calibrate)
+        rows = sprint_of(data_dir, "--evaluations=4")
+        assert [row["ended"] for row in rows] == [False, False, False, True]
+        assert rows[-1]["step"] == rows[-1]["max_steps"]
+        assert 0.97 < rows[-1]["seconds"] <= 1
 
 
 def test_the_clock_of_a_sprint_knows_that_windows_grow(data_dir, monkeypatch):

@@ -31,6 +31,7 @@ from .step import train_step
 FAR = 10**9  # steps, while the speed is measured
 STRETCH_SECONDS = 2.0  # of each of three measurements of the speed; no longer than the budget
 SLOWER = 0.015  # by which cards get slower as they warm up; H100s did by 0.2 to 1.8 %
+SLOWER_LATER = 0.003  # after a part of the run
 
 
 def steps_for(config: TrainConfig, seconds: float) -> int:
@@ -43,38 +44,61 @@ def steps_for(config: TrainConfig, seconds: float) -> int:
         config, init = resolve_init(config, rt, None)
         state = setup.build(config, rt, None, init)
         try:
-            return calibrate(state, config, rt, seconds).optim.max_steps
+            return calibrate(state, config, rt, seconds)[0].optim.max_steps
         finally:
             state.loader.close()
 
 
-def calibrate(state: TrainState, config: TrainConfig, rt: Runtime, seconds: float) -> TrainConfig:
-    """The settings whose `max_steps` fill the time; all else is as it was before."""
+def calibrate(
+    state: TrainState,
+    config: TrainConfig,
+    rt: Runtime,
+    seconds: float,
+    stretch: float = STRETCH_SECONDS,
+) -> tuple[TrainConfig, float]:
+    """The settings whose `max_steps` fill the time, and seconds per token at the beginning.
+
+    All else is as it was before.
+    """
     weights = state.model.state_dict().items()
     before = {name: w.to("cpu", copy=True) for name, w in weights}  # no part of the GiB
-    options = config.optim
+    options, stretch = config.optim, min(stretch, seconds)
     still = replace(options, max_steps=FAR, batch_warmup=0, window_warmup=0)
     compiling = replace(config, optim=still)
     many, full = replace(options, max_steps=1000), state.plan.block_size
-    cost = 0.0  # seconds per token: along a line in the width while windows grow
+    costs, mean = [], 0.0  # seconds per token: along a line in the width while windows grow
     for width, share in shares_of_ends(many, full).items():
         if options.window_warmup:
             state.model.limit_attention_window(width)
-        cost += share * seconds_per_token(state, compiling, rt, min(STRETCH_SECONDS, seconds))
+        costs.append(seconds_per_token(state, compiling, rt, stretch))
+        mean += share * costs[-1]
     if state.model.sampled_ids is not None:  # the last steps take the whole softmax
         state.step = FAR - 1
-        whole = seconds_per_token(state, compiling, rt, min(STRETCH_SECONDS, seconds))
-        cost += WHOLE * (whole - cost)
+        whole = seconds_per_token(state, compiling, rt, stretch)
+        mean += WHOLE * (whole - mean)
     # while the batch grows, a step has fewer tokens
-    average = sequences_left(0, many, state.plan) / many.max_steps * full
-    steps = max(1, int((1 - SLOWER) * seconds / cost / average))
+    tokens = sequences_left(0, many, state.plan) / many.max_steps * full
+    steps = max(1, int((1 - SLOWER) * seconds / mean / tokens))
     state.model.load_state_dict(before)
     state.optimizer.state.clear()
     state.step = 0
     state.loader.close()
     order, plan = state.loader.order, state.plan
     state.loader = TrainLoader(order, plan, rank=rt.rank, position=0, device=rt.device)
-    return replace(config, optim=replace(options, max_steps=steps))
+    return replace(config, optim=replace(options, max_steps=steps)), costs[0]
+
+
+def recalibrate(config: TrainConfig, expected: float, found: float) -> TrainConfig:
+    """The settings with `max_steps` by the speed of the run itself, once it is under way.
+
+    Args:
+        config: as `calibrate` gave it.
+        expected: seconds per token at the beginning, as it measured them.
+        found: seconds per token of the run until now.
+    """
+    share = (1 - SLOWER_LATER) / (1 - SLOWER) * expected / found
+    steps = max(1, int(config.optim.max_steps * share))
+    return replace(config, optim=replace(config.optim, max_steps=steps))
 
 
 def shares_of_ends(options: OptimOptions, full: int) -> dict[int, float]:

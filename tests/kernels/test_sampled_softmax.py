@@ -187,8 +187,9 @@ def test_equal_seconds_count_both_speeds(data_dir, tmp_path, monkeypatch):
 
         monkeypatch.setattr(time_budget, "seconds_per_token", seconds)
         try:
-            found = time_budget.calibrate(state, given, rt, 10.0)
+            found, begin = time_budget.calibrate(state, given, rt, 10.0)
         finally:
             state.loader.close()
     tokens = state.plan.tokens_per_step
+    assert begin == 1e-4
     assert found.optim.max_steps == int(10 * (1 - time_budget.SLOWER) / 1.1e-4 / tokens)

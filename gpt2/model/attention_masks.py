@@ -1,62 +1,29 @@
-"""Attention masks of attention windows and documents: for FlashAttention, FlexAttention, or dense.
+"""Attention masks of attention windows and documents, dense or for FlexAttention.
 
-On a GPU in half precision FlashAttention-2 (Dao 2023, arXiv:2307.08691) takes a window as a number.
-Compiled on a GPU, FlexAttention (Dong et al. 2024, arXiv:2412.05496) takes documents and windows
-that change, and skips blocks of 128 by 128 positions that the mask hides entirely. Elsewhere
-PyTorch's attention takes the mask as a dense tensor.
+Compiled on a GPU, FlexAttention (Dong et al. 2024, arXiv:2412.05496) skips blocks of 128 by 128
+positions that the mask hides entirely. Elsewhere PyTorch's attention takes the mask as a dense
+tensor.
 
 Shapes: `B` batch, `H` heads, `T` queries, `S` keys, `D` head width, `N` = T / 128 blocks.
 """
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from ..kernels.attention import causal_attention, visible_attention
 from .kv_cache import KVCache
 
 BLOCK = 128  # positions; FlexAttention's default
 MIN_HEAD_WIDTH = 16  # FlexAttention takes no narrower heads on a GPU
-Mask = Tensor | BlockMask | int | None  # int: a window; None: plain causal attention
+Mask = Tensor | BlockMask | None  # None: plain causal attention
 
 
 def document_ids(begins: Tensor) -> Tensor:
     """(B, T) bool, True for the first token of a document -> (B, T) number of the document."""
     return begins.cumsum(1)
-
-
-@torch.compiler.assume_constant_result
-def takes_windows(device: torch.device, head_width: int) -> bool:
-    """Whether FlashAttention-2 computes heads of so many channels, under the current autocast."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    if not torch.is_autocast_enabled("cuda") or head_width % 8 or head_width > 256:
-        return False
-    half = torch.get_autocast_dtype("cuda") in (torch.bfloat16, torch.float16)
-    return half and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention in which a query sees the last `window` positions, its own included.
-
-    Args:
-        q: (B, H, T, D), on a GPU in bf16 or fp16; so k and v.
-        k: (B, H, T, D).
-        v: (B, H, T, D).
-        window: positions.
-    """
-    B, _, T, _ = q.shape
-    if not q.is_cuda:
-        at = torch.arange(T, device=q.device)
-        seen = visible(at, at, torch.tensor(window, device=q.device))
-        return visible_attention(q, k, v, seen)
-    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))  # (B · T, H, D)
-    begins = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-    y = varlen_attn(q, k, v, begins, begins, T, T, window_size=(window - 1, 0))
-    return cast("Tensor", y).unflatten(0, (B, T)).transpose(1, 2)
 
 
 def mask_for(T: int, window: Tensor | None, documents: Tensor | None, flex: bool) -> Mask:
@@ -170,13 +137,10 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √D) v over the visible keys; all (B, H, T, D).
 
-    FlashAttention by windows and FlexAttention have no dropout of attention weights.
+    FlexAttention has no dropout of attention weights.
     """
     if mask is None:
         return causal_attention(q, k, v, dropout)
-    if isinstance(mask, int):
-        assert not dropout
-        return window_attention(q, k, v, mask)
     if isinstance(mask, BlockMask):
         assert not dropout
         return flex_attention(q, k, v, block_mask=mask)

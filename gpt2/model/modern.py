@@ -27,7 +27,6 @@ from .attention_masks import (
     document_ids,
     mask_for,
     masked_attention,
-    takes_windows,
 )
 from .gpt import INIT_STD, LanguageModel
 from .kv_cache import KVCache
@@ -324,16 +323,12 @@ class Modern(LanguageModel):
             rotated = round(pairs * config.rope_fraction)
             context.cos_sin = rope_cos_sin(positions, pairs, rotated, float(config.rope_base))
         compiled = self.compiled_apart or torch.compiler.is_compiling()
-        width = config.n_embd // config.n_head
-        flex = idx.is_cuda and compiled and width >= MIN_HEAD_WIDTH and not dropout
-        fixed = documents is None and self.widest is None and not dropout
-        flash = fixed and takes_windows(idx.device, width)
+        wide = config.n_embd // config.n_head >= MIN_HEAD_WIDTH
+        flex = idx.is_cuda and compiled and wide and not dropout
         for letter in sorted(set(config.window_pattern or "L")):
             window = self._window(letter, idx.device)
             context.windows[letter] = window
-            if masked is None and letter == "S" and flash:
-                context.masks[letter] = config.window
-            elif masked is None:
+            if masked is None:
                 context.masks[letter] = mask_for(idx.shape[1], window, documents, flex)
         return context
 

@@ -4,14 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from gpt2.model.attention_masks import (
-    BLOCK,
-    block_lists,
-    document_ids,
-    mask_for,
-    masked_attention,
-    takes_windows,
-)
+from gpt2.model.attention_masks import BLOCK, block_lists, document_ids, mask_for, masked_attention
 
 from ..conftest import error
 
@@ -85,26 +78,3 @@ def test_compiled_blocks_equal_the_dense_mask_on_a_gpu(window, several):
             both.append([y, *torch.autograd.grad(y, inputs, upstream)])
         for found, exact in zip(*both, strict=True):
             assert error(found, exact) < 5e-3
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("window", "T"), [(1, 256), (100, 1024), (128, 2048), (300, 200)])
-def test_windows_by_flash_attention_equal_the_dense_mask(window, T, compiled):
-    """Forward and backward against float64."""
-    torch.manual_seed(0)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert takes_windows(torch.device("cuda"), 128)
-    assert not takes_windows(torch.device("cuda"), 128)  # float32
-    attend = torch.compile(masked_attention) if compiled else masked_attention
-    qkv = torch.randn(3, 5, T, 3, 128, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
-    upstream, both = torch.randn_like(qkv[0]), []
-    dense = mask_for(T, torch.tensor(window, device="cuda"), None, flex=False)
-    for function, mask, inputs in (
-        (attend, window, [part.detach().requires_grad_() for part in qkv]),
-        (masked_attention, dense, [part.detach().double().requires_grad_() for part in qkv]),
-    ):
-        y = function(*inputs, mask)
-        both.append([y, *torch.autograd.grad(y, inputs, upstream.to(y.dtype))])
-    for found, exact in zip(*both, strict=True):
-        assert error(found.double(), exact) < 1e-2

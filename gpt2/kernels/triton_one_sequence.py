@@ -1,7 +1,7 @@
 """Triton kernels that write one token of one sequence, and begin before their predecessors end.
 
 With one sequence a token of GPT-2 waits for the beginnings of kernels, not for arithmetic: 73
-kernels take 313 µs on an H200, which reads the weights in 60. Here a token takes four kernels a
+kernels take 313 µs on an H200, which reads the weights in 60. Here a token takes five kernels a
 layer and three more, by programmatic dependent launch (CUDA C++ Programming Guide): each loads its
 weights into registers, lets its successor start (`gdc_launch_dependents`), waits until its
 predecessor has ended (`gdc_wait`), and only then reads what that wrote.
@@ -35,7 +35,6 @@ WIDEST = 1600  # channels; the rows of wider networks do not fit into registers
 LONGEST = 1024  # positions; a longer context would need more programs for a head's attention
 HOPPER, DRIVER = 9, 12030  # no later GPU was tried; CUDA graphs hold such launches since 12.3
 SPAN = 128  # positions of the cache that a program of attention loads before it waits
-UNIT = tl.constexpr(2.0**-32)  # of the sums of an MLP, which are int64: their order changes no bit
 
 
 class Tiles(NamedTuple):
@@ -46,7 +45,8 @@ class Tiles(NamedTuple):
 
     qkv: tuple[int, int] = 2, 1
     proj: tuple[int, int] = 16, 8
-    mlp: tuple[int, int] = 16, 8  # channels of the hidden layer
+    fc: tuple[int, int] = 4, 2
+    out: tuple[int, int] = 2, 4
     head: tuple[int, int] = 2, 1
     head_programs: int = 16  # per multiprocessor
     shares: int = 4  # programs of attention per head, a power of two
@@ -99,73 +99,47 @@ def _layer_norm(
 
 @triton.jit
 def _embed(  # noqa: PLR0917 - Triton launches by position
-    token, lengths, wte, wpe, x, sums, width: tl.constexpr, block: tl.constexpr,
-    early: tl.constexpr,
+    token, lengths, wte, wpe, x, width: tl.constexpr, block: tl.constexpr, early: tl.constexpr
 ):  # fmt: skip
-    """x = wte[token] + wpe[length], in float32, and no sums."""
+    """x = wte[token] + wpe[length], in float32."""
     _begin(early)
     k = tl.program_id(0) * block + tl.arange(0, block)
     inside = k < width
     of_token = tl.load(wte + tl.load(token) * width + k, mask=inside, other=0.0)
     of_place = tl.load(wpe + tl.load(lengths) * width + k, mask=inside, other=0.0)
     tl.store(x + k, of_token.to(tl.float32) + of_place.to(tl.float32), mask=inside)
-    tl.store(sums + k, tl.zeros((block,), tl.int64), mask=inside)
 
 
 @triton.jit
-def _stream(x, sums, k, inside):
-    """The residual stream: x and what an MLP has added since."""
-    added = tl.load(sums + k, mask=inside, other=0)
-    return tl.load(x + k, mask=inside, other=0.0) + added.to(tl.float32) * UNIT
-
-
-@triton.jit
-def _qkv(  # noqa: PLR0917 - Triton launches by position
-    x, sums, gain, shift, weight, bias, out, eps, outputs, width: tl.constexpr,
-    tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+def _linear(  # noqa: PLR0917 - Triton launches by position
+    x, gain, shift, weight, bias, out, eps, outputs, width: tl.constexpr, normed: tl.constexpr,
+    gelu: tl.constexpr, added: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
-    """out = norm(x + sums) weightᵀ + bias; a program per `tile` outputs."""
+    """out = gelu(norm(x) weightᵀ + bias), or added to out; a program per `tile` outputs."""
     _begin(early)
     n, k = tl.program_id(0) * tile + tl.arange(0, tile), tl.arange(0, block)
     exists, inside = n < outputs, k < width
     w = _rows(weight, n, outputs, k, width)
     y = tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
-    g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+    if normed:
+        g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
     _wait(early)
-    y += _product(w, _layer_norm(_stream(x, sums, k, inside), g, s, width, eps))
+    if added:
+        y += tl.load(out + n, mask=exists, other=0.0)
+    v = tl.load(x + k, mask=inside, other=0.0)
+    if normed:
+        v = _layer_norm(v, g, s, width, eps)
+    y += _product(w, v)
+    if gelu:  # ½ (1 + tanh u) = σ(2u), see `linear.gelu`
+        y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     tl.store(out + n, y, mask=exists)
 
 
 @triton.jit
-def _mlp(  # noqa: PLR0917 - Triton launches by position
-    x, gain, shift, fc, fc_bias, proj, proj_bias, sums, eps, hidden: tl.constexpr,
-    width: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
-):  # fmt: skip
-    """sums += gelu(norm(x) fcᵀ + bias) projᵀ + bias; a program per `tile` hidden channels."""
-    _begin(early)
-    first = tl.program_id(0) * tile
-    n, k = first + tl.arange(0, tile), tl.arange(0, block)
-    exists, inside = n < hidden, k < width
-    w = _rows(fc, n, hidden, k, width)
-    columns = inside[:, None] & exists[None, :]
-    back = tl.load(proj + k[:, None] * hidden + n[None, :], mask=columns, other=0.0)
-    y = tl.load(fc_bias + n, mask=exists, other=0.0).to(tl.float32)
-    g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(proj_bias + k, mask=inside & (first == 0), other=0.0).to(tl.float32)
-    _wait(early)
-    v = tl.load(x + k, mask=inside, other=0.0)
-    y += _product(w, _layer_norm(v, g, s, width, eps))
-    # ½ (1 + tanh u) = σ(2u), see `linear.gelu`
-    y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    b += _product(back, y)
-    tl.atomic_add(sums + k, (b / UNIT).to(tl.int64), mask=inside, sem="relaxed")
-
-
-@triton.jit
 def _attend(  # noqa: PLR0917 - Triton launches by position
-    qkv, keys, values, lengths, mixed, logs, capacity, scale, heads: tl.constexpr, D: tl.constexpr,
+    qkv, keys, values, lengths, mixed, sums, capacity, scale, heads: tl.constexpr, D: tl.constexpr,
     lanes: tl.constexpr, shares: tl.constexpr, span: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Attention of a head over a share of its cache: the mixture of values, and log Σ e^score.
@@ -201,7 +175,7 @@ def _attend(  # noqa: PLR0917 - Triton launches by position
         top, total, mix = _add_positions(key, value, q, start, end, span, top, total, mix)
         start += span
     tl.store(mixed + (share * heads + head) * D + d, mix / tl.maximum(total, 1e-30), mask=real)
-    tl.store(logs + share * heads + head, tl.where(total > 0, top + tl.log(total), -1e30))
+    tl.store(sums + share * heads + head, tl.where(total > 0, top + tl.log(total), -1e30))
 
 
 @triton.jit
@@ -230,22 +204,21 @@ def _add_positions(  # noqa: PLR0917 - Triton calls by position
 
 @triton.jit
 def _project(  # noqa: PLR0917 - Triton launches by position
-    mixed, logs, weight, bias, x, sums, width: tl.constexpr, heads: tl.constexpr,
-    shares: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+    mixed, sums, weight, bias, x, width: tl.constexpr, heads: tl.constexpr, shares: tl.constexpr,
+    tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """x += sums + attention weightᵀ + bias; sums = 0. First joins the shares of attention."""
+    """x += attention weightᵀ + bias; first joins the shares of attention."""
     _begin(early)
     n, k = tl.program_id(0) * tile + tl.arange(0, tile), tl.arange(0, block)
     exists, inside = n < width, k < width
     w = _rows(weight, n, width, k, width)
     y = tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
     _wait(early)
-    y += _stream(x, sums, n, exists)
-    tl.store(sums + n, tl.zeros((tile,), tl.int64), mask=exists)
+    y += tl.load(x + n, mask=exists, other=0.0)
     share = tl.arange(0, shares)[:, None]
     parts = tl.load(mixed + share * width + k[None, :], mask=inside[None, :], other=0.0)
     of_head = tl.minimum(k // (width // heads), heads - 1)
-    weights = tl.load(logs + share * heads + of_head[None, :])
+    weights = tl.load(sums + share * heads + of_head[None, :])
     weights = tl.exp(weights - tl.max(weights, 0)[None, :])  # 0 for an empty share
     y += _product(w, tl.sum(weights * parts, 0) / tl.sum(weights, 0))
     tl.store(x + n, y, mask=exists)
@@ -253,10 +226,10 @@ def _project(  # noqa: PLR0917 - Triton launches by position
 
 @triton.jit
 def _head(  # noqa: PLR0917 - Triton launches by position
-    x, sums, gain, shift, weight, logits, best, places, lengths, eps, outputs, programs,
+    x, gain, shift, weight, logits, best, places, lengths, eps, outputs, programs,
     width: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """logits = norm(x + sums) weightᵀ; of each program's logits the greatest, and its place.
+    """logits = norm(x) weightᵀ; of each program's logits the greatest, and its place.
 
     A program takes every `programs`-th tile of rows, and loads one while it multiplies another.
     """
@@ -268,7 +241,7 @@ def _head(  # noqa: PLR0917 - Triton launches by position
     g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
     _wait(early)
-    v = _layer_norm(_stream(x, sums, k, inside), g, s, width, eps)
+    v = _layer_norm(tl.load(x + k, mask=inside, other=0.0), g, s, width, eps)
     # of each lane, compared as they are stored; the places of a lane come in order
     top, place = tl.full((tile,), -float("inf"), tl.float32), tl.full((tile,), 0, tl.int32)
     start = program * tile
@@ -344,10 +317,9 @@ class OneSequence:
             count = torch.cuda.get_device_properties(wte.device).multi_processor_count
         self.programs = count * self.tiles.head_programs  # of the head
         C, shares = self.config.n_embd, self.tiles.shares
-        sizes = C, 3 * C, shares * C, shares * self.config.n_head, self.programs
+        sizes = C, 3 * C, shares * C, shares * self.config.n_head, 4 * C, self.programs
         buffers = wte.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
-        self.x, self.qkv, self.mixed, self.logs, self.best = buffers
-        self.sums = wte.new_empty(C, dtype=torch.int64)  # of the MLP, in units of `UNIT`
+        self.x, self.qkv, self.mixed, self.sums, self.hidden, self.best = buffers
         self.places = wte.new_empty(self.programs, dtype=torch.int32)
         self.logits = wte.new_empty(1, len(wte))  # (1, V)
 
@@ -364,20 +336,14 @@ class OneSequence:
         parts, C, lengths = self.model.transformer, self.config.n_embd, self.cache.lengths
         # without `options`: it begins when all earlier work has ended
         _embed[(triton.cdiv(C, 256),)](
-            token,
-            lengths,
-            parts.wte.weight,
-            parts.wpe.weight,
-            self.x,
-            self.sums,
-            C,
-            256,
-            self.early,
+            token, lengths, parts.wte.weight, parts.wpe.weight, self.x, C, 256, self.early
         )
         for layer, block in enumerate(parts.h):
-            self._qkv(block.attn.c_attn, block.ln_1)
-            self._attention(layer, block.attn.c_proj)
-            self._mlp(block.mlp, block.ln_2)
+            attn, mlp = block.attn, block.mlp
+            self._linear(self.x, attn.c_attn, self.qkv, self.tiles.qkv, norm=block.ln_1)
+            self._attention(layer, attn.c_proj)
+            self._linear(self.x, mlp.c_fc, self.hidden, self.tiles.fc, norm=block.ln_2, gelu=True)
+            self._linear(self.hidden, mlp.c_proj, self.x, self.tiles.out, added=True)
         self._logits(parts.wte.weight, parts.ln_f)
         self.cache.length += 1  # the head has advanced `lengths`
         if choose:
@@ -386,22 +352,24 @@ class OneSequence:
             _choose[(1,)](*given, size, self.early, num_warps=4, **self.options)
         return self.logits
 
-    def _qkv(self, layer: Any, norm: Any) -> None:
-        """qkv = layer(norm(x))."""
-        (outputs, width), (tile, warps) = layer.weight.shape, self.tiles.qkv
-        given = self.x, self.sums, norm.weight, norm.bias, layer.weight, layer.bias, self.qkv
-        kind = norm.eps, outputs, width, tile, triton.next_power_of_2(width), self.early
+    def _linear(
+        self,
+        x: Tensor,
+        layer: Any,
+        out: Tensor,
+        size: tuple[int, int],
+        *,
+        norm: Any = None,
+        gelu: bool = False,
+        added: bool = False,
+    ) -> None:
+        """out = gelu(layer(norm(x))), or added to out."""
+        (outputs, width), (tile, warps) = layer.weight.shape, size
+        gain, shift, eps = (norm.weight, norm.bias, norm.eps) if norm else (x, x, 0.0)
+        given = x, gain, shift, layer.weight, layer.bias, out, eps, outputs, width
+        kind = norm is not None, gelu, added, tile, triton.next_power_of_2(width), self.early
         grid = (triton.cdiv(outputs, tile),)
-        _qkv[grid](*given, *kind, num_warps=warps * self.wide, **self.options)
-
-    def _mlp(self, mlp: Any, norm: Any) -> None:
-        """sums += proj(gelu(fc(norm(x))))."""
-        (hidden, width), (tile, warps) = mlp.c_fc.weight.shape, self.tiles.mlp
-        layers = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
-        given = self.x, norm.weight, norm.bias, *layers, self.sums, norm.eps, hidden, width
-        kind = tile // self.wide, triton.next_power_of_2(width), self.early
-        grid = (triton.cdiv(hidden, kind[0]),)
-        _mlp[grid](*given, *kind, num_warps=warps, **self.options)
+        _linear[grid](*given, *kind, num_warps=warps * self.wide, **self.options)
 
     def _attention(self, layer: int, proj: Any) -> None:
         """x += proj(attention), whose shares are joined by the second kernel."""
@@ -412,21 +380,21 @@ class OneSequence:
         _attend[(H, shares)](
             *of_layer,
             self.mixed,
-            self.logs,
+            self.sums,
             *sizes,
             num_warps=self.tiles.attention_warps,
             enable_fp_fusion=False,  # see `triton_decoding.cached_attention_`
             **self.options,
         )
         tile, warps = self.tiles.proj
-        given = self.mixed, self.logs, proj.weight, proj.bias, self.x, self.sums, C, H, shares, tile
+        given = self.mixed, self.sums, proj.weight, proj.bias, self.x, C, H, shares, tile
         block, grid = triton.next_power_of_2(C), (triton.cdiv(C, tile),)
         _project[grid](*given, block, self.early, num_warps=warps * self.wide, **self.options)
 
     def _logits(self, weight: Tensor, norm: Any) -> None:
         """logits = norm(x) weightᵀ."""
         (outputs, width), (tile, warps) = weight.shape, self.tiles.head
-        given = self.x, self.sums, norm.weight, norm.bias, weight, self.logits, self.best
-        sizes = self.places, self.cache.lengths, norm.eps, outputs, self.programs, width, tile
+        given = self.x, norm.weight, norm.bias, weight, self.logits, self.best, self.places
+        sizes = self.cache.lengths, norm.eps, outputs, self.programs, width, tile
         block, grid = triton.next_power_of_2(width), (self.programs,)
         _head[grid](*given, *sizes, block, self.early, num_warps=warps * self.wide, **self.options)

@@ -7,15 +7,16 @@
 
 A recipe is a file of `configs/`, with options behind it if it needs some, and "name =" before it if
 it should have one. Each runs in a process of its own by the step of `gpt2 train`; with several
-`--devices=cuda:0,cuda:1` as many run at once. The seeds of a recipe share a process, where there
-are no more devices than recipes: only the first one compiles. The clock counts training only:
-compilation, validation and the start are left out. A first stretch of steps compiles and measures
-the speed, from which `max_steps` follows, so that schedules end with the time; then weights,
-optimizer and data are as they were at the beginning. After a quarter of the steps `max_steps`
-follows from the speed until then. Validation is all of the folder's validation shards, in windows
-of at most block_size tokens; its loss is the mean over all predicted tokens. A longer window shows
-a token more text, so recipes of different block_size compare by `--val_block_size` only. GiB are
-the most that tensors took, those of a recorded step included.
+`--devices=cuda:0,cuda:1` as many run at once. The seeds of a recipe share a process, where the
+recipes divide evenly among the devices: only the first one compiles. The clock counts training
+only: compilation, validation and the start are left out. A first stretch of steps compiles and
+measures the speed, from which `max_steps` follows, so that schedules end with the time; then
+weights, optimizer and data are as they were at the beginning. After a quarter of the steps
+`max_steps` follows from the speed until then, unless windows or the batch grow. Validation is all
+of the folder's validation shards, in windows of at most block_size tokens; its loss is the mean
+over all predicted tokens. A longer window shows a token more text, so recipes of different
+block_size compare by `--val_block_size` only. GiB are the most that tensors took, those of a
+recorded step included.
 
 `--ablate=CONFIG` runs the recipe, and the recipe without each of its switches in turn.
 
@@ -60,7 +61,9 @@ from gpt2.train.weight_average import averaged
 from .sprint_report import draw, report
 from .throughput import _late
 
-STRETCH_SECONDS = 0.5  # of each measurement of the speed; the run itself corrects them
+STRETCH_SECONDS = 0.5  # of each measurement of the speed, where the run itself corrects it
+CHANGING_STRETCH = 2.0  # where it cannot
+FEWEST_STEPS = 8  # in a quarter of the run; the speed of fewer says less than the measurement
 TOGETHER = {  # switched off with the switch that they belong to
     "window_pattern": ("window", "window_warmup"),
     "positions": ("rope_base", "rope_fraction"),
@@ -74,6 +77,10 @@ NUMBERS = {  # values that are tuned, not switches
 }
 
 
+class Stopped(Exception):
+    """A signal ended the training."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A recipe to run."""
@@ -84,17 +91,23 @@ class Job:
 
 
 def recipes(options: argparse.Namespace) -> list[Job]:
-    """What the command line asks for; seeds apart where a device would have nothing to do."""
+    """What the command line asks for; seeds apart where a device would have nothing to do.
+
+    Raises:
+        UserError: a recipe with a seed of its own.
+    """
     named: dict[str, list[str]] = {}
     for text in options.recipes:
         name, found, rest = text.partition(" = ")
         path, *extra = shlex.split(rest if found else text)
         name = name.strip() if found else " ".join([Path(path).stem, *extra])
+        if any(given.startswith(("--seed=", "--seeds=")) for given in extra):
+            raise UserError(f"{name}: --seeds is one for all recipes; take it out of this one")
         named[name] = [f"--config={path}", *extra]
     if options.ablate:
         named |= ablations(options.ablate)
     seeds = tuple(int(seed) for seed in options.seeds.split(","))
-    together = len(options.devices.split(",")) <= len(named)
+    together = len(named) % len(options.devices.split(",")) == 0
     groups = [seeds] if together else [(seed,) for seed in seeds]
     return [Job(n, (*argv, *options.extra), group) for n, argv in named.items() for group in groups]
 
@@ -133,11 +146,14 @@ def run_of(config: TrainConfig, options: argparse.Namespace) -> Iterator[dict]:
         began = time.perf_counter()
         config, init = resolve_init(config, rt, None)
         context = config.model.shape().block_size
-        if options.val_block_size > context:
-            raise UserError(f"--val_block_size={options.val_block_size}: the context is {context}")
+        if not 0 <= options.val_block_size <= context:
+            raise UserError(
+                f"--val_block_size={options.val_block_size}: use 0 to {context}, the context"
+            )
         state = setup.build(config, rt, None, init)
         try:
-            config, expected = calibrate(state, config, rt, options.seconds, STRETCH_SECONDS)
+            stretch = CHANGING_STRETCH if changing(config) else STRETCH_SECONDS
+            config, expected = calibrate(state, config, rt, options.seconds, stretch)
             row = {
                 "name": options.only,
                 "seed": config.system.seed,
@@ -147,9 +163,10 @@ def run_of(config: TrainConfig, options: argparse.Namespace) -> Iterator[dict]:
                 "tokens_per_step": state.plan.tokens_per_step,
                 "start_seconds": round(time.perf_counter() - began, 1),
             }
-            yield from timed(state, config, rt, options, row, expected)
-            if options.save:
-                export_model(state, config, rt, "out_ckpt.pt", final=True)
+            for evaluation in timed(state, config, rt, options, row, expected):
+                if options.save and evaluation["ended"]:
+                    export_model(state, config, rt, "out_ckpt.pt", final=True)
+                yield evaluation
         finally:
             state.loader.close()
 
@@ -173,18 +190,22 @@ def timed(  # noqa: PLR0917
         expected: seconds per token at the beginning, of `calibrate`.
     """
     quarter, done = config.optim.max_steps // 4, 0
-    changing = config.optim.window_warmup or config.optim.batch_warmup  # and with it the speed
+    corrects = quarter >= FEWEST_STEPS and not changing(config)
     validate(state, rt, options.val_tokens)  # compiles
     step = _late(lambda: step_module.train_step(state, config, rt).read, rt.steps_ahead)
-    seconds, ended = 0.0, False
+    seconds, early, ended = 0.0, (0.0, 0), False
     wait_for(rt.device)
     began = time.perf_counter()
     while not ended:
         read = step()
-        if state.step == quarter and not changing:
+        if corrects and state.step in (quarter // 4, quarter):
             wait_for(rt.device)
-            per_token = (seconds + time.perf_counter() - began) / state.tokens
-            config = recalibrate(config, expected, per_token)
+            now = seconds + time.perf_counter() - began
+            if state.step == quarter:  # the first steps record a graph, and tell no speed
+                per_token = (now - early[0]) / (state.tokens - early[1])
+                lost = now - per_token * state.tokens
+                config = recalibrate(config, options.seconds, expected, per_token, lost)
+            early = now, state.tokens
         max_steps = config.optim.max_steps
         over = seconds + time.perf_counter() - began > options.seconds
         ended = over or state.step >= max_steps
@@ -194,8 +215,6 @@ def timed(  # noqa: PLR0917
         wait_for(rt.device)
         seconds += time.perf_counter() - began
         found = evaluated(state, rt, options, ended)
-        if found is None:
-            return
         progress = {"max_steps": max_steps, "step": state.step, "tokens": state.tokens}
         rate = {"seconds": seconds, "tokens_per_second": state.tokens / seconds}
         yield row | progress | rate | {"train_loss": loss} | found | {"ended": ended}
@@ -204,13 +223,14 @@ def timed(  # noqa: PLR0917
         began = time.perf_counter()
 
 
-def evaluated(
-    state: TrainState, rt: Runtime, options: argparse.Namespace, ended: bool
-) -> dict | None:
-    """The part of a row that validation fills; None after a signal."""
+def changing(config: TrainConfig) -> bool:
+    """Whether windows or the batch grow, and a token therefore costs more or less at the end."""
+    return bool(config.optim.window_warmup or config.optim.batch_warmup)
+
+
+def evaluated(state: TrainState, rt: Runtime, options: argparse.Namespace, ended: bool) -> dict:
+    """The part of a row that validation fills."""
     found = validate(state, rt, options.val_tokens)
-    if found is None:
-        return None
     row = {
         "val_loss": found.loss,
         "val_tokens": found.tokens,
@@ -218,21 +238,23 @@ def evaluated(
         "peak_gib": rt.peak_gib(),
     }
     if ended and options.val_block_size:
-        found = validate(state, rt, options.val_tokens, options.val_block_size)
-        if found is None:
-            return None
+        with torch.compiler.set_stance("force_eager"):  # for one pass compiling does not pay
+            found = validate(state, rt, options.val_tokens, options.val_block_size)
         row |= {"val_block_size": options.val_block_size, "val_loss_there": found.loss}
     return row
 
 
-def validate(state: TrainState, rt: Runtime, tokens: int, block_size: int = 0) -> Evaluation | None:
-    """The loss over so many tokens of the validation shards; None after a signal.
+def validate(state: TrainState, rt: Runtime, tokens: int, block_size: int = 0) -> Evaluation:
+    """The loss over so many tokens of the validation shards.
 
     Args:
         state: of the run.
         rt: this process.
         tokens: how many at most.
         block_size: tokens of a window; 0: the model's.
+
+    Raises:
+        Stopped: after a signal.
     """
     shards = [shard for dataset in state.datasets for shard in dataset.val]
     batches = eval_batches(
@@ -243,7 +265,10 @@ def validate(state: TrainState, rt: Runtime, tokens: int, block_size: int = 0) -
         device=rt.device,
     )
     with averaged(state.optimizer):
-        return evaluate(state.model, batches, rt)
+        found = evaluate(state.model, batches, rt)
+    if found is None:
+        raise Stopped
+    return found
 
 
 def run_all(jobs: list[Job], options: argparse.Namespace) -> Iterator[dict]:
@@ -281,9 +306,8 @@ def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queu
             rows.put(row)
             if row["ended"]:
                 left.remove(row["seed"])
-    if process.returncode:
-        for seed in left:
-            rows.put({"name": job.name, "seed": seed, "failed": process.returncode})
+    for seed in left:
+        rows.put({"name": job.name, "seed": seed, "failed": process.returncode or 1})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -316,21 +340,29 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Runs all jobs, or with --only one of them."""
     options, options.extra = parser().parse_known_args()
-    if options.only:
-        try:
+    try:
+        if options.only:
             for row in sprint(options):
                 print(json.dumps(row), flush=True)
-        except UserError as error:
-            print(f"{options.only}: {error}", file=sys.stderr)
-            return 2
-        return 0
-    if options.seed is not None or options.device:
-        print("--seed and --device: use --seeds and --devices", file=sys.stderr)
+            return 0
+        if options.evaluations < 1:
+            raise UserError(f"--evaluations={options.evaluations}: use 1 or more")
+        if options.seed is not None or options.device:
+            raise UserError("--seed and --device: use --seeds and --devices")
+        return run_and_report(recipes(options), options)
+    except UserError as error:
+        print(f"{options.only}: {error}" if options.only else error, file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, Stopped):  # the processes of the jobs get the signal too
+        return 130
+
+
+def run_and_report(jobs: list[Job], options: argparse.Namespace) -> int:
+    """Runs all jobs, and writes what they found."""
     options.out_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     with (options.out_dir / "sprint.jsonl").open("a", encoding="utf-8") as log:
-        for row in run_all(recipes(options), options):
+        for row in run_all(jobs, options):
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()

@@ -11,11 +11,18 @@ from gpt2.report.compare import plus_minus, verdict
 def report(rows: list[dict]) -> str:
     """The table, and what `gpt2 compare` says of such losses, as Markdown."""
     losses: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in rows:
-        if "val_loss" in row:
-            losses[row["name"]][row["seed"]] = row["val_loss"]
+    for (name, seed), curve in curves_of(rows).items():
+        losses[name][seed] = curve[-1]["val_loss"]
     sentences = verdict([(name, list(by_seed.values())) for name, by_seed in losses.items()])
     return table(rows) + "\n" + "\n".join(sentences) + "\n"
+
+
+def curves_of(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """The rows of each recipe and seed that was trained to its end."""
+    curves: dict[tuple[str, int], list[dict]] = defaultdict(list)
+    for row in rows:
+        curves[row["name"], row["seed"]].append(row)
+    return {key: curve for key, curve in curves.items() if "val_loss" in curve[-1]}
 
 
 def table(rows: Iterable[dict]) -> str:
@@ -59,10 +66,7 @@ def draw(rows: list[dict], path: Path):
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    curves: dict[tuple[str, int], list[dict]] = defaultdict(list)
-    for row in rows:
-        if "val_loss" in row:
-            curves[row["name"], row["seed"]].append(row)
+    curves = curves_of(rows)
     ends: dict[str, list[float]] = defaultdict(list)
     for (name, _), curve in curves.items():
         ends[name].append(curve[-1]["val_loss"])

@@ -3,7 +3,9 @@
 import functools
 import gc
 import json
+import os
 import re
+import signal
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import memory, sprint
+from benchmarks import memory, sprint, sprint_report
 from benchmarks.sprint import ablations
 from benchmarks.throughput import fastest, make_data
 from gpt2.api import GPT2
@@ -298,7 +300,7 @@ def test_seeds_of_a_recipe_share_what_is_compiled(data_dir, tmp_path, monkeypatc
     for seed in (1, 2):
         apart += sprint_of(data_dir, *more, f"--seeds={seed}")
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    together = sprint_of(data_dir, *more, "--seeds=1,2", "--save")
+    together = sprint_of(data_dir, *more, "--seeds=1,2", "--save", "--val_block_size=8")
     graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] == graphs[2] > 0
     assert [row["seed"] for row in together] == [1, 2]
@@ -308,14 +310,76 @@ def test_seeds_of_a_recipe_share_what_is_compiled(data_dir, tmp_path, monkeypatc
     assert not torch.equal(next(first.parameters()), next(second.parameters()))
 
 
-def test_seeds_go_to_devices_that_are_free():
+def sprint_options(*argv: str):
+    options, options.extra = sprint.parser().parse_known_args([*argv, "--data_dir=d"])
+    return options
+
+
+def test_seeds_share_a_process_where_no_device_waits():
     def jobs(devices: str) -> list[tuple[int, ...]]:
-        argv = ["a = x.toml", "b = x.toml", "--seeds=1,2", f"--devices={devices}", "--data_dir=d"]
-        options, options.extra = sprint.parser().parse_known_args(argv)
-        return [job.seeds for job in sprint.recipes(options)]
+        recipes = ["a = x.toml", "b = x.toml", "--seeds=1,2", f"--devices={devices}"]
+        return [job.seeds for job in sprint.recipes(sprint_options(*recipes))]
 
     assert jobs("cuda:0") == jobs("cuda:0,cuda:1") == [(1, 2), (1, 2)]
     assert jobs("cuda:0,cuda:1,cuda:2") == [(1,), (2,), (1,), (2,)]
+
+
+def test_a_sprint_refuses_what_it_would_ignore(monkeypatch, capsys, data_dir):
+    for given, said in (
+        (["a = x.toml --seed=7"], "a: --seeds is one for all recipes; take it out of this one"),
+        (["a = x.toml", "--evaluations=0"], "--evaluations=0: use 1 or more"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["sprint", *given, "--data_dir=x"])
+        assert sprint.main() == 2
+        assert said in capsys.readouterr().err
+    for size in (64, -1):
+        with pytest.raises(UserError, match=f"val_block_size={size}: use 0 to 32, the context"):
+            sprint_of(data_dir, f"--val_block_size={size}")
+
+
+def test_a_signal_ends_all_seeds_and_keeps_no_model(data_dir, tmp_path, monkeypatch):
+    """What a stopped seed had reached is no result, and no further seed begins."""
+    done, original = [], sprint.validate
+
+    def validate(state, *given):
+        done.append(state.step)
+        if state.step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(state, *given)
+
+    monkeypatch.setattr(sprint, "validate", validate)
+    with pytest.raises(sprint.Stopped):
+        sprint_of(data_dir, "--seeds=1,2", "--save", f"--out_dir={tmp_path}", "--evaluations=2")
+    assert len(done) == 2
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_model_that_cannot_be_saved_is_reported(data_dir, tmp_path):
+    (tmp_path / "sprint_gpt2_adamw-1" / "out_ckpt.pt" / "x").mkdir(parents=True)
+    small = ["--n_layer=1", "--n_embd=16", "--n_head=1", "--block_size=32", "--batch_size=2"]
+    small += ["--total_batch_tokens=64", "--compile_model=False", "--dtype=float32"]
+    done = run_python(
+        "-m", "benchmarks.sprint", "configs/sprint_gpt2_adamw.toml", *small, "--seconds=0.2",
+        f"--data_dir={data_dir}", "--evaluations=1", "--val_tokens=500", f"--out_dir={tmp_path}",
+        "--devices=cpu", "--seeds=1,2", "--save", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "sprint_gpt2_adamw (seed 1): failed" in done.stdout
+    assert "not written" in done.stderr
+
+
+def test_a_seed_that_failed_counts_nowhere(tmp_path):
+    def row(name: str, seed: int, loss: float) -> dict:
+        row = {"name": name, "seed": seed, "val_loss": loss, "seconds": 1.0, "step": 1}
+        return row | {"tokens_per_second": 1.0, "peak_gib": None, "device": "x"}
+
+    rows = [row("a", seed, 4.0 + seed / 100) for seed in (1, 2, 3)]
+    rows += [row("b", seed, 3.9 + seed / 100) for seed in (1, 2, 3)]
+    rows += [row("b", 4, 9.0), {"name": "b", "seed": 4, "failed": 1}]
+    said = sprint_report.report(rows)
+    assert "| b | 3.92" in said and "-0.1000" in said  # noqa: PT018
+    assert "b` is 0.1000 nats below" in said
+    sprint_report.draw(rows, tmp_path / "x.png")
 
 
 def test_losses_in_shorter_windows(gpt2_data_dir, tmp_path):
@@ -329,32 +393,29 @@ def test_losses_in_shorter_windows(gpt2_data_dir, tmp_path):
     there = json.loads(found.read_text())["val_loss"]
     assert row["val_loss_there"] == pytest.approx(there, abs=1e-5)
     assert row["val_loss_there"] != row["val_loss"]
-    with pytest.raises(UserError, match="val_block_size=64: the context is 32"):
-        sprint_of(gpt2_data_dir, "--val_block_size=64")
 
 
-def test_a_sprint_fills_its_time(data_dir, monkeypatch):
-    """A clock by which a step takes 10 ms, after a calibration that found 8 or 20."""
+@pytest.mark.parametrize("first", [0.01, 0.2])  # seconds of the first step
+@pytest.mark.parametrize("expected", [0.008, 0.02])  # of a step, by the measurement before
+def test_a_sprint_fills_its_time(data_dir, monkeypatch, first, expected):
+    """A clock by which a step takes 10 ms."""
     now, launch = [0.0], step_module.train_step
 
     def train_step(state, config, rt):
-        now[0] += 0.010
+        now[0] += 0.01 if state.step else first
         return launch(state, config, rt)
 
-    clock = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(sprint, "time", clock)
+    def calibrate(state, config, *_):
+        optim = replace(config.optim, max_steps=int(0.985 / expected))
+        return replace(config, optim=optim), expected / 64
+
+    monkeypatch.setattr(sprint, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sprint, "step_module", SimpleNamespace(train_step=train_step))
-    for found in (0.008, 0.020):
-
-        def calibrate(state, config, *_, found=found):
-            optim = replace(config.optim, max_steps=int(0.985 / found))
-            return replace(config, optim=optim), found / 64
-
-        monkeypatch.setattr(sprint, "calibrate", calibrate)
-        rows = sprint_of(data_dir, "--evaluations=4")
-        assert [row["ended"] for row in rows] == [False, False, False, True]
-        assert rows[-1]["step"] == rows[-1]["max_steps"]
-        assert 0.97 < rows[-1]["seconds"] <= 1
+    monkeypatch.setattr(sprint, "calibrate", calibrate)
+    rows = sprint_of(data_dir, "--evaluations=4")
+    assert [row["ended"] for row in rows] == [False, False, False, True]
+    assert rows[-1]["step"] == rows[-1]["max_steps"]
+    assert 0.97 < rows[-1]["seconds"] <= 1
 
 
 def test_the_clock_of_a_sprint_knows_that_windows_grow(data_dir, monkeypatch):

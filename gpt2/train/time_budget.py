@@ -88,15 +88,19 @@ def calibrate(
     return replace(config, optim=replace(options, max_steps=steps)), costs[0]
 
 
-def recalibrate(config: TrainConfig, expected: float, found: float) -> TrainConfig:
+def recalibrate(
+    config: TrainConfig, seconds: float, expected: float, found: float, lost: float
+) -> TrainConfig:
     """The settings with `max_steps` by the speed of the run itself, once it is under way.
 
     Args:
         config: as `calibrate` gave it.
-        expected: seconds per token at the beginning, as it measured them.
-        found: seconds per token of the run until now.
+        seconds: that the run is to train.
+        expected: seconds per token at the beginning, as `calibrate` measured them.
+        found: seconds per token of the run.
+        lost: seconds that the first steps took beyond that, as for recording a CUDA graph.
     """
-    share = (1 - SLOWER_LATER) / (1 - SLOWER) * expected / found
+    share = expected / found * ((1 - SLOWER_LATER) * seconds - lost) / ((1 - SLOWER) * seconds)
     steps = max(1, int(config.optim.max_steps * share))
     return replace(config, optim=replace(config.optim, max_steps=steps))
 

@@ -179,14 +179,14 @@ def timed(  # noqa: PLR0917
     row: dict,
     expected: float,
 ) -> Iterator[dict]:
-    """Trains to the end of the time; a row at each evaluation.
+    """Trains to the end of the time; a row, which begins with `row`, at each evaluation.
 
     Args:
         state: fresh, compiled.
         config: its settings.
         rt: this process.
         options: of the command line.
-        row: begins each of the rows.
+        row: what is known before.
         expected: seconds per token at the beginning, of `calibrate`.
     """
     quarter, done = config.optim.max_steps // 4, 0
@@ -198,6 +198,8 @@ def timed(  # noqa: PLR0917
     began = time.perf_counter()
     while not ended:
         read = step()
+        if rt.stop_signal:
+            raise Stopped
         if corrects and state.step in (quarter // 4, quarter):
             wait_for(rt.device)
             now = seconds + time.perf_counter() - began
@@ -214,10 +216,8 @@ def timed(  # noqa: PLR0917
         loss = read()
         wait_for(rt.device)
         seconds += time.perf_counter() - began
-        found = evaluated(state, rt, options, ended)
-        progress = {"max_steps": max_steps, "step": state.step, "tokens": state.tokens}
-        rate = {"seconds": seconds, "tokens_per_second": state.tokens / seconds}
-        yield row | progress | rate | {"train_loss": loss} | found | {"ended": ended}
+        more = {"max_steps": max_steps, "seconds": seconds, "train_loss": loss, "ended": ended}
+        yield row | more | evaluated(state, rt, options, seconds, ended)
         done += 1
         wait_for(rt.device)
         began = time.perf_counter()
@@ -228,10 +228,15 @@ def changing(config: TrainConfig) -> bool:
     return bool(config.optim.window_warmup or config.optim.batch_warmup)
 
 
-def evaluated(state: TrainState, rt: Runtime, options: argparse.Namespace, ended: bool) -> dict:
-    """The part of a row that validation fills."""
+def evaluated(
+    state: TrainState, rt: Runtime, options: argparse.Namespace, seconds: float, ended: bool
+) -> dict:
+    """The part of a row that is read off the state, and what validation finds."""
     found = validate(state, rt, options.val_tokens)
     row = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "tokens_per_second": state.tokens / seconds,
         "val_loss": found.loss,
         "val_tokens": found.tokens,
         "bits_per_byte": found.bits_per_byte,

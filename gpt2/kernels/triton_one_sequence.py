@@ -1,7 +1,7 @@
 """Triton kernels that write one token of one sequence, and begin before their predecessors end.
 
 With one sequence a token of GPT-2 waits for the beginnings of kernels, not for arithmetic: 73
-kernels take 313 µs on an H200, which reads the weights in 60. Here a token takes three kernels a
+kernels take 313 µs on an H200, which reads the weights in 60. Here a token takes five kernels a
 layer and three more, by programmatic dependent launch (CUDA C++ Programming Guide): each loads its
 weights into registers, lets its successor start (`gdc_launch_dependents`), waits until its
 predecessor has ended (`gdc_wait`), and only then reads what that wrote.
@@ -13,9 +13,6 @@ Why no kernel reads or overwrites too early, though several run at a time:
 - Before `gdc_wait` a kernel reads only what no running kernel writes: weights, the length, and
   positions of the cache before the new one. The head changes the length, after its `gdc_wait`, when
   all that read it have ended. All other reads and all writes come after `gdc_wait`.
-- Attention and MLP add to the stream by atomic operations, in int64: a fixed point, so that their
-  order changes no bit. An MLP cannot add to what its other programs still read. It adds to `more`,
-  and the next layer's attention, before which all have read it, moves that into the stream.
 - The first kernel, the embedding, is launched as usual: it begins when all earlier work has ended,
   which may have written the token, the length and the cache. It needs no `gdc_wait`.
 
@@ -37,8 +34,7 @@ from .cuda_driver import driver_version
 WIDEST = 1600  # channels; the rows of wider networks do not fit into registers
 LONGEST = 1024  # positions; a longer context would need more programs for a head's attention
 HOPPER, DRIVER = 9, 12030  # no later GPU was tried; CUDA graphs hold such launches since 12.3
-SPAN = 256  # positions of the cache that a program of attention loads before it waits
-UNIT = tl.constexpr(2.0**-32)  # of the residual stream, which is int64
+SPAN = 128  # positions of the cache that a program of attention loads before it waits
 
 
 class Tiles(NamedTuple):
@@ -48,11 +44,13 @@ class Tiles(NamedTuple):
     """
 
     qkv: tuple[int, int] = 2, 1
-    mlp: tuple[int, int] = 16, 8  # channels of the hidden layer
+    proj: tuple[int, int] = 16, 8
+    fc: tuple[int, int] = 4, 2
+    out: tuple[int, int] = 2, 4
     head: tuple[int, int] = 2, 1
     head_programs: int = 16  # per multiprocessor
-    parts: int = 4  # programs of attention per head, a power of two
-    attention_warps: int = 8
+    shares: int = 4  # programs of attention per head, a power of two
+    attention_warps: int = 4
 
 
 @triton.jit
@@ -101,130 +99,94 @@ def _layer_norm(
 
 @triton.jit
 def _embed(  # noqa: PLR0917 - Triton launches by position
-    token, lengths, wte, wpe, stream, more, width: tl.constexpr, block: tl.constexpr,
-    early: tl.constexpr,
+    token, lengths, wte, wpe, x, width: tl.constexpr, block: tl.constexpr, early: tl.constexpr
 ):  # fmt: skip
-    """stream = wte[token] + wpe[length], more = 0."""
+    """x = wte[token] + wpe[length], in float32."""
     _begin(early)
     k = tl.program_id(0) * block + tl.arange(0, block)
     inside = k < width
     of_token = tl.load(wte + tl.load(token) * width + k, mask=inside, other=0.0)
     of_place = tl.load(wpe + tl.load(lengths) * width + k, mask=inside, other=0.0)
-    x = of_token.to(tl.float32) + of_place.to(tl.float32)
-    tl.store(stream + k, (x / UNIT).to(tl.int64), mask=inside)
-    tl.store(more + k, tl.zeros((block,), tl.int64), mask=inside)
+    tl.store(x + k, of_token.to(tl.float32) + of_place.to(tl.float32), mask=inside)
 
 
 @triton.jit
-def _sum(stream, more, k, inside):
-    """stream + more, in float32."""
-    total = tl.load(stream + k, mask=inside, other=0) + tl.load(more + k, mask=inside, other=0)
-    return total.to(tl.float32) * UNIT
-
-
-@triton.jit
-def _add(stream, k, y, inside):
-    """stream += y."""
-    tl.atomic_add(stream + k, (y / UNIT).to(tl.int64), mask=inside, sem="relaxed")
-
-
-@triton.jit
-def _qkv(  # noqa: PLR0917 - Triton launches by position
-    stream, more, gain, shift, weight, bias, out, eps, outputs, width: tl.constexpr,
-    tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+def _linear(  # noqa: PLR0917 - Triton launches by position
+    x, gain, shift, weight, bias, out, eps, outputs, width: tl.constexpr, normed: tl.constexpr,
+    gelu: tl.constexpr, added: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
-    """out = norm(stream + more) weightᵀ + bias; a program per `tile` outputs."""
+    """out = gelu(norm(x) weightᵀ + bias), or added to out; a program per `tile` outputs."""
     _begin(early)
     n, k = tl.program_id(0) * tile + tl.arange(0, tile), tl.arange(0, block)
     exists, inside = n < outputs, k < width
     w = _rows(weight, n, outputs, k, width)
     y = tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
-    g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+    if normed:
+        g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
     _wait(early)
-    y += _product(w, _layer_norm(_sum(stream, more, k, inside), g, s, width, eps))
+    if added:
+        y += tl.load(out + n, mask=exists, other=0.0)
+    v = tl.load(x + k, mask=inside, other=0.0)
+    if normed:
+        v = _layer_norm(v, g, s, width, eps)
+    y += _product(w, v)
+    if gelu:  # ½ (1 + tanh u) = σ(2u), see `linear.gelu`
+        y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     tl.store(out + n, y, mask=exists)
 
 
 @triton.jit
-def _mlp(  # noqa: PLR0917 - Triton launches by position
-    stream, gain, shift, fc, fc_bias, proj, proj_bias, more, eps, hidden: tl.constexpr,
-    width: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
-):  # fmt: skip
-    """more += gelu(norm(stream) fcᵀ + bias) projᵀ + bias; a program per `tile` hidden channels."""
-    _begin(early)
-    first = tl.program_id(0) * tile
-    n, k = first + tl.arange(0, tile), tl.arange(0, block)
-    exists, inside = n < hidden, k < width
-    w = _rows(fc, n, hidden, k, width)
-    columns = inside[:, None] & exists[None, :]
-    back = tl.load(proj + k[:, None] * hidden + n[None, :], mask=columns, other=0.0)
-    y = tl.load(fc_bias + n, mask=exists, other=0.0).to(tl.float32)
-    g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(proj_bias + k, mask=inside & (first == 0), other=0.0).to(tl.float32)
-    _wait(early)
-    v = tl.load(stream + k, mask=inside, other=0).to(tl.float32) * UNIT
-    y += _product(w, _layer_norm(v, g, s, width, eps))
-    # ½ (1 + tanh u) = σ(2u), see `linear.gelu`
-    y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    _add(more, k, b + _product(back, y), inside)
-
-
-@triton.jit
 def _attend(  # noqa: PLR0917 - Triton launches by position
-    qkv, keys, values, lengths, weight, bias, stream, more, capacity, scale,
-    heads: tl.constexpr, D: tl.constexpr, lanes: tl.constexpr, parts: tl.constexpr,
-    span: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+    qkv, keys, values, lengths, mixed, sums, capacity, scale, heads: tl.constexpr, D: tl.constexpr,
+    lanes: tl.constexpr, shares: tl.constexpr, span: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """stream += more + attention weightᵀ + bias, more = 0.
+    """Attention of a head over a share of its cache: the mixture of values, and log Σ e^score.
 
-    A program takes all scores of a head, and a part of the channels of its values. Online softmax
-    (Milakov & Gimelshein 2018), `span` positions at a time.
+    Online softmax (Milakov & Gimelshein 2018), `span` positions at a time.
     """
     _begin(early)
-    head, part, width = tl.program_id(0), tl.program_id(1), heads * D
-    d, k = tl.arange(0, lanes), tl.arange(0, block)
-    e = part * (lanes // parts) + tl.arange(0, lanes // parts)  # channels of the values
+    head, share, d = tl.program_id(0), tl.program_id(1), tl.arange(0, lanes)
     length = tl.load(lengths).to(tl.int32)
+    size = (length + shares - 1) // shares
+    start, end = share * size, tl.minimum(length, (share + 1) * size)
     keys += head * capacity * D
     values += head * capacity * D
-    key = _positions(keys, 0, length, d, D, span)
-    value = _positions(values, 0, length, e, D, span)
-    inside, columns = k < width, (k < width)[:, None] & (e < D)[None, :]
-    w = tl.load(weight + k[:, None] * width + head * D + e[None, :], mask=columns, other=0.0)
-    first = (head == 0) & (part == 0)
-    y = tl.load(bias + k, mask=inside & first, other=0.0).to(tl.float32)
+    key, value = _positions(keys, values, start, end, d, D, span)
     _wait(early)
-    new = qkv + head * D
-    q = tl.load(new + d, mask=d < D, other=0.0) * scale
+    real = d < D
+    new = qkv + head * D + d
+    q = tl.load(new, mask=real, other=0.0) * scale
     # rounded as the cache holds them
-    new_k = tl.load(new + width + d, mask=d < D, other=0.0).to(key.dtype)
-    new_v = tl.load(new + 2 * width + e, mask=e < D, other=0.0).to(key.dtype)
-    tl.store(keys + length * D + d, new_k, mask=(d < D) & (part == 0))
-    tl.store(values + length * D + e, new_v, mask=e < D)
-    moved = tl.load(more + head * D + e, mask=e < D, other=0)
-    tl.store(more + head * D + e, tl.zeros_like(moved), mask=e < D)
-    tl.atomic_add(stream + head * D + e, moved, mask=e < D, sem="relaxed")
-    top, total, mix = tl.sum(new_k.to(tl.float32) * q, 0), 1.0, new_v.to(tl.float32)
-    top, total, mix = _add_positions(key, value, q, 0, length, span, top, total, mix)
-    start = span
-    while start < length:
-        key = _positions(keys, start, length, d, D, span)
-        value = _positions(values, start, length, e, D, span)
-        top, total, mix = _add_positions(key, value, q, start, length, span, top, total, mix)
+    new_k = tl.load(new + heads * D, mask=real, other=0.0).to(key.dtype)
+    new_v = tl.load(new + 2 * heads * D, mask=real, other=0.0).to(key.dtype)
+    first = share == 0  # it takes the new position too
+    tl.store(keys + length * D + d, new_k, mask=real & first)
+    tl.store(values + length * D + d, new_v, mask=real & first)
+    of_new = tl.where(first, tl.sum(new_k.to(tl.float32) * q, 0), -float("inf"))
+    top = tl.maximum(of_new, -1e30)  # finite without positions too: -inf - -inf would be NaN
+    total = tl.exp(of_new - top)
+    mix = total * new_v.to(tl.float32)
+    top, total, mix = _add_positions(key, value, q, start, end, span, top, total, mix)
+    start += span
+    while start < end:
+        key, value = _positions(keys, values, start, end, d, D, span)
+        top, total, mix = _add_positions(key, value, q, start, end, span, top, total, mix)
         start += span
-    _add(stream, k, y + _product(w, mix / total), inside)
+    tl.store(mixed + (share * heads + head) * D + d, mix / tl.maximum(total, 1e-30), mask=real)
+    tl.store(sums + share * heads + head, tl.where(total > 0, top + tl.log(total), -1e30))
 
 
 @triton.jit
 def _positions(  # noqa: PLR0917 - Triton calls by position
-    cache, start, end, d, D: tl.constexpr, span: tl.constexpr
+    keys, values, start, end, d, D: tl.constexpr, span: tl.constexpr
 ):  # fmt: skip
-    """Channels d of `span` positions of a head, zeros from `end` on."""
+    """Keys and values of `span` positions of a head, zeros from `end` on."""
     s = start + tl.arange(0, span)
-    mask = (s < end)[:, None] & (d < D)[None, :]
-    return tl.load(cache + s[:, None] * D + d[None, :], mask=mask, other=0.0)
+    mask, at = (s < end)[:, None] & (d < D)[None, :], s[:, None] * D + d[None, :]
+    key = tl.load(keys + at, mask=mask, other=0.0)
+    return key, tl.load(values + at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -241,11 +203,33 @@ def _add_positions(  # noqa: PLR0917 - Triton calls by position
 
 
 @triton.jit
+def _project(  # noqa: PLR0917 - Triton launches by position
+    mixed, sums, weight, bias, x, width: tl.constexpr, heads: tl.constexpr, shares: tl.constexpr,
+    tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """x += attention weightᵀ + bias; first joins the shares of attention."""
+    _begin(early)
+    n, k = tl.program_id(0) * tile + tl.arange(0, tile), tl.arange(0, block)
+    exists, inside = n < width, k < width
+    w = _rows(weight, n, width, k, width)
+    y = tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
+    _wait(early)
+    y += tl.load(x + n, mask=exists, other=0.0)
+    share = tl.arange(0, shares)[:, None]
+    parts = tl.load(mixed + share * width + k[None, :], mask=inside[None, :], other=0.0)
+    of_head = tl.minimum(k // (width // heads), heads - 1)
+    weights = tl.load(sums + share * heads + of_head[None, :])
+    weights = tl.exp(weights - tl.max(weights, 0)[None, :])  # 0 for an empty share
+    y += _product(w, tl.sum(weights * parts, 0) / tl.sum(weights, 0))
+    tl.store(x + n, y, mask=exists)
+
+
+@triton.jit
 def _head(  # noqa: PLR0917 - Triton launches by position
-    stream, more, gain, shift, weight, logits, best, places, lengths, eps, outputs, programs,
+    x, gain, shift, weight, logits, best, places, lengths, eps, outputs, programs,
     width: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """logits = norm(stream + more) weightᵀ; of each program's logits the greatest, and its place.
+    """logits = norm(x) weightᵀ; of each program's logits the greatest, and its place.
 
     A program takes every `programs`-th tile of rows, and loads one while it multiplies another.
     """
@@ -257,7 +241,7 @@ def _head(  # noqa: PLR0917 - Triton launches by position
     g = tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
     _wait(early)
-    v = _layer_norm(_sum(stream, more, k, inside), g, s, width, eps)
+    v = _layer_norm(tl.load(x + k, mask=inside, other=0.0), g, s, width, eps)
     # of each lane, compared as they are stored; the places of a lane come in order
     top, place = tl.full((tile,), -float("inf"), tl.float32), tl.full((tile,), 0, tl.int32)
     start = program * tile
@@ -332,11 +316,10 @@ class OneSequence:
         if wte.is_cuda:
             count = torch.cuda.get_device_properties(wte.device).multi_processor_count
         self.programs = count * self.tiles.head_programs  # of the head
-        C = self.config.n_embd
-        self.qkv, self.best = wte.new_empty(3 * C + self.programs, dtype=torch.float32).split(
-            [3 * C, self.programs]
-        )
-        self.stream, self.more = wte.new_empty(2, C, dtype=torch.int64).unbind()  # see `UNIT`
+        C, shares = self.config.n_embd, self.tiles.shares
+        sizes = C, 3 * C, shares * C, shares * self.config.n_head, 4 * C, self.programs
+        buffers = wte.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
+        self.x, self.qkv, self.mixed, self.sums, self.hidden, self.best = buffers
         self.places = wte.new_empty(self.programs, dtype=torch.int32)
         self.logits = wte.new_empty(1, len(wte))  # (1, V)
 
@@ -353,20 +336,14 @@ class OneSequence:
         parts, C, lengths = self.model.transformer, self.config.n_embd, self.cache.lengths
         # without `options`: it begins when all earlier work has ended
         _embed[(triton.cdiv(C, 256),)](
-            token,
-            lengths,
-            parts.wte.weight,
-            parts.wpe.weight,
-            self.stream,
-            self.more,
-            C,
-            256,
-            self.early,
+            token, lengths, parts.wte.weight, parts.wpe.weight, self.x, C, 256, self.early
         )
         for layer, block in enumerate(parts.h):
-            self._qkv(block.attn.c_attn, block.ln_1)
-            self._attention(layer, block.attn.c_proj)
-            self._mlp(block.mlp, block.ln_2)
+            attn, mlp = block.attn, block.mlp
+            self._linear(self.x, attn.c_attn, self.qkv, self.tiles.qkv, norm=block.ln_1)
+            self._attention(layer, attn.c_proj)
+            self._linear(self.x, mlp.c_fc, self.hidden, self.tiles.fc, norm=block.ln_2, gelu=True)
+            self._linear(self.hidden, mlp.c_proj, self.x, self.tiles.out, added=True)
         self._logits(parts.wte.weight, parts.ln_f)
         self.cache.length += 1  # the head has advanced `lengths`
         if choose:
@@ -375,45 +352,49 @@ class OneSequence:
             _choose[(1,)](*given, size, self.early, num_warps=4, **self.options)
         return self.logits
 
-    def _qkv(self, layer: Any, norm: Any) -> None:
-        """qkv = layer(norm(stream + more))."""
-        (outputs, width), (tile, warps) = layer.weight.shape, self.tiles.qkv
-        of_layer = norm.weight, norm.bias, layer.weight, layer.bias
-        given = self.stream, self.more, *of_layer, self.qkv
-        kind = norm.eps, outputs, width, tile, triton.next_power_of_2(width), self.early
+    def _linear(
+        self,
+        x: Tensor,
+        layer: Any,
+        out: Tensor,
+        size: tuple[int, int],
+        *,
+        norm: Any = None,
+        gelu: bool = False,
+        added: bool = False,
+    ) -> None:
+        """out = gelu(layer(norm(x))), or added to out."""
+        (outputs, width), (tile, warps) = layer.weight.shape, size
+        gain, shift, eps = (norm.weight, norm.bias, norm.eps) if norm else (x, x, 0.0)
+        given = x, gain, shift, layer.weight, layer.bias, out, eps, outputs, width
+        kind = norm is not None, gelu, added, tile, triton.next_power_of_2(width), self.early
         grid = (triton.cdiv(outputs, tile),)
-        _qkv[grid](*given, *kind, num_warps=warps * self.wide, **self.options)
-
-    def _mlp(self, mlp: Any, norm: Any) -> None:
-        """more += proj(gelu(fc(norm(stream))))."""
-        (hidden, width), (tile, warps) = mlp.c_fc.weight.shape, self.tiles.mlp
-        layers = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
-        given = self.stream, norm.weight, norm.bias, *layers, self.more, norm.eps, hidden, width
-        kind = tile // self.wide, triton.next_power_of_2(width), self.early
-        grid = (triton.cdiv(hidden, kind[0]),)
-        _mlp[grid](*given, *kind, num_warps=warps, **self.options)
+        _linear[grid](*given, *kind, num_warps=warps * self.wide, **self.options)
 
     def _attention(self, layer: int, proj: Any) -> None:
-        """stream += more + proj(attention), more = 0."""
-        C, H, cache, parts = self.config.n_embd, self.config.n_head, self.cache, self.tiles.parts
+        """x += proj(attention), whose shares are joined by the second kernel."""
+        C, H, cache, shares = self.config.n_embd, self.config.n_head, self.cache, self.tiles.shares
         D, capacity = C // H, cache.keys.shape[3]
         of_layer = self.qkv, cache.keys[layer], cache.values[layer], cache.lengths
-        given = proj.weight, proj.bias, self.stream, self.more, capacity, D**-0.5
-        sizes = H, D, triton.next_power_of_2(D), parts, SPAN, triton.next_power_of_2(C)
-        _attend[(H, parts)](
+        sizes = capacity, D**-0.5, H, D, triton.next_power_of_2(D), shares, SPAN, self.early
+        _attend[(H, shares)](
             *of_layer,
-            *given,
+            self.mixed,
+            self.sums,
             *sizes,
-            self.early,
             num_warps=self.tiles.attention_warps,
             enable_fp_fusion=False,  # see `triton_decoding.cached_attention_`
             **self.options,
         )
+        tile, warps = self.tiles.proj
+        given = self.mixed, self.sums, proj.weight, proj.bias, self.x, C, H, shares, tile
+        block, grid = triton.next_power_of_2(C), (triton.cdiv(C, tile),)
+        _project[grid](*given, block, self.early, num_warps=warps * self.wide, **self.options)
 
     def _logits(self, weight: Tensor, norm: Any) -> None:
         """logits = norm(x) weightᵀ."""
         (outputs, width), (tile, warps) = weight.shape, self.tiles.head
-        given = self.stream, self.more, norm.weight, norm.bias, weight, self.logits, self.best
-        sizes = self.places, self.cache.lengths, norm.eps, outputs, self.programs, width, tile
+        given = self.x, norm.weight, norm.bias, weight, self.logits, self.best, self.places
+        sizes = self.cache.lengths, norm.eps, outputs, self.programs, width, tile
         block, grid = triton.next_power_of_2(width), (self.programs,)
         _head[grid](*given, *sizes, block, self.early, num_warps=warps * self.wide, **self.options)

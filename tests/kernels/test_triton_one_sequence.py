@@ -53,15 +53,15 @@ def after_one_token(model: GPT, length: int, **given):
 
 @torch.inference_mode()
 def compare_in_float32(device: str = "cpu", early: int = 0) -> None:
-    """Widths that fill a block and that do not; no position, and several spans."""
+    """Widths that fill a block and that do not; shares that are empty, full, and of two spans."""
     from gpt2.kernels import triton_one_sequence as kernels
 
-    tiles = kernels.Tiles(qkv=(4, 4), mlp=(64, 8), head=(16, 4), head_programs=3)
+    tiles = kernels.Tiles(qkv=(4, 4), fc=(16, 8), head=(16, 4), head_programs=3)
     for heads, width, vocabulary in ((2, 40, 60), (3, 48, 130)):
         shape = {"n_layer": 2, "n_head": heads, "n_embd": width, "block_size": 64}
         model = some_model(**shape, vocab_size=vocabulary).to(device)
-        for length, parts in ((0, 4), (1, 2), (40, 1), (63, 4)):
-            given = {"early": early, "tiles": tiles._replace(parts=parts)}
+        for length, shares in ((0, 4), (1, 2), (40, 1), (63, 4)):
+            given = {"early": early, "tiles": tiles._replace(shares=shares)}
             for wanted, found in zip(*after_one_token(model, length, **given), strict=True):
                 torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
@@ -97,34 +97,31 @@ def machine_code(name: str, types: dict[str, str], constants: dict[str, int], wa
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["_qkv", "_attend", "_mlp"])
+@pytest.mark.parametrize("name", ["_linear", "_attend", "_project"])
 def test_kernels_signal_and_load_their_weights_before_they_wait(name):
     """A compiler that moved the loads behind the wait would cost the speed, and no result."""
-    width, half, full, stream = 768, "*bf16", "*fp32", {"stream": "*i64", "more": "*i64"}
-    tile = {"block": 1024, "early": 3}
-    normed = stream | {"gain": half, "shift": half, "eps": "fp32"}
-    types, constants, loads, warps = {
-        "_qkv": (
-            normed | {"weight": half, "bias": half, "out": full, "outputs": "i32"},
-            tile | {"width": width, "tile": 2},
+    width, half, full = 768, "*bf16", "*fp32"
+    tile = {"width": width, "block": 1024, "early": 3}
+    types, constants, loads = {
+        "_linear": (
+            {"x": full, "gain": half, "shift": half, "weight": half, "bias": half, "out": full}
+            | {"eps": "fp32", "outputs": "i32"},
+            tile | {"normed": True, "gelu": True, "added": False, "tile": 2},
             8,
-            1,
         ),
         "_attend": (
-            stream
-            | {"qkv": full, "keys": half, "values": half, "lengths": "*i64", "weight": half}
-            | {"bias": half, "capacity": "i32", "scale": "fp32"},
-            tile | {"heads": 12, "D": 64, "lanes": 64, "parts": 4, "span": 256},
+            {"qkv": full, "keys": half, "values": half, "lengths": "*i64", "mixed": full}
+            | {"sums": full, "capacity": "i32", "scale": "fp32"},
+            {"heads": 12, "D": 64, "lanes": 64, "shares": 4, "span": 128, "early": 3},
             16,
-            8,
         ),
-        "_mlp": (
-            normed | {"fc": half, "fc_bias": half, "proj": half, "proj_bias": half},
-            tile | {"width": width, "hidden": 4 * width, "tile": 16},
-            16,
+        "_project": (
+            {"mixed": full, "sums": full, "weight": half, "bias": half, "x": full},
+            tile | {"heads": 12, "shares": 4, "tile": 16},
             8,
         ),
     }[name]
+    warps = {"_linear": 1, "_attend": 4, "_project": 8}[name]
     code = machine_code(name, types, constants, warps)
     order = re.findall(r"\b(PREEXIT|ACQBULK|LDG|STG|LDL|STL)\b", code)
     before = order[: order.index("ACQBULK")]

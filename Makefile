@@ -1,6 +1,6 @@
 # make demo    installs, prepares Python's own sources, trains a small GPT, plots and writes text
 # make test    installs what the tests need and runs them, but for the slow ones of make faults
-# make test-fast  the tests without processes, training, compilation and many inputs: two minutes
+# make test-fast  the tests without processes, training, compilation and many inputs: about a minute
 # make faults  breaks everything on purpose and writes docs/reliability.md (half an hour)
 # make gpu-check  runs everything that needs a GPU at its true size and writes docs/gpu.md
 # make soak    asks `gpt2 serve` with 64 clients for a minute, some of which hang up or read slowly

@@ -55,14 +55,13 @@ from gpt2.train import step as step_module
 from gpt2.train.save import export_model
 from gpt2.train.setup import resolve_init
 from gpt2.train.state import TrainState
-from gpt2.train.time_budget import FAR, calibrate, recalibrate
+from gpt2.train.time_budget import FAR, STRETCH_SECONDS, calibrate, recalibrate
 from gpt2.train.weight_average import averaged
 
 from .sprint_report import draw, report
 from .throughput import _late
 
-STRETCH_SECONDS = 0.5  # of each measurement of the speed, where the run itself corrects it
-CHANGING_STRETCH = 2.0  # where it cannot
+SHORT_STRETCH_SECONDS = 0.5  # for STRETCH_SECONDS, where the run itself corrects the measurement
 FEWEST_STEPS = 8  # in a quarter of the run; the speed of fewer says less than the measurement
 TOGETHER = {  # switched off with the switch that they belong to
     "window_pattern": ("window", "window_warmup"),
@@ -101,14 +100,13 @@ def recipes(options: argparse.Namespace) -> list[Job]:
         name, found, rest = text.partition(" = ")
         path, *extra = shlex.split(rest if found else text)
         name = name.strip() if found else " ".join([Path(path).stem, *extra])
-        if any(given.startswith(("--seed=", "--seeds=")) for given in extra):
+        if any(given.partition("=")[0] in {"--seed", "--seeds"} for given in extra):
             raise UserError(f"{name}: --seeds is one for all recipes; take it out of this one")
         named[name] = [f"--config={path}", *extra]
     if options.ablate:
         named |= ablations(options.ablate)
-    seeds = tuple(int(seed) for seed in options.seeds.split(","))
     together = len(named) % len(options.devices.split(",")) == 0
-    groups = [seeds] if together else [(seed,) for seed in seeds]
+    groups = [options.seeds] if together else [(seed,) for seed in options.seeds]
     return [Job(n, (*argv, *options.extra), group) for n, argv in named.items() for group in groups]
 
 
@@ -127,7 +125,7 @@ def ablations(path: Path) -> dict[str, list[str]]:
 
 def sprint(options: argparse.Namespace) -> Iterator[dict]:
     """The rows of one job: for each seed an evaluation each, the last at the end of its time."""
-    for seed in (int(seed) for seed in options.seeds.split(",")):
+    for seed in options.seeds:
         argv = [f"--data_dir={options.data_dir}", f"--device={options.device}", *options.extra]
         if options.save:
             folder = options.out_dir / f"{options.only}-{seed}"
@@ -152,7 +150,7 @@ def run_of(config: TrainConfig, options: argparse.Namespace) -> Iterator[dict]:
             )
         state = setup.build(config, rt, None, init)
         try:
-            stretch = CHANGING_STRETCH if changing(config) else STRETCH_SECONDS
+            stretch = STRETCH_SECONDS if changing(config) else SHORT_STRETCH_SECONDS
             config, expected = calibrate(state, config, rt, options.seconds, stretch)
             row = {
                 "name": options.only,
@@ -315,6 +313,11 @@ def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queu
         rows.put({"name": job.name, "seed": seed, "failed": process.returncode or 1})
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Of a list with commas."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; what it does not know goes to `gpt2 train`."""
     made = argparse.ArgumentParser(
@@ -326,7 +329,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ablate", type=Path, help="a file of configs/: also without each switch")
     made.add_argument("--data_dir", required=True, help="folder of shards")
     made.add_argument("--seconds", type=float, default=200.0, help="of training")
-    made.add_argument("--seeds", default="1337", help="comma-separated")
+    made.add_argument("--seeds", type=whole_numbers, default=(1337,), help="comma-separated")
     made.add_argument("--evaluations", type=int, default=8, help="on the way, the last included")
     made.add_argument("--val_tokens", type=int, default=FAR, help="at most; as a rule all")
     also = "at the end, the loss in windows of so many tokens too; 0: in the recipe's alone"

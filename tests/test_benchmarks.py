@@ -30,6 +30,8 @@ from gpt2.train.time_budget import shares_of_ends
 from .conftest import ROOT, run_python
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--dtype=float32"]  # of ours
+TINY = ["--n_layer=1", "--n_embd=16", "--n_head=1", "--block_size=32", "--batch_size=2"]  # sprints
+TINY += ["--total_batch_tokens=64", "--compile_model=False", "--dtype=float32"]
 CLONE = """
 import torch
 from torch import nn
@@ -252,10 +254,8 @@ def test_recipes_without_each_of_their_switches_are_valid():
 def test_sprint(tmp_path, data_dir):
     """Two recipes for a second each: the clock, the table, the picture."""
     recipe = "configs/sprint_gpt2_adamw.toml"
-    small = ["--n_layer=1", "--n_embd=16", "--n_head=1", "--block_size=32", "--batch_size=2"]
-    small += ["--total_batch_tokens=64", "--compile_model=False", "--dtype=float32"]
     done = run_python(
-        "-m", "benchmarks.sprint", recipe, f"hot = {recipe} --learning_rate=0.01", *small,
+        "-m", "benchmarks.sprint", recipe, f"hot = {recipe} --learning_rate=0.01", *TINY,
         f"--data_dir={data_dir}", "--seconds=1", "--evaluations=2", "--val_tokens=500",
         f"--out_dir={tmp_path}", "--devices=cpu", "--save",
     )  # fmt: skip
@@ -277,14 +277,16 @@ def test_sprint(tmp_path, data_dir):
     assert (tmp_path / "sprint.png").stat().st_size > 5000
 
 
+def sprint_options(*argv: str):
+    options, options.extra = sprint.parser().parse_known_args(["--data_dir=d", *argv])
+    return options
+
+
 def sprint_of(data_dir, *more) -> list[dict]:
     """The rows of a second of training, in this process."""
     argv = ["--only=x", "--seeds=1", "--device=cpu", f"--data_dir={data_dir}", "--seconds=1"]
-    argv += ["--evaluations=1", "--val_tokens=500", "--n_layer=2", "--n_embd=16", "--n_head=1"]
-    argv += ["--block_size=32", "--batch_size=2", "--total_batch_tokens=64", "--dtype=float32"]
-    argv += ["--compile_model=False"]
-    options, options.extra = sprint.parser().parse_known_args([*argv, *more])
-    return list(sprint.sprint(options))
+    argv += ["--evaluations=1", "--val_tokens=500", *TINY, "--n_layer=2"]
+    return list(sprint.sprint(sprint_options(*argv, *more)))
 
 
 def test_seeds_of_a_recipe_share_what_is_compiled(data_dir, tmp_path, monkeypatch):
@@ -307,11 +309,6 @@ def test_seeds_of_a_recipe_share_what_is_compiled(data_dir, tmp_path, monkeypatc
     assert not torch.equal(next(first.parameters()), next(second.parameters()))
 
 
-def sprint_options(*argv: str):
-    options, options.extra = sprint.parser().parse_known_args([*argv, "--data_dir=d"])
-    return options
-
-
 def test_seeds_share_a_process_where_no_device_waits():
     def jobs(devices: str) -> list[tuple[int, ...]]:
         recipes = ["a = x.toml", "b = x.toml", "--seeds=1,2", f"--devices={devices}"]
@@ -324,6 +321,7 @@ def test_seeds_share_a_process_where_no_device_waits():
 def test_a_sprint_refuses_what_it_would_ignore(monkeypatch, capsys, data_dir):
     for given, said in (
         (["a = x.toml --seed=7"], "a: --seeds is one for all recipes; take it out of this one"),
+        (["a = x.toml --seed 7"], "a: --seeds is one for all recipes; take it out of this one"),
         (["a = x.toml", "--evaluations=0"], "--evaluations=0: use 1 or more"),
     ):
         monkeypatch.setattr(sys, "argv", ["sprint", *given, "--data_dir=x"])
@@ -353,10 +351,8 @@ def test_a_signal_ends_all_seeds_and_keeps_no_model(data_dir, tmp_path, monkeypa
 
 def test_a_model_that_cannot_be_saved_is_reported(data_dir, tmp_path):
     (tmp_path / "sprint_gpt2_adamw-1" / "out_ckpt.pt" / "x").mkdir(parents=True)
-    small = ["--n_layer=1", "--n_embd=16", "--n_head=1", "--block_size=32", "--batch_size=2"]
-    small += ["--total_batch_tokens=64", "--compile_model=False", "--dtype=float32"]
     done = run_python(
-        "-m", "benchmarks.sprint", "configs/sprint_gpt2_adamw.toml", *small, "--seconds=0.2",
+        "-m", "benchmarks.sprint", "configs/sprint_gpt2_adamw.toml", *TINY, "--seconds=0.2",
         f"--data_dir={data_dir}", "--evaluations=1", "--val_tokens=500", f"--out_dir={tmp_path}",
         "--devices=cpu", "--seeds=1,2", "--save", check=False,
     )  # fmt: skip
@@ -380,11 +376,10 @@ def test_a_seed_that_failed_counts_nowhere(tmp_path):
 
 
 def test_losses_in_shorter_windows(gpt2_data_dir, tmp_path):
-    more = [f"--out_dir={tmp_path}", "--save"]
-    (row,) = sprint_of(gpt2_data_dir, "--val_block_size=8", *more)
-    model = GPT2.from_checkpoint(tmp_path / "x-1" / "out_ckpt.pt")
-    argv = [str(tmp_path / "x-1" / "out_ckpt.pt"), f"--data_dir={gpt2_data_dir}", "--block_size=8"]
-    assert model.config.block_size == 32
+    (row,) = sprint_of(gpt2_data_dir, "--val_block_size=8", f"--out_dir={tmp_path}", "--save")
+    saved = tmp_path / "x-1" / "out_ckpt.pt"
+    argv = [str(saved), f"--data_dir={gpt2_data_dir}", "--block_size=8"]
+    assert GPT2.from_checkpoint(saved).config.block_size == 32
     found, on = tmp_path / "found.json", ["--device=cpu", "--dtype=float32"]
     assert main(["eval", *argv, "--eval_tokens=500", f"--json={found}", *on]) == 0
     there = json.loads(found.read_text())["val_loss"]

@@ -64,9 +64,9 @@ def named(start: str) -> list[str]:
 def check(found, wanted, bits: bool):
     """Equal to the last bit; numbers to four digits where the CPU or torch is another.
 
-    A perplexity is compared by its logarithm, the loss in nats: e^10.54 shows a difference of the
-    loss 10.54 times as large. Texts, ids and digests follow from the last bits, and are compared
-    where these must be equal.
+    A perplexity is compared by its logarithm, the loss in nats: its relative error is the loss's
+    absolute one. Texts, ids and digests follow from the last bits, and are compared where these
+    must be equal.
     """
     if bits:
         assert found == wanted

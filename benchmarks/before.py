@@ -171,6 +171,14 @@ def advantage(mine: dict, other: dict) -> tuple[str, str]:
     return f"{statistics.median(ratios):.2f} ×", spread
 
 
+def make_zipf_data(folder: Path, tokens: int) -> None:
+    """Shards of so many random tokens, whose frequencies are as unequal as in text (Zipf)."""
+    generator = np.random.default_rng(0)
+    for name in ("zipf_val_000000.bin", "zipf_train_000001.bin"):
+        drawn = generator.zipf(ZIPF, tokens) % GPT2_VOCAB_SIZE
+        write_shard(folder / name, drawn.astype(np.uint16))
+
+
 def loss_parity(builds: Sequence[Build], argv: Sequence[str], steps: int) -> str:
     """A sentence about the losses of two builds that train on one text with the same options.
 
@@ -179,11 +187,8 @@ def loss_parity(builds: Sequence[Build], argv: Sequence[str], steps: int) -> str
         argv: options of benchmarks.throughput.
         steps: optimizer steps.
     """
-    generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("zipf_val_000000.bin", "zipf_train_000001.bin"):
-            tokens = generator.zipf(ZIPF, SHARD_TOKENS) % GPT2_VOCAB_SIZE
-            write_shard(Path(folder) / name, tokens.astype(np.uint16))
+        make_zipf_data(Path(folder), SHARD_TOKENS)
         if not any(given.startswith("--max_steps=") for given in argv):
             argv = [*argv, f"--max_steps={steps}"]  # else all steps are of a long warm-up
         printed = [b.run("-c", LOSSES, folder, str(steps), *argv) for b in builds]

@@ -1,10 +1,10 @@
 """Measures how training scales over the GPUs of this machine: `benchmarks.scaling --measure`.
 
 Each row (scaling_rows.py) is `train_gpt2.py`, under torchrun for several GPUs, in processes of its
-own on random tokens. Rows that need fewer GPUs than there are run side by side. A row's tokens per
-second are the median over its steady steps, as its metrics.jsonl has them, so no step waits to be
-timed. The row is then ended by SIGHUP, which `gpt2 train` does not catch, so that it does not save
-gigabytes. All rows share one cache of compiled code, which is empty at the beginning.
+own on random tokens (Zipf). Rows that need fewer GPUs than there are run side by side. A row's
+tokens per second are the median over its steady steps, as its metrics.jsonl has them, so no step
+waits to be timed. The row is then ended by SIGHUP, which `gpt2 train` does not catch, so that it
+does not save gigabytes. All rows share one cache of compiled code, which is empty at the beginning.
 
 A row that was measured, or failed, is a line of scaling.jsonl at once.
 """
@@ -29,9 +29,10 @@ import torch
 from gpt2.errors import UserError
 from gpt2.report.metrics import read_metrics
 
+from .before import make_zipf_data
 from .scaling_report import report, share_of_ideal
 from .scaling_rows import Row, rows
-from .throughput import make_data
+from .throughput import SHARD_TOKENS
 
 ROOT = Path(__file__).parent.parent
 WARMUP, STEADY = 4, 10  # steps: compilation and recording, then at least so many that count
@@ -285,7 +286,7 @@ def measure(options: argparse.Namespace) -> int:
     with stoppable(), TemporaryDirectory() as folder, open(path, "w", encoding="utf-8") as log:
         try:
             (Path(folder) / "data").mkdir()
-            make_data(Path(folder) / "data")
+            make_zipf_data(Path(folder) / "data", SHARD_TOKENS)
             with contextlib.closing(run_all(plan, cards, Path(folder), until)) as lines:
                 for line in lines:
                     found.append(with_share(line, found))

@@ -81,8 +81,10 @@ class Row:
         own += [f"--total_batch_tokens={self.tokens_per_step}"]
         own += [f"--parallel={self.parallel}"]
         own += ["--activation_checkpointing=True"] if self.checkpointing else []
-        layers = 4 if self.config else 2
-        return own + ([f"--n_layer={layers}", "--n_head=2", "--n_embd=8"] if self.tiny else [])
+        if self.tiny:
+            own += ["--n_layer=4", "--window=4"] if self.config else ["--n_layer=2"]
+            own += ["--n_head=2", "--n_embd=8"]
+        return own
 
 
 def rows(gpus: int, tiny: bool = False) -> list[Row]:
@@ -127,12 +129,13 @@ def of_larger(gpus: int) -> list[Row]:
     for label, size, batch_size in (("medium", "gpt2-medium", 32), ("XL", "gpt2-xl", 16)):
         for full in (f"{label}, activation checkpointing", label):
             found.append(Row(label=full, gpus=1, size=size, batch_size=batch_size))
-    modern = Row(label="speedrun.toml", gpus=1, config="configs/speedrun.toml")
+    recipe = {"config": "configs/speedrun.toml", "block_size": 2048, "batch_size": 32}
+    modern = Row(label="speedrun.toml", gpus=1, **recipe)
     if gpus > 1:
         of_all = [replace(row, gpus=gpus, parallel="fsdp") for row in found]
         found += [replace(row, ideal_tokens=row.tokens_per_step // gpus) for row in of_all]
         of_modern = replace(modern, gpus=gpus, ideal_tokens=modern.tokens_per_step)
-        found += [replace(of_modern, batch_size=64 // gpus), of_modern]  # as it is; batch 64
+        found += [replace(of_modern, batch_size=32 // gpus), of_modern]  # as it is; batch 32
     return [*found, modern]
 
 

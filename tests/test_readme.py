@@ -113,15 +113,15 @@ ADDED: dict[str, list[str]] = {
     # docs/speed.md
     "gpt2 profile --batch_size=64 --grad_accum_steps=1": SMALL,
     # docs/switches.md
-    "python train_gpt2.py --config=configs/speedrun.toml --mlp=swiglu --window_pattern=SSSL "
-    "--window=256": [
+    "python train_gpt2.py --config=configs/speedrun.toml --mlp=swiglu --document_mask=True": [
         *SMALL, "--n_layer=6", "--total_batch_tokens=0", "--window=8", "--out_dir=out/modern",
     ],
     "python -m benchmarks.sprint configs/speedrun.toml configs/sprint_gpt2_muon.toml "
     "--data_dir=fineweb": [
         "--seconds=0.1", "--evaluations=1", "--val_tokens=500", "--devices=cpu", "--n_layer=6",
         "--total_batch_tokens=0", "--size=gpt2",
-        *(a for a in TINY if not a.startswith(("--device", "--n_layer", "--eval"))),
+        *(a for a in TINY if not a.startswith(("--device", "--n_layer", "--eval", "--block"))),
+        "--block_size=160",
     ],
     # docs/training.md
     "gpt2 average out/ --last=8": ["--last=1"],

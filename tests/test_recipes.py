@@ -24,7 +24,8 @@ GROWING = ["--batch_warmup=0.8", "--window_warmup=0.8", "--window_pattern=SL", "
 
 
 def arguments(recipe, data_dir, out_dir, *more) -> list[str]:
-    return [f"--config={recipe}", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *SMALL, *more]
+    small = [*SMALL, "--window=8"] if "\nwindow = " in recipe.read_text("utf-8") else SMALL
+    return [f"--config={recipe}", f"--data_dir={data_dir}", f"--out_dir={out_dir}", *small, *more]
 
 
 def run(*given):

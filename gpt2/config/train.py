@@ -41,7 +41,7 @@ class Recipe:
         "in all; validation: cross-entropy",
         BUILT_IN["loss"],
     )
-    cooldown: float = option(0.4, "wsd: share of max_steps in which the learning rate decays")
+    cooldown: float = option(0.6, "wsd: share of max_steps in which the learning rate decays")
     ema_steps: int = option(
         0,
         "validation and the exported model take the mean of the weights and their exponential "
@@ -79,7 +79,8 @@ def check_recipe(r: Recipe, s: Switches | None) -> None:
         raise UserError(f"muon_momentum={r.muon_momentum}: muon_momentum_warmup begins at 0.85")
     if r.muon_weight_decay < 0 and r.muon_weight_decay != default.muon_weight_decay:
         raise UserError(f"muon_weight_decay={r.muon_weight_decay}: use 0 or more, or -1")
-    if r.schedule == "cosine" and r.cooldown != default.cooldown:
+    unset = default.cooldown, EARLIER_DEFAULTS["cooldown"]  # as a config.toml has it
+    if r.schedule == "cosine" and r.cooldown not in unset:
         raise UserError("cooldown is for --schedule=wsd; give both")
     if s:
         check_of_switches(r, s)
@@ -176,7 +177,9 @@ class OptimOptions(Recipe):
         "first step, which compiles, evaluations and saving do not count; 0: max_steps alone",
     )
     learning_rate: float = option(6e-4, "peak learning rate of AdamW")
-    min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak")
+    min_lr_ratio: float = option(
+        -1.0, "final learning rate, as a share of the peak; -1: 0.1 with cosine, 0 with wsd"
+    )
     warmup_steps: int = option(-1, "steps of linear warm-up; -1: 3.75 % of max_steps")
     weight_decay: float = option(
         0.1, "weight decay of matrices and embeddings, never of 1-D parameters"
@@ -303,8 +306,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(o, name) < 1:
                 raise UserError(f"{name}={getattr(o, name)}: use a number from 0 up to below 1")
-        if not 0 <= o.min_lr_ratio <= 1:
-            raise UserError(f"min_lr_ratio={o.min_lr_ratio}: use a number from 0 to 1")
+        if not 0 <= o.min_lr_ratio <= 1 and o.min_lr_ratio != -1:
+            raise UserError(f"min_lr_ratio={o.min_lr_ratio}: use a number from 0 to 1, or -1")
         check_seed(self.system.seed)
         check_loaded(self.system.plugin)
         check_recipe(o, None if self.model.init else self.model)
@@ -318,12 +321,20 @@ class TrainConfig:
 
 
 RENAMED = {"window_start": "sequence_start"}  # options of earlier versions; aliases today
+EARLIER_DEFAULTS = {"cooldown": 0.4, "min_lr_ratio": 0.1}
 
 
 def current_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint or config.toml under today's names of the options."""
+    """Settings of a checkpoint or config.toml under today's names of the options.
+
+    What a cosine schedule does not read, or has by default today, gets today's default.
+    """
     renamed = {new: settings[old] for old, new in RENAMED.items() if old in settings}
     renamed |= {name: value for name, value in settings.items() if name not in RENAMED}
+    if renamed.get("schedule") == "cosine":
+        for name, earlier in EARLIER_DEFAULTS.items():
+            if renamed.get(name) == earlier:
+                renamed[name] = getattr(OptimOptions(), name)
     size = renamed.get("size")
     return renamed | ({"size": OLD_SIZES[size]} if size in OLD_SIZES else {})
 

@@ -12,6 +12,7 @@ from ..config.train import BatchPlan, OptimOptions, warmup_steps
 from ..errors import UserError
 
 MOMENTUM_BEGINS = 0.85  # of Muon, where it grows (modded-nanogpt)
+FLOORS = {"cosine": 0.1, "wsd": 0.0}  # for `min_lr_ratio`: as GPT-3's; down to zero
 
 
 def learning_rate_at(step: int, options: OptimOptions) -> float:
@@ -27,13 +28,14 @@ def learning_rate_at(step: int, options: OptimOptions) -> float:
         return peak * own(step, options)
     if step < warmup:
         return peak * (step + 1) / warmup
+    low = FLOORS[options.schedule] if options.min_lr_ratio == -1 else options.min_lr_ratio
     if options.schedule == "wsd":
         decay = min(options.cooldown * options.max_steps, options.max_steps - warmup)
         share = min(1.0, max(0.0, (options.max_steps - step) / max(1, decay)))
-        return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * share)
+        return peak * (low + (1 - low) * share)
     progress = min(1.0, (step - warmup) / max(1, options.max_steps - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * cosine)
+    return peak * (low + (1 - low) * cosine)
 
 
 def momentum_at(step: int, options: OptimOptions) -> float:
@@ -72,10 +74,7 @@ def check_plan(step: int, options: OptimOptions, plan: BatchPlan) -> None:
     """Raises UserError when batch warm-up is active but a step has a single micro-batch."""
     growing = step < options.batch_warmup * options.max_steps
     if growing and plan.grad_accum_steps == 1:
-        raise UserError(
-            "batch_warmup takes fewer micro-batches at first, and a step has only one; use a "
-            "smaller --batch_size, or leave it out"
-        )
+        raise UserError("batch_warmup: a step has only one micro-batch; use a smaller --batch_size")
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, options: OptimOptions) -> float:

@@ -123,11 +123,12 @@ def test_defaults_are_those_of_the_package():
     ours = one_file.Config()
     for part in (theirs.model.shape(), theirs.data, theirs.optim, theirs.system, theirs.eval):
         for f in fields(part):
-            # grad_accum_steps and warmup_steps are derived; validation is longer in the package
-            derived = ("grad_accum_steps", "warmup_steps", "eval_tokens", "device")
+            # the first three are derived; validation is longer in the package
+            derived = ("grad_accum_steps", "warmup_steps", "min_lr_ratio", "eval_tokens", "device")
             if hasattr(ours, f.name) and f.name not in derived:
                 assert getattr(part, f.name) == getattr(ours, f.name), f.name
     assert schedules.warmup_steps(theirs.optim) == ours.warmup_steps
+    assert schedules.FLOORS["cosine"] == ours.min_lr_ratio
     assert ours.batch_size * ours.block_size * ours.grad_accum_steps == 524_288
 
 

@@ -1,5 +1,7 @@
 """Muon against a plain reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -166,6 +168,15 @@ def test_wsd_schedule():
     rates = [learning_rate_at(step, o) for step in range(11)]
     assert rates[:6] == [0.5, 1, 1, 1, 1, 1]
     torch.testing.assert_close(torch.tensor(rates[6:]), torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0]))
+
+
+@pytest.mark.parametrize(("schedule", "after"), [("wsd", 0.5), ("cosine", 0.28549664)])
+def test_each_schedule_has_a_floor_of_its_own(schedule, after):
+    """By default wsd falls to zero over the last 60 % of the steps, the cosine to a tenth."""
+    o = OptimOptions(schedule=schedule, max_steps=100, warmup_steps=0, learning_rate=1.0)
+    end = {"wsd": 0.0, "cosine": 0.1}[schedule]
+    assert [learning_rate_at(step, o) for step in (70, 100)] == pytest.approx([after, end])
+    assert learning_rate_at(100, replace(o, min_lr_ratio=0.3)) == pytest.approx(0.3)
 
 
 def test_schedules_by_eighths_and_the_momentum():

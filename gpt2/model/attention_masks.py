@@ -18,12 +18,27 @@ from .kv_cache import KVCache
 
 BLOCK = 128  # positions; FlexAttention's default
 MIN_HEAD_WIDTH = 16  # FlexAttention takes no narrower heads on a GPU
+SHARED_MEMORY = {128: 99, 256: 160}  # KiB that its kernels take, for heads up to that width
 Mask = Tensor | BlockMask | None  # None: plain causal attention
 
 
 def document_ids(begins: Tensor) -> Tensor:
     """(B, T) bool, True for the first token of a document -> (B, T) number of the document."""
     return begins.cumsum(1)
+
+
+@torch.compiler.assume_constant_result
+def takes_blocks(device: torch.device, head_width: int) -> bool:
+    """Whether FlexAttention's kernels, compiled with PyTorch's sizes, fit a device.
+
+    A T4 has 64 KiB of shared memory, RTX cards 99, an A100 163: too little fails at the first step
+    ("No valid triton configs", PyTorch issues 180278 and 198224).
+    """
+    if device.type != "cuda" or not MIN_HEAD_WIDTH <= head_width <= max(SHARED_MEMORY):
+        return False
+    needed = min(kib for width, kib in SHARED_MEMORY.items() if head_width <= width)
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", needed << 10) >= needed << 10
 
 
 def mask_for(T: int, window: Tensor | None, documents: Tensor | None, flex: bool) -> Mask:

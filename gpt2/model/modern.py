@@ -21,12 +21,12 @@ from ..kernels.linear import add_linear, add_mlp, linear, qkv
 from ..kernels.precision import to_residual_stream
 from .attention_cache import AttentionCache, MaskedAttentionCache
 from .attention_masks import (
-    MIN_HEAD_WIDTH,
     Mask,
     MaskedKVCache,
     document_ids,
     mask_for,
     masked_attention,
+    takes_blocks,
 )
 from .gpt import INIT_STD, LanguageModel
 from .kv_cache import KVCache
@@ -323,8 +323,8 @@ class Modern(LanguageModel):
             rotated = round(pairs * config.rope_fraction)
             context.cos_sin = rope_cos_sin(positions, pairs, rotated, float(config.rope_base))
         compiled = self.compiled_apart or torch.compiler.is_compiling()
-        wide = config.n_embd // config.n_head >= MIN_HEAD_WIDTH
-        flex = idx.is_cuda and compiled and wide and not dropout
+        fits = takes_blocks(idx.device, config.n_embd // config.n_head)
+        flex = compiled and fits and not dropout
         for letter in sorted(set(config.window_pattern or "L")):
             window = self._window(letter, idx.device)
             context.windows[letter] = window

@@ -1,10 +1,19 @@
 """The blocks of FlexAttention hold what the dense mask shows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from gpt2.model.attention_masks import BLOCK, block_lists, document_ids, mask_for, masked_attention
+from gpt2.model.attention_masks import (
+    BLOCK,
+    block_lists,
+    document_ids,
+    mask_for,
+    masked_attention,
+    takes_blocks,
+)
 
 from ..conftest import error
 
@@ -51,6 +60,20 @@ def test_the_compiler_is_told_what_the_operator_returns():
     """Shapes, types and strides; the kernels go by the strides."""
     some, whole = torch.rand(2, 3, 8, 8) < 0.5
     torch.library.opcheck(block_lists, (some, whole))
+
+
+@pytest.mark.parametrize(
+    ("shared_kib", "widths"),
+    [(64, []), (99, [16, 64, 128]), (163, [16, 64, 128, 256]), (None, [16, 64, 128, 256])],
+    ids=["T4", "RTX 4090", "A100", "not known"],
+)
+def test_small_gpus_get_the_dense_mask(shared_kib, widths, monkeypatch):
+    """PyTorch's sizes of FlexAttention need more shared memory than a T4 has."""
+    size = {} if shared_kib is None else {"shared_memory_per_block_optin": shared_kib << 10}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**size))
+    some = 8, 16, 64, 128, 256, 320
+    assert [w for w in some if takes_blocks(torch.device("cuda"), w)] == widths
+    assert not any(takes_blocks(torch.device("cpu"), w) for w in some)
 
 
 @pytest.mark.gpu

@@ -17,9 +17,10 @@ from typing import IO, Any
 
 import torch
 
+from ..config.earlier import current_names
 from ..config.options import flatten
 from ..config.sweep import Job, SweepConfig
-from ..config.train import current_names, plan_batch
+from ..config.train import plan_batch
 from ..distributed import signals
 from ..distributed.devices import choose_device
 from ..errors import UserError

@@ -55,6 +55,9 @@ class Recipe:
     )
 
 
+EARLIER_DEFAULTS = {"cooldown": 0.4, "min_lr_ratio": 0.1}  # see `config.earlier`
+
+
 def check_recipe(r: Recipe, s: Switches | None) -> None:
     """Raises UserError for options of training without effect, or that contradict one another.
 
@@ -318,25 +321,6 @@ class TrainConfig:
             )
         if not o.learning_rate and (o.optimizer != "adamw" or o.embedding_lr or o.head_lr):
             raise UserError("learning_rate=0: other rates follow its schedule; use one above 0")
-
-
-RENAMED = {"window_start": "sequence_start"}  # options of earlier versions; aliases today
-EARLIER_DEFAULTS = {"cooldown": 0.4, "min_lr_ratio": 0.1}
-
-
-def current_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint or config.toml under today's names of the options.
-
-    What a cosine schedule does not read, or has by default today, gets today's default.
-    """
-    renamed = {new: settings[old] for old, new in RENAMED.items() if old in settings}
-    renamed |= {name: value for name, value in settings.items() if name not in RENAMED}
-    if renamed.get("schedule") == "cosine":
-        for name, earlier in EARLIER_DEFAULTS.items():
-            if renamed.get(name) == earlier:
-                renamed[name] = getattr(OptimOptions(), name)
-    size = renamed.get("size")
-    return renamed | ({"size": OLD_SIZES[size]} if size in OLD_SIZES else {})
 
 
 @dataclass(frozen=True)

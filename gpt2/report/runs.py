@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.earlier import current_names
 from ..config.options import flatten
-from ..config.train import TrainConfig, current_names
+from ..config.train import TrainConfig
 from ..errors import UserError
 from ..untrusted.display import shown
 from ..untrusted.parsing import read_toml

@@ -9,10 +9,11 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from ..checkpoint.training_state import Resumed
+from ..config.earlier import current_names
 from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
 from ..config.registry import plugins
-from ..config.train import BatchPlan, OptimOptions, TrainConfig, current_names
+from ..config.train import BatchPlan, OptimOptions, TrainConfig
 from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
 from ..distributed.devices import wait_for

@@ -28,7 +28,7 @@ def learning_rate_at(step: int, options: OptimOptions) -> float:
         return peak * own(step, options)
     if step < warmup:
         return peak * (step + 1) / warmup
-    low = FLOORS[options.schedule] if options.min_lr_ratio == -1 else options.min_lr_ratio
+    low = FLOORS.get(options.schedule, 0.0) if options.min_lr_ratio < 0 else options.min_lr_ratio
     if options.schedule == "wsd":
         decay = min(options.cooldown * options.max_steps, options.max_steps - warmup)
         share = min(1.0, max(0.0, (options.max_steps - step) / max(1, decay)))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from ..checkpoint import model_file, weights
 from ..checkpoint.training_state import Resumed
 from ..checkpoint.weights import Weights
+from ..config.earlier import as_begun
 from ..config.finetune import tuning_options
 from ..config.model import GPT2Config, ModernConfig
 from ..config.registry import registered
@@ -46,7 +47,7 @@ def resolve_init(
     Raises:
         UserError: no such weights, or options that contradict them or the shards.
     """
-    config = resolve_vocabulary(config)
+    config = as_begun(resolve_vocabulary(config), resumed.state if resumed else {})
     options = config.model
     if not options.init:
         return config, None

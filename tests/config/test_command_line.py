@@ -27,10 +27,11 @@ from gpt2.config.commands import (
     ServeConfig,
     ShowConfig,
 )
+from gpt2.config.earlier import current_names
 from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.model import SIZES, GPT2Config, sizes_table
 from gpt2.config.options import flatten
-from gpt2.config.train import ModelOptions, TrainConfig, current_names
+from gpt2.config.train import ModelOptions, TrainConfig
 from gpt2.errors import UserError
 from gpt2.untrusted.parsing import SURROGATES, read_toml
 

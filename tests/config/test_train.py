@@ -1,20 +1,15 @@
 """Shapes, sizes and the arithmetic of batches."""
 
-from dataclasses import fields
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2.config.model import GPT2Config, to_dict
-from gpt2.config.options import flatten
 from gpt2.config.train import (
-    RENAMED,
     DataOptions,
     ModelOptions,
     OptimOptions,
     TrainConfig,
-    current_names,
     plan_batch,
     warmup_steps,
 )
@@ -112,21 +107,3 @@ def test_warmup_default_is_a_share_of_the_run():
     assert warmup_steps(OptimOptions()) == 715
     assert warmup_steps(OptimOptions(max_steps=1000)) == 37
     assert warmup_steps(OptimOptions(warmup_steps=0)) == 0
-
-
-def test_settings_of_earlier_versions_get_the_names_of_today():
-    earlier = {"batch_size": 8, "window_start": "document", "window": 128}
-    now = {"batch_size": 8, "sequence_start": "document", "window": 128}
-    assert current_names(earlier) == current_names(now) == now
-    assert earlier["window_start"] == "document"  # a copy
-    assert current_names({"window_start": "anywhere", "sequence_start": "document"}) == {
-        "sequence_start": "document"
-    }
-
-
-def test_every_renamed_option_keeps_its_earlier_name_as_an_alias():
-    options = {f.name: f for group in fields(TrainConfig) for f in fields(group.type)}
-    assert set(options) == set(flatten(TrainConfig()))
-    for old, new in RENAMED.items():
-        assert options[new].metadata["alias"] == old
-        assert old not in options

@@ -24,16 +24,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from gpt2.config.model import GPT2_VOCAB_SIZE
-from gpt2.data.shards import write_shard
+from gpt2.data.random_tokens import write_random_shards
 from gpt2.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3  # with an earlier build; else one
 SHARD_TOKENS = 1_000_000
-ZIPF = 1.3  # exponent of token frequencies; a few steps learn them, unlike equally frequent tokens
 LOSSES = """
 import json, pathlib, sys
 from benchmarks import throughput
@@ -171,14 +168,6 @@ def advantage(mine: dict, other: dict) -> tuple[str, str]:
     return f"{statistics.median(ratios):.2f} ×", spread
 
 
-def make_zipf_data(folder: Path, tokens: int) -> None:
-    """Shards of so many random tokens, whose frequencies are as unequal as in text (Zipf)."""
-    generator = np.random.default_rng(0)
-    for name in ("zipf_val_000000.bin", "zipf_train_000001.bin"):
-        drawn = generator.zipf(ZIPF, tokens) % GPT2_VOCAB_SIZE
-        write_shard(folder / name, drawn.astype(np.uint16))
-
-
 def loss_parity(builds: Sequence[Build], argv: Sequence[str], steps: int) -> str:
     """A sentence about the losses of two builds that train on one text with the same options.
 
@@ -188,7 +177,7 @@ def loss_parity(builds: Sequence[Build], argv: Sequence[str], steps: int) -> str
         steps: optimizer steps.
     """
     with tempfile.TemporaryDirectory() as folder:
-        make_zipf_data(Path(folder), SHARD_TOKENS)
+        write_random_shards(Path(folder), SHARD_TOKENS, GPT2_VOCAB_SIZE)
         if not any(given.startswith("--max_steps=") for given in argv):
             argv = [*argv, f"--max_steps={steps}"]  # else all steps are of a long warm-up
         printed = [b.run("-c", LOSSES, folder, str(steps), *argv) for b in builds]

@@ -29,10 +29,9 @@ import torch
 from gpt2.errors import UserError
 from gpt2.report.metrics import read_metrics
 
-from .before import make_zipf_data
 from .scaling_report import report, share_of_ideal
 from .scaling_rows import Row, rows
-from .throughput import SHARD_TOKENS
+from .throughput import make_data
 
 ROOT = Path(__file__).parent.parent
 WARMUP, STEADY = 4, 10  # steps: compilation and recording, then at least so many that count
@@ -286,7 +285,7 @@ def measure(options: argparse.Namespace) -> int:
     with stoppable(), TemporaryDirectory() as folder, open(path, "w", encoding="utf-8") as log:
         try:
             (Path(folder) / "data").mkdir()
-            make_zipf_data(Path(folder) / "data", SHARD_TOKENS)
+            make_data(Path(folder) / "data")
             with contextlib.closing(run_all(plan, cards, Path(folder), until)) as lines:
                 for line in lines:
                     found.append(with_share(line, found))

@@ -52,7 +52,8 @@ from benchmarks.before import (
 from gpt2.config.command_line import parse
 from gpt2.config.model import GPT2_VOCAB_SIZE, SIZES
 from gpt2.config.train import TrainConfig
-from gpt2.data.shards import HEADER_BYTES, write_shard
+from gpt2.data.random_tokens import write_random_shards
+from gpt2.data.shards import HEADER_BYTES
 from gpt2.distributed import devices, runtime
 from gpt2.errors import UserError
 from gpt2.train import setup
@@ -202,10 +203,7 @@ def measure(step: Step, options: argparse.Namespace) -> dict:
 
 def make_data(folder: Path):
     """Shards of random tokens."""
-    generator = np.random.default_rng(0)
-    for name in ("random_val_000000.bin", "random_train_000001.bin"):
-        tokens = generator.integers(GPT2_VOCAB_SIZE, size=SHARD_TOKENS, dtype=np.uint16)
-        write_shard(folder / name, tokens)
+    write_random_shards(folder, SHARD_TOKENS, GPT2_VOCAB_SIZE)
 
 
 def show(rows: list[dict], options: argparse.Namespace):

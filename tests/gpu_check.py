@@ -24,11 +24,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.scaling_measure import visible_cards
-from gpt2.data.shards import write_shard
+from gpt2.data.random_tokens import write_random_shards
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
@@ -256,13 +255,9 @@ CHECKS = [
 
 
 def prepare(work: Path) -> None:
-    """Shards of random text in which frequent ids are frequent (Zipf), and conversations."""
+    """Shards of random tokens, and conversations."""
     (work / "data").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    weight = 1 / np.arange(1, VOCABULARY + 1)
-    for split, count in (("val", 100_000), ("train", 4_000_000)):
-        tokens = rng.choice(VOCABULARY, count, p=weight / weight.sum()).astype(np.uint16)
-        write_shard(work / "data" / f"gpu_{split}_{split == 'train':06d}.bin", tokens)
+    write_random_shards(work / "data", 4_000_000, VOCABULARY)
     question = {"role": "user", "content": "What is the capital of France?"}
     answer = {"role": "assistant", "content": "Paris, on the Seine. " * 20}
     talk = {"messages": [question, answer]}

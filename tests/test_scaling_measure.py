@@ -165,7 +165,7 @@ def test_ctrl_c_keeps_what_is_there(programs, tmp_path, monkeypatch, capsys, num
     monkeypatch.setattr(scaling_measure, "find_cards", lambda device: ["0", "1"])
     monkeypatch.setattr(scaling_measure, "chosen", lambda cards, options: plan)
     monkeypatch.setattr(scaling_measure, "told", lambda line: signal.raise_signal(number))
-    monkeypatch.setattr(scaling_measure, "make_zipf_data", lambda *given: None)
+    monkeypatch.setattr(scaling_measure, "make_data", lambda folder: None)
     try:
         assert scaling_measure.measure(options(tmp_path)) == 130
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
@@ -25,7 +24,7 @@ from torch.profiler import profile as torch_profile
 from ..config.commands import ProfileConfig
 from ..config.model import GPT2_VOCAB_SIZE
 from ..config.train import TrainConfig
-from ..data.shards import write_shard
+from ..data.random_tokens import write_random_shards
 from ..distributed import runtime
 from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
@@ -227,8 +226,5 @@ def _data(config: TrainConfig) -> Iterator[str]:
         return
     console.log(f"{folder} is not here: profiling on random tokens")
     with tempfile.TemporaryDirectory() as made:
-        generator = np.random.default_rng(0)
-        for name in ("random_val_000000.bin", "random_train_000001.bin"):
-            tokens = generator.integers(GPT2_VOCAB_SIZE, size=2_000_000, dtype=np.uint16)
-            write_shard(Path(made) / name, tokens)
+        write_random_shards(Path(made), 2_000_000, GPT2_VOCAB_SIZE)
         yield made

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from ..config.earlier import current_names
+from ..config.earlier import comparable
 from ..config.options import flatten
 from ..config.sweep import Job, SweepConfig
 from ..config.train import plan_batch
@@ -200,7 +200,7 @@ def _is_finished(job: Job) -> bool:
     if not (job.folder / "config.toml").is_file() or not (job.folder / "metrics.jsonl").is_file():
         return False
     found = read_run(job.folder)
-    asked, theirs = flatten(job.config), current_names(found.settings)
+    asked, theirs = comparable(flatten(job.config)), found.settings
     model = job.config.model
     filled_in = [*flatten(model)] if model.init else [] if model.vocab_size else ["vocab_size"]
     differ = [

@@ -55,6 +55,7 @@ SYNONYMS = {
     "max_tokens": ("max_new_tokens",),
     "length": ("max_new_tokens",),
 }
+WITHOUT_EFFECT = {"schedule": "cosine", "cooldown": 0.4}  # in a config.toml of earlier versions
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -330,6 +331,8 @@ def _arguments_of(path: str, settings: set[str]) -> list[str]:
     """The settings of a TOML file as arguments."""
     arguments = []
     settings_there = from_here(Path(path), read_toml(Path(path), f"--config={path}"))
+    if settings_there.items() >= WITHOUT_EFFECT.items():
+        del settings_there["cooldown"]
     for name, value in settings_there.items():
         if not isinstance(value, bool | int | float | str):
             raise UserError(f"{path}: {name} must be a plain value (no tables, no lists)")

@@ -4,20 +4,22 @@ from dataclasses import replace
 from typing import Any
 
 from .model import OLD_SIZES
-from .train import EARLIER_DEFAULTS, OptimOptions, TrainConfig
+from .train import OptimOptions, TrainConfig, with_floor
 
 RENAMED = {"window_start": "sequence_start"}  # options of earlier versions; aliases today
+EARLIER_DEFAULTS = {"cooldown": 0.4, "min_lr_ratio": 0.1}
 
 
 def as_begun(config: TrainConfig, state: dict[str, Any]) -> TrainConfig:
-    """The settings of a run that an earlier version began with `--schedule=wsd` and its defaults.
+    """The settings of a run that an earlier version began with its defaults of the schedule.
 
     Args:
         config: of the command that goes on with it; what it sets itself stays.
         state: of the checkpoint; its `settings` are those of the run so far.
     """
     before, today = state.get("settings", {}), OptimOptions()
-    if not config.optim.schedule == before.get("schedule") == "wsd":
+    schedule = config.optim.schedule
+    if schedule == "cosine" or before.get("schedule") != schedule:
         return config
     kept: dict[str, Any] = {
         name: value
@@ -28,15 +30,19 @@ def as_begun(config: TrainConfig, state: dict[str, Any]) -> TrainConfig:
 
 
 def current_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint or config.toml under today's names of the options.
-
-    What a cosine schedule does not read, or has by default today, gets today's default.
-    """
+    """Settings of a checkpoint or config.toml under today's names of the options."""
     renamed = {new: settings[old] for old, new in RENAMED.items() if old in settings}
     renamed |= {name: value for name, value in settings.items() if name not in RENAMED}
-    if renamed.get("schedule") == "cosine":
-        for name, earlier in EARLIER_DEFAULTS.items():
-            if renamed.get(name) == earlier:
-                renamed[name] = getattr(OptimOptions(), name)
     size = renamed.get("size")
     return renamed | ({"size": OLD_SIZES[size]} if size in OLD_SIZES else {})
+
+
+def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a run, so that runs that train alike have equal ones.
+
+    The floor of the learning rate is a number, and a cosine has no cooldown.
+    """
+    schedule, ratio = settings["schedule"], settings["min_lr_ratio"]
+    optim = with_floor(OptimOptions(schedule=schedule, min_lr_ratio=ratio))
+    cooldown = optim.cooldown if schedule == "cosine" else settings["cooldown"]
+    return settings | {"min_lr_ratio": optim.min_lr_ratio, "cooldown": cooldown}

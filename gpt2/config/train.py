@@ -5,7 +5,7 @@ files into these dataclasses. Names and help texts carry the units: `_tokens`, `
 steps), `_seconds`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..errors import UserError
@@ -55,9 +55,6 @@ class Recipe:
     )
 
 
-EARLIER_DEFAULTS = {"cooldown": 0.4, "min_lr_ratio": 0.1}  # see `config.earlier`
-
-
 def check_recipe(r: Recipe, s: Switches | None) -> None:
     """Raises UserError for options of training without effect, or that contradict one another.
 
@@ -82,8 +79,7 @@ def check_recipe(r: Recipe, s: Switches | None) -> None:
         raise UserError(f"muon_momentum={r.muon_momentum}: muon_momentum_warmup begins at 0.85")
     if r.muon_weight_decay < 0 and r.muon_weight_decay != default.muon_weight_decay:
         raise UserError(f"muon_weight_decay={r.muon_weight_decay}: use 0 or more, or -1")
-    unset = default.cooldown, EARLIER_DEFAULTS["cooldown"]  # as a config.toml has it
-    if r.schedule == "cosine" and r.cooldown not in unset:
+    if r.schedule == "cosine" and r.cooldown != default.cooldown:
         raise UserError("cooldown is for --schedule=wsd; give both")
     if s:
         check_of_switches(r, s)
@@ -181,7 +177,7 @@ class OptimOptions(Recipe):
     )
     learning_rate: float = option(6e-4, "peak learning rate of AdamW")
     min_lr_ratio: float = option(
-        -1.0, "final learning rate, as a share of the peak; -1: 0.1 with cosine, 0 with wsd"
+        -1.0, "final learning rate, as a share of the peak; -1: 0 with wsd, else 0.1"
     )
     warmup_steps: int = option(-1, "steps of linear warm-up; -1: 3.75 % of max_steps")
     weight_decay: float = option(
@@ -380,6 +376,13 @@ def plan_batch(data: DataOptions, block_size: int, world_size: int) -> BatchPlan
                 f"use --total_batch_tokens={' or '.join(map(str, near))}, or another batch_size"
             )
     return BatchPlan(data.batch_size, block_size, accum, world_size)
+
+
+def with_floor(optim: OptimOptions) -> OptimOptions:
+    """The options with their `min_lr_ratio`; the default -1 becomes 0 for wsd, 0.1 for others."""
+    if optim.min_lr_ratio >= 0:
+        return optim
+    return replace(optim, min_lr_ratio=0.0 if optim.schedule == "wsd" else 0.1)
 
 
 def warmup_steps(optim: OptimOptions) -> int:

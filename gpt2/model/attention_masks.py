@@ -29,10 +29,11 @@ def document_ids(begins: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def takes_blocks(device: torch.device, head_width: int) -> bool:
-    """Whether FlexAttention's kernels, compiled with PyTorch's sizes, fit a device.
+    """Whether FlexAttention's kernels, compiled with PyTorch's sizes, surely fit a device.
 
-    A T4 has 64 KiB of shared memory, RTX cards 99, an A100 163: too little fails at the first step
-    ("No valid triton configs", PyTorch issues 180278 and 198224).
+    RTX cards have 99 KiB of shared memory, an A100 163. Heads wider than 128 need more than 99: the
+    first step fails there ("No valid triton configs", PyTorch issues 180278 and 198224). A T4 has
+    64; nobody said that they fit it.
     """
     if device.type != "cuda" or not MIN_HEAD_WIDTH <= head_width <= max(SHARED_MEMORY):
         return False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.earlier import current_names
+from ..config.earlier import comparable, current_names
 from ..config.options import flatten
 from ..config.train import TrainConfig
 from ..errors import UserError
@@ -141,11 +141,12 @@ def read_run(folder: Path) -> Run:
     for name in ("seed", "max_steps", "early_stop_evals"):
         if type(settings[name]) is not int:
             raise UserError(f"{path}: {name}={shown(settings[name])} is no whole number")
-    if not _is_number(limit := settings["max_seconds"]):
-        raise UserError(f"{path}: max_seconds={shown(limit)} is no number")
+    for name in ("max_seconds", "min_lr_ratio"):
+        if not _is_number(settings[name]):
+            raise UserError(f"{path}: {name}={shown(settings[name])} is no number")
     history = folder / HISTORY
     starts = read_metrics(history) if history.is_file() else []
-    return Run(folder, settings, read_metrics(folder / METRICS), starts)
+    return Run(folder, comparable(settings), read_metrics(folder / METRICS), starts)
 
 
 def _pairs(changed: Any) -> list[tuple[str, tuple[Any, Any]]]:

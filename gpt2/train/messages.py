@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from ..checkpoint.training_state import Resumed
-from ..config.earlier import current_names
+from ..config.earlier import comparable, current_names
 from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
 from ..config.registry import plugins
@@ -187,8 +187,8 @@ def changed_options(config: TrainConfig, resumed: Resumed | None) -> dict[str, t
     if not resumed:
         return {}
     # an option that is younger than the checkpoint had its default
-    before = flatten(TrainConfig()) | current_names(resumed.state["settings"])
-    now = flatten(config)
+    before = comparable(flatten(TrainConfig()) | current_names(resumed.state["settings"]))
+    now = comparable(flatten(config))
     names = [name for name in now if name not in MAY_DIFFER and before.get(name) != now[name]]
     return {name: (before.get(name), now[name]) for name in names}
 

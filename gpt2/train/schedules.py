@@ -8,11 +8,10 @@ import math
 import torch
 
 from ..config.registry import registered
-from ..config.train import BatchPlan, OptimOptions, warmup_steps
+from ..config.train import BatchPlan, OptimOptions, warmup_steps, with_floor
 from ..errors import UserError
 
 MOMENTUM_BEGINS = 0.85  # of Muon, where it grows (modded-nanogpt)
-FLOORS = {"cosine": 0.1, "wsd": 0.0}  # for `min_lr_ratio`: as GPT-3's; down to zero
 
 
 def learning_rate_at(step: int, options: OptimOptions) -> float:
@@ -23,19 +22,19 @@ def learning_rate_at(step: int, options: OptimOptions) -> float:
     wsd (warm-up, stable, decay): constant, then linear down to `min_lr_ratio` times the peak over
     the last `cooldown` of the steps (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024).
     """
+    options = with_floor(options)
     peak, warmup = options.learning_rate, warmup_steps(options)
     if own := registered("schedule", options.schedule):
         return peak * own(step, options)
     if step < warmup:
         return peak * (step + 1) / warmup
-    low = FLOORS.get(options.schedule, 0.0) if options.min_lr_ratio < 0 else options.min_lr_ratio
     if options.schedule == "wsd":
         decay = min(options.cooldown * options.max_steps, options.max_steps - warmup)
         share = min(1.0, max(0.0, (options.max_steps - step) / max(1, decay)))
-        return peak * (low + (1 - low) * share)
+        return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * share)
     progress = min(1.0, (step - warmup) / max(1, options.max_steps - warmup))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (low + (1 - low) * cosine)
+    return peak * (options.min_lr_ratio + (1 - options.min_lr_ratio) * cosine)
 
 
 def momentum_at(step: int, options: OptimOptions) -> float:

@@ -239,7 +239,8 @@ def test_settings_of_a_run_of_an_earlier_version(tmp_path):
     got = train(f"--config={earlier}")
     stored = tomllib.loads(earlier.read_text("utf-8"))
     assert stored["window_start"] == "document"
-    assert current_names(got) == train() | current_names(stored)
+    stored["cooldown"] = 0.6  # 0.4 there, which a cosine does not read
+    assert got == train() | current_names(stored)
     assert got["min_lr_ratio"] == 0.1  # of the file
 
 

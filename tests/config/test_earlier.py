@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 import pytest
 
 from gpt2.config.command_line import parse
-from gpt2.config.earlier import RENAMED, as_begun, current_names
+from gpt2.config.earlier import RENAMED, as_begun, comparable, current_names
 from gpt2.config.options import flatten
-from gpt2.config.train import TrainConfig
+from gpt2.config.train import OptimOptions, TrainConfig, with_floor
 
 
 def test_settings_of_earlier_versions_get_the_names_of_today():
@@ -48,9 +48,19 @@ def test_a_run_of_before_keeps_the_defaults_of_its_schedule(saved, given, goes_o
     assert as_begun(config, {}) == config
 
 
-def test_a_cosine_of_before_differs_in_nothing():
-    before = flatten(TrainConfig()) | {"cooldown": 0.4, "min_lr_ratio": 0.1}
-    assert current_names(before) == flatten(TrainConfig())
-    assert current_names(before | {"min_lr_ratio": 0.2})["min_lr_ratio"] == 0.2
-    trapezoid = before | {"schedule": "wsd"}
-    assert current_names(trapezoid) == trapezoid
+def test_runs_that_train_alike_have_equal_settings():
+    """With the defaults of before or of today, spelt out or not."""
+    today = flatten(TrainConfig())
+    before = today | {"cooldown": 0.4, "min_lr_ratio": 0.1}
+    assert comparable(before) == comparable(today)
+    assert comparable(before | {"min_lr_ratio": 0.2})["min_lr_ratio"] == 0.2
+    wsd = [value | {"schedule": "wsd"} for value in (before, today)]
+    assert comparable(wsd[0]) == wsd[0]
+    assert comparable(wsd[1]) == wsd[1] | {"min_lr_ratio": 0.0}
+
+
+def test_the_schedule_of_a_plugin_goes_on_as_it_began():
+    config = TrainConfig(optim=OptimOptions(schedule="linear"))
+    saved = {"settings": {"schedule": "linear", "cooldown": 0.4, "min_lr_ratio": 0.1}}
+    assert as_begun(config, saved).optim.cooldown == 0.4
+    assert with_floor(config.optim).min_lr_ratio == 0.1

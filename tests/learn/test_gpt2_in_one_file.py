@@ -10,7 +10,7 @@ import torch
 
 from gpt2.config.command_line import parse
 from gpt2.config.model import GPT2Config
-from gpt2.config.train import OptimOptions, TrainConfig
+from gpt2.config.train import OptimOptions, TrainConfig, with_floor
 from gpt2.data import loader
 from gpt2.data.sequence_order import SequenceOrder
 from gpt2.data.shards import find_shards
@@ -128,7 +128,7 @@ def test_defaults_are_those_of_the_package():
             if hasattr(ours, f.name) and f.name not in derived:
                 assert getattr(part, f.name) == getattr(ours, f.name), f.name
     assert schedules.warmup_steps(theirs.optim) == ours.warmup_steps
-    assert schedules.FLOORS["cosine"] == ours.min_lr_ratio
+    assert with_floor(theirs.optim).min_lr_ratio == ours.min_lr_ratio
     assert ours.batch_size * ours.block_size * ours.grad_accum_steps == 524_288
 
 

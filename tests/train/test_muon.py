@@ -7,6 +7,7 @@ import torch
 
 from gpt2.config.train import BatchPlan, OptimOptions
 from gpt2.errors import UserError
+from gpt2.train import schedules
 from gpt2.train.muon import POLYNOMIALS, normalise_rows, orthogonalise, row_factors
 from gpt2.train.optimizer import build_optimizer
 from gpt2.train.schedules import (
@@ -177,6 +178,14 @@ def test_each_schedule_has_a_floor_of_its_own(schedule, after):
     end = {"wsd": 0.0, "cosine": 0.1}[schedule]
     assert [learning_rate_at(step, o) for step in (70, 100)] == pytest.approx([after, end])
     assert learning_rate_at(100, replace(o, min_lr_ratio=0.3)) == pytest.approx(0.3)
+
+
+def test_a_schedule_of_a_plugin_gets_a_floor_too(monkeypatch):
+    """Its default is -1, which as a share would be a negative rate."""
+    monkeypatch.setattr(schedules, "registered", lambda kind, name: lambda step, o: o.min_lr_ratio)
+    o = OptimOptions(schedule="cosine", learning_rate=2.0)
+    assert learning_rate_at(5, o) == 0.2
+    assert learning_rate_at(5, replace(o, min_lr_ratio=0.5)) == 1.0
 
 
 def test_schedules_by_eighths_and_the_momentum():

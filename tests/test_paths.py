@@ -53,7 +53,7 @@ OUR_NAMES = {
     "commands/export.py: Path(made) / repository.partition('/')[2]": "matched by HUB_ID",
     "commands/export.py: temporary / name": "constants",
     "commands/inspect_shards.py: folder / name": "only shown; `read_manifest` has checked it",
-    "commands/profile_step.py: Path(made) / name": "constants",
+    "data/random_tokens.py: folder / name": "constants",
     "config/sweep.py: Path(config.out_dir, name)": "letters, digits and .=,+-_, and `seed=`",
     "config/run_paths.py: folder / name": "`_plain` has refused absolute paths and ..; read only",
     "config/run_paths.py: start / name": "a folder to read, which --config= could name as well",

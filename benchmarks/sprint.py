@@ -93,7 +93,7 @@ def recipes(options: argparse.Namespace) -> list[Job]:
     """What the command line asks for; seeds apart where a device would have nothing to do.
 
     Raises:
-        UserError: a recipe with a seed of its own.
+        UserError: a recipe with a seed of its own, or one that cannot be trained with.
     """
     named: dict[str, list[str]] = {}
     for text in options.recipes:
@@ -105,6 +105,11 @@ def recipes(options: argparse.Namespace) -> list[Job]:
         named[name] = [f"--config={path}", *extra]
     if options.ablate:
         named |= ablations(options.ablate)
+    for name, argv in named.items():  # before the first one trains
+        try:
+            parse(TrainConfig, [f"--data_dir={options.data_dir}", *argv, *options.extra], "sprint")
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     together = len(named) % len(options.devices.split(",")) == 0
     groups = [options.seeds] if together else [(seed,) for seed in options.seeds]
     return [Job(n, (*argv, *options.extra), group) for n, argv in named.items() for group in groups]
@@ -159,6 +164,7 @@ def run_of(config: TrainConfig, options: argparse.Namespace) -> Iterator[dict]:
                 "torch": torch.__version__,
                 "parameters": state.model.num_parameters(),
                 "tokens_per_step": state.plan.tokens_per_step,
+                "block_size": state.plan.block_size,
                 "start_seconds": round(time.perf_counter() - began, 1),
             }
             for evaluation in timed(state, config, rt, options, row, expected):
@@ -380,8 +386,9 @@ def run_and_report(jobs: list[Job], options: argparse.Namespace) -> int:
             if "val_block_size" in row:
                 said += f", {row['val_loss_there']:.4f} in windows of {row['val_block_size']}"
             print(f"{row['name']} (seed {row['seed']}): {said}", flush=True)
-    (options.out_dir / "sprint.md").write_text(report(rows), encoding="utf-8")
-    draw(rows, options.out_dir / "sprint.png")
+    if any("val_loss" in row for row in rows):  # else what an earlier call wrote stays
+        (options.out_dir / "sprint.md").write_text(report(rows), encoding="utf-8")
+        draw(rows, options.out_dir / "sprint.png")
     print("\n" + report(rows))
     return int(any("failed" in row for row in rows))
 

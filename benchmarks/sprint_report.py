@@ -9,12 +9,26 @@ from gpt2.report.compare import plus_minus, verdict
 
 
 def report(rows: list[dict]) -> str:
-    """The table, and what `gpt2 compare` says of such losses, as Markdown."""
+    """The table, and what `gpt2 compare` says of such losses, as Markdown.
+
+    A longer context lowers the loss by itself. So recipes of different context are compared by
+    their losses in windows of `--val_block_size`, or not at all.
+    """
+    curves = curves_of(rows)
+    contexts = {curve[-1].get("block_size") for curve in curves.values()}
+    key, note = "val_loss", ""
+    if len(contexts) > 1:
+        there = {curve[-1].get("val_block_size") for curve in curves.values()}
+        listed = ", ".join(str(context) for context in sorted(contexts, key=str))
+        note = f"\nContexts of {listed} tokens: losses in windows of these do not compare"
+        if len(there) > 1 or None in there:
+            return f"{table(rows)}{note}; use --val_block_size=.\n"
+        key, note = "val_loss_there", f"{note}. In windows of {there.pop()}:\n"
     losses: dict[str, dict[int, float]] = defaultdict(dict)
-    for (name, seed), curve in curves_of(rows).items():
-        losses[name][seed] = curve[-1]["val_loss"]
+    for (name, seed), curve in curves.items():
+        losses[name][seed] = curve[-1][key]
     sentences = verdict([(name, list(by_seed.values())) for name, by_seed in losses.items()])
-    return table(rows) + "\n" + "\n".join(sentences) + "\n"
+    return table(rows) + note + "\n" + "\n".join(sentences) + "\n"
 
 
 def curves_of(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
@@ -28,7 +42,8 @@ def curves_of(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
 def table(rows: Iterable[dict]) -> str:
     """The last row of each recipe and seed, as Markdown: mean ± standard error over seeds.
 
-    Spread: largest loss less smallest. Δ: by how much a recipe differs from the first one.
+    Spread: largest loss less smallest. Seconds, steps and speed are means. Δ: by how much a recipe
+    differs from the first one.
     """
     ends: dict[str, dict[int, dict]] = defaultdict(dict)
     for row in rows:
@@ -44,9 +59,10 @@ def table(rows: Iterable[dict]) -> str:
             lines.append(f"| {name} | failed | | | | | | | | |")
             continue
         losses = [row["val_loss"] for row in done]
-        row = done[0]
         spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
-        memory = f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""
+        peak = max(row["peak_gib"] or 0.0 for row in done)
+        memory = f"{peak:.1f}" if peak else ""
+        seconds, steps = (statistics.mean(row[key] for row in done) for key in ("seconds", "step"))
         rate = statistics.mean(r["tokens_per_second"] for r in done)
         loss = statistics.mean(losses)
         against = " | "
@@ -54,8 +70,8 @@ def table(rows: Iterable[dict]) -> str:
             against = f"{loss - first[0]:+.4f} | {rate / first[1] - 1:+.1%}"
         first = first or (loss, rate)
         lines.append(
-            f"| {name} | {plus_minus(losses)} | {spread} | {len(losses)} | {row['seconds']:.1f} | "
-            f"{row['step']} | {rate:,.0f} | {memory} | {against} |"
+            f"| {name} | {plus_minus(losses)} | {spread} | {len(losses)} | {seconds:.1f} | "
+            f"{steps:.0f} | {rate:,.0f} | {memory} | {against} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -311,7 +311,8 @@ def test_seeds_of_a_recipe_share_what_is_compiled(data_dir, tmp_path, monkeypatc
 
 def test_seeds_share_a_process_where_no_device_waits():
     def jobs(devices: str) -> list[tuple[int, ...]]:
-        recipes = ["a = x.toml", "b = x.toml", "--seeds=1,2", f"--devices={devices}"]
+        path = ROOT / "configs/speedrun.toml"
+        recipes = [f"a = {path}", f"b = {path}", "--seeds=1,2", f"--devices={devices}"]
         return [job.seeds for job in sprint.recipes(sprint_options(*recipes))]
 
     assert jobs("cuda:0") == jobs("cuda:0,cuda:1") == [(1, 2), (1, 2)]
@@ -323,6 +324,9 @@ def test_a_sprint_refuses_what_it_would_ignore(monkeypatch, capsys, data_dir):
         (["a = x.toml --seed=7"], "a: --seeds is one for all recipes; take it out of this one"),
         (["a = x.toml --seed 7"], "a: --seeds is one for all recipes; take it out of this one"),
         (["a = x.toml", "--evaluations=0"], "--evaluations=0: use 1 or more"),
+        (["a = x.toml"], "a: --config=x.toml: No such file"),
+        ([f"a = {ROOT / 'configs/speedrun.toml'} --window=4096"], "a: window=4096 is the whole"),
+        ([f"{ROOT / 'configs/speedrun.toml'}", "--secnds=2"], "unknown option --secnds; did you"),
     ):
         monkeypatch.setattr(sys, "argv", ["sprint", *given, "--data_dir=x"])
         assert sprint.main() == 2
@@ -373,6 +377,29 @@ def test_a_seed_that_failed_counts_nowhere(tmp_path):
     assert "| b | 3.92" in said and "-0.1000" in said  # noqa: PT018
     assert "b` is 0.1000 nats below" in said
     sprint_report.draw(rows, tmp_path / "x.png")
+
+
+def test_recipes_of_other_contexts_compare_in_equal_windows():
+    """A longer context lowers the loss by itself."""
+
+    def rows(context: int, loss: float, there: float | None) -> list[dict]:
+        row = {"name": f"c{context}", "block_size": context, "device": "x", "peak_gib": None}
+        more = {"val_block_size": 8, "val_loss_there": there} if there else {}
+        numbers = {"tokens_per_second": 1.0}
+        return [
+            row | more | numbers | {"seed": n, "val_loss": loss + n / 100, "seconds": n, "step": n}
+            for n in (1, 3)
+        ]
+
+    alone = sprint_report.report(rows(16, 4.0, None) + rows(32, 3.0, None))
+    assert "Contexts of 16, 32 tokens" in alone
+    assert alone.endswith("do not compare; use --val_block_size=.\n")
+    assert "| 2 | 2.0 | 2 |" in alone  # two seeds: means of their seconds and steps
+    both = sprint_report.report(rows(16, 4.0, 4.5) + rows(32, 3.0, 4.5))
+    assert "In windows of 8:" in both
+    assert "`c16` and `c32` have equal losses" in both
+    equal = sprint_report.report(rows(16, 4.0, None))
+    assert "Contexts" not in equal
 
 
 def test_losses_in_shorter_windows(gpt2_data_dir, tmp_path):

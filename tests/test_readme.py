@@ -116,6 +116,9 @@ ADDED: dict[str, list[str]] = {
     "python train_gpt2.py --config=configs/speedrun.toml --mlp=swiglu --document_mask=True": [
         *SMALL, "--n_layer=6", "--total_batch_tokens=0", "--window=8", "--out_dir=out/modern",
     ],
+    "python train_gpt2.py --config=configs/speedrun.toml --n_layer=4 --n_head=2 --n_embd=128 "
+    "--block_size=128 --window=32 --batch_size=8 --total_batch_tokens=1024 --ema_steps=20 "
+    "--max_steps=300 --eval_tokens=50000 --out_dir=out/small": ["--max_steps=2"],
     "python -m benchmarks.sprint configs/speedrun.toml configs/sprint_gpt2_muon.toml "
     "--data_dir=fineweb": [
         "--seconds=0.1", "--evaluations=1", "--val_tokens=500", "--devices=cpu", "--n_layer=6",

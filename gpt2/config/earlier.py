@@ -1,5 +1,6 @@
 """Settings that earlier versions wrote, read as today's."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -40,9 +41,14 @@ def current_names(settings: dict[str, Any]) -> dict[str, Any]:
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
     """All settings of a run, so that runs that train alike have equal ones.
 
-    The floor of the learning rate is a number, and a cosine has no cooldown.
+    The floor of the learning rate is a number, a cosine has no cooldown, and `./data` is `data`.
     """
     schedule, ratio = settings["schedule"], settings["min_lr_ratio"]
     optim = with_floor(OptimOptions(schedule=schedule, min_lr_ratio=ratio))
     cooldown = optim.cooldown if schedule == "cosine" else settings["cooldown"]
-    return settings | {"min_lr_ratio": optim.min_lr_ratio, "cooldown": cooldown}
+    data = ",".join(map(os.path.normpath, settings["data_dir"].split(",")))
+    return settings | {
+        "min_lr_ratio": optim.min_lr_ratio,
+        "cooldown": cooldown,
+        "data_dir": data,
+    }

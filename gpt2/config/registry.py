@@ -7,6 +7,7 @@ names it: a plugin is code. No torch here.
 
 import hashlib
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -66,6 +67,24 @@ def register(kind: str, name: str) -> Callable[[Part], Part]:
 def registered(kind: str, name: str) -> Any:
     """The function or class of that name; None for what the project has itself."""
     return _parts[kind].get(name)
+
+
+def share_of_peak(value: Any, step: int, name: str) -> float:
+    """What a registered schedule gives at a step, as a number.
+
+    Raises:
+        UserError: it is none, or no learning rate can be multiplied by it.
+    """
+    try:
+        share = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        share = math.nan
+    if 0 <= share < math.inf:
+        return share
+    raise UserError(
+        f"schedule={name} gives {shown(value)} at step {step}; it must give a share of the peak "
+        "learning rate, a finite number of 0 or more"
+    )
 
 
 def with_registered(kind: str, choices: tuple[str, ...]) -> tuple[str, ...]:

@@ -103,10 +103,14 @@ def check_switches(
             f"window_pattern={shown(s.window_pattern)}: use the letters S and L, as in SSSL"
         )
     if ("S" in s.window_pattern) != (s.window > 0):
-        raise UserError("window is the width of the layers S of window_pattern; give both")
+        raise UserError(
+            "window is the width of the layers S of window_pattern; give both, or neither: "
+            "--window_pattern= --window=0"
+        )
     if s.window >= block_size:
         raise UserError(
-            f"window={s.window} is the whole context of {block_size}; use a smaller one"
+            f"window={s.window} is the whole context of {block_size}; use a smaller one, as "
+            f"--window={max(1, block_size // 4)}, or none: --window_pattern= --window=0"
         )
     if dropout and (s.window_pattern or s.document_mask):
         raise UserError("dropout does not work with window_pattern or document_mask; leave it out")

@@ -12,8 +12,8 @@ from ..checkpoint.training_state import Resumed
 from ..config.earlier import comparable, current_names
 from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
-from ..config.registry import plugins
-from ..config.train import BatchPlan, OptimOptions, TrainConfig
+from ..config.registry import plugins, registered
+from ..config.train import BatchPlan, OptimOptions, TrainConfig, warmup_steps
 from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
 from ..distributed.devices import wait_for
@@ -30,6 +30,7 @@ from .tuning_plan import note_few_steps
 
 MANY_EPOCHS = 50
 PLOT_SECONDS = 30  # a run that trained for so long draws its curves at the end
+SHORTEST_FOR_EMA = 5  # times the steps of an average: so long a run should be
 TOO_LONG = 2 * 86400  # seconds of a run that is warned of
 LONGEST = 10**10  # seconds, three centuries: what a date can be
 MAY_DIFFER = ("out_dir", "resume", "run_name")  # settings that do not change the run itself
@@ -142,14 +143,8 @@ def announce(
     if not rt.is_main:
         return
     changed = changed_options(config, resumed)
-    log.started(
-        state.step,
-        changed={name: list(values) for name, values in changed.items()},
-        validation=validation_fingerprint(state),
-        vocab_size=state.model.config.vocab_size,
-        plugins=plugins() or None,
-        device=rt.device_name,
-    )
+    if not state.is_complete(config.optim):  # else it has no step with these options
+        record_start(state, rt, changed, log)
     warn_of_newer_torch()
     c = state.model.config
     console.log(
@@ -165,6 +160,7 @@ def announce(
     have = sum(split_eval_tokens(state.datasets, asked))
     fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
     console.log(f"validation on {have:,} tokens{fewer}")
+    note_schedule(config.optim)
     epochs = most_epochs(state, config.optim)
     if few := note_few_steps(config, state.plan, epochs):
         console.warn(few)
@@ -174,12 +170,48 @@ def announce(
             f"--max_steps={max(1, round(config.optim.max_steps * 10 / epochs))} reads it 10 times"
         )
     if resumed:
-        console.log(f"continuing from {resumed.path}")
-        for path, digest in plugins().items():
-            if resumed.plugins.get(path, digest) != digest:
-                console.warn(f"{path} has changed since {resumed.path} was saved")
-        for name, (before, now) in changed.items():
-            console.log(f"changed since then: {name} {before} -> {now}")
+        note_resumed(resumed, changed)
+
+
+def note_resumed(resumed: Resumed, changed: dict[str, tuple[Any, Any]]) -> None:
+    """Logs the checkpoint, and what has changed since."""
+    console.log(f"continuing from {resumed.path}")
+    for path, digest in plugins().items():
+        if resumed.plugins.get(path, digest) != digest:
+            console.warn(f"{path} has changed since {resumed.path} was saved")
+    for name, (before, now) in changed.items():
+        console.log(f"changed since then: {name} {before} -> {now}")
+
+
+def record_start(
+    state: TrainState, rt: Runtime, changed: dict[str, tuple[Any, Any]], log: metrics.RunLog
+) -> None:
+    """A line of history.jsonl."""
+    log.started(
+        state.step,
+        changed={name: list(values) for name, values in changed.items()},
+        validation=validation_fingerprint(state),
+        vocab_size=state.model.config.vocab_size,
+        plugins=plugins() or None,
+        device=rt.device_name,
+    )
+
+
+def note_schedule(optim: OptimOptions) -> None:
+    """Logs that weights are averaged; warns of a warm-up or an average too long for the run."""
+    steps, warmup, ema = optim.max_steps, warmup_steps(optim), optim.ema_steps
+    if warmup >= steps > 1 and not registered("schedule", optim.schedule):
+        console.warn(
+            f"the learning rate never comes to its peak: it rises for {warmup:,} steps of a run of "
+            f"{steps:,}; use --warmup_steps={steps // 20}"
+        )
+    if ema:
+        console.log(f"validation and the exported model: weights averaged over about {ema:,} steps")
+    if ema * SHORTEST_FOR_EMA > steps:
+        console.warn(
+            f"averages over {ema:,} of {steps:,} steps hold weights from long before; use "
+            f"--ema_steps={steps // SHORTEST_FOR_EMA}, 0 for none"
+        )
 
 
 def changed_options(config: TrainConfig, resumed: Resumed | None) -> dict[str, tuple[Any, Any]]:

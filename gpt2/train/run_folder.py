@@ -110,9 +110,13 @@ def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
 def open_log(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None
 ) -> contextlib.AbstractContextManager[metrics.RunLog]:
-    """Opens metrics.jsonl and the services; writes the settings to config.toml for `--config=`."""
+    """Opens metrics.jsonl and the services; writes the settings to config.toml for `--config=`.
+
+    A run that has all its steps was trained with the settings that are there.
+    """
     settings = flatten(config)
-    if rt.is_main:
+    finished = resumed is not None and resumed.step >= config.optim.max_steps
+    if rt.is_main and not finished:
         own = {name: value for name, value in settings.items() if name != "resume"}
         content = command_line.to_toml(from_anywhere(own)).encode("utf-8", SURROGATES)
         write_atomically(out_dir(config) / "config.toml", content)

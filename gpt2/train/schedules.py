@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..config.registry import registered
+from ..config.registry import registered, share_of_peak
 from ..config.train import BatchPlan, OptimOptions, warmup_steps, with_floor
 from ..errors import UserError
 
@@ -25,7 +25,7 @@ def learning_rate_at(step: int, options: OptimOptions) -> float:
     options = with_floor(options)
     peak, warmup = options.learning_rate, warmup_steps(options)
     if own := registered("schedule", options.schedule):
-        return peak * own(step, options)
+        return peak * share_of_peak(own(step, options), step, options.schedule)
     if step < warmup:
         return peak * (step + 1) / warmup
     if options.schedule == "wsd":

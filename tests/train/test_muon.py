@@ -188,6 +188,16 @@ def test_a_schedule_of_a_plugin_gets_a_floor_too(monkeypatch):
     assert learning_rate_at(5, replace(o, min_lr_ratio=0.5)) == 1.0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, "0.5", None, [1.0]])
+def test_a_schedule_that_gives_no_share_is_refused(value, monkeypatch):
+    """A NaN as learning rate would ruin the weights, and the checkpoints after it."""
+    monkeypatch.setattr(schedules, "registered", lambda kind, name: lambda step, o: value)
+    with pytest.raises(
+        UserError, match=r"schedule=cosine gives .* at step 5; it must give a share"
+    ):
+        learning_rate_at(5, OptimOptions())
+
+
 def test_schedules_by_eighths_and_the_momentum():
     o = OptimOptions(max_steps=80, batch_warmup=0.5, window_warmup=0.5, optimizer="muon",
                      muon_momentum_warmup=10)  # fmt: skip

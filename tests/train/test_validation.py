@@ -95,3 +95,30 @@ def test_the_end_says_what_is_next_and_a_second_start_that_all_is_done(
     rows = metrics_module.read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 2]
     assert json.dumps(rows)
+
+
+def test_a_finished_run_keeps_the_record_of_its_options(data_dir, tmp_path):
+    """No step is made with others; a larger --max_steps makes some."""
+    names = "config.toml", "history.jsonl"
+    runs = [config(data_dir, tmp_path, "--max_steps=2", *more) for more in ((), ("--grad_clip=9",))]
+    assert loop.run(runs[0]) == 0
+    before = [(tmp_path / name).read_text("utf-8") for name in names]
+    assert loop.run(runs[1]) == 0
+    assert [(tmp_path / name).read_text("utf-8") for name in names] == before
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=3", "--grad_clip=9")) == 0
+    assert "grad_clip = 9.0" in (tmp_path / names[0]).read_text("utf-8")
+    assert '"grad_clip": [1.0, 9.0]' in (tmp_path / names[1]).read_text("utf-8")
+
+
+def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(data_dir, tmp_path, capsys):
+    long = "--warmup_steps=4", "--ema_steps=2", "--max_steps=4"
+    assert loop.run(config(data_dir, tmp_path / "a", *long)) == 0
+    said = capsys.readouterr()
+    said = said.out + said.err
+    assert "it rises for 4 steps of a run of 4; use --warmup_steps=0" in said
+    assert "weights averaged over about 2 steps" in said
+    assert "averages over 2 of 4 steps" in said
+    assert loop.run(config(data_dir, tmp_path / "b", "--warmup_steps=1", "--max_steps=4")) == 0
+    said = capsys.readouterr()
+    assert "its peak" not in said.out + said.err
+    assert "averaged over" not in said.out + said.err

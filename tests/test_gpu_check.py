@@ -51,6 +51,7 @@ ELSEWHERE = {
     "gpt2 train": "`python train_gpt2.py` is this command",
     "gpt2 lm_eval": "downloads its tasks",
     "torchrun --nnodes": "needs several machines",
+    "--out_dir=out/small": "for a computer without a GPU",
     "--plugin=my_idea.py": "code of one's own; the loop calls it where it calls the built-in parts",
     "benchmarks.finetune": "minutes; the finetune checks run its paths",
     "benchmarks.sprint": "minutes; the speedrun check runs its path",

@@ -200,7 +200,7 @@ def record_start(
 def note_schedule(optim: OptimOptions) -> None:
     """Logs that weights are averaged; warns of a warm-up or an average too long for the run."""
     steps, warmup, ema = optim.max_steps, warmup_steps(optim), optim.ema_steps
-    if warmup >= steps > 1 and not registered("schedule", optim.schedule):
+    if warmup > steps > 1 and not registered("schedule", optim.schedule):
         console.warn(
             f"the learning rate never comes to its peak: it rises for {warmup:,} steps of a run of "
             f"{steps:,}; use --warmup_steps={steps // 20}"

@@ -111,14 +111,14 @@ def test_a_finished_run_keeps_the_record_of_its_options(data_dir, tmp_path):
 
 
 def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(data_dir, tmp_path, capsys):
-    long = "--warmup_steps=4", "--ema_steps=2", "--max_steps=4"
+    long = "--warmup_steps=5", "--ema_steps=2", "--max_steps=4"
     assert loop.run(config(data_dir, tmp_path / "a", *long)) == 0
     said = capsys.readouterr()
     said = said.out + said.err
-    assert "it rises for 4 steps of a run of 4; use --warmup_steps=0" in said
+    assert "it rises for 5 steps of a run of 4; use --warmup_steps=0" in said
     assert "weights averaged over about 2 steps" in said
     assert "averages over 2 of 4 steps" in said
-    assert loop.run(config(data_dir, tmp_path / "b", "--warmup_steps=1", "--max_steps=4")) == 0
+    assert loop.run(config(data_dir, tmp_path / "b", "--warmup_steps=4", "--max_steps=4")) == 0
     said = capsys.readouterr()
     assert "its peak" not in said.out + said.err
     assert "averaged over" not in said.out + said.err

@@ -33,13 +33,14 @@ def takes_blocks(device: torch.device, head_width: int) -> bool:
 
     RTX cards have 99 KiB of shared memory, an A100 163. Heads wider than 128 need more than 99: the
     first step fails there ("No valid triton configs", PyTorch issues 180278 and 198224). A T4 has
-    64; nobody said that they fit it.
+    64; nobody said that they fit it. AMD's GPUs have 64 too, and sizes of their own in PyTorch.
     """
     if device.type != "cuda" or not MIN_HEAD_WIDTH <= head_width <= max(SHARED_MEMORY):
         return False
-    needed = min(kib for width, kib in SHARED_MEMORY.items() if head_width <= width)
+    needed = min(kib for width, kib in SHARED_MEMORY.items() if head_width <= width) << 10
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", needed << 10) >= needed << 10
+    has = getattr(properties, "shared_memory_per_block_optin", needed)
+    return torch.version.hip is not None or has >= needed
 
 
 def mask_for(T: int, window: Tensor | None, documents: Tensor | None, flex: bool) -> Mask:

@@ -63,14 +63,21 @@ def test_the_compiler_is_told_what_the_operator_returns():
 
 
 @pytest.mark.parametrize(
-    ("shared_kib", "widths"),
-    [(64, []), (99, [16, 64, 128]), (163, [16, 64, 128, 256]), (None, [16, 64, 128, 256])],
-    ids=["T4", "RTX 4090", "A100", "not known"],
+    ("shared_kib", "hip", "widths"),
+    [
+        (64, None, []),
+        (99, None, [16, 64, 128]),
+        (163, None, [16, 64, 128, 256]),
+        (None, None, [16, 64, 128, 256]),
+        (64, "7.0", [16, 64, 128, 256]),
+    ],
+    ids=["T4", "RTX 4090", "A100", "not known", "AMD"],
 )
-def test_small_gpus_get_the_dense_mask(shared_kib, widths, monkeypatch):
+def test_small_gpus_get_the_dense_mask(shared_kib, hip, widths, monkeypatch):
     """PyTorch's sizes of FlexAttention need more shared memory than a T4 has."""
     size = {} if shared_kib is None else {"shared_memory_per_block_optin": shared_kib << 10}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**size))
+    monkeypatch.setattr(torch.version, "hip", hip)
     some = 8, 16, 64, 128, 256, 320
     assert [w for w in some if takes_blocks(torch.device("cuda"), w)] == widths
     assert not any(takes_blocks(torch.device("cpu"), w) for w in some)

@@ -35,6 +35,11 @@ from ..untrusted.parsing import load_json, read_json
 from . import compare_runs
 from .on_devices import on_devices
 
+NO_TIME = {  # options whose value changes no step's duration
+    *("learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "cooldown", "weight_decay"),
+    *("beta1", "beta2", "muon_lr", "muon_momentum", "muon_momentum_warmup", "muon_weight_decay"),
+    *("embedding_lr", "head_lr", "seed"),
+}
 BUDGETS = "budgets.json"  # of a sweep by seconds: recipe -> what was asked, and max_steps
 MEASURED = "measure.log"  # what the measurement of a recipe said
 BATCH = ("batch_size", "grad_accum_steps", "total_batch_tokens", "block_size", "batch_warmup")
@@ -160,18 +165,29 @@ def _steps(job: Job, tokens: int) -> int:
     return bisect.bisect_left(range(high), tokens, lo=1, key=lambda steps: _tokens(job, steps))
 
 
+def _speed(asked: list) -> list:
+    """What was asked for a recipe, without what takes no time."""
+    return [a for a in asked if str(a).partition("=")[0].removeprefix("--") not in NO_TIME]
+
+
 def _with_equal_seconds(
     jobs: list[Job], seconds: float, device: str, out: Path, processes: _Processes
 ) -> list[Job]:
     """The jobs with `max_steps` for equal seconds; each recipe is measured once, on one device.
 
-    The clock ends a run that turns out to be slower than it was measured.
+    Recipes that differ in `NO_TIME` alone get one number: two measurements of one speed differ. The
+    clock ends a run that turns out to be slower than it was measured.
     """
     path = out / BUDGETS
     known = read_json(path) if path.is_file() else {}
     for job in {job.recipe: job for job in reversed(jobs)}.values():
         asked = [seconds, *(a for a in job.argv if not a.startswith(("--seed=", "--out_dir=")))]
         if isinstance(old := known.get(job.recipe), dict) and old.get("asked") == asked:
+            continue
+        others = (other for other in known.values() if isinstance(other, dict))
+        alike = [other for other in others if _speed(other.get("asked", [])) == _speed(asked)]
+        if alike:
+            known[job.recipe] = {"asked": asked, "max_steps": alike[0]["max_steps"]}
             continue
         console.log(f"measuring {job.recipe} on {device}")
         log = out / MEASURED

@@ -125,17 +125,22 @@ def test_steps_that_are_swept_stay(call, trainer):
     assert {parse(TrainConfig, a[3:], "x").optim.max_steps for a in trainer.calls} == {3, 5}
 
 
-def test_equal_seconds_are_measured_once_for_each_recipe(call, trainer, capsys):
-    given = ("--seconds=9", "--set", "learning_rate=1e-3,2e-3")
+@pytest.mark.parametrize(
+    ("swept", "measurements"),
+    [("learning_rate=1e-3,2e-3", 1), ("schedule=cosine,wsd", 1), ("n_layer=1,2", 2)],
+)
+def test_equal_seconds_are_measured_once_for_each_speed(swept, measurements, call, trainer):
+    """Recipes whose steps take equally long get equal numbers of steps."""
+    given = ("--seconds=9", "--set", swept)
     assert call(*given) == 0
     measured = [argv for argv in trainer.calls if "gpt2.train.time_budget" in argv]
-    assert [argv[2] for argv in measured] == ["9.0", "9.0"]
+    assert [argv[2] for argv in measured] == ["9.0"] * measurements
     trained = [argv for argv in trainer.calls if "train" in argv]
     assert {argv[-3:-1] == ["--max_steps=50", "--max_seconds=9.0"] for argv in trained} == {True}
     assert len(trained) == 4
     trainer.steps = 60  # a measurement that would make it another run
     assert call(*given) == 0
-    assert len(trainer.calls) == 6
+    assert len(trainer.calls) == 4 + measurements
 
 
 def test_steps_are_measured(data_dir, capsys):

@@ -15,7 +15,7 @@ def report(rows: list[dict]) -> str:
     their losses in windows of `--val_block_size`, or not at all.
     """
     curves = curves_of(rows)
-    contexts = {curve[-1].get("block_size") for curve in curves.values()}
+    contexts = {row_context(curve[-1]) for curve in curves.values()}
     key, note = "val_loss", ""
     if len(contexts) > 1:
         there = {curve[-1].get("val_block_size") for curve in curves.values()}
@@ -29,6 +29,11 @@ def report(rows: list[dict]) -> str:
         losses[name][seed] = curve[-1][key]
     sentences = verdict([(name, list(by_seed.values())) for name, by_seed in losses.items()])
     return table(rows) + note + "\n" + "\n".join(sentences) + "\n"
+
+
+def row_context(row: dict) -> int | None:
+    """Tokens of the recipe's context; None in rows of an earlier version."""
+    return row.get("block_size")
 
 
 def curves_of(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
@@ -52,7 +57,7 @@ def table(rows: Iterable[dict]) -> str:
         "| recipe | loss | spread | seeds | seconds | steps | tokens/s | GiB | Δ loss | Δ speed |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    first: tuple[float, float] | None = None
+    first: tuple[float, float, int | None] | None = None
     for name, by_seed in ends.items():
         done = [row for row in by_seed.values() if "val_loss" in row]
         if not done:
@@ -67,8 +72,10 @@ def table(rows: Iterable[dict]) -> str:
         loss = statistics.mean(losses)
         against = " | "
         if first:
-            against = f"{loss - first[0]:+.4f} | {rate / first[1] - 1:+.1%}"
-        first = first or (loss, rate)
+            comparable = row_context(done[0]) == first[2]
+            lower = f"{loss - first[0]:+.4f}" if comparable else ""
+            against = f"{lower} | {rate / first[1] - 1:+.1%}"
+        first = first or (loss, rate, row_context(done[0]))
         lines.append(
             f"| {name} | {plus_minus(losses)} | {spread} | {len(losses)} | {seconds:.1f} | "
             f"{steps:.0f} | {rate:,.0f} | {memory} | {against} |"

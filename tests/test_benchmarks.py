@@ -395,6 +395,7 @@ def test_recipes_of_other_contexts_compare_in_equal_windows():
     assert "Contexts of 16, 32 tokens" in alone
     assert alone.endswith("do not compare; use --val_block_size=.\n")
     assert "| 2 | 2.0 | 2 |" in alone  # two seeds: means of their seconds and steps
+    assert "-1.0000" not in alone
     both = sprint_report.report(rows(16, 4.0, 4.5) + rows(32, 3.0, 4.5))
     assert "In windows of 8:" in both
     assert "`c16` and `c32` have equal losses" in both

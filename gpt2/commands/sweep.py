@@ -165,6 +165,13 @@ def _steps(job: Job, tokens: int) -> int:
     return bisect.bisect_left(range(high), tokens, lo=1, key=lambda steps: _tokens(job, steps))
 
 
+def _measured(known: dict[str, Any]) -> list[tuple[list, int]]:
+    """What was asked for, and `max_steps`, of the entries of a budgets.json that have both."""
+    entries = [entry for entry in known.values() if isinstance(entry, dict)]
+    found = [(entry.get("asked"), entry.get("max_steps")) for entry in entries]
+    return [(a, n) for a, n in found if isinstance(a, list) and isinstance(n, int)]
+
+
 def _speed(asked: list) -> list:
     """What was asked for a recipe, without what takes no time."""
     return [a for a in asked if str(a).partition("=")[0].removeprefix("--") not in NO_TIME]
@@ -182,12 +189,11 @@ def _with_equal_seconds(
     known = read_json(path) if path.is_file() else {}
     for job in {job.recipe: job for job in reversed(jobs)}.values():
         asked = [seconds, *(a for a in job.argv if not a.startswith(("--seed=", "--out_dir=")))]
-        if isinstance(old := known.get(job.recipe), dict) and old.get("asked") == asked:
+        if any(of == asked for of, _ in _measured({"": known.get(job.recipe)})):
             continue
-        others = (other for other in known.values() if isinstance(other, dict))
-        alike = [other for other in others if _speed(other.get("asked", [])) == _speed(asked)]
+        alike = [steps for of, steps in _measured(known) if _speed(of) == _speed(asked)]
         if alike:
-            known[job.recipe] = {"asked": asked, "max_steps": alike[0]["max_steps"]}
+            known[job.recipe] = {"asked": asked, "max_steps": alike[0]}
             continue
         console.log(f"measuring {job.recipe} on {device}")
         log = out / MEASURED

@@ -46,9 +46,17 @@ def comparable(settings: dict[str, Any]) -> dict[str, Any]:
     schedule, ratio = settings["schedule"], settings["min_lr_ratio"]
     optim = with_floor(OptimOptions(schedule=schedule, min_lr_ratio=ratio))
     cooldown = optim.cooldown if schedule == "cosine" else settings["cooldown"]
-    data = ",".join(map(os.path.normpath, settings["data_dir"].split(",")))
+    data = ",".join(map(_plain_folder, settings["data_dir"].split(",")))
     return settings | {
         "min_lr_ratio": optim.min_lr_ratio,
         "cooldown": cooldown,
         "data_dir": data,
     }
+
+
+def _plain_folder(text: str) -> str:
+    """A folder of `--data_dir=`, with its share if it has one. One with `..` stays, for links."""
+    path, colon, share = text.rpartition(":")
+    if ".." in text.split("/"):
+        return text
+    return os.path.normpath(path) + colon + share if colon else os.path.normpath(text)

@@ -77,7 +77,7 @@ def share_of_peak(value: Any, step: int, name: str) -> float:
     """
     try:
         share = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         share = math.nan
     if 0 <= share < math.inf:
         return share

@@ -223,7 +223,7 @@ def verdict(results: Sequence[Result]) -> list[str]:
             continue
         begin = f"`{results[best][0]}` is {means[number] - means[best]:.4f} nats below `{name}`"
         if sorted(losses) == sorted(results[best][1]):
-            lines.append(f"`{results[best][0]}` and `{name}` have equal losses, seed for seed.")
+            lines.append(f"`{results[best][0]}` and `{name}` have equal losses.")
             continue
         alone = [results[n][0] for n in (best, number) if len(results[n][1]) < 2]
         if alone:

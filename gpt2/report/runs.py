@@ -141,6 +141,8 @@ def read_run(folder: Path) -> Run:
     for name in ("seed", "max_steps", "early_stop_evals"):
         if type(settings[name]) is not int:
             raise UserError(f"{path}: {name}={shown(settings[name])} is no whole number")
+    if not isinstance(data := settings["data_dir"], str):
+        raise UserError(f"{path}: data_dir={shown(data)} is no text")
     for name in ("max_seconds", "min_lr_ratio"):
         if not _is_number(settings[name]):
             raise UserError(f"{path}: {name}={shown(settings[name])} is no number")

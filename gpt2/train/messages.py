@@ -23,7 +23,7 @@ from ..evaluate.loss import Evaluation, combine
 from ..files import write_atomically
 from ..report import console, metrics, throughput
 from ..report.versions import warn_of_newer_torch
-from .run_folder import MODEL_NAME, out_dir
+from .run_folder import MODEL_NAME, is_on_record, out_dir
 from .schedules import sequences_left
 from .state import TrainState
 from .tuning_plan import note_few_steps
@@ -143,7 +143,7 @@ def announce(
     if not rt.is_main:
         return
     changed = changed_options(config, resumed)
-    if not state.is_complete(config.optim):  # else it has no step with these options
+    if not is_on_record(config, resumed):  # else no step is made with these options
         record_start(state, rt, changed, log)
     warn_of_newer_torch()
     c = state.model.config

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..checkpoint.training_state import Resumed, state_folders
 from ..config import command_line
+from ..config.earlier import current_names
 from ..config.options import flatten
 from ..config.run_paths import from_anywhere
 from ..config.train import TrainConfig
@@ -107,16 +108,31 @@ def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
         yield
 
 
+def is_on_record(config: TrainConfig, resumed: Resumed | None) -> bool:
+    """Whether a run is over, by its own settings and by those given, and its folder has its own."""
+    folder = out_dir(config)
+    if resumed is None or not (folder / "config.toml").is_file():
+        return False
+    if resumed.path.parent.parent.resolve() != folder.resolve():
+        return False  # it goes on from another folder
+    state = resumed.state
+    return all(
+        resumed.step >= s["max_steps"]
+        or 0 < s["max_seconds"] <= state.get("time_was_up", 0.0)
+        or 0 < s["early_stop_evals"] <= state["evals_without_gain"]
+        for s in (flatten(TrainConfig()) | current_names(state["settings"]), flatten(config))
+    )
+
+
 def open_log(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None
 ) -> contextlib.AbstractContextManager[metrics.RunLog]:
     """Opens metrics.jsonl and the services; writes the settings to config.toml for `--config=`.
 
-    A run that has all its steps was trained with the settings that are there.
+    A finished run was trained with the settings that are there.
     """
     settings = flatten(config)
-    finished = resumed is not None and resumed.step >= config.optim.max_steps
-    if rt.is_main and not finished:
+    if rt.is_main and not is_on_record(config, resumed):
         own = {name: value for name, value in settings.items() if name != "resume"}
         content = command_line.to_toml(from_anywhere(own)).encode("utf-8", SURROGATES)
         write_atomically(out_dir(config) / "config.toml", content)

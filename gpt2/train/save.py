@@ -79,8 +79,8 @@ def restore(state: TrainState, config: TrainConfig, resumed: Resumed, rt: Runtim
     """
     with whole(resumed.path / STATE_FILE):
         _restore(state, resumed, rt)
-    if not config.optim.ema_steps:
-        forget_average(state.optimizer)
+    if not config.optim.ema_steps and not state.is_complete(config.optim):
+        forget_average(state.optimizer)  # a run that is over keeps the model that it has
 
 
 def _restore(state: TrainState, resumed: Resumed, rt: Runtime) -> None:

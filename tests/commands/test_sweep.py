@@ -143,6 +143,14 @@ def test_equal_seconds_are_measured_once_for_each_speed(swept, measurements, cal
     assert len(trainer.calls) == 4 + measurements
 
 
+def test_a_budget_that_lacks_something_is_measured_again(call, trainer, tmp_path):
+    (tmp_path / "o").mkdir()
+    kept = {"a": 3, "b": {"asked": 5}, "c": {"asked": [9.0], "max_steps": "x"}, "seed": {}}
+    (tmp_path / "o/budgets.json").write_text(json.dumps(kept))
+    assert call("--seconds=9") == 0
+    assert len([argv for argv in trainer.calls if "gpt2.train.time_budget" in argv]) == 1
+
+
 def test_steps_are_measured(data_dir, capsys):
     argv = ["0.02", *SMALL, "--device=cpu", f"--data_dir={data_dir}"]
     assert time_budget.main(argv) == 0

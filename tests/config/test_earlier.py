@@ -57,8 +57,9 @@ def test_runs_that_train_alike_have_equal_settings():
     wsd = [value | {"schedule": "wsd"} for value in (before, today)]
     assert comparable(wsd[0]) == wsd[0]
     assert comparable(wsd[1]) == wsd[1] | {"min_lr_ratio": 0.0}
-    folders = today | {"data_dir": "./a/=0.5,b/../c"}
-    assert comparable(folders) == comparable(today | {"data_dir": "a/=0.5,c"})
+    folders = today | {"data_dir": "./a/:0.5,b/"}
+    assert comparable(folders) == comparable(today | {"data_dir": "a:0.5,b"})
+    assert comparable(today | {"data_dir": "b/../c"})["data_dir"] == "b/../c"  # b may be a link
 
 
 def test_the_schedule_of_a_plugin_goes_on_as_it_began():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gpt2.train import loop, messages, setup
 from gpt2.train.progress import FIRST_LINES, Progress
 
 from ..conftest import TINY, TORCHRUN, run_python
-from .test_loop import config, metrics
+from .test_loop import config, metrics, same, weights
 
 LONG = "Hello world, " * 30  # more tokens than the context of 32 has
 
@@ -108,6 +109,34 @@ def test_a_finished_run_keeps_the_record_of_its_options(data_dir, tmp_path):
     assert loop.run(config(data_dir, tmp_path, "--max_steps=3", "--grad_clip=9")) == 0
     assert "grad_clip = 9.0" in (tmp_path / names[0]).read_text("utf-8")
     assert '"grad_clip": [1.0, 9.0]' in (tmp_path / names[1]).read_text("utf-8")
+
+
+def test_a_run_that_goes_on_elsewhere_has_a_record_there(data_dir, tmp_path):
+    """Even if no step follows."""
+    assert loop.run(config(data_dir, tmp_path / "a", "--max_steps=2")) == 0
+    state = tmp_path / "a/state/step_00000002"
+    assert loop.run(config(data_dir, tmp_path / "b", "--max_steps=2", f"--resume={state}")) == 0
+    assert (tmp_path / "b/config.toml").is_file()
+    assert (tmp_path / "b/history.jsonl").is_file()
+
+
+def test_a_run_that_is_ended_early_says_so(data_dir, tmp_path):
+    """At step 2 of 4 with --max_steps=2: that is its record then."""
+    longer = ["--save_every=2", "--schedule=wsd"]
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=4", *longer)) == 0
+    shutil.rmtree(tmp_path / "state/step_00000004")
+    (tmp_path / "out_ckpt.pt").unlink()
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=2", *longer)) == 0
+    assert "max_steps = 2\n" in (tmp_path / "config.toml").read_text("utf-8")
+
+
+def test_a_finished_run_keeps_its_averaged_model(data_dir, tmp_path):
+    averaged = config(data_dir, tmp_path, "--max_steps=10", "--ema_steps=2", "--eval_every=0")
+    assert loop.run(averaged) == 0
+    before = weights(tmp_path / "out_ckpt.pt")
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=10", "--eval_every=0")) == 0
+    assert same(weights(tmp_path / "out_ckpt.pt"), before)
+    assert "ema_steps = 2\n" in (tmp_path / "config.toml").read_text("utf-8")
 
 
 def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(data_dir, tmp_path, capsys):

@@ -174,11 +174,10 @@ def as_told(error: str) -> tuple[str, set[str]]:
     """(the line, the commands or choices that it lists): there may be more of them today.
 
     Without quotes, which Python's argparse puts around choices in some versions, with the slashes
-    of Linux, and without what a line says behind the words of before: a page, or a default.
+    of Linux, and without the page that a line names behind the words of before.
     """
     line = error.replace("\\", "/").replace("'", "")
     line = re.sub(r" \(docs/troubleshooting\.md#[\w-]+\)(?=\n?$)", "", line)
-    line = re.sub(r", or --\w+=[\d.]+, its default(?=\n?$)", "", line)
     line = re.sub(r"(argument --\w+)/--\w+", r"\1", line)  # without an alias of today
     listed = re.search(r"(?:unknown command .*; use one of|choose from) ([\w, -]+)", line)
     if not listed:

@@ -55,6 +55,9 @@ class Recipe:
     )
 
 
+ONE_SWITCH_OFF = "(docs/troubleshooting.md#one-switch-off)"
+
+
 def check_recipe(r: Recipe, s: Switches | None) -> None:
     """Raises UserError for options of training without effect, or that contradict one another.
 
@@ -73,16 +76,14 @@ def check_recipe(r: Recipe, s: Switches | None) -> None:
     default = Recipe()
     for name in ("muon_lr", "muon_momentum", "muon_momentum_warmup", "muon_weight_decay"):
         if r.optimizer == "adamw" and getattr(r, name) != getattr(default, name):
-            unset = f"--{name}={getattr(default, name)}"
-            raise UserError(f"{name} is for --optimizer=muon; give both, or {unset}, its default")
+            raise UserError(f"{name} is for --optimizer=muon; give both {ONE_SWITCH_OFF}")
     at_least(0, muon_momentum_warmup=r.muon_momentum_warmup)
     if r.muon_momentum_warmup and r.muon_momentum < 0.85:
         raise UserError(f"muon_momentum={r.muon_momentum}: muon_momentum_warmup begins at 0.85")
     if r.muon_weight_decay < 0 and r.muon_weight_decay != default.muon_weight_decay:
         raise UserError(f"muon_weight_decay={r.muon_weight_decay}: use 0 or more, or -1")
     if r.schedule == "cosine" and r.cooldown != default.cooldown:
-        unset = f"--cooldown={default.cooldown}"
-        raise UserError(f"cooldown is for --schedule=wsd; give both, or {unset}, its default")
+        raise UserError(f"cooldown is for --schedule=wsd; give both {ONE_SWITCH_OFF}")
     if s:
         check_of_switches(r, s)
 

@@ -15,7 +15,8 @@ def report(rows: list[dict]) -> str:
     their losses in windows of `--val_block_size`, or not at all.
     """
     curves = curves_of(rows)
-    contexts = {row_context(curve[-1]) for curve in curves.values()}
+    # rows of an earlier version have no block_size
+    contexts = {curve[-1].get("block_size") for curve in curves.values()}
     key, note = "val_loss", ""
     if len(contexts) > 1:
         there = {curve[-1].get("val_block_size") for curve in curves.values()}
@@ -29,11 +30,6 @@ def report(rows: list[dict]) -> str:
         losses[name][seed] = curve[-1][key]
     sentences = verdict([(name, list(by_seed.values())) for name, by_seed in losses.items()])
     return table(rows) + note + "\n" + "\n".join(sentences) + "\n"
-
-
-def row_context(row: dict) -> int | None:
-    """Tokens of the recipe's context; None in rows of an earlier version."""
-    return row.get("block_size")
 
 
 def curves_of(rows: list[dict]) -> dict[tuple[str, int], list[dict]]:
@@ -68,14 +64,16 @@ def table(rows: Iterable[dict]) -> str:
         peak = max(row["peak_gib"] or 0.0 for row in done)
         memory = f"{peak:.1f}" if peak else ""
         seconds, steps = (statistics.mean(row[key] for row in done) for key in ("seconds", "step"))
-        rate = statistics.mean(r["tokens_per_second"] for r in done)
+        rate, context = (
+            statistics.mean(r["tokens_per_second"] for r in done),
+            done[0].get("block_size"),
+        )
         loss = statistics.mean(losses)
         against = " | "
         if first:
-            comparable = row_context(done[0]) == first[2]
-            lower = f"{loss - first[0]:+.4f}" if comparable else ""
-            against = f"{lower} | {rate / first[1] - 1:+.1%}"
-        first = first or (loss, rate, row_context(done[0]))
+            difference = f"{loss - first[0]:+.4f}" if context == first[2] else ""
+            against = f"{difference} | {rate / first[1] - 1:+.1%}"
+        first = first or (loss, rate, context)
         lines.append(
             f"| {name} | {plus_minus(losses)} | {spread} | {len(losses)} | {seconds:.1f} | "
             f"{steps:.0f} | {rate:,.0f} | {memory} | {against} |"

@@ -165,11 +165,13 @@ def _steps(job: Job, tokens: int) -> int:
     return bisect.bisect_left(range(high), tokens, lo=1, key=lambda steps: _tokens(job, steps))
 
 
-def _measured(known: dict[str, Any]) -> list[tuple[list, int]]:
-    """What was asked for, and `max_steps`, of the entries of a budgets.json that have both."""
-    entries = [entry for entry in known.values() if isinstance(entry, dict)]
-    found = [(entry.get("asked"), entry.get("max_steps")) for entry in entries]
-    return [(a, n) for a, n in found if isinstance(a, list) and isinstance(n, int)]
+def _is_measured(entry: Any) -> bool:
+    """Whether an entry of a budgets.json has what was asked for, and `max_steps`."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("asked"), list)
+        and isinstance(entry.get("max_steps"), int)
+    )
 
 
 def _speed(asked: list) -> list:
@@ -186,14 +188,15 @@ def _with_equal_seconds(
     clock ends a run that turns out to be slower than it was measured.
     """
     path = out / BUDGETS
-    known = read_json(path) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
+    known = {recipe: entry for recipe, entry in found.items() if _is_measured(entry)}
     for job in {job.recipe: job for job in reversed(jobs)}.values():
         asked = [seconds, *(a for a in job.argv if not a.startswith(("--seed=", "--out_dir=")))]
-        if any(of == asked for of, _ in _measured({"": known.get(job.recipe)})):
+        if job.recipe in known and known[job.recipe]["asked"] == asked:
             continue
-        alike = [steps for of, steps in _measured(known) if _speed(of) == _speed(asked)]
+        alike = [entry for entry in known.values() if _speed(entry["asked"]) == _speed(asked)]
         if alike:
-            known[job.recipe] = {"asked": asked, "max_steps": alike[0]}
+            known[job.recipe] = alike[0] | {"asked": asked}
             continue
         console.log(f"measuring {job.recipe} on {device}")
         log = out / MEASURED

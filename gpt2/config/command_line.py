@@ -55,7 +55,7 @@ SYNONYMS = {
     "max_tokens": ("max_new_tokens",),
     "length": ("max_new_tokens",),
 }
-WITHOUT_EFFECT = {"schedule": "cosine", "cooldown": 0.4}  # in a config.toml of earlier versions
+WITHOUT_EFFECT = {"schedule": "cosine", "cooldown": 0.4}  # of earlier versions, see `earlier`
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 

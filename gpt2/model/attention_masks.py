@@ -33,7 +33,7 @@ def takes_blocks(device: torch.device, head_width: int) -> bool:
 
     RTX cards have 99 KiB of shared memory, an A100 163. Heads wider than 128 need more than 99: the
     first step fails there ("No valid triton configs", PyTorch issues 180278 and 198224). A T4 has
-    64; nobody said that they fit it. AMD's GPUs have 64 too, and sizes of their own in PyTorch.
+    64; whether they fit it is not known. AMD's GPUs have 64 too, and sizes of their own in PyTorch.
     """
     if device.type != "cuda" or not MIN_HEAD_WIDTH <= head_width <= max(SHARED_MEMORY):
         return False

@@ -1,9 +1,11 @@
 """Files around the code agree with pyproject.toml and with one another."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -23,6 +25,12 @@ PROJECT_FILE = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PROJECT = PROJECT_FILE["project"]
 PATH = os.environ.get("PATH", "").split(os.pathsep)
 SYSTEMS = {"ubuntu-latest": "Linux", "macos-latest": "MacOS", "windows-latest": "Windows"}
+OURS = {"benchmarks", "gpt2", "learn", "tests"}
+EVERYWHERE = {  # our dependencies and what comes with them, with pytest and with transformers
+    "fastapi", "gigatoken", "httpx", "huggingface_hub", "hypothesis", "jinja2", "matplotlib",
+    "numpy", "packaging", "psutil", "pyarrow", "pytest", "safetensors", "tiktoken",
+    "tokenizers", "torch", "transformers", "yaml",
+}  # fmt: skip
 FORM_ITEMS = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
 
 
@@ -112,6 +120,22 @@ def test_issue_forms_are_as_github_reads_them(name):
     assert len({item["id"] for item in asked}) == len(asked) > 0
     assert all(item["attributes"]["label"] for item in asked)
     assert any(item.get("validations", {}).get("required") for item in asked)
+
+
+def test_one_missing_package_leaves_out_its_tests_alone():
+    """`pytest -m gpu` ended on a GPU machine without `openai`, though no such test needs it."""
+    wrong = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.Import):
+                names = {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = {node.module.partition(".")[0]}
+            else:
+                continue
+            lacking = names - OURS - EVERYWHERE - sys.stdlib_module_names
+            wrong += [f"{path}: pytest.importorskip({name!r})" for name in lacking]
+    assert not wrong
 
 
 def test_version_is_one():

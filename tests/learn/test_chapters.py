@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 
-import nbclient
 import pytest
-from jupyter_client.manager import start_new_kernel
 
 from learn import notebooks
 
 from ..conftest import ROOT
+
+nbclient = pytest.importorskip("nbclient")  # extra `learn`
+jupyter = pytest.importorskip("jupyter_client.manager")  # nbclient needs it
 
 pytestmark = pytest.mark.long
 
@@ -24,10 +25,10 @@ SETUP = re.compile(r"^# %%\n# Cell 1 .*?(?=^# %%)", re.MULTILINE | re.DOTALL)
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     """One kernel for all chapters, as importing torch takes longer than some of them."""
-    jupyter = str(tmp_path_factory.mktemp("jupyter"))
+    folder = str(tmp_path_factory.mktemp("jupyter"))
     environment = {**os.environ, "LEARN_FAST": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"IPYTHONDIR": jupyter, "JUPYTER_RUNTIME_DIR": jupyter, "MPLCONFIGDIR": jupyter}
-    manager, client = start_new_kernel(
+    environment |= {"IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder, "MPLCONFIGDIR": folder}
+    manager, client = jupyter.start_new_kernel(
         kernel_name="python3", env=environment, cwd=str(ROOT / "learn")
     )
     yield manager, client

@@ -11,8 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
-import openai
+import pytest
 import torch
 
 from gpt2.api import GPT2
@@ -21,6 +20,8 @@ from gpt2.train.setup import network
 
 from .. import forks
 from ..conftest import ROOT
+
+httpx, openai = (pytest.importorskip(name) for name in ("httpx", "openai"))  # extra `dev`
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 128}
 LOWERED = """

@@ -27,10 +27,7 @@ from gpt2.serve.logprobs import token_name
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 from ..conftest import ROOT
-
-httpx, openai = (pytest.importorskip(name) for name in ("httpx", "openai"))  # extra `dev`
-
-from .running import SHAPE, Server, save_model  # noqa: E402 - needs them
+from .running import SHAPE, Server, httpx, openai, save_model
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -20,8 +20,9 @@ def report(rows: list[dict]) -> str:
     key, note = "val_loss", ""
     if len(contexts) > 1:
         there = {curve[-1].get("val_block_size") for curve in curves.values()}
-        listed = ", ".join(str(context) for context in sorted(contexts, key=str))
-        note = f"\nContexts of {listed} tokens: losses in windows of these do not compare"
+        listed = ", ".join(str(context) for context in sorted(contexts - {None}))
+        listed += " tokens and of rows that do not name it" if None in contexts else " tokens"
+        note = f"\nContexts of {listed}: losses in windows of these do not compare"
         if len(there) > 1 or None in there:
             return f"{table(rows)}{note}; use --val_block_size=.\n"
         key, note = "val_loss_there", f"{note}. In windows of {there.pop()}:\n"

@@ -393,6 +393,10 @@ def test_recipes_of_other_contexts_compare_in_equal_windows():
 
     alone = sprint_report.report(rows(16, 4.0, None) + rows(32, 3.0, None))
     assert "Contexts of 16, 32 tokens" in alone
+    earlier = [{k: v for k, v in row.items() if k != "block_size"} for row in rows(32, 3.0, None)]
+    assert "of 16 tokens and of rows that do not name it:" in sprint_report.report(
+        rows(16, 4.0, None) + earlier
+    )
     assert alone.endswith("do not compare; use --val_block_size=.\n")
     assert "| 2 | 2.0 | 2 |" in alone  # two seeds: means of their seconds and steps
     assert "-1.0000" not in alone

@@ -46,7 +46,8 @@ class Check:
     ranks: bool = False  # whether it wants several GPUs
     after: str = ""  # the check whose output it needs
     alone: bool = False  # whether it wants a card for itself
-    seconds: int = 150  # limit
+    gib: int = 12  # of memory that it takes on a card at most, estimated
+    seconds: int = 300  # limit; eight at once are slower than one
     keeps_state: bool = False  # else a run's training state is deleted: gigabytes, of every check
 
 
@@ -59,17 +60,17 @@ def train(name: str, *arguments: str, steps: list[str] = STEPS, **more: Any) -> 
 def ranks(name: str, *arguments: str, **more: Any) -> Check:
     """A training run on all GPUs."""
     single = train(name, *arguments)
-    return Check(name, [*TORCHRUN, *single.command], ranks=True, seconds=240, **more)
+    return Check(name, [*TORCHRUN, *single.command], ranks=True, **more)
 
 
-def gpt2(name: str, *arguments: str, after: str = "train") -> Check:
+def gpt2(name: str, *arguments: str, after: str = "train", gib: int = 5) -> Check:
     """Another command of the package."""
-    return Check(name, ["-m", "gpt2", *arguments], after=after)
+    return Check(name, ["-m", "gpt2", *arguments], after=after, gib=gib)
 
 
 def benchmark(name: str, *arguments: str) -> Check:
-    """One of benchmarks/, which wants the card for itself: other programs would slow it down."""
-    return Check(name, ["-m", f"benchmarks.{name}", *arguments], alone=True)
+    """One of benchmarks/, whose numbers nobody reads: other programs slow it down."""
+    return Check(name, ["-m", f"benchmarks.{name}", *arguments], gib=28)
 
 
 def pytest(name: str, marked: str, *arguments: str, **more: Any) -> Check:
@@ -85,7 +86,7 @@ AGAIN, LARGE = "--activation_checkpointing=True", "--grad_accum_steps=2"
 MODERN, FP8 = "--config=configs/speedrun.toml", "--fp8=head"
 XL = ["--size=gpt2-xl", AGAIN, LARGE]
 CHECKS = [
-    pytest("pytest -m gpu -n 4", "gpu and not alone", *ONE_GPU, "-n", "4", seconds=420),
+    pytest("pytest -m gpu -n 4", "gpu and not alone", *ONE_GPU, "-n", "4", gib=20, seconds=600),
     train(
         "train",
         "--compile_model=True",
@@ -93,8 +94,8 @@ CHECKS = [
         "--grad_accum_steps=8",
         keeps_state=True,
     ),
-    train("xl, activation checkpointing", *XL, "--batch_size=4", alone=True),
-    train("large", "--size=gpt2-large", LARGE, "--batch_size=4"),
+    train("xl, activation checkpointing", *XL, "--batch_size=4", gib=36),
+    train("large", "--size=gpt2-large", LARGE, "--batch_size=4", gib=26),
     train(
         "large, uncompiled",
         "--size=gpt2-large",
@@ -102,12 +103,13 @@ CHECKS = [
         "--batch_size=4",
         AGAIN,
         "--compile_model=False",
+        gib=26,
     ),
-    train("speedrun.toml, fp8 head", MODERN, FP8),
-    train("speedrun.toml, the whole softmax", MODERN, "--loss=cross_entropy"),
+    train("speedrun.toml, fp8 head", MODERN, FP8, gib=28),
+    train("speedrun.toml, the whole softmax", MODERN, "--loss=cross_entropy", gib=28),
     train("medium, fp8 head, activation checkpointing", "--size=gpt2-medium", FP8, AGAIN, LARGE),
     train("defaults"),
-    train("batch 64, fp8 head", "--batch_size=64", FP8),
+    train("batch 64, fp8 head", "--batch_size=64", FP8, gib=28),
     train("uncompiled", "--compile_model=False", "--batch_size=16"),
     train("muon", "--optimizer=muon", "--batch_size=16"),
     train("float16", "--dtype=float16", "--batch_size=16"),
@@ -121,6 +123,7 @@ CHECKS = [
         "--zero_init=True",
         "--window=256",
         "--document_mask=True",
+        gib=32,
     ),
     train(
         "resume",
@@ -150,6 +153,7 @@ CHECKS = [
         AGAIN,
         "--out_dir={work}/full",
         after="large",
+        gib=20,
     ),
     gpt2("sample", "sample", MODEL, "--prompt=Hello world,", "--max_new_tokens=200"),
     gpt2("sample in bf16", "sample", MODEL, "--prompt=Hello world,", "--dtype=bfloat16"),
@@ -176,7 +180,7 @@ CHECKS = [
         "--patch=The capital of Italy is the city of",
         "--out={work}/inspect.html",
     ),
-    gpt2("profile", "profile", "--batch_size=64", "--grad_accum_steps=1", after=""),
+    gpt2("profile", "profile", "--batch_size=64", "--grad_accum_steps=1", after="", gib=28),
     Check("serve", ["-m", "tests.gpu_check", "--serve={work}/train/out_ckpt.pt"], after="train"),
     pytest(
         "pytest -m gpu, tests that want the card for themselves",
@@ -195,12 +199,11 @@ CHECKS = [
         Check(
             f"compute-sanitizer, {tool}",
             ["-m", "tests.gpu_check", f"--sanitizer={tool}"],
-            seconds=240,
         )
         for tool in ("memcheck", "racecheck", "initcheck")
     ),
     # Several GPUs.
-    ranks("ranks: ddp", "--batch_size=64"),
+    ranks("ranks: ddp", "--batch_size=64", gib=28),
     ranks("ranks: ddp, uncompiled", "--batch_size=16", "--compile_model=False"),
     ranks("ranks: ddp, muon, fp8 head", "--optimizer=muon", FP8, "--batch_size=16"),
     ranks("ranks: ddp, speedrun.toml", MODERN, FP8, "--batch_size=4"),  # 65,536 tokens a step
@@ -209,9 +212,16 @@ CHECKS = [
         *XL,
         "--parallel=fsdp",
         "--batch_size=16",
-        alone=True,
+        gib=60,
     ),
-    ranks("ranks: fsdp, large", "--size=gpt2-large", LARGE, "--parallel=fsdp", "--batch_size=4"),
+    ranks(
+        "ranks: fsdp, large",
+        "--size=gpt2-large",
+        LARGE,
+        "--parallel=fsdp",
+        "--batch_size=4",
+        gib=26,
+    ),
     ranks(
         "ranks: fsdp, large, uncompiled",
         "--size=gpt2-large",
@@ -219,6 +229,7 @@ CHECKS = [
         "--parallel=fsdp",
         "--batch_size=4",
         "--compile_model=False",
+        gib=26,
     ),
     ranks(
         "ranks: fsdp, medium, muon, fp8 head",
@@ -228,7 +239,14 @@ CHECKS = [
         "--optimizer=muon",
         FP8,
     ),
-    ranks("ranks: fsdp, speedrun.toml", MODERN, "--parallel=fsdp", "--total_batch_tokens=0", LARGE),
+    ranks(
+        "ranks: fsdp, speedrun.toml",
+        MODERN,
+        "--parallel=fsdp",
+        "--total_batch_tokens=0",
+        LARGE,
+        gib=40,
+    ),
     Check(
         "ranks: all-reduce",
         [*TORCHRUN, "-m", "benchmarks.all_reduce"],
@@ -323,28 +341,69 @@ def result_of(text: str) -> str:
     return f": {counts[-1]}" if counts else ""
 
 
-def run_all(checks: list[Check], work: Path, jobs: int, done: "Results") -> None:
+def longest_first(checks: list[Check], rows: dict[str, str]) -> list[Check]:
+    """Those with most to come, their own time and that of the checks that wait for them, first.
+
+    The times are those of the page's rows; a check that has none is long.
+    """
+
+    def to_come(check: Check) -> int:
+        found = re.search(r"passed in (\d+) s", rows.get(check.name, ""))
+        behind = [to_come(other) for other in checks if other.after == check.name]
+        return (int(found[1]) if found else 120) + max(behind, default=0)
+
+    return sorted(checks, key=to_come, reverse=True)
+
+
+class Waiting:
+    """Checks that have not begun, for threads that run them.
+
+    Those that run at once fit into `room`, the free memory of a card in GiB; one that is larger
+    runs when no other does.
+    """
+
+    def __init__(self, checks: list[Check], room: float, done: "Results"):
+        self.checks = longest_first(checks, done.rows)
+        self.names = {check.name for check in checks}
+        self.running: list[Check] = []
+        self.room, self.done = room, done
+        self.lock = threading.Condition()
+
+    def _next(self) -> Check | None:
+        free = self.room - sum(check.gib for check in self.running)
+        for check in self.checks:
+            ready = check.after not in self.names or check.after in self.done.found
+            if ready and (check.gib <= free or not self.running):
+                return check
+        return None
+
+    def take(self) -> Check | None:
+        """The next check as soon as it may begin; None if all have begun."""
+        with self.lock:
+            while self.checks and not (check := self._next()):
+                self.lock.wait()
+            if not self.checks:
+                return None
+            self.checks.remove(check)
+            self.running.append(check)
+            return check
+
+    def end(self, check: Check, result: str) -> None:
+        """Notes the result and lets others begin."""
+        with self.lock:
+            self.running.remove(check)
+            self.done.add(check, result)
+            self.lock.notify_all()
+
+
+def run_all(checks: list[Check], work: Path, jobs: int, room: float, done: "Results") -> None:
     """Runs the checks, each on all cards if it has ranks: several at once, then those alone."""
     cards = visible_cards()
-    waiting = [check for check in checks if not check.alone]
-    lock = threading.Condition()
-    names = {check.name for check in checks}
+    waiting = Waiting([check for check in checks if not check.alone], room, done)
 
     def worker() -> None:
-        while True:
-            with lock:
-                ready = [c for c in waiting if c.after not in names or c.after in done.found]
-                while waiting and not ready:
-                    lock.wait()
-                    ready = [c for c in waiting if c.after not in names or c.after in done.found]
-                if not waiting:
-                    return
-                check = ready[0]
-                waiting.remove(check)
-            result = run(check, work, cards if check.ranks else cards[:1])
-            with lock:
-                done.add(check, result)
-                lock.notify_all()
+        while check := waiting.take():
+            waiting.end(check, run(check, work, cards if check.ranks else cards[:1]))
 
     threads = [threading.Thread(target=worker) for _ in range(jobs)]
     for thread in threads:
@@ -359,15 +418,19 @@ def run_all(checks: list[Check], work: Path, jobs: int, done: "Results") -> None
 class Results:
     """Results by name of a check; each is printed and written to the page as it comes."""
 
-    def __init__(self, page: Path):
+    def __init__(self, page: Path, count: int = 1):
         self.page = page
+        self.count, self.started = count, time.monotonic()
         self.found: dict[str, str] = {}
         self.rows = earlier_rows(page)
 
     def add(self, check: Check, result: str) -> None:
         """Notes a result."""
         self.found[check.name] = result
-        print(f"{check.name}: {result}", flush=True)
+        passed = time.monotonic() - self.started
+        print(
+            f"[{len(self.found)}/{self.count}, {passed:.0f} s] {check.name}: {result}", flush=True
+        )
         count, card = torch.cuda.device_count(), torch.cuda.get_device_name()
         device = f"{count} × {card}" if check.ranks else card
         today = str(datetime.datetime.now(datetime.UTC).date())
@@ -512,7 +575,8 @@ def main() -> int:
     """Runs the checks; 1 if one failed."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--only", action="append", help="checks whose name has this part; several")
-    options.add_argument("--jobs", type=int, default=4, help="checks at once")
+    jobs = max(1, min(8, (os.cpu_count() or 2) // 2))  # compilation is what takes time
+    options.add_argument("--jobs", type=int, default=jobs, help=f"checks at once (here {jobs})")
     options.add_argument("--page", type=Path, default=PAGE, help="where to write the table")
     options.add_argument("--work", type=Path, help="keep data, results and logs in this new folder")
     options.add_argument("--serve", default="", help=argparse.SUPPRESS)
@@ -529,11 +593,11 @@ def main() -> int:
         return 2
     parts = given.only or [""]
     checks = [c for c in CHECKS if c.ranks == (count > 1) and any(part in c.name for part in parts)]
-    done = Results(given.page)
+    done = Results(given.page, len(checks))
     with TemporaryDirectory() as temporary:
         work = given.work or Path(temporary) / "work"
         prepare(work)
-        run_all(checks, work, given.jobs, done)
+        run_all(checks, work, given.jobs, torch.cuda.mem_get_info()[0] / 2**30, done)
     failed = [name for name, result in done.found.items() if not result.startswith("passed")]
     print(f"{len(done.found) - len(failed)} of {len(done.found)} passed; wrote {given.page}")
     return 1 if failed else 0

@@ -3,7 +3,7 @@
 import re
 import shlex
 import threading
-from typing import ClassVar
+import time
 
 import pytest
 import torch
@@ -134,6 +134,47 @@ def test_a_failure_is_told_with_its_reason(tmp_path):
     assert result(f"print({summary!r}); exit(1)") == f"FAILED: exit code 1: {expected}"
 
 
+class Done:
+    """Results without a page."""
+
+    def __init__(self, **rows):
+        self.found, self.rows = {}, rows
+
+    def add(self, check, result):
+        self.found[check.name] = result
+
+
+def test_checks_at_once_fit_into_the_card(tmp_path, monkeypatch):
+    running, most, lock = [], [], threading.Lock()
+
+    def run(check, work, cards):
+        with lock:
+            running.append(check.gib)
+            most.append(sum(running))
+        time.sleep(0.02)
+        with lock:
+            running.remove(check.gib)
+        return "passed"
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    checks = [Check(str(n), [], gib=gib) for n, gib in enumerate([30, 30, 40, 10, 10, 90, 30, 10])]
+    done = Done()
+    gpu_check.run_all(checks, tmp_path, 8, 70, done)
+    assert len(done.found) == len(checks)
+    assert max(most) == 90  # which ran when no other did
+    assert max(m for m in most if m != 90) == 70
+
+
+def test_what_takes_longest_begins_first(tmp_path):
+    rows = {
+        name: f"| {name} | passed in {s} s | x |" for name, s in [("a", 9), ("b", 60), ("d", 55)]
+    }
+    checks = [Check("a", []), Check("b", []), Check("c", [], after="a"), Check("d", [])]
+    first = gpu_check.longest_first(checks, rows)
+    assert [check.name for check in first] == ["a", "c", "b", "d"]  # c never ran: 120 s
+
+
 def test_checks_run_several_at_once_on_the_cards_they_want(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     both, cards = threading.Barrier(2), {}
@@ -144,17 +185,12 @@ def test_checks_run_several_at_once_on_the_cards_they_want(tmp_path, monkeypatch
         cards[check.name] = given
         return "passed"
 
-    class Done:
-        found: ClassVar[dict] = {}
-
-        def add(self, check, result):
-            self.found[check.name] = result
-
+    done = Done()
     monkeypatch.setattr(gpu_check, "run", run)
     checks = [Check("a", [], ranks=True), Check("b", [], ranks=True), Check("c", [], after="b")]
     checks.append(Check("d", [], ranks=True, alone=True))
-    gpu_check.run_all(checks, tmp_path, 4, Done())
-    assert list(Done.found)[-1] == "d"
+    gpu_check.run_all(checks, tmp_path, 4, 70, done)
+    assert list(done.found)[-1] == "d"
     two = ["3", "GPU-5"]
     assert cards == {"a": two, "b": two, "c": two[:1], "d": two}
 

@@ -116,6 +116,13 @@ def _check_sources(checkpoint: Path, config: EvalConfig) -> None:
             "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text=FILE, "
             "--hellaswag=FILE, --lambada=FILE (or hub instead of the last two files)"
         )
+    if asked and not (config.data_dir or config.text):
+        for name in ("block_size", "eval_tokens"):
+            if value := getattr(config, name):
+                raise UserError(
+                    f"--{name}={value}: for the losses of --data_dir= and --text=; HellaSwag and "
+                    "LAMBADA take whole items; leave it out"
+                )
 
 
 def _measurements(

@@ -30,7 +30,7 @@ from gpt2.errors import UserError
 from gpt2.report.metrics import read_metrics
 
 from .scaling_report import report, share_of_ideal
-from .scaling_rows import Row, rows
+from .scaling_rows import TRIED, Row, rows
 from .throughput import make_data
 
 ROOT = Path(__file__).parent.parent
@@ -282,6 +282,8 @@ def measure(options: argparse.Namespace) -> int:
     until = began + seconds - min(RESERVE, seconds / 10)
     found: list[dict] = []
     stopped = False
+    if options.device == "cpu":
+        print(f"on this CPU {TRIED}", flush=True)
     with stoppable(), TemporaryDirectory() as folder, open(path, "w", encoding="utf-8") as log:
         try:
             (Path(folder) / "data").mkdir()

@@ -14,6 +14,7 @@ from gpt2.untrusted.parsing import load_json
 
 from . import scaling
 from .scaling import BATCH_TOKENS, MACHINES, Machine
+from .scaling_rows import TRIED
 
 PREDICTED = (16, 32, 64)  # GPUs
 # Tokens/s of one H100, docs/speed.md; medium with checkpointing loses what XL does.
@@ -249,7 +250,9 @@ def table(rows: list[dict]) -> list[str]:
 def report(rows: list[dict], out_dir: Path):
     """Prints the table and the prediction; writes them to scaling.md, and scaling.png."""
     devices = {f"{r['device']}, torch {r['torch']}": None for r in measured(rows)}
-    lines = ["; ".join(devices) or "Nothing was measured.", "", *table(rows)]
+    heading = "; ".join(devices) or "Nothing was measured."
+    heading += f": {TRIED}" if any(row.get("tiny") for row in measured(rows)) else ""
+    lines = [heading, "", *table(rows)]
     if measured(rows):
         lines += ["", *corrected(rows)]
     out_dir.mkdir(parents=True, exist_ok=True)

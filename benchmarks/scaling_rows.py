@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+TRIED = "tiny networks stand for those of the names, processes for GPUs; no measurement of either"
 RECIPE = 512  # sequences of 1,024 tokens in a step of the 124M recipe
 STEPS = 14  # about as many are made of a row
 # Seconds that a row takes on H100s until its steps, roughly and rather too few; a row that would

@@ -235,6 +235,7 @@ def test_measures_tiny_networks_by_gloo(tmp_path):
     assert [line["bytes"] for line in bandwidths] == [4, 65_536]
     assert all(line["bus_bandwidth"] == line["bytes"] / line["seconds"] for line in bandwidths)
     assert "No prediction: it needs" in done.stdout
+    assert done.stdout.count("tiny networks stand for those of the names") == 2
     assert (tmp_path / "scaling.md").read_text() in done.stdout
     assert (tmp_path / "scaling.png").stat().st_size > 5000
 

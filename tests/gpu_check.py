@@ -318,7 +318,8 @@ def run(check: Check, work: Path, cards: list[str]) -> str:
         why = "; ".join(tests) or (errors or lines or ["no output"])[-1].strip()[:200]
         return f"FAILED: exit code {code}: {why[:600]}"
     problem = problem_of_training(text) if "train_gpt2.py" in command else ""
-    return f"FAILED: {problem}" if problem else f"passed in {seconds:.0f} s{result_of(text)}"
+    passed = f"passed in {seconds:.0f} s{result_of(text)}{peak_of(command)}"
+    return f"FAILED: {problem}" if problem else passed
 
 
 def problem_of_training(text: str) -> str:
@@ -353,6 +354,15 @@ def longest_first(checks: list[Check], rows: dict[str, str]) -> list[Check]:
         return (int(found[1]) if found else 120) + max(behind, default=0)
 
     return sorted(checks, key=to_come, reverse=True)
+
+
+def peak_of(command: list[str]) -> str:
+    """The most memory that tensors of a training run took on a card of rank 0."""
+    folders = [Path(w.removeprefix("--out_dir=")) for w in command if w.startswith("--out_dir=")]
+    files = [folder / "metrics.jsonl" for folder in folders]
+    lines = [line for file in files if file.exists() for line in file.open(encoding="utf-8")]
+    peaks = [json.loads(line).get("peak_gib") or 0 for line in lines]
+    return f", {max(peaks):.1f} GiB" if any(peaks) else ""
 
 
 class Waiting:

@@ -1,5 +1,6 @@
 """What `make gpu-check` does around its commands; the commands themselves need a GPU."""
 
+import json
 import re
 import shlex
 import threading
@@ -173,6 +174,16 @@ def test_what_takes_longest_begins_first(tmp_path):
     checks = [Check("a", []), Check("b", []), Check("c", [], after="a"), Check("d", [])]
     first = gpu_check.longest_first(checks, rows)
     assert [check.name for check in first] == ["a", "c", "b", "d"]  # c never ran: 120 s
+
+
+def test_memory_of_a_run_is_told(tmp_path):
+    command = ["train_gpt2.py", f"--out_dir={tmp_path}"]
+    assert gpu_check.peak_of(command) == ""  # no run
+    lines = [{"step": 1, "peak_gib": 7.24}, {"step": 2, "peak_gib": 7.28}, {"val_loss": 5.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert gpu_check.peak_of(command) == ", 7.3 GiB"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "peak_gib": None}))
+    assert gpu_check.peak_of(command) == ""
 
 
 def test_checks_run_several_at_once_on_the_cards_they_want(tmp_path, monkeypatch):

@@ -47,6 +47,8 @@ class Saver:
                 self._queue.join()
         finally:
             self._queue.put(None)  # ends the thread
+            if self._thread and not (kind and issubclass(kind, KeyboardInterrupt)):
+                self._thread.join()  # it frees tensors, which must not meet Python's shutdown
 
     def copy(self, step: int, tree: Any, name: str = "") -> Any:
         """Returns the tree with each tensor replaced by a copy in host memory.

@@ -139,6 +139,7 @@ SCHEMA: dict[str, Check] = {
     "position": _is_count,
     "scaler": _table(_is_text, _is_plain),
     "rng": _list(_record(python=_is_generator, torch=_is_bytes)),
+    "tokens_per_step": _is_count,
     "seconds": _is_number,
     "first_steps": _is_number,
     "time_was_up": _is_number,
@@ -167,4 +168,4 @@ SCHEMA: dict[str, Check] = {
     ),
 }
 # Version 0.1.0 may lack all but the tokenizer, which is there where it is not GPT-2's.
-OPTIONAL = ("data", "tokenizer", "first_steps", "time_was_up")
+OPTIONAL = ("data", "tokenizer", "tokens_per_step", "first_steps", "time_was_up")

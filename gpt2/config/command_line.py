@@ -186,6 +186,11 @@ def _options(cls: type) -> Iterator[tuple[str, dataclasses.Field]]:
             yield "", f
 
 
+def fields_of(cls: type) -> list[dataclasses.Field]:
+    """The field of every option."""
+    return [f for _, f in _options(cls)]
+
+
 def _flags(f: dataclasses.Field) -> list[str]:
     """The names of an option on the command line."""
     return [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]

@@ -36,7 +36,8 @@ class TuningOptions:
         for name, low, high in (("epochs", 0, 1e6), ("val_share", 0, 1), ("lora_alpha", 0, 1e6)):
             value = getattr(self, name)
             if not low < value < high and not (name == "epochs" and value == 0):
-                raise UserError(f"{name}={value}: use a number above {low} and below {high:g}")
+                use = "use 0, or" if name == "epochs" else "use"
+                raise UserError(f"{name}={value}: {use} a number above {low} and below {high:g}")
 
     def targets(self) -> list[str]:
         """The names in lora_targets; raises UserError for one that no block has."""
@@ -122,6 +123,10 @@ class FinetuneConfig(TrainConfig):
             rate = 1e-3 if self.tuning.lora_rank else 2e-4  # of docs/results/chat
             resolve(self, optim=replace(self.optim, learning_rate=rate))
         super().__post_init__()
+        for name in ("lora_alpha", "lora_targets"):
+            value = getattr(self.tuning, name)
+            if not self.tuning.lora_rank and value != getattr(TuningOptions, name):
+                raise UserError(f"{name}={value} is for adapters; give lora_rank as well, or none")
         if self.tuning.lora_rank and self.optim.optimizer != "adamw":
             raise UserError(
                 f"optimizer={self.optim.optimizer} is for whole matrices; leave it or lora_rank out"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..errors import UserError
-from .command_line import parse
+from .command_line import fields_of, parse
 from .options import at_least, check_seed, option
 from .train import TrainConfig
 
@@ -100,7 +100,9 @@ def jobs(path: str, config: SweepConfig, texts: Sequence[str], rest: Sequence[st
     """
     for argument in rest:
         _check_free(argument.removeprefix("--").partition("=")[0].replace("-", "_"))
-    grid = [[f"--{name}={value}" for value in values] for name, values in map(_values, texts)]
+    swept = [_values(text) for text in texts]
+    _check_once([name for name, _ in swept])
+    grid = [[f"--{name}={value}" for value in values] for name, values in swept]
     recipes = list(itertools.product(*grid))
     seeds = _seeds(config.seeds)
     if len(seeds) * len(recipes) > MOST_RUNS:
@@ -129,6 +131,16 @@ def _values(text: str) -> tuple[str, list[str]]:
         raise UserError(f"--set {text or '(nothing)'}: write --set muon_lr=0.01,0.02")
     _check_free(name)
     return name, found
+
+
+def _check_once(names: Sequence[str]) -> None:
+    """Raises UserError for an option of two --set: the last one would hold, in folders of both."""
+    alias = {f.metadata["alias"]: f.name for f in fields_of(TrainConfig)}
+    own = [alias.get(name, name) for name in names]
+    if twice := [name for name in own if own.count(name) > 1]:
+        raise UserError(
+            f"--set {twice[0]}= comes twice; give all its values in one, as {twice[0]}=a,b"
+        )
 
 
 def _seeds(text: str) -> list[int]:

@@ -142,7 +142,7 @@ def announce(
     """
     if not rt.is_main:
         return
-    changed = changed_options(config, resumed)
+    changed = changed_options(config, resumed) | changed_step(state.plan, resumed)
     if not is_on_record(config, resumed):  # else no step is made with these options
         record_start(state, rt, changed, log)
     warn_of_newer_torch()
@@ -223,6 +223,13 @@ def changed_options(config: TrainConfig, resumed: Resumed | None) -> dict[str, t
     now = comparable(flatten(config))
     names = [name for name in now if name not in MAY_DIFFER and before.get(name) != now[name]]
     return {name: (before.get(name), now[name]) for name in names}
+
+
+def changed_step(plan: BatchPlan, resumed: Resumed | None) -> dict[str, tuple[int, int]]:
+    """The tokens of a step where they differ from the checkpoint's, as by the number of ranks."""
+    now = plan.tokens_per_step
+    before = resumed.state.get("tokens_per_step", now) if resumed else now  # older ones lack it
+    return {"tokens per step": (before, now)} if before != now else {}
 
 
 def validation_fingerprint(state: TrainState) -> str:

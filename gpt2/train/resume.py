@@ -7,16 +7,18 @@ from pathlib import Path
 from ..checkpoint import training_state
 from ..checkpoint.state_schema import check_complete
 from ..checkpoint.training_state import Resumed
+from ..config.finetune import tuning_options
 from ..config.model import to_dict
 from ..config.switches import defaults, switched
 from ..config.train import ModelOptions, TrainConfig
+from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
 from ..untrusted.display import shown
 from . import run_folder
-from .run_folder import out_dir
+from .run_folder import MODEL_NAME, out_dir
 from .run_tokenizer import check_resumed_tokenizer
 from .state import TrainState
 
@@ -36,11 +38,13 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
             check_complete(found.state, found.path / training_state.STATE_FILE)
             check_resumed_tokenizer(found, config)
             check_same_run(found, config.model)
+            check_same_tuning(found, config)
             kept.append(found)
         return str(found.path) if found else None
 
     path = rt.on_main(look)
     if not path:
+        check_windows(config.model)
         return None
     return kept[0] if kept else training_state.load_state(Path(path), verify=False)
 
@@ -70,10 +74,38 @@ def _as_user_error() -> Iterator[None]:
         raise UserError(f"{error.filename}: {error.strerror or error}") from None
 
 
+def check_windows(options: ModelOptions) -> None:
+    """Raises UserError for windows without a layer; runs of earlier versions go on with them."""
+    pattern, layers = options.window_pattern, options.given().get("n_layer", 0)
+    if pattern and not options.init and "S" not in pattern[:layers]:
+        raise UserError(
+            f"window_pattern={pattern}: none of the {layers} layers is an S; leave it and window "
+            "out, or let it begin with S"
+        )
+
+
+def check_same_tuning(found: Resumed, config: TrainConfig) -> None:
+    """Raises UserError for a checkpoint with other adapters, or other conversations held out."""
+    before, options = found.state.get("settings", {}), tuning_options(config)
+    if options is None:
+        return
+    names = ["lora_rank", *["lora_targets"] * (options.lora_rank > 0)]
+    names += ["val_share"] * is_chat(config.data.data_dir)
+    for name in names:
+        value = getattr(options, name)
+        if (theirs := before.get(name, value)) != value:
+            raise UserError(
+                f"{found.path} is of a run with {name}={shown(str(theirs))}, not {value}; use the "
+                "same settings, another --out_dir, or --resume=never "
+                "(docs/troubleshooting.md#resume-refused)"
+            )
+
+
 def check_same_run(found: Resumed, options: ModelOptions) -> None:
     """Raises UserError for a checkpoint of another network, or of a run with another `--init`."""
     began_with = found.state.get("settings", {}).get("init", "")
-    if options.init and options.init != began_with:
+    folders = {str(name).removesuffix(f"/{MODEL_NAME}") for name in (options.init, began_with)}
+    if options.init and len(folders) > 1:
         raise UserError(
             f"{found.path} is of a run that began with {shown(began_with) or 'fresh weights'}, not "
             f"init={options.init}; use another --out_dir, or --resume=never "

@@ -84,13 +84,15 @@ def check_writable(out_dir: Path) -> None:
     Raises:
         UserError: the folder cannot be made or written to.
     """
+    state = out_dir / "state"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
+        for folder in (out_dir, state) if os.path.lexists(state) else (out_dir,):
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to out_dir={out_dir}: {reason}; use another") from None
+        reason, part = error.strerror or error, "/state" if state.is_file() else ""
+        raise UserError(f"cannot write to out_dir={out_dir}{part}: {reason}; use another") from None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ position in the data, and the random generators of every rank.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint import model_file, sharded_state
@@ -22,7 +23,7 @@ from ..huggingface.kept_tokenizer import to_store
 from ..model import lora
 from ..report import console
 from .optimizer_state import check_groups
-from .run_folder import out_dir
+from .run_folder import MODEL_NAME, out_dir
 from .state import TrainState
 from .weight_average import averaged, forget_average
 
@@ -35,11 +36,13 @@ COUNTERS = (  # fields of TrainState that a checkpoint holds unchanged
 )
 
 
-def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: bool) -> None:
-    """Writes a checkpoint to resume from; only the failure of the final one ends the run.
+def save_checkpoint(
+    state: TrainState, config: TrainConfig, rt: Runtime, final: bool
+) -> UserError | None:
+    """Writes a checkpoint to resume from; the failure of the final one is an error.
 
-    Raises:
-        UserError: the final checkpoint could not be written.
+    Returns:
+        Why the final one could not be written, to be raised once the model is: it is smaller.
     """
     content = {
         "position": state.loader.position,
@@ -48,6 +51,7 @@ def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: 
         **{name: getattr(state, name) for name in COUNTERS},
         "data": remember(state.datasets, state.loader.order, state.loader.position),
         "settings": flatten(config),
+        "tokens_per_step": state.plan.tokens_per_step,
     }
     if state.own_tokenizer:
         content["tokenizer"] = to_store(state.own_tokenizer)
@@ -59,16 +63,24 @@ def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: 
             sharded_state.write(folder, step, shape, tensors, content, keep_last=keep, rt=rt)
         except UserError as error:
             if final:
-                raise
+                return _without_state(error, folder)
             if rt.is_main:
                 console.warn(f"{error}; training goes on, and what was saved before is kept")
-        return
+        return None
 
     def write_checkpoint(t: dict[str, Any]) -> None:
         rest = content | {"optimizer": t["optimizer"]}
         write_state(folder, step, shape, t[WEIGHTS], rest, keep_last=keep)
 
-    write(state, rt, tensors, write_checkpoint, final)
+    try:
+        write(state, rt, tensors, write_checkpoint, final)
+    except UserError as error:
+        return _without_state(error, folder)
+    return None
+
+
+def _without_state(error: UserError, folder: Path) -> UserError:
+    return UserError(f"{error}; the model without it is in {folder / MODEL_NAME}")
 
 
 def restore(state: TrainState, config: TrainConfig, resumed: Resumed, rt: Runtime) -> None:

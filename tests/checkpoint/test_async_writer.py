@@ -1,5 +1,6 @@
 """Writing while training goes on: the same bits, one after the other, and never half."""
 
+import contextlib
 import threading
 import time
 
@@ -26,6 +27,22 @@ def warnings():
 def saver(warnings):
     with Saver(warnings.append) as saver:
         yield saver
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_no_thread_is_left(error):
+    """At Python's shutdown its tensors would be freed beside it, which may abort the process."""
+    before = set(threading.enumerate())
+    with contextlib.suppress(RuntimeError, KeyboardInterrupt), Saver(print) as saver:
+        copies = saver.copy(1, {"a": torch.ones(5)})
+        saver.write_later(copies["a"].sum)
+        saver.wait()
+        (thread,) = set(threading.enumerate()) - before
+        if error:
+            raise error
+    if error is KeyboardInterrupt:  # which does not wait for it
+        thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_copies_do_not_change_with_the_tensors(saver):

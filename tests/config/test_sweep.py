@@ -42,6 +42,8 @@ def test_every_combination_runs_with_every_seed(recipe):
     (["moun_lr=0.1"], [], {}, "unknown option --moun_lr; did you mean --muon_lr?"),
     (["muon_lr=-1,1"], [], {}, "muon_lr=-1.0: use 0 or more"),
     (["muon_lr=1,1"], [], {}, "comes twice in the sweep"),
+    (["mlp=gelu", "mlp=relu2"], [], {}, "--set mlp= comes twice; give all its values in one"),
+    (["data=a", "data-dir=b"], [], {}, "--set data_dir= comes twice"),
     (["seed=1,2"], [], {}, "a sweep sets --seed= of each run; use --seeds="),
     ([], ["--seed=1"], {}, "use --seeds="),
     ([], ["--resume=never"], {}, "use the same command again"),

@@ -26,7 +26,7 @@ from gpt2.evaluate import loss as loss_module
 from gpt2.report import metrics as metrics_module
 from gpt2.report.compare import find_groups
 from gpt2.report.runs import find_runs
-from gpt2.train import loop, setup, validation
+from gpt2.train import loop, resume, setup, validation
 from gpt2.train import step as step_module
 from gpt2.train.messages import out_of_memory
 
@@ -202,6 +202,26 @@ def test_longer_run_continues_a_finished_one(data_dir, tmp_path, capsys):
     assert "changed since then: max_steps 3 -> 5" in capsys.readouterr().out
 
 
+def test_another_number_of_tokens_a_step_is_told(data_dir, tmp_path, capsys):
+    """It changes with the number of ranks, too, where no option does."""
+    loop.run(config(data_dir, tmp_path, "--max_steps=1", "--grad_accum_steps=2"))
+    loop.run(config(data_dir, tmp_path, "--max_steps=2", "--grad_accum_steps=4"))
+    tokens = 2 * 2 * 32
+    assert (
+        f"changed since then: tokens per step {tokens} -> {2 * tokens}" in capsys.readouterr().out
+    )
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").open()]
+    assert lines[-1]["changed"]["tokens per step"] == [tokens, 2 * tokens]
+
+
+def test_windows_of_no_layer_of_an_earlier_version_go_on(data_dir, tmp_path, monkeypatch):
+    windows = ["--window_pattern=LLS", "--window=8", "--max_steps=1"]
+    monkeypatch.setattr(resume, "check_windows", lambda _: None)
+    loop.run(config(data_dir, tmp_path, *windows))
+    monkeypatch.undo()
+    assert loop.run(config(data_dir, tmp_path, *windows, "--max_steps=2")) == 0
+
+
 def test_an_option_that_was_renamed_since_then_has_not_changed(
     data_dir, tmp_path, capsys, monkeypatch
 ):
@@ -350,8 +370,12 @@ def test_full_disk_at_the_last_save_is_an_error(data_dir, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(training_state, "save_file", full)
-    with pytest.raises(UserError, match="disk is full"):
+    with pytest.raises(UserError, match=r"disk is full.*; the model without it is in .*out_ckpt"):
         loop.run(config(data_dir, tmp_path, "--max_steps=2"))
+    expected = tmp_path / "expected"
+    monkeypatch.undo()
+    loop.run(config(data_dir, expected, "--max_steps=2"))
+    assert same(weights(tmp_path / "out_ckpt.pt"), weights(expected / "out_ckpt.pt"))
 
 
 def test_save_comes_before_evaluation(data_dir, tmp_path, monkeypatch):
@@ -511,6 +535,7 @@ def test_mistake_with_resume_never_moves_nothing(data_dir, tmp_path):
         (["--total_batch_tokens=1000", "--grad_accum_steps=0"], "not a multiple of 64"),
         (["--total_batch_tokens=1000"], "disagrees"),
         (["--block_size=100000"], "too few for one sequence"),
+        (["--window_pattern=LLS", "--window=8"], "none of the 2 layers is an S; leave it and"),
         (["--device=cuda:7"], "is not there"),
         (["--device=tpu"], "use auto, cpu"),
         (["--resume=/nowhere"], "not a whole checkpoint"),
@@ -528,6 +553,11 @@ def test_out_dir_that_cannot_be_written(data_dir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write to out_dir"):
         loop.run(config(data_dir, tmp_path / "file"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "state").write_text("where the checkpoints go")
+    with pytest.raises(UserError, match=r"cannot write to out_dir=.*/state: Not a directory"):
+        loop.run(config(data_dir, run))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

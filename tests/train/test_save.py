@@ -117,6 +117,16 @@ def test_a_second_init_is_another_run(sources, data_dir, tmp_path, capsys):
     assert metrics_module.read_metrics(tmp_path / "metrics.jsonl") == rows
 
 
+def test_a_run_is_named_by_its_folder_or_its_model(data_dir, tmp_path):
+    argv = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'base'}", *TINY, "--max_steps=1"]
+    loop.run(parse(TrainConfig, argv, "gpt2 train"))
+    for steps, init in ((1, "base/out_ckpt.pt"), (2, "base"), (3, "base/out_ckpt.pt")):
+        given = [f"--data_dir={data_dir}", f"--init={tmp_path / init}", f"--max_steps={steps}"]
+        argv = [*UNSHAPED, *given, f"--out_dir={tmp_path / 'tuned'}"]
+        assert loop.run(parse(TrainConfig, argv, "gpt2 train")) == 0
+    assert list(metrics(tmp_path / "tuned")) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

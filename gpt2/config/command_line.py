@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -57,6 +58,12 @@ SYNONYMS = {
 }
 WITHOUT_EFFECT = {"schedule": "cosine", "cooldown": 0.4}  # of earlier versions, see `earlier`
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+
+
+FILES = {  # options that may name files and folders
+    *("--config", "--data", "--data_dir", "--file", "--hellaswag", "--init", "--json", "--lambada"),
+    *("--out", "--out_dir", "--plugin", "--resume", "--source", "--text", "--tokenizer", "--trace"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,8 +112,8 @@ def parse_with_positional(
         (instance of cls, values of the positional arguments in their order).
     """
     settings = {name for _, f in _options(cls) for name in _flags(f)}
-    given = [_normalise(a) for a in argv]
-    arguments = _expand_config_files(given, settings)
+    given = [_at_home(_normalise(a)) for a in argv]
+    arguments = [_at_home(a) for a in _expand_config_files(given, settings)]
     if "plugin" in {f.name for _, f in _options(cls)}:
         _load_plugins(arguments, set(_plugins(given)))
     everything = "--help=all" in arguments
@@ -141,6 +148,9 @@ def parse_keywords(cls: type[Config], options: Mapping[str, Any], prog: str) -> 
     """
     names = {name.removeprefix("--") for _, f in _options(cls) for name in _flags(f)}
     check_keywords(options, names | {"config"}, prog)
+    for name, value in options.items():
+        if value is None:
+            raise UserError(f"{prog}({name}=None): give a value, or leave it out")
     return parse(cls, [f"--{name}={value}" for name, value in options.items()], prog)
 
 
@@ -286,6 +296,14 @@ def _choice(choices: tuple[str, ...], text: str) -> str:
     """The choice that equals the text but for upper and lower case: `true` is `True`."""
     text = OLD_SIZES.get(text, text)
     return next((choice for choice in choices if choice.lower() == text.lower()), text)
+
+
+def _at_home(argument: str) -> str:
+    """The argument with the home folder in place of ~, which shells leave as it is behind a =."""
+    name, equals, value = argument.partition("=")
+    if name not in FILES or "~" not in value:
+        return argument
+    return f"{name}{equals}{','.join(map(os.path.expanduser, value.split(',')))}"
 
 
 def _normalise(argument: str) -> str:

@@ -45,6 +45,8 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         at_least(0, tokens=self.tokens, seconds=self.seconds)
+        if not self.out_dir:
+            raise UserError("out_dir is empty; name a folder, or leave the option out")
         if self.tokens and self.seconds:
             raise UserError("--tokens= and --seconds= are two budgets; give one")
 

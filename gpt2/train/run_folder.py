@@ -101,6 +101,8 @@ def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def reserve() -> None:
+            if not config.output.out_dir:  # an unset variable of a script: --out_dir=$OUT
+                raise UserError("out_dir is empty; name a folder, or leave the option out")
             folder = out_dir(config)
             check_writable(folder)
             check_unlinked(folder, *(folder / name for name in IN_PLACE))

@@ -12,7 +12,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpt2.config.command_line import SYNONYMS, parse, parse_with_positional, to_toml
+from gpt2.config.command_line import (
+    FILES,
+    SYNONYMS,
+    fields_of,
+    parse,
+    parse_keywords,
+    parse_with_positional,
+    to_toml,
+)
 from gpt2.config.commands import (
     AverageConfig,
     ChatConfig,
@@ -342,3 +350,34 @@ def test_every_synonym_leads_to_an_option():
 def test_a_checkpoint_needs_no_option(given):
     with pytest.raises(UserError, match=r"write: gpt2 sample (m.pt|CHECKPOINT)"):
         parse_with_positional(SampleConfig, given, "gpt2 sample", {"checkpoint": "a file"})
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Bash and sh expand `--out_dir ~/x`, and not `--out_dir=~/x`."""
+    home = str(tmp_path)
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("USERPROFILE", home)
+    (tmp_path / "r.toml").write_text('out_dir = "~/out"\ndata_dir = "~/a:0.5,~/b:0.5"\n')
+    config = parse(TrainConfig, ["--config=~/r.toml", "--sample_prompt=~/x", "--init=a~b"], "x")
+    assert config.output.out_dir == f"{home}/out"
+    assert config.data.data_dir == f"{home}/a:0.5,{home}/b:0.5"
+    assert (config.eval.sample_prompt, config.model.init) == ("~/x", "a~b")
+    assert parse_keywords(TrainConfig, {"out_dir": "~/y"}, "train").output.out_dir == f"{home}/y"
+
+
+def test_every_option_for_files_knows_the_home_folder():
+    """An option whose help speaks of a file or a folder."""
+    of_files = {
+        f"--{f.name}"
+        for cls in CONFIGS
+        for f in fields_of(cls)
+        if f.type is str
+        and not f.metadata["choices"]
+        and re.search(r"\b(files?|folders?)\b", f.metadata["help"])
+    }
+    assert of_files - FILES == {"--name"}  # of the model that is served; its file has one already
+
+
+def test_none_is_refused():
+    with pytest.raises(UserError, match=r"train\(out_dir=None\): give a value, or leave it out"):
+        parse_keywords(TrainConfig, {"out_dir": None}, "train")

@@ -62,3 +62,8 @@ def test_mistakes_are_found_before_the_first_run(recipe, texts, rest, given, sai
 def test_a_sweep_has_one_budget():
     with pytest.raises(UserError, match="are two budgets; give one"):
         SweepConfig(tokens=1, seconds=1.0)
+
+
+def test_a_sweep_has_a_folder():
+    with pytest.raises(UserError, match="out_dir is empty; name a folder"):
+        SweepConfig(out_dir="")

@@ -536,6 +536,7 @@ def test_mistake_with_resume_never_moves_nothing(data_dir, tmp_path):
         (["--total_batch_tokens=1000"], "disagrees"),
         (["--block_size=100000"], "too few for one sequence"),
         (["--window_pattern=LLS", "--window=8"], "none of the 2 layers is an S; leave it and"),
+        (["--out_dir="], "out_dir is empty; name a folder"),
         (["--device=cuda:7"], "is not there"),
         (["--device=tpu"], "use auto, cpu"),
         (["--resume=/nowhere"], "not a whole checkpoint"),

@@ -367,15 +367,13 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 def test_every_option_for_files_knows_the_home_folder():
     """An option whose help speaks of a file or a folder."""
+    texts = [f for cls in CONFIGS for f in fields_of(cls) if f.type is str]
     of_files = {
         f"--{f.name}"
-        for cls in CONFIGS
-        for f in fields_of(cls)
-        if f.type is str
-        and not f.metadata["choices"]
-        and re.search(r"\b(files?|folders?)\b", f.metadata["help"])
+        for f in texts
+        if not f.metadata["choices"] and re.search(r"\b(files?|folders?)\b", f.metadata["help"])
     }
-    assert of_files - FILES == {"--name"}  # of the model that is served; its file has one already
+    assert of_files - FILES == {"--name"}  # of a model; its help speaks of its file
 
 
 def test_none_is_refused():

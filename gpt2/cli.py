@@ -101,6 +101,9 @@ WORK = (
     "demo",
 )  # not for their output alone
 
+# Errors of the system that only another path, or other permissions, can mend.
+OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
@@ -143,7 +146,7 @@ def _run(command: str, rest: list[str]) -> int:
     except UserError as error:
         return _complain(str(error))
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in OF_A_PATH or not error.filename:
             raise
         return _complain(f"{shown(error.filename)}: {error.strerror}")
     except KeyboardInterrupt as stopped:

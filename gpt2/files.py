@@ -12,6 +12,7 @@ releases its locks after the lease time, a minute or two. On a file system witho
 another process of this machine is noticed, by the process number in the file.
 """
 
+import errno
 import hashlib
 import os
 import secrets
@@ -155,6 +156,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable_file(path: Path, option: str = "") -> None:
+    """Raises UserError, before long work, where its result could not be written to `path`.
+
+    Makes a file beside `path` and deletes it: permissions do not tell of a read-only file system.
+
+    Args:
+        path: of the result that will be written.
+        option: begins the message, such as "--out=".
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        probe = _temporary(path)
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{option}{path}: cannot write there ({reason}); name another file"
+        ) from None
+
+
 def check_replaceable(path: Path, begin: bytes, what: str) -> None:
     """Raises UserError where a result would replace something else than an earlier result.
 
@@ -163,15 +186,15 @@ def check_replaceable(path: Path, begin: bytes, what: str) -> None:
         begin: bytes with which every result of the command begins.
         what: such a result in words, for the message.
     """
-    if not path.exists():
-        return
     found = None
-    if path.is_file():  # reading a pipe or a device could wait for ever
-        try:
+    try:
+        if not path.exists():
+            return
+        if path.is_file():  # reading a pipe or a device could wait for ever
             with open(path, "rb") as file:
                 found = file.read(len(begin))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
     if found not in (begin, b""):
         raise UserError(f"{path} is there and no {what}; move it away, or name another file")
 

@@ -1,5 +1,6 @@
 """The commands as a person meets them: in a process of their own."""
 
+import errno
 import gc
 import os
 import random
@@ -65,6 +66,15 @@ def complain(capsys, *argv) -> str:
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
     assert message in complain(capsys, *argv)
+
+
+@pytest.mark.parametrize("kind", ["EACCES", "EROFS", "ENAMETOOLONG"])
+def test_a_path_that_the_system_refuses_is_one_line(capsys, monkeypatch, kind):
+    def refuse(argv):
+        raise OSError(getattr(errno, kind), "the reason", "/a/b")
+
+    monkeypatch.setitem(cli.COMMANDS, "plot", refuse)
+    assert complain(capsys, "plot") == "gpt2: error: /a/b: the reason\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["help"]])

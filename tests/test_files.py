@@ -4,12 +4,14 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gpt2.errors import UserError, first_line
 from gpt2.files import (
     check_replaceable,
+    check_writable_file,
     discard,
     fingerprint,
     leftovers,
@@ -24,6 +26,7 @@ from .conftest import ROOT
 
 HOLD = """
 import sys
+from pathlib import Path
 from pathlib import Path
 from gpt2.files import locked
 
@@ -232,6 +235,28 @@ def test_only_earlier_results_are_replaced(tmp_path):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(UserError, match="is there and no result"):
             check_replaceable(tmp_path / "pipe", b"{", "result")
+
+
+def test_a_place_that_takes_no_file_is_found_before_the_work(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    check_writable_file(path)
+    check_writable_file(tmp_path / "new.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert path.read_text() == "old"
+    with pytest.raises(
+        UserError, match=r"^--out=.*x: cannot write there \(.+\); name another file"
+    ):
+        check_writable_file(tmp_path / "nowhere" / "x", "--out=")
+    with pytest.raises(UserError, match="cannot write there \\(it is a folder"):
+        check_writable_file(tmp_path)
+
+    def refuse(path):  # as in a folder of somebody else
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(UserError, match=r"result\.json: Permission denied"):
+        check_replaceable(path, b"{", "result")
 
 
 def test_sha256_and_the_first_line_of_an_error(tmp_path):

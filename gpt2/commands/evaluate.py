@@ -31,7 +31,7 @@ from ..errors import UserError
 from ..evaluate.loss import Evaluation, combine, evaluate
 from ..evaluate.scoring import BATCH_TOKENS
 from ..evaluate.tasks import HELLASWAG, HUB, LAMBADA, Task, load_items
-from ..files import check_replaceable, write_atomically
+from ..files import check_replaceable, check_writable_file, write_atomically
 from ..report import console
 from ..tokenizer import Tokenizer
 
@@ -76,6 +76,7 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         raise UserError(f"--json={config.json}: no such folder; make it, or name another file")
     if config.json:
         check_replaceable(Path(config.json), b'{\n  "checkpoint"', "result of `gpt2 eval`")
+        check_writable_file(Path(config.json), "--json=")
     system = SystemOptions(device=config.device, dtype=config.dtype)
     with runtime.start(system, answer=lambda number: console.warn("stopping")) as rt:
         _check_sources(Path(checkpoint), config)

@@ -14,7 +14,7 @@ from ..config.model import to_dict
 from ..data.text_encodings import in_utf8
 from ..errors import UserError
 from ..evaluate.loss import Evaluation
-from ..files import write_atomically
+from ..files import check_writable_file, write_atomically
 from ..interpret import html_page
 from ..interpret.logit_lens import Look, look
 from ..interpret.patching import Patched, check_pair, patch_effects
@@ -30,11 +30,12 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
         text: the text; "-" reads it from stdin.
 
     Raises:
-        UserError: no text, too much text, no such model, or another file at `--out`; raised before
-            the forward pass.
+        UserError: no text, too much text, no such model, another file at `--out`, or a place where
+            no file can be written; raised before the forward pass.
     """
     if config.out:
         html_page.check_page_path(Path(config.out))
+        check_writable_file(Path(config.out), "--out=")
     text = _read(text, config.file)
     if not text:
         raise UserError('there is no text; write gpt2 inspect CKPT "some text", or --file=FILE')
@@ -59,7 +60,10 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
     if config.out:
         facts = _facts(found, seen, checkpoint) | {"note": note}
         content = html_page.build(seen, facts, tokenizer, patched).encode()
-        write_atomically(Path(config.out), content)
+        try:
+            write_atomically(Path(config.out), content)
+        except OSError as error:  # the disk is full, or the folder is gone meanwhile
+            raise UserError(f"--out={config.out}: {error.strerror or error}") from None
         console.log(f"{config.out}: {len(content) / 1e6:.1f} MB; open it in a browser")
     return 0
 

@@ -209,7 +209,7 @@ def _with_equal_seconds(
             raise UserError(f"{job.recipe}: cannot be measured: {_last_line(log)}")
         steps = load_json(log.read_bytes().splitlines()[-1], log, dict)["max_steps"]
         known[job.recipe] = {"asked": asked, "max_steps": steps}
-        write_atomically(path, json.dumps(known, indent=1).encode())
+        _write(path, json.dumps(known, indent=1).encode())
     return [job.with_steps(known[job.recipe]["max_steps"], seconds) for job in jobs]
 
 
@@ -263,6 +263,14 @@ def _written(log: Path, mode: str) -> IO[bytes]:
         return open(log, mode, opener=no_follow)
     except OSError as error:
         raise UserError(f"{log}: {error.strerror or error}; move it away") from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a whole file; raises UserError where that is impossible."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; move it away") from None
 
 
 def _last_line(log: Path) -> str:

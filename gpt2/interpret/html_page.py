@@ -151,12 +151,16 @@ def check_page_path(path: Path) -> None:
     if path.exists():
         if not path.is_file():  # reading a pipe or a device could wait for ever
             raise UserError(f"--out={path} is no file; name another")
-        with open(path, "rb") as file:
-            if MARK.encode() not in file.read(2000):
-                raise UserError(
-                    f"--out={path} is there and no page of `gpt2 inspect`; move it away, or name "
-                    "another file"
-                )
+        try:
+            with open(path, "rb") as file:
+                begin = file.read(2000)
+        except OSError as error:
+            raise UserError(f"--out={path}: {error.strerror or error}; name another file") from None
+        if MARK.encode() not in begin:
+            raise UserError(
+                f"--out={path} is there and no page of `gpt2 inspect`; move it away, or name "
+                "another file"
+            )
 
 
 def _short(values: Tensor) -> list:

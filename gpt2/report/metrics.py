@@ -167,9 +167,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    if path.exists():
+    """Leaves out the lines of later steps; raises UserError where that is impossible."""
+    if not path.exists():
+        return
+    try:
         kept = [json.dumps(r, ensure_ascii=False) for r in read_metrics(path) if r["step"] <= step]
         write_atomically(path, "".join(line + "\n" for line in kept).encode())
+    except OSError as problem:
+        raise UserError(f"{path}: {problem.strerror or problem}; the log stays as it was") from None
 
 
 def _plain(value: Any) -> Any:

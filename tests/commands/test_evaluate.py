@@ -198,6 +198,7 @@ def test_ctrl_c_ends_at_once(trained, tmp_path):
         (["nothing.pt", "--hellaswag=/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["nothing.pt", "--text=/nowhere.txt"], "--text=/nowhere.txt: no such file"),
         (["nothing.pt", "--text=README.md", "--json=/nowhere/x"], "--json=/nowhere/x: no such fol"),
+        (["nothing.pt", "--text=README.md", "--json=/proc/x"], "--json="),  # root cannot either
         (["nothing.pt", "--helaswag=x"], "did you mean --hellaswag?"),
         (["x.pt", "--lambada=hub", "--block_size=8"], "--block_size=8: for the losses of --data_"),
         (["x.pt", "--hellaswag=hub", "--eval_tokens=9"], "--eval_tokens=9: for the losses of --da"),

@@ -1,5 +1,6 @@
 """`gpt2 inspect` on the command line."""
 
+import errno
 import io
 import math
 import re
@@ -11,6 +12,7 @@ import torch
 
 from gpt2 import cli
 from gpt2.api import GPT2
+from gpt2.commands import inspect_text
 from gpt2.commands.inspect_text import encode, evaluation, format_table
 from gpt2.config.model import ModernConfig
 from gpt2.interpret import html_page
@@ -130,6 +132,7 @@ def test_maps_that_would_be_too_large_are_left_out(checkpoint, tmp_path, monkeyp
         (["--file=bad.txt"], "bad.txt is not UTF-8 (byte 1)"),
         (["word " * 60], "tokens, and the model sees 48 at once; leave out"),
         (["a", "--out=bad.txt"], "is there and no page of `gpt2 inspect`"),
+        (["a", "--out=/proc/x.html"], "x.html: "),  # not even root can write there
         (["a", "--top=0"], "top=0: use 1 or more"),
         (["a", "b"], "unrecognized arguments: b"),
         (["a b", "--patch=a b c"], "has 2 tokens and the second text 3"),
@@ -145,6 +148,19 @@ def test_mistakes(checkpoint, capsys, tmp_path, monkeypatch, argv, message):
     (tmp_path / "bad.txt").write_bytes(b"a\xffb")
     assert message in complain(capsys, "inspect", str(checkpoint), *argv)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_a_page_that_cannot_be_written_is_one_line(checkpoint, capsys, tmp_path, monkeypatch):
+    def refuse(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(inspect_text, "write_atomically", refuse)
+    argv = ["inspect", str(checkpoint), "a b", f"--out={tmp_path / 'p.html'}", "--device=cpu"]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "tokens predicted" in out
+    assert err.endswith("p.html: No space left on device\n")
+    assert err.count("\n") == 1
 
 
 def test_patching_by_text_and_by_token(checkpoint, capsys, tmp_path):

@@ -232,3 +232,9 @@ def test_a_log_that_cannot_be_written_is_one_line(call, trainer, tmp_path, capsy
     (tmp_path / "o" / name).mkdir(parents=True)
     assert call("--seconds=1") == 2
     assert f"{name}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_budgets_that_cannot_be_written_are_one_line(call, trainer, tmp_path, capsys):
+    (tmp_path / "o" / "budgets.json").mkdir(parents=True)
+    assert call("--seconds=1") == 2
+    assert "budgets.json: " in capsys.readouterr().err.splitlines()[-1]

@@ -110,6 +110,12 @@ def test_resume_drops_later_steps_and_a_half_line(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
+def test_resume_with_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: .*; the log stays as it was"):
+        open_log(tmp_path, resume_step=1).__enter__()
+
+
 def test_recorded_joins_the_lines_of_a_step(tmp_path):
     with open_log(tmp_path) as log:
         log.record(1, loss=2.0)

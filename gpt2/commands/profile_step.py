@@ -29,6 +29,7 @@ from ..distributed import runtime
 from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..errors import UserError
+from ..files import check_writable_file, move
 from ..model.gpt import LanguageModel
 from ..paths import check_unlinked
 from ..report import console, throughput
@@ -70,7 +71,8 @@ def run(options: ProfileConfig) -> int:
         raise UserError(f"trace={trace}: there is no folder {path.parent}")
     if not path.name.endswith((".json", ".json.gz")):
         raise UserError(f"trace={trace}: use a name that ends in .json or .json.gz")
-    check_unlinked(path.parent, path)  # PyTorch would write to the file behind a link
+    check_unlinked(path.parent, path)  # a link is no earlier trace
+    check_writable_file(path, "trace=")
     with runtime.start(config.system) as rt, _data(config) as data_dir:
         if rt.world_size > 1:
             raise UserError("gpt2 profile looks at one process; run it without torchrun")
@@ -119,14 +121,27 @@ def measure(
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with torch_profile(activities=kinds) as profiler:
         profiled = steps(STEPS)
-    try:
-        profiler.export_chrome_trace(str(trace))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {trace}: {error}") from None
+    write_trace(profiler, trace)
     events = profiler.events()
     times = _on_gpu(events) if on_gpu else _on_cpu(events)
     of_groups = Counter({name: value / STEPS / 1e6 for name, value in times.items()})
     return in_training or profiled, of_groups
+
+
+def write_trace(profiler: Any, path: Path) -> None:
+    """Writes what a profiler recorded; raises UserError where no file came of it.
+
+    PyTorch says nothing of a `.json` file that it could not write. Its file is therefore made in a
+    folder of its own, so that what is renamed to `path` is never the trace of an earlier call.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder, "trace.json.gz" if path.suffix == ".gz" else "trace.json")
+            profiler.export_chrome_trace(str(made))
+            move(made, path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}") from None
 
 
 def _on_gpu(events: Iterable[Any]) -> Counter[str]:

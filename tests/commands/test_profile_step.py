@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.autograd import DeviceType
 from gpt2.cli import main
 from gpt2.commands import profile_step
 from gpt2.config.model import GPT2Config
+from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 
 from ..conftest import TINY
@@ -112,6 +114,7 @@ def test_profile_on_a_cpu(data, data_dir, tmp_path, capsys):
         ("--trace=nowhere/t.json", "there is no folder nowhere"),
         ("--trace=t.txt", "ends in .json or .json.gz"),
         ("--trase=t.json", "did you mean"),
+        ("--trace=/proc/x.json", "trace=/proc/x.json: "),  # not even root can write there
     ],
 )
 def test_wrong_input_is_one_line(argument, message, capsys):
@@ -119,6 +122,18 @@ def test_wrong_input_is_one_line(argument, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_trace_that_pytorch_did_not_write_is_an_error(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text("of an earlier call")
+    with pytest.raises(UserError, match=r"cannot write .*t\.json: No such file"):
+        profile_step.write_trace(SimpleNamespace(export_chrome_trace=lambda path: None), path)
+    assert path.read_text() == "of an earlier call"
+    writes = SimpleNamespace(export_chrome_trace=lambda path: Path(path).write_text("new"))
+    profile_step.write_trace(writes, path)
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")

@@ -84,6 +84,15 @@ SHARDS_USAGE = """usage: gpt2 shards COMMAND …
   gpt2 shards show FOLDER|SHARD --doc=17  the text of one document
   gpt2 shards merge FOLDER                joins what `gpt2 prepare --worker=1/16`, … wrote"""
 
+LM_EVAL_USAGE = """usage: gpt2 lm_eval CHECKPOINT --tasks=TASK,TASK [--NAME=VALUE …]
+
+  gpt2 lm_eval out/out_ckpt.pt --tasks=lambada_openai,piqa   prints a table of scores
+
+Options are those of lm-evaluation-harness's `lm_eval run` (--limit=100, --num_fewshot=5,
+--output_path=FOLDER, …) except for --model, and --plugin=FILE.py. `gpt2 lm_eval --help=all` lists
+them. `lm_eval ls tasks` lists the tasks."""
+
+HELP = ("-h", "--help", "--help=all")
 
 MODEL_SOURCES = (
     "an out_ckpt.pt (or a checkpoint of nanoGPT, build-nanogpt, llm.c), a folder of Hugging "
@@ -124,14 +133,14 @@ def main(argv: list[str] | None = None) -> int:
         nothing = os.open(os.devnull, os.O_WRONLY)
         for number in closed:  # what is left must not complain at exit
             os.dup2(nothing, number)
-        if arguments[0] in WORK and not {"-h", "--help", "--help=all"} & set(arguments):
+        if arguments[0] in WORK and not {*HELP} & {*arguments}:
             _complain(f"{arguments[0]} stopped, because nobody reads its output any more")
         return 1
 
 
 def _run(command: str, rest: list[str]) -> int:
     """Runs one command; returns the exit code."""
-    if command in ("-h", "--help", "help"):
+    if command in (*HELP, "help"):
         print(USAGE)
         return 0
     if command == "--version":
@@ -189,7 +198,7 @@ def prepare(argv: list[str]) -> int:
 def shards(argv: list[str]) -> int:
     """`gpt2 shards`, which has commands of its own."""
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    if command in ("-h", "--help", "help"):
+    if command in (*HELP, "help"):
         print(SHARDS_USAGE)
         return 0
     return _choose(command, SHARDS_COMMANDS, "shards ")(rest)
@@ -293,6 +302,13 @@ def evaluate(argv: list[str]) -> int:
 
 def lm_eval(argv: list[str]) -> int:
     """`gpt2 lm_eval`: lm-evaluation-harness's own command, with our model."""
+    if argv and argv[0] in HELP:
+        print(LM_EVAL_USAGE)
+        if argv[0] != "--help=all":
+            return 0
+        print(flush=True)
+        argv = ["CHECKPOINT", *argv]  # the harness shows its help whatever else it is given
+    argv = ["--help" if argument == "--help=all" else argument for argument in argv]
     if not argv or argv[0].startswith("-"):
         raise UserError(
             "name a checkpoint first: gpt2 lm_eval out/out_ckpt.pt --tasks=…; "
@@ -337,9 +353,9 @@ def compare(argv: list[str]) -> int:
 def sweep(argv: list[str]) -> int:
     """`gpt2 sweep`: a grid of options, each with several seeds, and their comparison."""
     own, texts, rest = split_arguments(argv)
+    if {*HELP} & {*argv}:
+        parse_with_positional(SweepConfig, ["--help"], "gpt2 sweep", {"recipe": "TOML file"})
     if not rest or rest[0].startswith("-"):
-        if {"-h", "--help"} & {*own}:
-            parse_with_positional(SweepConfig, own, "gpt2 sweep", {"recipe": "TOML file"})
         raise UserError("name the recipe first: gpt2 sweep RECIPE.toml --set muon_lr=0.01,0.02")
     config = parse(SweepConfig, own, "gpt2 sweep")
     found = jobs(rest[0], config, texts, rest[1:])

@@ -91,6 +91,24 @@ def test_help_names_every_command_for_shards(capsys, argv):
     assert all(f"gpt2 shards {name} " in out for name in cli.SHARDS_COMMANDS)
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help=all"])
+@pytest.mark.parametrize(
+    "command", ["", *cli.COMMANDS, *(f"shards {name}" for name in cli.SHARDS_COMMANDS)]
+)
+def test_every_command_explains_itself(capsys, command, flag):
+    """As `gpt2 --help` says of every one."""
+    if (command, flag) == ("lm_eval", "--help=all"):
+        pytest.importorskip("lm_eval")  # whose options they are
+    try:
+        code = cli.main([*command.split(), flag])
+    except SystemExit as stopped:  # of argparse
+        code = stopped.code
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: ")
+    assert command == "" or command in out
+
+
 def test_shards_from_the_command_line(gpt2_data_dir, tmp_path):
     """Exit codes 0 and 1, as scripts want them; a bar only where there is a terminal."""
     folder = shutil.copytree(gpt2_data_dir, tmp_path / "data")

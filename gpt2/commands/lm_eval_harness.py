@@ -7,6 +7,8 @@ it and then runs the harness's own command. This is the only module that imports
 import json
 import re
 import sys
+import traceback
+from difflib import get_close_matches
 from typing import Any
 
 from lm_eval._cli import HarnessCLI
@@ -25,7 +27,7 @@ from ..data.chat_formats import ROLES, check_messages
 from ..data.chat_template import turn_end
 from ..distributed.devices import choose_device, choose_dtype
 from ..distributed.runtime import Runtime
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..evaluate.scoring import score
 from ..generate.stream import stream
 
@@ -34,7 +36,8 @@ def main(checkpoint: str, argv: list[str]) -> int:
     """`lm_eval run --model gpt2` on a checkpoint; `argv` are further options of that command.
 
     Raises:
-        UserError: a checkpoint that cannot be read, an option that this command itself gives.
+        UserError: a checkpoint that cannot be read, an option that this command itself gives, or
+            one that the harness refuses, such as an unknown task.
     """
     given = {argument.partition("=")[0] for argument in argv}
     if taken := given & {"--model", "-M", "-a"}:
@@ -50,9 +53,29 @@ def main(checkpoint: str, argv: list[str]) -> int:
         setup_logging()
         harness = HarnessCLI()
         harness.execute(harness.parse_args())
+    except (ValueError, TypeError, OSError) as error:
+        if said := _about_options(error):
+            raise UserError(said) from None
+        raise
     finally:
         sys.argv = before
     return 0
+
+
+def _about_options(error: Exception) -> str:
+    """What the harness found wrong with its options, in one line; "" for any other error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    said, module = first_line(error), str(frames[-1].f_globals.get("__name__"))
+    if not module.startswith("lm_eval.config") and not said.startswith("No tasks specified"):
+        return ""
+    names = said.removeprefix("Tasks not found: ")
+    if names == said:
+        return f"lm_eval: {said.rstrip('.')}; see gpt2 lm_eval --help=all"
+    # Making the list anew takes seconds.
+    known = getattr(frames[-1].f_locals.get("task_manager"), "all_tasks", [])
+    close = [c for name in names.split(", ") for c in get_close_matches(name, known, n=1)]
+    hint = f" (did you mean {', '.join(close)}?)" if close else ""
+    return f"--tasks: no such task: {names}; `lm_eval ls tasks` lists them{hint}"
 
 
 @register_model("gpt2")

@@ -1,5 +1,6 @@
 """lm-evaluation-harness with our model and with the same weights as `--model hf`: equal numbers."""
 
+import functools
 import json
 import os
 import sys
@@ -112,7 +113,6 @@ import functools, json, sys
 import lm_eval.evaluator
 from gpt2 import cli
 from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 
 lm_eval.evaluator.add_env_info = lambda storage: None  # asks pip for all packages each time
 # Reads 14,000 files of tasks otherwise, 13 s long.
@@ -283,6 +283,40 @@ def test_mistakes_are_one_line(capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--tasks=foo,local_choise"],
+            "--tasks: no such task: foo, local_choise; `lm_eval ls tasks` lists them "
+            "(did you mean local_choice?)",
+        ),
+        (["--tasks=foo"], "--tasks: no such task: foo; `lm_eval ls tasks` lists them"),
+        (["--tasks=foo", "--config=/nope.yaml"], "lm_eval: Config file not found: "),
+    ],
+)
+def test_what_the_harness_refuses_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    # Reads 14,000 files of tasks otherwise.
+    without = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", without)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as the harness does, but for this test
+    data = DATA.format(file=tmp_path / "none.jsonl")
+    (tmp_path / "local_choice.yaml").write_text(CHOICE + data, encoding="utf-8")
+    assert cli.main(["lm_eval", "x.pt", f"--include_path={tmp_path}", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"gpt2: error: {message}")
+
+
+def test_an_error_that_is_not_about_options_keeps_its_traceback(monkeypatch):
+    def fail(self, args):
+        raise ValueError("a fault of the program")
+
+    monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", fail)
+    with pytest.raises(ValueError, match="a fault of the program"):
+        cli.main(["lm_eval", "x.pt", "--tasks=foo"])
 
 
 def test_without_lm_eval_it_says_how_to_install_it(capsys, monkeypatch):

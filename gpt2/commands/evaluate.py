@@ -79,14 +79,14 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         check_writable_file(Path(config.json), "--json=")
     system = SystemOptions(device=config.device, dtype=config.dtype)
     with runtime.start(system, answer=lambda number: console.warn("stopping")) as rt:
-        _check_sources(Path(checkpoint), config)
+        _check_sources(checkpoint, config)
         found = weights.load(checkpoint)
         found.tokenizer.check()
         context = found.config.block_size
         if config.block_size > context:
             raise UserError(f"--block_size={config.block_size}: use at most the context, {context}")
         config = replace(config, block_size=config.block_size or context)
-        measurements = list(_measurements(Path(checkpoint), config, rt, found))
+        measurements = list(_measurements(weights.locate(checkpoint), config, rt, found))
         model = GPT2.from_weights(found, str(rt.device))
         results = _describe(checkpoint, found.step, model, config.block_size, rt)
         for measure in measurements:
@@ -102,7 +102,7 @@ def run(checkpoint: str, config: EvalConfig) -> int:
     return 0
 
 
-def _check_sources(checkpoint: Path, config: EvalConfig) -> None:
+def _check_sources(checkpoint: str, config: EvalConfig) -> None:
     """Raises UserError, before gigabytes of weights are read, for what cannot be evaluated on."""
     if config.text and not Path(config.text).is_file():
         raise UserError(f"--text={config.text}: no such file")
@@ -112,7 +112,10 @@ def _check_sources(checkpoint: Path, config: EvalConfig) -> None:
     if config.data_dir and not is_chat(config.data_dir):
         open_datasets(config.data_dir, with_training=False)
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
-    if not asked and not _settings_of_run(checkpoint).get("data_dir", ""):
+    place = weights.locate(checkpoint)
+    # A clone brings box-chat with its config.toml, and without its data.
+    has_data = place == Path(checkpoint) and _settings_of_run(place).get("data_dir", "")
+    if not asked and not has_data:
         raise UserError(
             "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text=FILE, "
             "--hellaswag=FILE, --lambada=FILE (or hub instead of the last two files)"
@@ -127,11 +130,11 @@ def _check_sources(checkpoint: Path, config: EvalConfig) -> None:
 
 
 def _measurements(
-    checkpoint: Path, config: EvalConfig, rt: Runtime, found: weights.Weights
+    place: Path, config: EvalConfig, rt: Runtime, found: weights.Weights
 ) -> Iterator[Measurement]:
     """The measurements that the options ask for; their input is read and checked here."""
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
-    tokenizer, settings = found.tokenizer, _settings_of_run(checkpoint)
+    tokenizer, settings = found.tokenizer, _settings_of_run(place)
     of_run = {} if asked else settings
     data_dir = config.data_dir or of_run.get("data_dir", "")
     eval_tokens = config.eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
@@ -176,10 +179,11 @@ def _open(
     return datasets
 
 
-def _settings_of_run(checkpoint: Path) -> Results:
-    """The config.toml beside a checkpoint; {} if there is none."""
-    beside = checkpoint.with_name(CONFIG_FILE)
+def _settings_of_run(place: Path) -> Results:
+    """The config.toml in the folder of a run, or beside a checkpoint; {} if there is none."""
+    inside = place / CONFIG_FILE
     try:
+        beside = inside if inside.is_file() else place.absolute().parent / CONFIG_FILE
         return from_here(beside, read_toml(beside))
     except (OSError, ValueError):
         return {}

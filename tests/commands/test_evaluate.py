@@ -74,10 +74,14 @@ def test_everything_at_once(trained, files, data_dir, tmp_path, capsys):
     assert "step 3, " in shown
 
 
-def test_without_options_the_data_of_the_run(trained, data_dir, tmp_path):
+@pytest.mark.parametrize("source", ["out_ckpt.pt", "the folder", "."])
+def test_without_options_the_data_of_the_run(source, trained, data_dir, tmp_path, monkeypatch):
     target = tmp_path / "results.json"
     config = EvalConfig(json=str(target), device="cpu", dtype="float32")
-    assert run(str(trained), config) == 0
+    if source == ".":
+        monkeypatch.chdir(trained.parent)
+    names = {"out_ckpt.pt": str(trained), "the folder": str(trained.parent), ".": "."}
+    assert run(names[source], config) == 0
     found = json.loads(target.read_text())
     assert found["val_loss"] == pytest.approx(metrics(trained.parent, "val_loss")[3], abs=1e-6)
     assert found["val_source"] == str(data_dir)
@@ -190,10 +194,17 @@ def test_ctrl_c_ends_at_once(trained, tmp_path):
     assert process.returncode == 130
 
 
+def test_a_folder_without_a_run_has_nothing_to_evaluate_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nothing to evaluate on"):
+        run(".", EvalConfig(device="cpu"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nothing.pt"], "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text="),
+        (["box-chat"], "nothing to evaluate on"),
         (["nothing.pt", "--data_dir=/nowhere"], "no data folder /nowhere"),
         (["nothing.pt", "--hellaswag=/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["nothing.pt", "--text=/nowhere.txt"], "--text=/nowhere.txt: no such file"),

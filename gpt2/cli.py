@@ -39,6 +39,7 @@ from .config.train import TrainConfig
 from .errors import UserError, install_command
 from .report.console import closed_pipes, one_line
 from .untrusted.display import shown
+from .untrusted.parsing import read_toml
 
 USAGE = """usage: gpt2 COMMAND [OPTIONS]
 
@@ -358,6 +359,8 @@ def sweep(argv: list[str]) -> int:
     if not rest or rest[0].startswith("-"):
         raise UserError("name the recipe first: gpt2 sweep RECIPE.toml --set muon_lr=0.01,0.02")
     config = parse(SweepConfig, own, "gpt2 sweep")
+    # Each run reads the file as its --config=, which nobody typed here.
+    read_toml(Path(rest[0]), f"recipe {rest[0]}")
     found = jobs(rest[0], config, texts, rest[1:])
     from .commands.sweep import run
 

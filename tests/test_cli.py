@@ -58,6 +58,8 @@ def complain(capsys, *argv) -> str:
         (["export", "missing.pt", "x"], "missing.pt: no such checkpoint"),
         (["export", "missing.pt", "x", "--to=onnx"], "hf"),
         (["export", "missing.pt", "x", "--dtype=int8"], "int8"),
+        (["sweep", "/nowhere.toml"], "error: recipe /nowhere.toml: No such file or directory"),
+        (["sweep", "tests"], "error: recipe tests: not a file"),
         (["average", "/nowhere"], "holds no saved states; name the folder of a run"),
         (["average", "/nowhere", "--last=0"], "last=0"),
         (["push", "missing.pt", "name"], "'name': name the repository as OWNER/NAME"),

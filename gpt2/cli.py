@@ -37,6 +37,7 @@ from .config.finetune import FinetuneConfig
 from .config.sweep import SweepConfig, jobs, split_arguments
 from .config.train import TrainConfig
 from .errors import UserError, install_command
+from .paths import for_shell
 from .report.console import closed_pipes, one_line
 from .untrusted.display import shown
 from .untrusted.parsing import read_toml
@@ -450,7 +451,7 @@ def demo(argv: list[str]) -> int:
     if (read_manifest(Path("data/stdlib")) or {}).get("complete"):
         del steps[0]  # perhaps of another version of Python, which is as good
     for command, arguments in steps:
-        print(f"\n$ gpt2 {command.__name__} {' '.join(arguments)}", flush=True)
+        print(f"\n$ gpt2 {command.__name__} {' '.join(map(for_shell, arguments))}", flush=True)
         if code := command(arguments):
             return code
     return 0

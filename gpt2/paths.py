@@ -7,10 +7,13 @@ A folder that a stranger has made may hold symbolic links in the place of files 
 writes. A file that is replaced is renamed over such a link (`files.py`). A file that is opened in
 place is opened by `no_follow`, and a folder that is written into is checked by `check_unlinked`.
 The folder that a person names, and its parents, may be links.
+
+A path in a command that is printed for pasting goes through `for_shell`.
 """
 
 import errno
 import os
+import shlex
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeGuard
 
@@ -64,6 +67,18 @@ def check_unlinked(folder: Path, *paths: Path) -> None:
                     f"{part} is a symbolic link and may lead out of {folder}; move it away, or "
                     "use another folder"
                 )
+
+
+def for_shell(text: object) -> str:
+    """A path or an argument as one word of a command that is printed for pasting into a shell.
+
+    What needs no quotes stays as it is.
+    """
+    if os.name == "nt":  # cmd.exe knows no single quotes, and a backslash needs none
+        import subprocess  # here, since only Windows needs it
+
+        return subprocess.list2cmdline([str(text)])
+    return shlex.quote(str(text))
 
 
 def no_follow(path: str, flags: int) -> int:

@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,23 @@ def test_every_command_explains_itself(capsys, command, flag):
     assert (code, err) == (0, "")
     assert out.startswith("usage: ")
     assert command == "" or command in out
+
+
+def test_demo_shows_its_commands_for_pasting(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    called = []
+    for name in ("prepare", "train", "plot", "sample"):
+
+        def note(argv, name=name):
+            called.append(["gpt2", name, *argv])
+            return 0
+
+        note.__name__ = name
+        monkeypatch.setattr(cli, name, note)
+    assert cli.demo(["--out_dir=my run"]) == 0
+    said = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    assert [shlex.split(line) for line in said] == called
+    assert "my run/out_ckpt.pt" in called[-1]
 
 
 def test_shards_from_the_command_line(gpt2_data_dir, tmp_path):

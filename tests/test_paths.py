@@ -3,12 +3,14 @@
 import ast
 import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.paths import below, check_unlinked, is_below, no_follow
+from gpt2.paths import below, check_unlinked, for_shell, is_below, no_follow
 
 from .conftest import ROOT
 
@@ -175,3 +177,15 @@ def test_opening_does_not_follow_a_link(links, mode, monkeypatch):
     with open(links / "sub/new", "wb", opener=no_follow) as file:
         file.write(b"x")
     assert (links / "sub/new").stat().st_mode & 0o777 == (links / "sub/file").stat().st_mode & 0o777
+
+
+@pytest.mark.skipif(os.name == "nt", reason="quotes of a POSIX shell")
+def test_a_printed_command_can_be_pasted():
+    for plain in ("out/a.pt", Path("/tmp/x_1-2"), "data:0.8,code:0.2", "--seed=1"):
+        assert for_shell(plain) == str(plain)
+    for odd in ("a b", "it's", "$HOME/x", "~/x", "a;rm -r b", "--prompt=def main("):
+        assert shlex.split(f"gpt2 plot {for_shell(odd)}") == ["gpt2", "plot", odd]
+        said = subprocess.run(
+            ["sh", "-c", f"printf %s {for_shell(odd)}"], capture_output=True, text=True, check=True
+        )
+        assert said.stdout == odd

@@ -26,6 +26,7 @@ from ..data.vocabulary import TOKENIZER_FILE, Vocabulary, named_in, of_shards
 from ..errors import UserError
 from ..files import sha256_of
 from ..huggingface.shard_tokenizer import tokenizer_beside
+from ..paths import for_shell
 from ..report.console import log, warn
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 
@@ -229,14 +230,14 @@ def _open_folder(folder: Path) -> tuple[list[Path], dict | None]:
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder of shards, such as {folder.parent}")
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; make shards with `gpt2 prepare --out_dir={folder}`")
+        make = f"gpt2 prepare --out_dir={for_shell(folder)}"
+        raise UserError(f"no folder {folder}; make shards with `{make}`")
     paths, manifest = shard_paths(folder), read_manifest(folder)
     if not paths:
         check_joined(folder)
     if not paths and not (manifest and manifest["shards"]):
-        raise UserError(
-            f"{folder} holds no shards; make them with `gpt2 prepare --out_dir={folder}`"
-        )
+        make = f"gpt2 prepare --out_dir={for_shell(folder)}"
+        raise UserError(f"{folder} holds no shards; make them with `{make}`")
     return paths, manifest
 
 

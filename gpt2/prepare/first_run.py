@@ -9,6 +9,8 @@ size that has (Hoffmann et al. 2022, arXiv:2203.15556).
 import shutil
 from pathlib import Path
 
+from ..paths import for_shell
+
 AMD_DRIVER = Path("/dev/kfd")  # of ROCm
 CPU_STEP_TOKENS = 1024  # of configs/laptop.toml: 0.4 to 1.6 s on two cores with gpt2-mini
 CPU_STEPS, CPU_EPOCHS = 300, 20
@@ -61,4 +63,5 @@ def options(tokens: int, device: str) -> dict[str, object]:
 def command(tokens: int, device: str, out_dir: Path) -> str:
     """The command line of a first run on the shards in `out_dir`."""
     chosen = "".join(f" --{name}={value}" for name, value in options(tokens, device).items())
-    return f"gpt2 train --data_dir={out_dir} --out_dir=out/{out_dir.name}{chosen}"
+    data, out = for_shell(out_dir), for_shell(f"out/{out_dir.name}")
+    return f"gpt2 train --data_dir={data} --out_dir={out}{chosen}"

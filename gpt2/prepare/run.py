@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..config.commands import PrepareConfig
 from ..errors import DamagedFile, UserError, install_command
+from ..paths import for_shell
 from ..report.console import log
 from ..tokenizer import END_OF_TEXT_NAME, Tokenizer
 from ..untrusted.display import shown
@@ -204,7 +205,7 @@ def _summary(job: ShardJob) -> str:
         note = "the last shard is partial by design: it holds what was left\n"
     then = ""
     if "worker" in done:
-        then = f"when all workers are done: gpt2 shards merge {job.out_dir.parent}"
+        then = f"when all workers are done: gpt2 shards merge {for_shell(job.out_dir.parent)}"
         if not done["complete"]:
             then = "`gpt2 shards merge` needs the whole share: run it again without a limit"
     else:

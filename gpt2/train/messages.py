@@ -21,6 +21,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..evaluate.loss import Evaluation, combine
 from ..files import write_atomically
+from ..paths import for_shell
 from ..report import console, metrics, throughput
 from ..report.versions import warn_of_newer_torch
 from .run_folder import MODEL_NAME, is_on_record, out_dir
@@ -283,8 +284,9 @@ def conclude(state: TrainState, config: TrainConfig, resumed_at: int, early: boo
         except UserError as error:
             console.warn(f"no curves: {error}")
     chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
-    use = f"gpt2 chat {model}" if chat else f'gpt2 sample {model} --prompt="Hello world,"'
-    console.log(f"next: gpt2 plot {folder}, {use}, gpt2 eval {model}")
+    run, ckpt = for_shell(folder), for_shell(model)
+    use = f"gpt2 chat {ckpt}" if chat else f'gpt2 sample {ckpt} --prompt="Hello world,"'
+    console.log(f"next: gpt2 plot {run}, {use}, gpt2 eval {ckpt}")
 
 
 @contextlib.contextmanager

@@ -166,6 +166,8 @@ def test_nothing_to_look_at(tmp_path):
             look(tmp_path)
         with pytest.raises(UserError, match=r"no folder .*nowhere; make shards with"):
             look(tmp_path / "nowhere")
+        with pytest.raises(UserError, match=r"`gpt2 prepare --out_dir=(['\"]).*a b\1`"):
+            look(tmp_path / "a b")
     (tmp_path / "x_train_000001.txt").touch()
     with pytest.raises(UserError, match=r"txt is a file; name the folder of shards, such as"):
         info(tmp_path / "x_train_000001.txt")

@@ -53,6 +53,12 @@ def test_on_a_gpu_it_ends(tokens):
     assert (c.model.size == "gpt2") == (4 * tokens >= 10**9)
 
 
+def test_the_command_can_be_pasted():
+    line = command(3_000, "cpu", Path("/my data/a text"))
+    c = parse(TrainConfig, shlex.split(line)[2:], "gpt2 train")
+    assert (c.data.data_dir, c.output.out_dir) == ("/my data/a text", "out/a text")
+
+
 def test_the_full_sample_of_fineweb_is_the_default_recipe():
     assert options(10**10, "cuda") == {}
 

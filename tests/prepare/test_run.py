@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import struct
@@ -264,6 +265,14 @@ def test_workers_do_not_change_a_byte(tmp_path, corpus, undisturbed, monkeypatch
         monkeypatch.setattr(tokenize_rows, "BATCH_CHARS", 700)
     run(corpus, tmp_path / "out", shard_tokens=1500, num_workers=2)
     assert content(tmp_path / "out") == content(undisturbed)
+
+
+def test_a_worker_names_the_next_command_for_pasting(tmp_path, capsys):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("A quiet harbour. " * 50)
+    assert run(tmp_path, tmp_path / "my data", worker="1/2") == 0
+    said = capsys.readouterr().out.splitlines()[-1].partition(": ")[2]
+    assert shlex.split(said) == ["gpt2", "shards", "merge", str(tmp_path / "my data")]
 
 
 @pytest.mark.parametrize("limits", [[2, 3, 4], [5, 9], [2, 7, 8, 1000]])

@@ -1,7 +1,9 @@
 """A text sample at each evaluation, which the run does not notice; lines on the console."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 
 import pytest
@@ -151,3 +153,15 @@ def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(data_dir, tmp_
     said = capsys.readouterr()
     assert "its peak" not in said.out + said.err
     assert "averaged over" not in said.out + said.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="quotes of a POSIX shell")
+def test_what_is_next_can_be_pasted(data_dir, tmp_path, capsys):
+    folder = tmp_path / "my run"
+    assert loop.run(config(data_dir, folder, "--max_steps=1")) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    plot, sample, evaluate = re.split(r", (?=gpt2 )", said.removeprefix("next: "))
+    model = str(folder / "out_ckpt.pt")
+    assert shlex.split(plot) == ["gpt2", "plot", str(folder)]
+    assert shlex.split(sample) == ["gpt2", "sample", model, "--prompt=Hello world,"]
+    assert shlex.split(evaluate) == ["gpt2", "eval", model]

@@ -112,8 +112,8 @@ WORK = (
     "demo",
 )  # not for their output alone
 
-# Errors of the system that only another path, or other permissions, can mend.
-OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
+# Errors of the system that only another path, other permissions or more room can mend.
+OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,7 +71,7 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
     assert message in complain(capsys, *argv)
 
 
-@pytest.mark.parametrize("kind", ["EACCES", "EROFS", "ENAMETOOLONG"])
+@pytest.mark.parametrize("kind", ["EACCES", "EROFS", "ENAMETOOLONG", "ENOSPC"])
 def test_a_path_that_the_system_refuses_is_one_line(capsys, monkeypatch, kind):
     def refuse(argv):
         raise OSError(getattr(errno, kind), "the reason", "/a/b")

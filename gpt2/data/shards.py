@@ -19,9 +19,8 @@ import numpy as np
 from ..errors import UserError
 from ..files import write_atomically
 from ..paths import is_below
-from ..untrusted.parsing import read_json
 from .manifest_kinds import has_right_kinds
-from .vocabulary import GPT2_VOCABULARY, Vocabulary, of_shards
+from .vocabulary import GPT2_VOCABULARY, Vocabulary, manifest_value, of_shards
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -222,8 +221,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_atomically(folder / SHARD_MANIFEST, text.encode())
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, or None where there is none.
+def read_manifest(folder: Path, advice: str = "") -> dict[str, Any] | None:
+    """The manifest of a folder, or None where there is none; `advice` ends an error's line.
 
     Raises:
         UserError: the file is damaged, or lists a file that cannot be a shard of this folder.
@@ -231,7 +230,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / SHARD_MANIFEST
     if not path.exists():
         return None
-    manifest = read_json(path, object, "delete its folder and start over")
+    manifest = manifest_value(path, advice or "delete its folder and start over")
     entries = manifest.get("shards") if isinstance(manifest, dict) else None
     if (
         not (isinstance(entries, list) and all(map(_is_entry, entries)))
@@ -239,7 +238,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         or not PREFIX.fullmatch(str(manifest.get("prefix", "x")))
         or not has_right_kinds(manifest)
     ):
-        raise UserError(f"{path} is not a manifest of shards; use another --out_dir=")
+        raise UserError(f"{path} is not a manifest of shards; {advice or 'use another --out_dir='}")
     return manifest
 
 

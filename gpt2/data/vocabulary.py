@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 from ..config.model import GPT2_VOCAB_SIZE
 from ..errors import UserError
 from ..tokenizer import END_OF_TEXT, Tokenizer
-from ..untrusted.parsing import read_json
+from ..untrusted.parsing import load_json, read_bytes
 
 MAX_SIZE = 2**16  # of ids in a shard, which has 16 bits for each
 OWN = "own"  # name of a tokenizer that is not GPT-2's, in a manifest
 TOKENIZER_FILE = "tokenizer.json"  # beside the shards, if it is not GPT-2's
+# `gpt2 prepare` takes a folder of a million small files and must read the list again.
+MANIFEST_BYTES, MANIFEST_VALUES = 2**26, 2**21
 
 
 class Vocabulary(NamedTuple):
@@ -68,24 +70,49 @@ def of_shards(manifest: Path) -> Vocabulary:
     """The vocabulary of a folder of shards.
 
     Args:
-        manifest: path of its manifest. Folders of other programs have none, or one of their own.
+        manifest: path of its manifest. Folders of other programs have none.
 
     Raises:
-        UserError: a tokenizer lies beside the shards, and no manifest says how it is used.
+        UserError: a manifest that cannot be read or names no tokenizer, which would leave ids
+            without a meaning; a tokenizer lies beside the shards, and no manifest says how it is
+            used.
     """
-    has_tokenizer = (manifest.parent / TOKENIZER_FILE).exists()
-    if has_tokenizer and not manifest.exists():
-        raise UserError(
-            f"{manifest.parent} holds a {TOKENIZER_FILE} without the {manifest.name} that says how "
-            "it is used; run `gpt2 prepare` again"
-        )
-    try:
-        content = read_json(manifest, object) if manifest.exists() else None
-    except UserError:
-        if has_tokenizer:
-            raise
+    if not manifest.exists():
+        if (manifest.parent / TOKENIZER_FILE).exists():
+            raise UserError(
+                f"{manifest.parent} holds a {TOKENIZER_FILE} without the {manifest.name} that says "
+                "how it is used; run `gpt2 prepare` again"
+            )
         return GPT2_VOCABULARY
+    advice = mending(manifest)
+    content = manifest_value(manifest, advice)
     told = content.get("tokenizer") if isinstance(content, dict) else None
-    if isinstance(told, dict) and told.get("name") == OWN and not is_described(told):
+    # Every version of `gpt2 prepare` has written both, also before the first shard.
+    if not isinstance(told, dict) or not isinstance(content.get("shards"), list):
+        raise UserError(f"{manifest} is not a manifest of shards; {advice}")
+    if told.get("name") not in (Tokenizer.name, OWN):
+        raise UserError(f"{manifest} does not name the tokenizer of its shards; {advice}")
+    if not is_described(told):
         raise UserError(f"{manifest} does not describe its tokenizer; run `gpt2 prepare` again")
-    return named_in(content) if isinstance(told, dict) else GPT2_VOCABULARY
+    return named_in(content)
+
+
+def manifest_value(path: Path, advice: str) -> Any:
+    """The JSON value of a manifest, which names every file of its source.
+
+    Args:
+        path: of the manifest.
+        advice: how to go on, for the error message.
+
+    Raises:
+        UserError: the file is missing, too large, or not JSON.
+    """
+    data = read_bytes(path, advice, MANIFEST_BYTES)
+    return load_json(data, path, object, advice, MANIFEST_VALUES)
+
+
+def mending(manifest: Path) -> str:
+    """Advice on a broken manifest beside whole shards, for error messages."""
+    if (manifest.parent / TOKENIZER_FILE).exists():
+        return "put a whole copy in its place, or make the shards again in a new folder"
+    return "put a whole copy in its place, or delete it if the shards have GPT-2's vocabulary"

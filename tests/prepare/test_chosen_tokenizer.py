@@ -205,7 +205,57 @@ def test_a_manifest_that_is_not_to_be_trusted(own, texts, tmp_path):
         find_shards(tmp_path / "d", "train")
     (tmp_path / "d/tokenizer.json").unlink()
     assert find_shards(tmp_path / "d", "train")[0].vocabulary == GPT2_VOCABULARY
-    path.write_text("{")  # of another program
+
+
+BROKEN = {
+    "not JSON": ("{", "is not JSON"),
+    "empty": ("", "is not JSON"),
+    "no object": ("[]", "is not a manifest of shards"),
+    "an empty object": ("{}", "is not a manifest of shards"),
+    "of another program": ('{"version": 3, "name": "x"}', "is not a manifest of shards"),
+    "no list of shards": ('{"tokenizer": {"name": "gpt2"}}', "is not a manifest of shards"),
+    "no tokenizer": ('{"shards": []}', "is not a manifest of shards"),
+    "no name": ('{"shards": [], "tokenizer": {}}', "does not name the tokenizer"),
+    "an unknown name": ('{"shards": [], "tokenizer": {"name": "x"}}', "does not name the token"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_manifest_is_not_read_as_gpt2s(content, message, own, texts, tmp_path):
+    """1,000 ids of another tokenizer would be trained on with GPT-2's 50,257."""
+    assert prepare(texts, tmp_path / "own", own) == 0
+    assert prepare(texts, tmp_path / "gpt2", "tiktoken") == 0
+    ways = {"own": "make the shards again in a new folder", "gpt2": "or delete it if the shards"}
+    for folder, way_out in ways.items():
+        path = tmp_path / folder / "manifest.json"
+        path.write_text(content)
+        with pytest.raises(UserError, match=message) as caught:
+            find_shards(path.parent, "train")
+        assert way_out in str(caught.value)
+        assert "\n" not in str(caught.value)
+    path.unlink()  # as the message says
+    assert find_shards(tmp_path / "gpt2", "train")[0].vocabulary == GPT2_VOCABULARY
+
+
+def test_an_unfinished_folder_and_a_stray_tokenizer_are_read(own, texts, tmp_path):
+    """A manifest that names GPT-2's tokenizer counts, whatever lies beside it."""
+    assert prepare(texts, tmp_path / "own", own, shard_tokens=300, max_shards=2) == 0
+    assert find_shards(tmp_path / "own", "train")[0].vocabulary.end_of_text == 1
+    assert prepare(texts, tmp_path / "gpt2", "tiktoken", shard_tokens=300, max_shards=2) == 0
+    assert not read_manifest(tmp_path / "gpt2")["complete"]
+    shutil.copy(own / "tokenizer.json", tmp_path / "gpt2")
+    assert find_shards(tmp_path / "gpt2", "train")[0].vocabulary == GPT2_VOCABULARY
+    (tmp_path / "new").mkdir()  # as an interrupted preparation leaves it before the first shard
+    write_manifest(tmp_path / "new", read_manifest(tmp_path / "gpt2") | {"shards": []})
+    assert of_shards(tmp_path / "new/manifest.json") == GPT2_VOCABULARY
+
+
+def test_the_manifest_of_many_small_files_is_read_again(texts, tmp_path):
+    """`gpt2 prepare` writes it, so the same command, and training, must read it."""
+    assert prepare(texts, tmp_path / "d", "tiktoken") == 0
+    files = {f"{number:06}.txt": 1 for number in range(300_000)}
+    write_manifest(tmp_path / "d", read_manifest(tmp_path / "d") | {"files": files})
+    assert read_manifest(tmp_path / "d")["files"] == files
     assert find_shards(tmp_path / "d", "train")[0].vocabulary == GPT2_VOCABULARY
 
 

@@ -22,7 +22,7 @@ from ..data.shards import (
     redo,
     shard_paths,
 )
-from ..data.vocabulary import TOKENIZER_FILE, Vocabulary, named_in, of_shards
+from ..data.vocabulary import TOKENIZER_FILE, Vocabulary, mending, named_in, of_shards
 from ..errors import UserError
 from ..files import sha256_of
 from ..huggingface.shard_tokenizer import tokenizer_beside
@@ -126,7 +126,7 @@ def show(path: Path, number: int) -> int:
     """
     is_shard = path.is_file() or path.suffix == ".bin"
     folder = path.parent if is_shard else path
-    manifest = read_manifest(folder)
+    manifest = _manifest_of(folder)
     known = of_shards(folder / SHARD_MANIFEST)
     if is_shard:
         shards = [open_shard(path, known)]
@@ -232,13 +232,18 @@ def _open_folder(folder: Path) -> tuple[list[Path], dict | None]:
     if not folder.is_dir():
         make = f"gpt2 prepare --out_dir={for_shell(folder)}"
         raise UserError(f"no folder {folder}; make shards with `{make}`")
-    paths, manifest = shard_paths(folder), read_manifest(folder)
+    paths, manifest = shard_paths(folder), _manifest_of(folder)
     if not paths:
         check_joined(folder)
     if not paths and not (manifest and manifest["shards"]):
         make = f"gpt2 prepare --out_dir={for_shell(folder)}"
         raise UserError(f"{folder} holds no shards; make them with `{make}`")
     return paths, manifest
+
+
+def _manifest_of(folder: Path) -> dict | None:
+    """The manifest of a folder; a UserError about it says what helps whole shards."""
+    return read_manifest(folder, mending(folder / SHARD_MANIFEST))
 
 
 def _folder_problems(folder: Path, paths: list[Path], manifest: dict) -> Iterator[str]:

@@ -160,6 +160,20 @@ def test_manifest_that_is_none(copy, change):
         verify(copy)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"shards": [3]}'])
+def test_a_broken_manifest_beside_whole_shards(copy, content, capsys):
+    """Whole shards are not to be deleted, and there is no --out_dir=."""
+    (copy / "manifest.json").write_text(content)
+    for look in (verify, info, lambda folder: show(folder, 0)):
+        with pytest.raises(UserError, match=r"or delete it if the shards have GPT-2's voc") as told:
+            look(copy)
+        assert "out_dir" not in str(told.value)
+        assert "delete its folder" not in str(told.value)
+    (copy / "manifest.json").unlink()  # as it says
+    assert verify(copy) == 0
+    assert "headers and token ids are right" in capsys.readouterr().out
+
+
 def test_nothing_to_look_at(tmp_path):
     for look in (verify, info, lambda folder: show(folder, 0)):
         with pytest.raises(UserError, match=r"holds no shards; make them with `gpt2 prepare"):

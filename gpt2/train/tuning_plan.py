@@ -11,6 +11,7 @@ from dataclasses import replace
 from ..checkpoint.training_state import Resumed
 from ..config.finetune import FinetuneConfig
 from ..config.train import BatchPlan, DataOptions, TrainConfig
+from ..data.conversations import is_chat
 from ..data.sequence_order import Mixture
 from .schedules import sequences_left
 from .state import TrainState
@@ -82,7 +83,9 @@ def note_few_steps(config: TrainConfig, plan: BatchPlan, epochs: float) -> str:
     ways += ["--batch_size=1"] * (plan.batch_size > 1)
     if epochs < config.tuning.epochs:  # max_steps was given
         ways = [f"--max_steps={ENOUGH_STEPS}"]
+    chat = is_chat(config.data.data_dir)
+    what, more = ("to answer as the file does", "conversations") if chat else ("the text", "text")
     return (
-        f"{steps} steps are few: the model will hardly learn to answer as the file does; use "
-        f"{' or '.join(ways)}, or more conversations (docs/finetuning.md#how-long)"
+        f"{steps} steps are few: the model will hardly learn {what}; use {' or '.join(ways)}, or "
+        f"more {more} (docs/finetuning.md#how-long)"
     )

@@ -62,6 +62,8 @@ def test_few_steps_are_said_with_what_to_change():
     told = note_few_steps(planned(1000, "--max_steps=9"), plan, 0.1)
     assert "use --max_steps=100, or more conversations" in told
     assert not note_few_steps(planned(4), plan, 25)
+    told = note_few_steps(planned(20, "--batch_size=8", "--epochs=4", "--data=shards"), plan, 4.0)
+    assert "hardly learn the text; use --epochs=40 or --batch_size=1, or more text" in told
 
 
 @pytest.mark.long

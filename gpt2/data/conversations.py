@@ -26,8 +26,9 @@ from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from .chat_formats import messages_of, unread_keys
-from .chat_template import encode_conversation
+from .chat_template import Message, encode_conversation
 from .datasets import Dataset, parse_mix
+from .model_template import NOT_LEARNED
 from .shards import SequenceReader
 from .text_files import read_items
 
@@ -43,6 +44,7 @@ class ConversationCounts:
     read: int = 0
     truncated: int = 0  # the end was cut off to fit the context
     left_out: int = 0  # without a text of the assistant within the context
+    beyond: int = 0  # of those left out: the assistant's text begins behind the context
     # rows with a key that is not read, by key
     unread: Counter[str] = field(default_factory=Counter)
 
@@ -238,6 +240,12 @@ def _open(
     if len(encoded) <= held:
         left = f" ({counts.left_out:,} have nothing to learn from)" if counts.left_out else ""
         several = "s" * (len(encoded) != 1)
+        if counts.beyond:
+            raise UserError(
+                f"{path} gives {len(encoded):,} conversation{several}: in {counts.beyond:,} the "
+                f"assistant's text begins behind the context of block_size={block_size} tokens; "
+                "use a larger --block_size=, or a model with a longer context"
+            )
         smaller = ", or a smaller --val_share" * (len(encoded) > 1)
         raise UserError(
             f"{path} gives {len(encoded):,} conversation{several}{left}; training and validation "
@@ -284,8 +292,15 @@ def _encode(
         # An empty answer has only its end-of-text token and teaches nothing.
         teaches = any(a and b for a, b in pairwise(mask)) or (any(mask) and len(short) < len(ids))
         counts.left_out += not teaches
+        counts.beyond += not teaches and any(map(_is_learned, messages))
         if teaches:
             yield short, mask
+
+
+def _is_learned(message: Message) -> bool:
+    """Whether a message is an answer with a text that is learned."""
+    learned = message.get("weight") != NOT_LEARNED
+    return message["role"] == "assistant" and bool(message["content"]) and learned
 
 
 def check_eval_tokens(eval_tokens: int, datasets: list[Dataset], block_size: int) -> None:

@@ -178,6 +178,21 @@ def test_wrong_files_are_told_in_one_line(tmp_path, content, told):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_a_context_that_no_answer_fits_into_is_named(tmp_path, block_size):
+    """More conversations would not help."""
+    silent = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": ""}]
+    path = write(tmp_path / "x.jsonl", [*(talk(n) for n in range(9)), {"messages": silent}])
+    with pytest.raises(UserError) as told:
+        open_conversations(str(path), block_size, 0.05)
+    said = "gives 0 conversations: in 9 the assistant's text begins behind the context of block_s"
+    assert said in str(told.value)
+    assert f"block_size={block_size} tokens; use a larger --block_size=" in str(told.value)
+    write(path, [{"messages": silent}] * 9)
+    with pytest.raises(UserError, match=r"\(9 have nothing to learn from\).* use a file with more"):
+        open_conversations(str(path), block_size, 0.05)
+
+
 def test_alpacas_list_is_read_like_lines(tmp_path):
     items = [{"instruction": f"Say {n}", "input": "", "output": str(n)} for n in range(9)]
     (tmp_path / "a.json").write_text(json.dumps(items, indent=1))

@@ -73,7 +73,7 @@ def _open_data(
             return datasets, []
         return datasets, [f"the shards' own tokenizer has {tokenizer.vocab_size:,} tokens"]
     if config.data.sequence_start != "anywhere":
-        raise UserError("--window_start=document is for text; conversations are always whole")
+        raise UserError("--sequence_start=document is for text; conversations are always whole")
     if config.model.document_mask:
         raise UserError(
             f"init={config.model.init} has document_mask: the end-of-text tokens between messages "

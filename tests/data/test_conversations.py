@@ -278,8 +278,10 @@ def test_shards_of_text_are_tuned_on_as_well(gpt2_data_dir, base, tmp_path):
 
 
 def test_options_that_mean_nothing_are_refused(chats, base, tmp_path):
-    with pytest.raises(UserError, match="conversations are always whole"):
-        finetune(base, chats, tmp_path, "--window_start=document")
+    for name in ("sequence_start", "window_start"):  # the second is the older one
+        said = "^--sequence_start=document is for text; conversations are always whole"
+        with pytest.raises(UserError, match=said):
+            finetune(base, chats, tmp_path, f"--{name}=document")
     with pytest.raises(UserError, match="eval_tokens=5"):
         finetune(base, chats, tmp_path, "--eval_tokens=5")
 

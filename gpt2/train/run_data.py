@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ..checkpoint.training_state import Resumed
-from ..config.finetune import tuning_options
+from ..config.finetune import TuningOptions, tuning_options
 from ..config.train import TrainConfig
 from ..data.conversations import check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import (
@@ -68,6 +68,11 @@ def _open_data(
     """Folders of shards or, for `gpt2 finetune`, files of conversations; and notes on them."""
     tuning = tuning_options(config)
     if tuning is None or not is_chat(config.data.data_dir):
+        if tuning is not None and tuning.val_share != TuningOptions.val_share:
+            raise UserError(
+                f"--val_share={tuning.val_share:g} is for conversations; shards of text have their "
+                "own for validation, so leave it out"
+            )
         datasets = open_datasets(config.data.data_dir)
         if tokenizer is None or not datasets[0].val[0].vocabulary.sha256:
             return datasets, []

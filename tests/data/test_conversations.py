@@ -277,13 +277,15 @@ def test_shards_of_text_are_tuned_on_as_well(gpt2_data_dir, base, tmp_path):
     assert (tmp_path / "out_ckpt.pt").exists()
 
 
-def test_options_that_mean_nothing_are_refused(chats, base, tmp_path):
+def test_options_that_mean_nothing_are_refused(chats, gpt2_data_dir, base, tmp_path):
     for name in ("sequence_start", "window_start"):  # the second is the older one
         said = "^--sequence_start=document is for text; conversations are always whole"
         with pytest.raises(UserError, match=said):
             finetune(base, chats, tmp_path, f"--{name}=document")
     with pytest.raises(UserError, match="eval_tokens=5"):
         finetune(base, chats, tmp_path, "--eval_tokens=5")
+    with pytest.raises(UserError, match=r"--val_share=0\.1 is for conversations; .* leave it out"):
+        finetune(base, gpt2_data_dir, tmp_path, "--val_share=0.1", "--max_steps=1")
 
 
 @pytest.mark.slow

@@ -139,8 +139,8 @@ def forecast(
     revision = source.revision and f" at {source.revision}"
     download, beside = "nothing", ""
     if plan.download_bytes:
-        minutes = _minutes(plan.download_bytes * 8 / 1e8)
-        download = f"{_gb(plan.download_bytes)}, {minutes} at 100 Mbit/s"
+        duration = _time(plan.download_bytes * 8 / 1e8)
+        download = f"{_gb(plan.download_bytes)}, {duration} at 100 Mbit/s"
         beside = ", while files are downloaded"
     return (
         f"source       {config.source}{revision}\n"
@@ -150,7 +150,7 @@ def forecast(
         f"shards       about {plan.shards:,}, {_gb(plan.shard_bytes)}, in {out_dir}; "
         f"{len(shards)} are finished\n"
         f"disk         about {_gb(plan.need_bytes)} needed at once, {_gb(plan.free_bytes)} free\n"
-        f"time         about {_minutes(plan.tokens / speed)} to tokenise, at {speed:,.0f} tokens/s "
+        f"time         about {_time(plan.tokens / speed)} to tokenise, at {speed:,.0f} tokens/s "
         f"on this machine{beside}\n"
         "a dry run: nothing was downloaded or written"
     )
@@ -186,7 +186,9 @@ def _gb(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _minutes(seconds: float) -> str:
-    if seconds < 60:
-        return "a minute"
+def _time(seconds: float) -> str:
+    """Seconds below a minute and a half, then minutes, then hours: 1 second, 12 minutes."""
+    whole = max(1, round(seconds))
+    if whole < 90:
+        return f"{whole} second{'s' * (whole > 1)}"
     return f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"

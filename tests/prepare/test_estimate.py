@@ -7,6 +7,7 @@ import pytest
 
 from gpt2.config.commands import PrepareConfig
 from gpt2.errors import UserError
+from gpt2.prepare import estimate
 from gpt2.prepare.estimate import check_room, forecast, limit_text, make_plan, measure
 from gpt2.prepare.sources import Part, Source, find_source
 
@@ -90,6 +91,24 @@ def test_measured_on_the_files_themselves(tmp_path):
     assert f"tokens       about {exact.tokens:,}" in said
     assert "to download  nothing" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "said"),
+    [
+        (50_000, "1 second"),  # 0.9 of it
+        (1_200, "37 seconds"),
+        (500, "88 seconds"),
+        (480, "2 minutes"),  # 92 seconds
+        (100, "7 minutes"),
+        (5, "2.4 hours"),
+    ],
+)
+def test_the_time_has_a_unit_that_fits(tmp_path, monkeypatch, tokens_per_second, said):
+    monkeypatch.setattr(estimate, "measure", lambda *_: (tokens_per_second, 0.0))
+    source = Source("x", "", (Part("x.txt", 198_000, path=tmp_path),))  # 44,000 tokens
+    text = forecast(PrepareConfig(), source, tmp_path / "out", [])
+    assert f"time         about {said} to tokenise, at {tokens_per_second:,} tokens/s" in text
 
 
 def test_the_limit_in_words():

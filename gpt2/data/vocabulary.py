@@ -70,31 +70,36 @@ def of_shards(manifest: Path) -> Vocabulary:
     """The vocabulary of a folder of shards.
 
     Args:
-        manifest: path of its manifest. Folders of other programs have none.
+        manifest: path of its manifest. Folders of other programs have none, or one of their own.
 
     Raises:
-        UserError: a manifest that cannot be read or names no tokenizer, which would leave ids
-            without a meaning; a tokenizer lies beside the shards, and no manifest says how it is
-            used.
+        UserError: a tokenizer lies beside the shards, and no manifest says how it is used: ids of
+            that tokenizer would be taken for GPT-2's.
     """
-    if not manifest.exists():
-        if (manifest.parent / TOKENIZER_FILE).exists():
-            raise UserError(
-                f"{manifest.parent} holds a {TOKENIZER_FILE} without the {manifest.name} that says "
-                "how it is used; run `gpt2 prepare` again"
-            )
-        return GPT2_VOCABULARY
+    has_tokenizer = (manifest.parent / TOKENIZER_FILE).exists()
+    if has_tokenizer and not manifest.exists():
+        raise UserError(
+            f"{manifest.parent} holds a {TOKENIZER_FILE} without the {manifest.name} that says how "
+            "it is used; run `gpt2 prepare` again"
+        )
     advice = mending(manifest)
-    content = manifest_value(manifest, advice)
-    told = content.get("tokenizer") if isinstance(content, dict) else None
+    try:
+        content = manifest_value(manifest, advice) if manifest.exists() else None
+    except UserError:
+        if has_tokenizer:
+            raise
+        return GPT2_VOCABULARY
+    values = content if isinstance(content, dict) else {}
+    told = values.get("tokenizer")
     # Every version of `gpt2 prepare` has written both, also before the first shard.
-    if not isinstance(told, dict) or not isinstance(content.get("shards"), list):
+    whole = isinstance(told, dict) and isinstance(values.get("shards"), list)
+    if has_tokenizer and not whole:
         raise UserError(f"{manifest} is not a manifest of shards; {advice}")
-    if told.get("name") not in (Tokenizer.name, OWN):
+    if has_tokenizer and told.get("name") not in (Tokenizer.name, OWN):
         raise UserError(f"{manifest} does not name the tokenizer of its shards; {advice}")
-    if not is_described(told):
+    if isinstance(told, dict) and told.get("name") == OWN and not is_described(told):
         raise UserError(f"{manifest} does not describe its tokenizer; run `gpt2 prepare` again")
-    return named_in(content)
+    return named_in(values) if isinstance(told, dict) else GPT2_VOCABULARY
 
 
 def manifest_value(path: Path, advice: str) -> Any:

@@ -205,6 +205,8 @@ def test_a_manifest_that_is_not_to_be_trusted(own, texts, tmp_path):
         find_shards(tmp_path / "d", "train")
     (tmp_path / "d/tokenizer.json").unlink()
     assert find_shards(tmp_path / "d", "train")[0].vocabulary == GPT2_VOCABULARY
+    path.write_text("{")  # of another program
+    assert find_shards(tmp_path / "d", "train")[0].vocabulary == GPT2_VOCABULARY
 
 
 BROKEN = {
@@ -224,17 +226,13 @@ BROKEN = {
 def test_a_broken_manifest_is_not_read_as_gpt2s(content, message, own, texts, tmp_path):
     """1,000 ids of another tokenizer would be trained on with GPT-2's 50,257."""
     assert prepare(texts, tmp_path / "own", own) == 0
-    assert prepare(texts, tmp_path / "gpt2", "tiktoken") == 0
-    ways = {"own": "make the shards again in a new folder", "gpt2": "or delete it if the shards"}
-    for folder, way_out in ways.items():
-        path = tmp_path / folder / "manifest.json"
-        path.write_text(content)
-        with pytest.raises(UserError, match=message) as caught:
-            find_shards(path.parent, "train")
-        assert way_out in str(caught.value)
-        assert "\n" not in str(caught.value)
-    path.unlink()  # as the message says
-    assert find_shards(tmp_path / "gpt2", "train")[0].vocabulary == GPT2_VOCABULARY
+    path = tmp_path / "own/manifest.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        find_shards(path.parent, "train")
+    assert str(caught.value).endswith("or make the shards again in a new folder")
+    (tmp_path / "own/tokenizer.json").unlink()  # so the file may be of another program
+    assert find_shards(tmp_path / "own", "train")[0].vocabulary == GPT2_VOCABULARY
 
 
 def test_an_unfinished_folder_and_a_stray_tokenizer_are_read(own, texts, tmp_path):

@@ -99,10 +99,7 @@ def read_items(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, item
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         why = getattr(error, "strerror", "") or first_line(error, "damaged")
-        # A file that could not be opened at all has no rows to count.
-        shut = isinstance(error, (FileNotFoundError, PermissionError))
-        where = "" if shut else f" (after row {number})"
-        raise UserError(f"{path}: {shown(why)}{where}") from None
+        raise UserError(f"{path}: {shown(why)} (after row {number})") from None
 
 
 def _items(path: Path) -> Iterator[Any]:

@@ -146,14 +146,6 @@ def test_a_list_that_repeats_one_long_value_is_refused(tmp_path, monkeypatch):
     assert [item for _, item in read_items(path)] == rows[1:] * 30
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.jsonl.gz", "x.jsonl.zst", "x.parquet"])
-def test_a_file_that_is_not_there_has_no_rows(tmp_path, name):
-    path = tmp_path / name
-    with pytest.raises(UserError) as told:
-        list(read_items(path))
-    assert str(told.value) == f"{path}: No such file or directory"
-
-
 def test_a_large_dictionary_is_refused_before_it_is_made(tmp_path):
     """An .xz file asks for memory; `xz -9` for 64 MB."""
     path = tmp_path / "x.txt.xz"

@@ -177,7 +177,7 @@ def _check_kind(name: str) -> None:
 def was_chat(source: Path) -> bool:
     """Whether the config.toml in a folder, or beside a checkpoint, names conversations as data."""
     inside = source / "config.toml"
-    beside = inside if inside.is_file() else source.with_name("config.toml")
+    beside = inside if inside.is_file() else source.absolute().parent / "config.toml"
     try:
         settings = read_toml(beside) if beside.is_file() else {}
         return is_chat(str(settings["data_dir"]))

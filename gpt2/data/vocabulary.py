@@ -95,9 +95,10 @@ def of_shards(manifest: Path) -> Vocabulary:
     whole = isinstance(told, dict) and isinstance(values.get("shards"), list)
     if has_tokenizer and not whole:
         raise UserError(f"{manifest} is not a manifest of shards; {advice}")
-    if has_tokenizer and told.get("name") not in (Tokenizer.name, OWN):
+    name = told.get("name") if isinstance(told, dict) else None
+    if has_tokenizer and name not in (Tokenizer.name, OWN):
         raise UserError(f"{manifest} does not name the tokenizer of its shards; {advice}")
-    if isinstance(told, dict) and told.get("name") == OWN and not is_described(told):
+    if name == OWN and not is_described(told):
         raise UserError(f"{manifest} does not describe its tokenizer; run `gpt2 prepare` again")
     return named_in(values) if isinstance(told, dict) else GPT2_VOCABULARY
 

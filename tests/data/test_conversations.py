@@ -17,7 +17,7 @@ from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.model import IGNORE
 from gpt2.data.chat_formats import messages_of
 from gpt2.data.chat_template import encode_conversation
-from gpt2.data.conversations import Conversations, is_chat, open_conversations, pack
+from gpt2.data.conversations import Conversations, is_chat, open_conversations, pack, was_chat
 from gpt2.data.loader import eval_batches
 from gpt2.errors import UserError
 from gpt2.huggingface.model_format import to_hf
@@ -295,3 +295,12 @@ def test_two_ranks_are_one_with_twice_the_accumulation(chats, base, tmp_path):
     argv = [*arguments(base, chats, tmp_path / "two"), *common, "--grad_accum_steps=1"]
     run_python(*TORCHRUN, "--nproc_per_node=2", "-m", "gpt2", "finetune", *argv)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
+
+
+def test_the_current_folder_is_a_model(tmp_path, monkeypatch):
+    """`gpt2 chat .` in an exported folder; "." has no name of its own."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert not was_chat(Path())
+    (tmp_path / "run/config.toml").write_text('data_dir = "chats.jsonl"')
+    assert was_chat(Path())

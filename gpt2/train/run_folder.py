@@ -84,15 +84,13 @@ def check_writable(out_dir: Path) -> None:
     Raises:
         UserError: the folder cannot be made or written to.
     """
-    state = out_dir / "state"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for folder in (out_dir, state) if os.path.lexists(state) else (out_dir,):
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
     except OSError as error:
-        reason, part = error.strerror or error, "/state" if state.is_file() else ""
-        raise UserError(f"cannot write to out_dir={out_dir}{part}: {reason}; use another") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot write to out_dir={out_dir}: {reason}; use another") from None
 
 
 @contextlib.contextmanager
@@ -106,6 +104,8 @@ def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
             folder = out_dir(config)
             check_writable(folder)
             check_unlinked(folder, *(folder / name for name in IN_PLACE))
+            if (folder / "state").exists():  # and is no link
+                check_writable(folder / "state")
             stack.enter_context(locked(folder, BUSY))
 
         rt.on_main(reserve)

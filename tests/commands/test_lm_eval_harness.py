@@ -113,6 +113,7 @@ import functools, json, sys
 import lm_eval.evaluator
 from gpt2 import cli
 from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 lm_eval.evaluator.add_env_info = lambda storage: None  # asks pip for all packages each time
 # Reads 14,000 files of tasks otherwise, 13 s long.

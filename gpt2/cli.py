@@ -326,7 +326,7 @@ def lm_eval(argv: list[str]) -> int:
 
     ours = [argument for argument in argv if argument.startswith("--plugin=")]
     for argument in ours:
-        load_plugin(argument.partition("=")[2])
+        load_plugin(os.path.expanduser(argument.partition("=")[2]))
     return main(argv[0], [argument for argument in argv[1:] if argument not in ours])
 
 

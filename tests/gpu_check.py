@@ -357,12 +357,12 @@ def longest_first(checks: list[Check], rows: dict[str, str]) -> list[Check]:
 
 
 def peak_of(command: list[str]) -> str:
-    """The most memory that tensors of a training run took on a card of rank 0."""
+    """The most memory that tensors of a training run took on a card of rank 0, by its last line."""
     folders = [Path(w.removeprefix("--out_dir=")) for w in command if w.startswith("--out_dir=")]
     files = [folder / "metrics.jsonl" for folder in folders]
     lines = [line for file in files if file.exists() for line in file.open(encoding="utf-8")]
-    peaks = [json.loads(line).get("peak_gib") or 0 for line in lines]
-    return f", {max(peaks):.1f} GiB" if any(peaks) else ""
+    peaks = [found for line in lines if (found := json.loads(line).get("peak_gib"))]
+    return f", {peaks[-1]:.1f} GiB" if peaks else ""
 
 
 class Waiting:
@@ -413,7 +413,13 @@ def run_all(checks: list[Check], work: Path, jobs: int, room: float, done: "Resu
 
     def worker() -> None:
         while check := waiting.take():
-            waiting.end(check, run(check, work, cards if check.ranks else cards[:1]))
+            result = "FAILED"
+            try:
+                result = run(check, work, cards if check.ranks else cards[:1])
+            except Exception as error:  # noqa: BLE001 - the others must go on
+                result = f"FAILED: {type(error).__name__}: {error}"
+            finally:
+                waiting.end(check, result)
 
     threads = [threading.Thread(target=worker) for _ in range(jobs)]
     for thread in threads:

@@ -114,6 +114,8 @@ def test_names_are_different_and_what_they_build_on_exists():
     names = [check.name for check in CHECKS]
     assert len(set(names)) == len(names)
     assert {check.after for check in CHECKS} - {""} <= set(names)
+    alone = {check.name for check in CHECKS if check.alone}  # they run when all others have
+    assert not alone & {check.after for check in CHECKS}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -165,6 +167,22 @@ def test_checks_at_once_fit_into_the_card(tmp_path, monkeypatch):
     assert len(done.found) == len(checks)
     assert max(most) == 90  # which ran when no other did
     assert max(m for m in most if m != 90) == 70
+
+
+def test_an_error_of_ours_is_a_failure_and_the_others_go_on(tmp_path, monkeypatch):
+    def run(check, work, cards):
+        if check.name == "a":
+            raise OSError(28, "No space left on device")
+        return "passed"
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    done = Done()
+    gpu_check.run_all([Check("a", [], gib=60), Check("b", [], gib=40)], tmp_path, 2, 70, done)
+    assert done.found == {
+        "a": "FAILED: OSError: [Errno 28] No space left on device",
+        "b": "passed",
+    }
 
 
 def test_what_takes_longest_begins_first(tmp_path):

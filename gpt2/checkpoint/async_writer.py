@@ -40,14 +40,18 @@ class Saver:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
+        at_once = kind is not None and issubclass(kind, KeyboardInterrupt)
         try:
             if kind is None:
                 self.wait()
-            elif not issubclass(kind, KeyboardInterrupt):
+            elif not at_once:
                 self._queue.join()
+        except KeyboardInterrupt:
+            at_once = True
+            raise
         finally:
             self._queue.put(None)  # ends the thread
-            if self._thread and not (kind and issubclass(kind, KeyboardInterrupt)):
+            if self._thread and not at_once:
                 self._thread.join()  # it frees tensors, which must not meet Python's shutdown
 
     def copy(self, step: int, tree: Any, name: str = "") -> Any:

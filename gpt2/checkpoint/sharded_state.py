@@ -22,6 +22,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from .state_schema import not_whole
 from .training_state import Resumed, new_state, write_rest
+from .write_errors import write_errors
 
 
 def write(
@@ -52,7 +53,8 @@ def write(
     unfinished = contextlib.ExitStack()  # holds the temporary folder, on rank 0
 
     def finish() -> None:
-        write_rest(folder, step, config, rest | {"optimizer": optimizer})
+        with write_errors(out_dir / "state" / f"step_{step:08d}"):
+            write_rest(folder, step, config, rest | {"optimizer": optimizer})
         unfinished.close()  # renames the folder
 
     try:

@@ -112,10 +112,11 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
     if config.data_dir and not is_chat(config.data_dir):
         open_datasets(config.data_dir, with_training=False)
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
-    place = weights.locate(checkpoint)
-    # A clone brings box-chat with its config.toml, and without its data.
-    has_data = place == Path(checkpoint) and _settings_of_run(place).get("data_dir", "")
-    if not asked and not has_data:
+    data = str(_settings_of_run(weights.locate(checkpoint)).get("data_dir", ""))
+    # A clone brings box-chat with its config.toml, and without its conversations.
+    if data and not asked and "," not in data and is_chat(data) and not Path(data).exists():
+        data = ""
+    if not asked and not data:
         raise UserError(
             "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text=FILE, "
             "--hellaswag=FILE, --lambada=FILE (or hub instead of the last two files)"

@@ -6,7 +6,14 @@ from typing import ClassVar
 from ..errors import UserError
 from .options import at_least, at_most, option, resolve
 from .switches import Switches
-from .train import DataOptions, EvalOptions, OptimOptions, OutputOptions, TrainConfig
+from .train import (
+    ONE_SWITCH_OFF,
+    DataOptions,
+    EvalOptions,
+    OptimOptions,
+    OutputOptions,
+    TrainConfig,
+)
 
 LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; two are called c_proj
 
@@ -126,7 +133,9 @@ class FinetuneConfig(TrainConfig):
         for name in ("lora_alpha", "lora_targets"):
             value = getattr(self.tuning, name)
             if not self.tuning.lora_rank and value != getattr(TuningOptions, name):
-                raise UserError(f"{name}={value} is for adapters; give lora_rank as well, or none")
+                raise UserError(
+                    f"{name}={value} is for adapters; give lora_rank as well {ONE_SWITCH_OFF}"
+                )
         if self.tuning.lora_rank and self.optim.optimizer != "adamw":
             raise UserError(
                 f"optimizer={self.optim.optimizer} is for whole matrices; leave it or lora_rank out"

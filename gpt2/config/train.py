@@ -302,7 +302,7 @@ class TrainConfig:
         at_least(0, hang_timeout_seconds=self.system.hang_timeout_seconds)
         at_least(0, eval_hellaswag_every=self.eval.eval_hellaswag_every, max_seconds=o.max_seconds)
         if self.eval.early_stop_evals and not self.eval.eval_every:
-            raise UserError("early_stop_evals counts evaluations; give eval_every as well, above 0")
+            raise UserError(f"early_stop_evals is for --eval_every=; give both {ONE_SWITCH_OFF}")
         if self.eval.hellaswag != "hub" and not self.eval.eval_hellaswag_every:
             raise UserError("--hellaswag= is used with --eval_hellaswag_every=STEPS; give both")
         at_least(0, weight_decay=o.weight_decay, learning_rate=o.learning_rate)

@@ -240,7 +240,7 @@ def _open(
     if len(encoded) <= held:
         left = f" ({counts.left_out:,} have nothing to learn from)" if counts.left_out else ""
         several = "s" * (len(encoded) != 1)
-        if counts.beyond:
+        if 2 * counts.beyond > counts.left_out:
             raise UserError(
                 f"{path} gives {len(encoded):,} conversation{several}: in {counts.beyond:,} the "
                 f"assistant's text begins behind the context of block_size={block_size} tokens; "

@@ -106,15 +106,15 @@ def between_steps(
     save_due = ends or due(state.step, config.output.save_every)
     is_new = state.step > resumed_at  # else the checkpoint is there already
     with state.clock.pause():
-        failure = save_checkpoint(state, config, rt, final=ends) if save_due and is_new else None
+        if save_due and is_new:
+            save_checkpoint(state, config, rt, final=ends)
         evaluate_where_due(state, config, rt, log, last)
         if not ends and is_over(state, config):
             ends = save_due = True
-            failure = save_checkpoint(state, config, rt, final=True) if is_new else None
+            if is_new:
+                save_checkpoint(state, config, rt, final=True)
         if save_due:
             export_model(state, config, rt, MODEL_NAME, final=ends)
-    if failure:
-        raise failure
     return ends
 
 

@@ -74,6 +74,11 @@ def _as_user_error() -> Iterator[None]:
         raise UserError(f"{error.filename}: {error.strerror or error}") from None
 
 
+def _run_of(path: Path) -> Path:
+    """The folder of a run, also for its model."""
+    return path.parent if path.name == MODEL_NAME else path
+
+
 def check_windows(options: ModelOptions) -> None:
     """Raises UserError for windows without a layer; runs of earlier versions go on with them."""
     pattern, layers = options.window_pattern, options.given().get("n_layer", 0)
@@ -93,7 +98,8 @@ def check_same_tuning(found: Resumed, config: TrainConfig) -> None:
     names += ["val_share"] * is_chat(config.data.data_dir)
     for name in names:
         value = getattr(options, name)
-        if (theirs := before.get(name, value)) != value:
+        theirs = before.get(name, value)
+        if theirs != value and (name != "lora_targets" or _names(theirs) != _names(value)):
             raise UserError(
                 f"{found.path} is of a run with {name}={shown(str(theirs))}, not {value}; use the "
                 "same settings, another --out_dir, or --resume=never "
@@ -101,11 +107,16 @@ def check_same_tuning(found: Resumed, config: TrainConfig) -> None:
             )
 
 
+def _names(targets: str) -> set[str]:
+    return {name.strip() for name in str(targets).split(",")}
+
+
 def check_same_run(found: Resumed, options: ModelOptions) -> None:
     """Raises UserError for a checkpoint of another network, or of a run with another `--init`."""
     began_with = found.state.get("settings", {}).get("init", "")
-    folders = {str(name).removesuffix(f"/{MODEL_NAME}") for name in (options.init, began_with)}
-    if options.init and len(folders) > 1:
+    paths = [Path(str(name)) for name in (options.init, began_with)]
+    same = paths[0] == paths[1] or len({_run_of(path) for path in paths}) == 1
+    if options.init and not (same and began_with):
         raise UserError(
             f"{found.path} is of a run that began with {shown(began_with) or 'fresh weights'}, not "
             f"init={options.init}; use another --out_dir, or --resume=never "

@@ -139,7 +139,11 @@ def open_log(
     if rt.is_main and not is_on_record(config, resumed):
         own = {name: value for name, value in settings.items() if name != "resume"}
         content = command_line.to_toml(from_anywhere(own)).encode("utf-8", SURROGATES)
-        write_atomically(out_dir(config) / "config.toml", content)
+        path = out_dir(config) / "config.toml"
+        try:
+            write_atomically(path, content)
+        except OSError as error:
+            raise UserError(f"{path} not written: {error.strerror or error}") from None
     return metrics.open_run(
         out_dir(config),
         config=settings,

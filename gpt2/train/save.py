@@ -5,8 +5,7 @@ position in the data, and the random generators of every rank.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..checkpoint import model_file, sharded_state
 from ..checkpoint.model_file import write_adapter, write_model
@@ -36,13 +35,12 @@ COUNTERS = (  # fields of TrainState that a checkpoint holds unchanged
 )
 
 
-def save_checkpoint(
-    state: TrainState, config: TrainConfig, rt: Runtime, final: bool
-) -> UserError | None:
-    """Writes a checkpoint to resume from; the failure of the final one is an error.
+def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: bool) -> None:
+    """Writes a checkpoint to resume from; only the failure of the final one ends the run.
 
-    Returns:
-        Why the final one could not be written, to be raised once the model is: it is smaller.
+    Raises:
+        UserError: the final checkpoint could not be written. The model, which is smaller, has been
+            tried then, before anything else takes the room that is left.
     """
     content = {
         "position": state.loader.position,
@@ -63,10 +61,10 @@ def save_checkpoint(
             sharded_state.write(folder, step, shape, tensors, content, keep_last=keep, rt=rt)
         except UserError as error:
             if final:
-                return _without_state(error, folder)
+                _save_model_alone(error, state, config, rt)
             if rt.is_main:
                 console.warn(f"{error}; training goes on, and what was saved before is kept")
-        return None
+        return
 
     def write_checkpoint(t: dict[str, Any]) -> None:
         rest = content | {"optimizer": t["optimizer"]}
@@ -75,12 +73,23 @@ def save_checkpoint(
     try:
         write(state, rt, tensors, write_checkpoint, final)
     except UserError as error:
-        return _without_state(error, folder)
-    return None
+        _save_model_alone(error, state, config, rt)
 
 
-def _without_state(error: UserError, folder: Path) -> UserError:
-    return UserError(f"{error}; the model without it is in {folder / MODEL_NAME}")
+def _save_model_alone(
+    error: UserError, state: TrainState, config: TrainConfig, rt: Runtime
+) -> NoReturn:
+    """Writes the model of a run whose last checkpoint failed, and raises that error on all ranks.
+
+    Raises:
+        UserError: always; it says whether the model was written.
+    """
+    try:
+        export_model(state, config, rt, MODEL_NAME, final=True)
+    except UserError as second:
+        raise UserError(f"{error}; {second}") from None
+    path = out_dir(config) / MODEL_NAME
+    raise UserError(f"{error}; the model without it is in {path}") from None
 
 
 def restore(state: TrainState, config: TrainConfig, resumed: Resumed, rt: Runtime) -> None:

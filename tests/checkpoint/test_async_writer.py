@@ -1,6 +1,7 @@
 """Writing while training goes on: the same bits, one after the other, and never half."""
 
 import contextlib
+import signal
 import threading
 import time
 
@@ -43,6 +44,29 @@ def test_no_thread_is_left(error):
     if error is KeyboardInterrupt:  # which does not wait for it
         thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs a signal to one thread")
+def test_an_interrupt_while_it_waits_does_not_wait_for_the_thread():
+    """The second Ctrl-C, while the end of the block waits for a disk that hangs."""
+    go, began = threading.Event(), time.monotonic()
+    main = threading.main_thread().ident
+    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def block():
+        with Saver(print) as saver:
+            saver.write_later(lambda: go.wait(20))
+            timer.start()
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            block()
+        assert time.monotonic() - began < 10
+    finally:
+        timer.join()
+        go.set()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_copies_do_not_change_with_the_tensors(saver):

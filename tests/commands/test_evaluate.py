@@ -205,6 +205,7 @@ def test_a_folder_without_a_run_has_nothing_to_evaluate_on(tmp_path, monkeypatch
     [
         (["nothing.pt"], "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text="),
         (["box-chat"], "nothing to evaluate on"),
+        ([f"{ROOT}/models/box-chat"], "nothing to evaluate on"),
         (["nothing.pt", "--data_dir=/nowhere"], "no data folder /nowhere"),
         (["nothing.pt", "--hellaswag=/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["nothing.pt", "--text=/nowhere.txt"], "--text=/nowhere.txt: no such file"),

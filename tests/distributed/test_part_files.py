@@ -1,10 +1,15 @@
 """FSDP parts with and without PyTorch's Distributed Checkpoint: each form reads what both write."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from gpt2.checkpoint import sharded_state
+from gpt2.config.model import GPT2Config
 from gpt2.distributed import fsdp, part_files
 from gpt2.distributed.part_files import Rows
 from gpt2.errors import UserError
@@ -100,3 +105,20 @@ def blocked(folder):
     """A file where a folder is wanted: nothing can be written below it, by root neither."""
     (folder / "file").write_text("", "utf-8")
     return WHOLE
+
+
+def test_a_full_disk_at_the_end_of_a_checkpoint_is_one_line(alone, tmp_path, monkeypatch):
+    """`rt.on_main` hands only a UserError to the other ranks; with another they would wait."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sharded_state, "write_rest", full)
+    rt = SimpleNamespace(on_main=lambda function: function(), alone=contextlib.nullcontext)
+    tensors = {
+        "model": {"a": parts(alone, WHOLE)["model.a"]},
+        "optimizer": {"state": {}, "param_groups": []},
+    }
+    with pytest.raises(UserError, match="step_00000001 not written: the disk is full"):
+        sharded_state.write(tmp_path, 1, GPT2Config(), tensors, {}, keep_last=1, rt=rt)
+    assert list((tmp_path / "state").iterdir()) == []

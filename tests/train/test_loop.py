@@ -378,6 +378,19 @@ def test_full_disk_at_the_last_save_is_an_error(data_dir, tmp_path, monkeypatch)
     assert same(weights(tmp_path / "out_ckpt.pt"), weights(expected / "out_ckpt.pt"))
 
 
+def test_full_disk_for_the_last_checkpoint_and_the_model_tells_both(
+    data_dir, tmp_path, monkeypatch
+):
+    def full(path, *_, **__):
+        raise UserError(f"{path} not written: the disk is full")
+
+    monkeypatch.setattr("gpt2.train.save.write_state", full)
+    monkeypatch.setattr("gpt2.train.save.write_model", full)
+    with pytest.raises(UserError, match=r"full; .*out_ckpt\.pt not written: the disk is full$"):
+        loop.run(config(data_dir, tmp_path, "--max_steps=2"))
+    assert not (tmp_path / "best_ckpt.pt").exists()  # which would have taken the room
+
+
 def test_save_comes_before_evaluation(data_dir, tmp_path, monkeypatch):
     def crash(*_):
         raise RuntimeError("evaluation crashed")

@@ -28,7 +28,7 @@ from gpt2.train import loop, run_folder
 
 from .train.test_loop import config, same, weights
 
-TRAINING = ["--max_steps=40", "--save_every=1", "--eval_every=7", "--keep_last=2", "--dropout=0.1"]
+TRAINING = ["--max_steps=80", "--save_every=1", "--eval_every=7", "--keep_last=2", "--dropout=0.1"]
 
 
 def forked(function) -> int:

@@ -21,7 +21,7 @@ from ..distributed import fsdp
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from .state_schema import not_whole
-from .training_state import Resumed, new_state, write_rest
+from .training_state import Resumed, folder_of, new_state, write_rest
 from .write_errors import write_errors
 
 
@@ -53,7 +53,7 @@ def write(
     unfinished = contextlib.ExitStack()  # holds the temporary folder, on rank 0
 
     def finish() -> None:
-        with write_errors(out_dir / "state" / f"step_{step:08d}"):
+        with write_errors(folder_of(out_dir, step)):
             write_rest(folder, step, config, rest | {"optimizer": optimizer})
         unfinished.close()  # renames the folder
 

@@ -103,12 +103,17 @@ def new_state(out_dir: Path, step: int, keep_last: int, needed: int = 0) -> Iter
     Raises:
         UserError: no space or no permission; older states stay.
     """
-    final = out_dir / "state" / f"step_{step:08d}"
+    final = folder_of(out_dir, step)
     with write_errors(final, needed), replacing_folder(final) as temporary:
         yield temporary
     with contextlib.suppress(OSError):  # the next save deletes them
         for old in state_folders(out_dir)[:-keep_last]:
             discard(old)
+
+
+def folder_of(out_dir: Path, step: int) -> Path:
+    """The folder of a step's state."""
+    return out_dir / "state" / f"step_{step:08d}"
 
 
 def write_rest(folder: Path, step: int, config: GPT2Config, state: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ def write_state(
     with new_state(out_dir, step, keep_last, bytes_of(tensors) + bytes_of(state)) as temporary:
         save_file(on_cpu(tensors), temporary / MODEL_FILE)
         write_rest(temporary, step, config, state)
-    return out_dir / "state" / f"step_{step:08d}"
+    return folder_of(out_dir, step)
 
 
 @contextlib.contextmanager

@@ -65,10 +65,8 @@ def table(rows: Iterable[dict]) -> str:
         peak = max(row["peak_gib"] or 0.0 for row in done)
         memory = f"{peak:.1f}" if peak else ""
         seconds, steps = (statistics.mean(row[key] for row in done) for key in ("seconds", "step"))
-        rate, context = (
-            statistics.mean(r["tokens_per_second"] for r in done),
-            done[0].get("block_size"),
-        )
+        rate = statistics.mean(row["tokens_per_second"] for row in done)
+        context = done[0].get("block_size")
         loss = statistics.mean(losses)
         against = " | "
         if first:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config.command_line import parse, parse_with_positional
+from .config.command_line import at_home, parse, parse_with_positional
 from .config.commands import (
     AverageConfig,
     ChatConfig,
@@ -326,7 +326,7 @@ def lm_eval(argv: list[str]) -> int:
 
     ours = [argument for argument in argv if argument.startswith("--plugin=")]
     for argument in ours:
-        load_plugin(os.path.expanduser(argument.partition("=")[2]))
+        load_plugin(at_home(argument).partition("=")[2])
     return main(argv[0], [argument for argument in argv[1:] if argument not in ours])
 
 

@@ -343,9 +343,10 @@ def result_of(text: str) -> str:
 
 
 def longest_first(checks: list[Check], rows: dict[str, str]) -> list[Check]:
-    """Those with most to come, their own time and that of the checks that wait for them, first.
+    """The checks in the order in which they should begin.
 
-    The times are those of the page's rows; a check that has none is long.
+    What counts is a check's own time with the longest of those that wait for it. Times are those
+    of the page's rows; a check without one counts as 120 s.
     """
 
     def to_come(check: Check) -> int:
@@ -413,13 +414,11 @@ def run_all(checks: list[Check], work: Path, jobs: int, room: float, done: "Resu
 
     def worker() -> None:
         while check := waiting.take():
-            result = "FAILED"
             try:
                 result = run(check, work, cards if check.ranks else cards[:1])
             except Exception as error:  # noqa: BLE001 - the others must go on
                 result = f"FAILED: {type(error).__name__}: {error}"
-            finally:
-                waiting.end(check, result)
+            waiting.end(check, result)
 
     threads = [threading.Thread(target=worker) for _ in range(jobs)]
     for thread in threads:

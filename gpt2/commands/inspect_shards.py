@@ -229,14 +229,13 @@ def _open_folder(folder: Path) -> tuple[list[Path], dict | None]:
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder of shards, such as {folder.parent}")
+    make = f"gpt2 prepare --out_dir={for_shell(folder)}"
     if not folder.is_dir():
-        make = f"gpt2 prepare --out_dir={for_shell(folder)}"
         raise UserError(f"no folder {folder}; make shards with `{make}`")
     paths, manifest = shard_paths(folder), _manifest_of(folder)
     if not paths:
         check_joined(folder)
     if not paths and not (manifest and manifest["shards"]):
-        make = f"gpt2 prepare --out_dir={for_shell(folder)}"
         raise UserError(f"{folder} holds no shards; make them with `{make}`")
     return paths, manifest
 

@@ -112,8 +112,8 @@ def parse_with_positional(
         (instance of cls, values of the positional arguments in their order).
     """
     settings = {name for _, f in _options(cls) for name in _flags(f)}
-    given = [_at_home(_normalise(a)) for a in argv]
-    arguments = [_at_home(a) for a in _expand_config_files(given, settings)]
+    given = [at_home(_normalise(a)) for a in argv]
+    arguments = [at_home(a) for a in _expand_config_files(given, settings)]
     if "plugin" in {f.name for _, f in _options(cls)}:
         _load_plugins(arguments, set(_plugins(given)))
     everything = "--help=all" in arguments
@@ -298,7 +298,7 @@ def _choice(choices: tuple[str, ...], text: str) -> str:
     return next((choice for choice in choices if choice.lower() == text.lower()), text)
 
 
-def _at_home(argument: str) -> str:
+def at_home(argument: str) -> str:
     """The argument with the home folder in place of ~, which shells leave as it is behind a =."""
     name, equals, value = argument.partition("=")
     if name not in FILES or "~" not in value:

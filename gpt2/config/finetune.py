@@ -18,6 +18,11 @@ from .train import (
 LORA_TARGETS = ("c_attn", "c_proj", "c_fc")  # matrices of a block; two are called c_proj
 
 
+def targets_of(text: str) -> list[str]:
+    """The names in a value of lora_targets."""
+    return [name.strip() for name in text.split(",")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuningOptions:
     """Fine-tuning."""
@@ -48,7 +53,7 @@ class TuningOptions:
 
     def targets(self) -> list[str]:
         """The names in lora_targets; raises UserError for one that no block has."""
-        names = [name.strip() for name in self.lora_targets.split(",")]
+        names = targets_of(self.lora_targets)
         for name in names:
             if name not in LORA_TARGETS:
                 raise UserError(

@@ -18,7 +18,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..untrusted.display import shown
-from .chat_template import NOT_LEARNED, Message
+from .chat_template import Message
+from .model_template import NOT_LEARNED
 
 ROLES = ("system", "user", "assistant")
 TOOL_KEYS = ("tool_calls", "function_call")  # of OpenAI's messages, newer and older

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.long_text import beginning
-from .model_template import NOT_LEARNED, conversation_ids, prompt_ids
+from .model_template import conversation_ids, is_learned, prompt_ids
 
 LONGEST_TOKEN = 128  # bytes
 
@@ -53,7 +53,7 @@ def encode_conversation(
         head, text = _head(message["role"], tokenizer), tokenizer.encode(content)
         ids += head + text
         learned += [own] + [False] * (len(head) - 1)
-        own = message["role"] == "assistant" and message.get("weight") != NOT_LEARNED
+        own = is_learned(message)
         learned += [own] * len(text)
     return [*ids, tokenizer.end_of_text], [*learned, own]
 

@@ -26,9 +26,9 @@ from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from .chat_formats import messages_of, unread_keys
-from .chat_template import Message, encode_conversation
+from .chat_template import encode_conversation
 from .datasets import Dataset, parse_mix
-from .model_template import NOT_LEARNED
+from .model_template import is_learned
 from .shards import SequenceReader
 from .text_files import read_items
 
@@ -292,15 +292,9 @@ def _encode(
         # An empty answer has only its end-of-text token and teaches nothing.
         teaches = any(a and b for a, b in pairwise(mask)) or (any(mask) and len(short) < len(ids))
         counts.left_out += not teaches
-        counts.beyond += not teaches and any(map(_is_learned, messages))
+        counts.beyond += not teaches and any(is_learned(m) and m["content"] for m in messages)
         if teaches:
             yield short, mask
-
-
-def _is_learned(message: Message) -> bool:
-    """Whether a message is an answer with a text that is learned."""
-    learned = message.get("weight") != NOT_LEARNED
-    return message["role"] == "assistant" and bool(message["content"]) and learned
 
 
 def check_eval_tokens(eval_tokens: int, datasets: list[Dataset], block_size: int) -> None:

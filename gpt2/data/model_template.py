@@ -14,6 +14,11 @@ from ..untrusted.templates import ModelTemplate
 NOT_LEARNED = "0"
 
 
+def is_learned(message: dict[str, str]) -> bool:
+    """Whether a message is an answer whose tokens are learned."""
+    return message["role"] == "assistant" and message.get("weight") != NOT_LEARNED
+
+
 def prompt_ids(
     messages: Sequence[dict[str, str]], template: ModelTemplate, tokenizer: Tokenizer
 ) -> list[int]:
@@ -58,7 +63,7 @@ def conversation_ids(
                 "known which tokens are the assistant's; use a model without it"
             )
         add(prompt[len(done) :], False)
-        add(whole[len(prompt) :], message.get("weight") != NOT_LEARNED)
+        add(whole[len(prompt) :], is_learned(message))
         done = whole
     return ids, learned
 

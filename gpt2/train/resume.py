@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checkpoint import training_state
 from ..checkpoint.state_schema import check_complete
 from ..checkpoint.training_state import Resumed
-from ..config.finetune import tuning_options
+from ..config.finetune import targets_of, tuning_options
 from ..config.model import to_dict
 from ..config.switches import defaults, switched
 from ..config.train import ModelOptions, TrainConfig
@@ -21,6 +21,11 @@ from . import run_folder
 from .run_folder import MODEL_NAME, out_dir
 from .run_tokenizer import check_resumed_tokenizer
 from .state import TrainState
+
+WAYS_OUT = (
+    "use the same settings, another --out_dir, or --resume=never "
+    "(docs/troubleshooting.md#resume-refused)"
+)
 
 
 def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
@@ -74,8 +79,9 @@ def _as_user_error() -> Iterator[None]:
         raise UserError(f"{error.filename}: {error.strerror or error}") from None
 
 
-def _run_of(path: Path) -> Path:
-    """The folder of a run, also for its model."""
+def _run_of(init: str) -> Path:
+    """The folder of a run, also where its model is named; any other source as it is."""
+    path = Path(init)
     return path.parent if path.name == MODEL_NAME else path
 
 
@@ -99,24 +105,18 @@ def check_same_tuning(found: Resumed, config: TrainConfig) -> None:
     for name in names:
         value = getattr(options, name)
         theirs = before.get(name, value)
-        if theirs != value and (name != "lora_targets" or _names(theirs) != _names(value)):
-            raise UserError(
-                f"{found.path} is of a run with {name}={shown(str(theirs))}, not {value}; use the "
-                "same settings, another --out_dir, or --resume=never "
-                "(docs/troubleshooting.md#resume-refused)"
-            )
-
-
-def _names(targets: str) -> set[str]:
-    return {name.strip() for name in str(targets).split(",")}
+        equal = theirs == value
+        if name == "lora_targets":  # in any order
+            equal = set(targets_of(str(theirs))) == set(options.targets())
+        if not equal:
+            other = f"{name}={shown(str(theirs))}, not {value}"
+            raise UserError(f"{found.path} is of a run with {other}; {WAYS_OUT}")
 
 
 def check_same_run(found: Resumed, options: ModelOptions) -> None:
     """Raises UserError for a checkpoint of another network, or of a run with another `--init`."""
     began_with = found.state.get("settings", {}).get("init", "")
-    paths = [Path(str(name)) for name in (options.init, began_with)]
-    same = paths[0] == paths[1] or len({_run_of(path) for path in paths}) == 1
-    if options.init and not (same and began_with):
+    if options.init and not (began_with and _run_of(options.init) == _run_of(str(began_with))):
         raise UserError(
             f"{found.path} is of a run that began with {shown(began_with) or 'fresh weights'}, not "
             f"init={options.init}; use another --out_dir, or --resume=never "
@@ -130,9 +130,7 @@ def check_same_run(found: Resumed, options: ModelOptions) -> None:
     different = [f"{n} {ours[n]} instead of {theirs[n]}" for n in ours if ours[n] != theirs[n]]
     if different:
         raise UserError(
-            f"{found.path} is of another network: you asked for {', '.join(different)}; "
-            "use the same settings, another --out_dir, or --resume=never "
-            "(docs/troubleshooting.md#resume-refused)"
+            f"{found.path} is of another network: you asked for {', '.join(different)}; {WAYS_OUT}"
         )
 
 

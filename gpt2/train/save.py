@@ -56,24 +56,21 @@ def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: 
     tensors = {WEIGHTS: state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
     folder, step, shape = out_dir(config), state.step, state.model.config
     keep = config.output.keep_last
-    if rt.sharded:
-        try:
-            sharded_state.write(folder, step, shape, tensors, content, keep_last=keep, rt=rt)
-        except UserError as error:
-            if final:
-                _save_model_alone(error, state, config, rt)
-            if rt.is_main:
-                console.warn(f"{error}; training goes on, and what was saved before is kept")
-        return
 
     def write_checkpoint(t: dict[str, Any]) -> None:
         rest = content | {"optimizer": t["optimizer"]}
         write_state(folder, step, shape, t[WEIGHTS], rest, keep_last=keep)
 
     try:
-        write(state, rt, tensors, write_checkpoint, final)
+        if rt.sharded:
+            sharded_state.write(folder, step, shape, tensors, content, keep_last=keep, rt=rt)
+        else:
+            write(state, rt, tensors, write_checkpoint, final)
     except UserError as error:
-        _save_model_alone(error, state, config, rt)
+        if final:
+            _save_model_alone(error, state, config, rt)
+        if rt.is_main:
+            console.warn(f"{error}; training goes on, and what was saved before is kept")
 
 
 def _save_model_alone(

@@ -26,10 +26,10 @@ PROJECT = PROJECT_FILE["project"]
 PATH = os.environ.get("PATH", "").split(os.pathsep)
 SYSTEMS = {"ubuntu-latest": "Linux", "macos-latest": "MacOS", "windows-latest": "Windows"}
 OURS = {"benchmarks", "gpt2", "learn", "tests"}
-EVERYWHERE = {  # our dependencies and what comes with them, with pytest and with transformers
-    "fastapi", "gigatoken", "httpx", "huggingface_hub", "hypothesis", "jinja2", "matplotlib",
-    "numpy", "packaging", "psutil", "pyarrow", "pytest", "safetensors", "tiktoken",
-    "tokenizers", "torch", "transformers", "yaml",
+EVERYWHERE = {  # our dependencies, the extra `serve`, pytest, transformers, and what they need
+    "fastapi", "gigatoken", "h11", "httpx", "huggingface_hub", "hypothesis", "jinja2",
+    "matplotlib", "numpy", "packaging", "psutil", "pyarrow", "pydantic", "pytest", "safetensors",
+    "starlette", "tiktoken", "tokenizers", "torch", "tqdm", "transformers", "uvicorn", "yaml",
 }  # fmt: skip
 FORM_ITEMS = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
 
@@ -122,19 +122,36 @@ def test_issue_forms_are_as_github_reads_them(name):
     assert any(item.get("validations", {}).get("required") for item in asked)
 
 
+def packages_behind(path: Path, skipped: bool) -> set[str]:
+    """Packages without which this file cannot be imported, through modules of ours as well.
+
+    Those that it names to `pytest.importorskip` before are left out if `skipped`.
+    """
+    found, named = set(), set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            modules = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+        else:
+            modules = []
+            named |= set(re.findall(r"importorskip\(['\"](\w+)", ast.unparse(node)))
+        for module in modules:
+            top, file = module.partition(".")[0], ROOT / f"{module.replace('.', '/')}.py"
+            lacking = {top} - OURS - EVERYWHERE - sys.stdlib_module_names
+            if top in OURS and file.exists():
+                lacking |= packages_behind(file, skipped=False)
+            found |= lacking - named if skipped else lacking
+    return found
+
+
 def test_one_missing_package_leaves_out_its_tests_alone():
     """`pytest -m gpu` ended on a GPU machine without `openai`, though no such test needs it."""
+    assert "jupytext" in packages_behind(ROOT / "learn" / "notebooks.py", skipped=False)
     wrong = []
     for path in (ROOT / "tests").rglob("*.py"):
-        for node in ast.parse(path.read_text("utf-8")).body:
-            if isinstance(node, ast.Import):
-                names = {name.name.partition(".")[0] for name in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = {node.module.partition(".")[0]}
-            else:
-                continue
-            lacking = names - OURS - EVERYWHERE - sys.stdlib_module_names
-            wrong += [f"{path}: pytest.importorskip({name!r})" for name in lacking]
+        lacking = packages_behind(path, skipped=True)
+        wrong += [f"{path}: pytest.importorskip({name!r})" for name in lacking]
     assert not wrong
 
 

@@ -8,12 +8,13 @@ import subprocess
 
 import pytest
 
-from learn import notebooks
-
 from ..conftest import ROOT
 
-nbclient = pytest.importorskip("nbclient")  # extra `learn`
+pytest.importorskip("jupytext")  # learn.notebooks needs it; extra `learn`
+pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 jupyter = pytest.importorskip("jupyter_client.manager")  # nbclient needs it
+from learn import notebooks  # noqa: E402
 
 pytestmark = pytest.mark.long
 

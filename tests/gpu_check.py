@@ -83,6 +83,7 @@ PARALLEL = "tests/test_gpu_parallel.py"
 ONE_GPU = ["tests", f"--ignore={PARALLEL}", "--continue-on-collection-errors"]
 MODEL = "{work}/train/out_ckpt.pt"
 AGAIN, LARGE = "--activation_checkpointing=True", "--grad_accum_steps=2"
+MLP_AGAIN = "--activation_checkpointing=mlp"
 MODERN, FP8 = "--config=configs/speedrun.toml", "--fp8=head"
 XL = ["--size=gpt2-xl", AGAIN, LARGE]
 CHECKS = [
@@ -95,6 +96,14 @@ CHECKS = [
         keeps_state=True,
     ),
     train("xl, activation checkpointing", *XL, "--batch_size=4", gib=36),
+    train(
+        "xl, activation_checkpointing=mlp",
+        "--size=gpt2-xl",
+        MLP_AGAIN,
+        LARGE,
+        "--batch_size=4",
+        gib=40,
+    ),
     train("large", "--size=gpt2-large", LARGE, "--batch_size=4", gib=26),
     train(
         "large, uncompiled",
@@ -220,6 +229,15 @@ CHECKS = [
         LARGE,
         "--parallel=fsdp",
         "--batch_size=4",
+        gib=26,
+    ),
+    ranks(
+        "ranks: fsdp, large, activation_checkpointing=mlp",
+        "--size=gpt2-large",
+        LARGE,
+        "--parallel=fsdp",
+        "--batch_size=4",
+        MLP_AGAIN,
         gib=26,
     ),
     ranks(

@@ -47,8 +47,9 @@ class Operations(nn.Module):
             return linear.linear(x, self.proj)
         if name == "add_linear":
             return linear.add_linear(residual, x, self.proj)
-        if name == "add_mlp":
-            return linear.add_mlp(residual, x, self.fc, self.back)
+        if name.startswith("add_mlp"):
+            recompute = name.endswith("recomputed")
+            return linear.add_mlp(residual, x, self.fc, self.back, recompute=recompute)
         loss = head_loss_reference if plain else head_loss
         targets = torch.arange(ROWS, device=x.device) % VOCAB
         return loss(x, self.head.weight, targets, PADDED, name.removeprefix("head_"))
@@ -56,6 +57,7 @@ class Operations(nn.Module):
     def trained(self, name):
         layers = {"norm": [self.norm], "qkv": [self.attn], "linear": [self.proj]}
         layers |= {"add_linear": [self.proj], "add_mlp": [self.fc, self.back]}
+        layers["add_mlp_recomputed"] = layers["add_mlp"]
         return [p for layer in layers.get(name, [self.head]) for p in layer.parameters()]
 
 
@@ -78,7 +80,8 @@ def run(ops, name, residual, x, upstream, *, frozen=False, again=False, plain=Fa
 @pytest.mark.parametrize("of_parameters", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("of_input", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [
-    "norm", "qkv", "linear", "add_linear", "add_mlp", "head_sum", "head_mean", "head_none",
+    "norm", "qkv", "linear", "add_linear", "add_mlp", "add_mlp_recomputed", "head_sum",
+    "head_mean", "head_none",
 ])  # fmt: skip
 def test_operation(name, of_input, of_parameters, autocast, device, monkeypatch):
     if autocast is None and of_input != of_parameters:

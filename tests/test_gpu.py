@@ -192,7 +192,7 @@ def test_chunked_head_takes_less_memory():
 def test_checkpointing_keeps_less_when_compiled(data_dir):
     shape = ["--n_layer=16", "--n_embd=512", "--n_head=8", "--block_size=256", "--batch_size=64"]
     peaks = []
-    for flag in (False, True):
+    for flag in (False, True, "mlp"):
         argv = [f"--data_dir={data_dir}", *SMALL, *shape, "--dtype=bfloat16"]
         config = parse(TrainConfig, [*argv, f"--activation_checkpointing={flag}"], "gpt2 train")
         with runtime.start(config.system) as rt:
@@ -204,6 +204,7 @@ def test_checkpointing_keeps_less_when_compiled(data_dir):
             assert state.graph.enabled  # recorded in the third step
             state.loader.close()
     assert peaks[5] < 0.6 * peaks[1], peaks
+    assert peaks[5] < peaks[9] < 0.8 * peaks[1], peaks
 
 
 def test_gpu_run_equals_the_cpu_run(data_dir, tmp_path):

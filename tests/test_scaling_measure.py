@@ -90,7 +90,7 @@ def test_rows_are_valid_runs_of_what_was_asked(gpus):
         config = parse(TrainConfig, each.arguments(), "test")
         plan = plan_batch(config.data, config.model.block_size, each.gpus)
         assert plan.tokens_per_step == each.tokens_per_step, each
-        assert config.system.activation_checkpointing == each.checkpointing
+        assert config.system.activation_checkpointing == str(each.checkpointing)
 
 
 def test_every_row_of_several_gpus_has_a_row_of_one_beside_it():

@@ -83,7 +83,7 @@ def run(options: ProfileConfig) -> int:
         try:
             seconds, times = measure(state, config, rt, path)
         except torch.OutOfMemoryError:
-            checkpointing = config.system.activation_checkpointing
+            checkpointing = config.system.activation_checkpointing == "True"
             raise UserError(out_of_memory(state.plan, checkpointing)) from None
         finally:
             state.loader.close()

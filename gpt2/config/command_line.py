@@ -293,8 +293,10 @@ def _bool(text: str) -> bool:
 
 
 def _choice(choices: tuple[str, ...], text: str) -> str:
-    """The choice that equals the text but for upper and lower case: `true` is `True`."""
+    """The choice that equals the text but for upper and lower case: `true` is `True`, as is `1`."""
     text = OLD_SIZES.get(text, text)
+    if "True" in choices and text.lower() in TRUE | FALSE:
+        return str(text.lower() in TRUE)
     return next((choice for choice in choices if choice.lower() == text.lower()), text)
 
 

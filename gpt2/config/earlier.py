@@ -8,6 +8,7 @@ from .model import OLD_SIZES
 from .train import OptimOptions, TrainConfig, with_floor
 
 RENAMED = {"window_start": "sequence_start"}  # options of earlier versions; aliases today
+WORDS = {"activation_checkpointing"}  # options that were True or False, and have a third value now
 EARLIER_DEFAULTS = {"cooldown": 0.4, "min_lr_ratio": 0.1}
 
 
@@ -34,6 +35,7 @@ def current_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint or config.toml under today's names of the options."""
     renamed = {new: settings[old] for old, new in RENAMED.items() if old in settings}
     renamed |= {name: value for name, value in settings.items() if name not in RENAMED}
+    renamed |= {name: str(renamed[name]) for name in WORDS & renamed.keys()}
     size = renamed.get("size")
     return renamed | ({"size": OLD_SIZES[size]} if size in OLD_SIZES else {})
 

@@ -248,8 +248,11 @@ class SystemOptions:
         "weights, gradients and optimizer state: for models that do not fit)",
         ("ddp", "fsdp"),
     )
-    activation_checkpointing: bool = option(
-        False, "keep only the input of each block and recompute the rest: less memory, slower"
+    activation_checkpointing: str = option(
+        "False",
+        "True: keep only the input of each block and recompute the rest, for the least memory; "
+        "mlp: recompute the inner layer of each MLP alone, for half of it and less time",
+        ("False", "True", "mlp"),
     )
     hang_timeout_seconds: int = option(
         300,

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import cublaslt
 from .custom_op import custom_op
@@ -48,14 +49,36 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return y.unflatten(0, x.shape[:-1])
 
 
-def add_mlp(
-    residual: Tensor, x: Tensor, fc: nn.Linear, proj: nn.Linear, dropout: float = 0.0
+def add_mlp(  # noqa: PLR0917
+    residual: Tensor,
+    x: Tensor,
+    fc: nn.Linear,
+    proj: nn.Linear,
+    dropout: float = 0.0,
+    recompute: bool = False,
 ) -> Tensor:
-    """residual + dropout(proj(gelu(fc(x)))), all (..., C)."""
+    """residual + dropout(proj(gelu(fc(x)))), all (..., C).
+
+    Args:
+        residual: (..., C).
+        x: (..., C).
+        fc: the first layer, C to 4 C.
+        proj: the second, 4 C to C.
+        dropout: probability.
+        recompute: keep x alone and compute fc and GELU again in backward, to equal bits.
+    """
     if dropout or not (_by_cublaslt(x, fc, residual) and proj.weight.requires_grad):
-        return residual + F.dropout(proj(gelu(fc(x))), dropout)
-    parameters = fc.weight, fc.bias, proj.weight, proj.bias
-    return _AddMLP.apply(residual.flatten(0, -2), x.flatten(0, -2), *parameters).view_as(residual)
+        if recompute:  # nothing in it is random
+            y = checkpoint(_mlp, x, fc, proj, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = _mlp(x, fc, proj)
+        return residual + F.dropout(y, dropout)
+    inputs = residual.flatten(0, -2), x.flatten(0, -2), fc.weight, fc.bias, proj.weight, proj.bias
+    return _AddMLP.apply(*inputs, recompute).view_as(residual)
+
+
+def _mlp(x: Tensor, fc: nn.Linear, proj: nn.Linear) -> Tensor:
+    return proj(gelu(fc(x)))
 
 
 def _by_cublaslt(x: Tensor, layer: nn.Linear, residual: Tensor | None = None) -> bool:
@@ -176,20 +199,22 @@ class _AddMLP(torch.autograd.Function):
         b1: Tensor | None,
         w2: Tensor,
         b2: Tensor | None,
+        recompute: bool,
     ):
         x, w1, w2 = x.to(BF16), w1.to(BF16), w2.to(BF16)
         before, after = _matmul_gelu(x, w1, _cast(b1))
-        ctx.save_for_backward(x, w1, w2, before, after)
-        ctx.biased = b1 is not None
+        ctx.save_for_backward(x, w1, w2, *([b1] if recompute else [before, after]))
+        ctx.biased, ctx.recompute = b1 is not None, recompute
         return _matmul(after, w2, transpose_b=True, bias=_cast(b2), add=residual)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, w1, w2, before, after = ctx.saved_tensors
+        x, w1, w2, *kept = ctx.saved_tensors
+        before, after = _matmul_gelu_again(x, w1, _cast(kept[0]), dy) if ctx.recompute else kept
         dh = _matmul_dgelu(dy, w2, before)
         dw1, dw2 = _weight_gradient([dh], x), _weight_gradient([dy], after)
         db1, db2 = (d.sum(0, dtype=torch.float32) if ctx.biased else None for d in (dh, dy))
-        return dy, _matmul(dh, w1), dw1, db1, dw2, db2
+        return dy, _matmul(dh, w1), dw1, db1, dw2, db2, None
 
 
 # Each function below is one opaque operator to the compiler. Without libcublasLt, as on a CPU, it
@@ -259,6 +284,23 @@ def _matmul_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 def _matmul_gelu_fake(x, weight, bias):
     before = x.new_empty(x.shape[0], weight.shape[0])
     return before, torch.empty_like(before)
+
+
+@custom_op(name="product_gelu_again")
+def _matmul_gelu_again(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_matmul_gelu`, in backward.
+
+    The compiler must not move it into forward, whose results it would keep. So it takes a gradient,
+    which it does not use.
+    """
+    return _matmul_gelu(x, weight, bias)
+
+
+@torch.library.register_fake("gpt2::product_gelu_again")
+def _matmul_gelu_again_fake(x, weight, bias, dy):
+    return _matmul_gelu_fake(x, weight, bias)
 
 
 @custom_op(name="product_dgelu")

@@ -62,13 +62,14 @@ class MLP(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.recompute = False  # in training: keep the input alone, compute c_fc and GELU again
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + mlp(x), all (B, T, C)."""
         dropout = self.dropout if self.training else 0.0
-        return add_mlp(residual, x, self.c_fc, self.c_proj, dropout)
+        return add_mlp(residual, x, self.c_fc, self.c_proj, dropout, self.recompute)
 
 
 class Block(nn.Module):

@@ -141,6 +141,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModernConfig) -> None:
         super().__init__()
         self.config, C = config, config.n_embd
+        self.recompute = False  # as in GPT-2's, for mlp=gelu
         self.own = build_own("mlp", config.mlp, config)
         if isinstance(self.own, nn.Module):
             return
@@ -153,7 +154,7 @@ class MLP(nn.Module):
         """residual + mlp(x), all (B, T, C)."""
         dropout = self.config.dropout if self.training else 0.0
         if self.config.mlp == "gelu":
-            return add_mlp(residual, x, self.c_fc, self.c_proj, dropout)
+            return add_mlp(residual, x, self.c_fc, self.c_proj, dropout, self.recompute)
         if isinstance(self.own, nn.Module):
             return residual + F.dropout(self.own(x), dropout).to(residual.dtype)
         x = linear(x, self.c_fc)

@@ -85,7 +85,7 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLo
         try:
             launched.append(train_step(state, config, rt))
         except torch.OutOfMemoryError:
-            checkpointing = config.system.activation_checkpointing
+            checkpointing = config.system.activation_checkpointing == "True"
             raise UserError(out_of_memory(state.plan, checkpointing)) from None
         # The loss of a step is read after the next is launched: a GPU that waited would idle 4 %.
         while launched and (len(launched) > rt.steps_ahead or needs_sync(state, config)):

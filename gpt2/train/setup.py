@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..kernels.attention import describe_kernel
 from ..kernels.linear import describe_path
 from ..model import lora
+from ..model.checkpointing import checkpoint_activations
 from ..model.gpt import GPT, LanguageModel
 from ..report import console, throughput
 from ..report.trackers import check_names
@@ -161,7 +162,7 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
     model.sampled_ids = sampled_loss.begin(config.optim, model.config.vocab_size)
     rt.place(model)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
-    model.checkpoint_activations = config.system.activation_checkpointing
+    checkpoint_activations(model, config.system.activation_checkpointing)
     return model
 
 
@@ -171,8 +172,7 @@ def compile_network(model: LanguageModel, sharded: bool) -> None:
     Each block is compiled alone in three cases:
 
     - FSDP: its all-gathers between blocks break the graph.
-    - Activation checkpointing: with the whole network compiled, PyTorch 2.11 keeps most of the
-      activations that checkpointing should drop.
+    - Checkpointed blocks: PyTorch 2.11 would keep most of what they should drop.
     - More than `DEEP` blocks: compiling 48 blocks at once takes over a minute, while equal blocks
       share one compilation. Blocks with different switches cannot share one.
     """

@@ -18,6 +18,8 @@ def test_settings_of_earlier_versions_get_the_names_of_today():
     assert current_names({"window_start": "anywhere", "sequence_start": "document"}) == {
         "sequence_start": "document"
     }
+    bools = {"activation_checkpointing": True}  # before `mlp` was a third value
+    assert current_names(bools) == {"activation_checkpointing": "True"}
 
 
 def test_every_renamed_option_keeps_its_earlier_name_as_an_alias():

@@ -72,7 +72,7 @@ SWITCHES = [
     *("--window=16", "--document_mask=True", "--zero_init=True", MUON),
 ]
 CASES = {
-    "Muon": [MUON],
+    "Muon": [MUON, "--activation_checkpointing=mlp"],
     "AdamW": ["--dropout=0.1", "--activation_checkpointing=True"],
     "switches": SWITCHES,
     "sampled softmax": [MUON, "--loss=sampled_softmax"],

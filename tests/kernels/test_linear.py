@@ -12,7 +12,7 @@ from gpt2.model.gpt import Block
 
 from ..conftest import error
 
-NAMES = ["qkv", "add_linear", "add_mlp"]
+NAMES = ["qkv", "add_linear", "add_mlp", "add_mlp_recomputed"]
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
@@ -25,7 +25,8 @@ def call(name: str, block: Block, residual, x, upstream):
         y = linear.add_linear(residual, x, block.attn.c_proj)
         parameters = [residual, *block.attn.c_proj.parameters()]
     else:
-        y = linear.add_mlp(residual, x, block.mlp.c_fc, block.mlp.c_proj)
+        layers, recompute = (block.mlp.c_fc, block.mlp.c_proj), name == "add_mlp_recomputed"
+        y = linear.add_mlp(residual, x, *layers, recompute=recompute)
         parameters = [residual, *block.mlp.parameters()]
     return y, *torch.autograd.grad(y, [x, *parameters], upstream[..., : y.shape[-1]].to(y))
 
@@ -56,7 +57,7 @@ def test_as_exact_as_plain_layers_in_bf16(name, bias, rows, device, monkeypatch)
         ours, again = call(name, block, *inputs), compiled(name, block, *inputs)
         monkeypatch.setattr(linear, "_by_cublaslt", lambda *_: False)
         theirs = call(name, block, *inputs)
-    expected = {"qkv": (3, 4), "add_linear": (4, 5), "add_mlp": (5, 7)}[name][bias]
+    expected = {"qkv": (3, 4), "add_linear": (4, 5)}.get(name, (5, 7))[bias]
     assert len(ours) == len(theirs) == expected
     for index, (a, b, c, right) in enumerate(zip(ours, again, theirs, exact, strict=True)):
         if name == "qkv" and index == 3:  # the bias of the keys does not matter to attention

@@ -607,7 +607,7 @@ def test_bf16_and_fp16_train_on_a_cpu(data_dir, tmp_path, optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "mlp"])
 def test_compiled_run_equals_the_plain_one(data_dir, tmp_path, checkpointing):
     if devices.choose_compile("True", torch.device("cpu"))[0] is False:
         pytest.skip(devices.choose_compile("True", torch.device("cpu"))[1])
@@ -626,13 +626,14 @@ def test_compiled_run_equals_the_plain_one(data_dir, tmp_path, checkpointing):
 
 
 def test_activation_checkpointing_changes_no_bit(data_dir, tmp_path):
-    for flag in ("True", "False"):
+    for flag in ("True", "False", "mlp"):
         arguments = ["--max_steps=4", "--eval_every=2", "--dropout=0.1"]
         arguments += [f"--activation_checkpointing={flag}"]
         loop.run(config(data_dir, tmp_path / flag, *arguments))
-    assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
-    ours, plain = (weights(tmp_path / flag / "out_ckpt.pt") for flag in ("True", "False"))
-    assert same(ours, plain)
+    plain = weights(tmp_path / "False" / "out_ckpt.pt")
+    for flag in ("True", "mlp"):
+        assert metrics(tmp_path / flag) == metrics(tmp_path / "False")
+        assert same(weights(tmp_path / flag / "out_ckpt.pt"), plain)
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,14 @@ from .config.switches import SWITCH_NAMES, Switches, chosen, switched
 from .distributed.devices import choose_device
 from .errors import UserError
 from .generate import stream as generation
+from .generate.arguments import mode_kept, plain_numbers
 from .generate.stream import TextWriter, check_stops
 from .model.gpt import GPT, LanguageModel
 from .model.unfilled import unfilled
 from .report import console
 from .report.versions import warn_of_newer_torch
 from .tokenizer import Tokenizer
+from .untrusted.display import shown
 
 Prompt = str | Sequence[int] | Tensor
 
@@ -40,6 +42,8 @@ class TextModel(LanguageModel):
     def __init__(self, shape: str | GPT2Config = "gpt2", **given: Any) -> None:
         if isinstance(shape, str):
             shape = config_of(OLD_SIZES.get(shape, shape), given)
+        elif not isinstance(shape, GPT2Config):
+            raise UserError(f"GPT2({shown(repr(shape))}): name a size, or give a GPT2Config")
         elif given:
             raise UserError("give a GPT2Config or single fields, not both")
         fitting = model_class(shape)
@@ -64,7 +68,7 @@ class TextModel(LanguageModel):
         Raises:
             UserError: the file is missing, damaged, of an unknown format, or would run code.
         """
-        return cls.from_weights(weights.load_local(path), device)
+        return cls.from_weights(weights.load_local(_at_home(path)), device)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str = "", device: str = "auto") -> Self:
@@ -79,6 +83,7 @@ class TextModel(LanguageModel):
         Raises:
             UserError: no such model, no access or connection, or a network that is not GPT-2's.
         """
+        name = _at_home(name) if str(name).startswith("~") else name
         return cls.from_weights(weights.load(name, revision), device)
 
     @classmethod
@@ -103,7 +108,7 @@ class TextModel(LanguageModel):
 
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint that `from_checkpoint` reads."""
-        model_file.save_model(Path(path), self, step=0, val_loss=None)
+        model_file.save_model(_at_home(path), self, step=0, val_loss=None)
 
     def generate(
         self,
@@ -120,7 +125,7 @@ class TextModel(LanguageModel):
         stop_at_end_of_text: bool = True,
         use_cache: bool = True,
     ) -> Any:
-        """Continues one prompt, or several in one batch.
+        """Continues one prompt, or several in one batch, in evaluation mode.
 
         Args:
             prompt: text gives text; token ids (a list, or a tensor or an array of numpy, (T,) or
@@ -135,20 +140,21 @@ class TextModel(LanguageModel):
             repetition_penalty: above 1, tokens that have occurred become less likely.
             seed: makes the result reproducible; prompt i of a list uses seed + i.
             stop: a string, or several, before which a text ends; needs prompts that are text.
+                None or (): none.
             stop_at_end_of_text: whether the end-of-text token ends a result.
             use_cache: False recomputes all positions for every token, which is much slower.
 
         Raises:
-            UserError: an empty list, ids outside the vocabulary, settings out of range.
+            UserError: an empty list, ids outside the vocabulary, settings of a wrong type or out
+                of range.
         """
         prompts, many, text = self._read_prompts(prompt)
-        tokenizer, stops = self.tokenizer, check_stops(stop)
+        tokenizer, stops = self.tokenizer, check_stops(stop or ())
         if stops and not text:
             raise UserError("stop= needs prompts that are text")
-        steps = generation.stream(
-            self,
+        steps = self._steps(
             prompts,
-            max_new_tokens,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -202,19 +208,26 @@ class TextModel(LanguageModel):
             **settings: see `generate.stream.stream`.
 
         Raises:
-            UserError: settings out of range.
+            UserError: several prompts, settings of a wrong type or out of range.
         """
-        prompts, _, _ = self._read_prompts(prompt)
-        writer = TextWriter(check_stops(stop), self.tokenizer)
+        prompts, many, _ = self._read_prompts(prompt)
+        if many:
+            raise UserError("stream continues one prompt; generate takes several")
+        writer = TextWriter(check_stops(stop or ()), self.tokenizer)
         end = self.tokenizer.end_of_text if stop_at_end_of_text else None
         settings = {"temperature": temperature, "top_k": top_k, "stop_token": end} | settings
-        for (token,) in generation.stream(self, prompts, max_new_tokens, **settings):
+        for (token,) in self._steps(prompts, max_new_tokens=max_new_tokens, **settings):
             if token is not None and (piece := writer.add(token)):
                 yield piece
             if writer.stopped:
                 return
         if rest := writer.finish():
             yield rest
+
+    def _steps(self, prompts: list[list[int]], **settings: Any) -> Iterator[list[int | None]]:
+        """`generate.stream.stream`, which leaves the network in the mode in which it was."""
+        with mode_kept(self):
+            yield from generation.stream(self, prompts, **plain_numbers(settings))
 
     def _read_prompts(self, prompt: Any) -> tuple[list[list[int]], bool, bool]:
         """(prompts as ids, True for a list of prompts, True for text)."""
@@ -300,6 +313,14 @@ def __getattr__(name: str) -> Any:
     if name == "SwitchedGPT2":
         return _switched_gpt2()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _at_home(path: Any) -> Path:
+    """The path, with the home folder in place of ~."""
+    try:
+        return Path(path).expanduser()
+    except (TypeError, RuntimeError, ValueError):  # no path; no such person; a null character
+        raise UserError(f"{shown(repr(path))} is no path of a checkpoint") from None
 
 
 def _plain(value: Any) -> Any:

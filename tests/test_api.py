@@ -1,6 +1,7 @@
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,91 @@ def test_mistakes_are_one_line(given, said):
     with pytest.raises(UserError, match=said) as caught:
         GPT2(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"seed": 1.5}, "seed=1.5: use a whole number"),
+    ({"seed": "x"}, "seed='x': use a whole number"),
+    ({"seed": 2**64}, f"seed={2**64}: use a whole number up to 9e+18"),
+    ({"max_new_tokens": 3.0}, "max_new_tokens=3.0: use a whole number"),
+    ({"max_new_tokens": True}, "max_new_tokens=True: use a whole number"),
+    ({"max_new_tokens": -1}, "max_new_tokens=-1: use 0 or more"),
+    ({"top_k": 5.0}, "top_k=5.0: use a whole number"),
+    ({"top_k": None}, "top_k=None: use a whole number"),
+    ({"temperature": None}, "temperature=None: use a number"),
+    ({"temperature": np.ones(2)}, "temperature=array"),
+    ({"top_p": "0.9"}, "top_p='0.9': use a number"),
+    ({"stop": [""]}, "use strings that are not empty"),
+])  # fmt: skip
+def test_settings_of_a_wrong_type_are_one_line(model, given, said):
+    for call in (model.generate, lambda *a, **k: list(model.stream(*a, **k))):
+        with pytest.raises(UserError) as caught:
+            call("Hello", **given)
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_and_of_torch_are_numbers(model):
+    plain = model.generate("Hello", 5, seed=3, top_k=7, temperature=0.5)
+    of_numpy = {"seed": np.int64(3), "top_k": np.uint8(7), "temperature": np.float32(0.5)}
+    of_torch = {"seed": torch.tensor(3), "top_k": torch.tensor([7]), "temperature": 0.5}
+    assert model.generate("Hello", np.int64(5), **of_numpy, stop=None) == plain
+    assert model.generate("Hello", torch.tensor(5), **of_torch) == plain
+    assert "Hello" + "".join(model.stream("Hello", 5, **of_numpy, stop=None)) == plain
+
+
+def test_generation_leaves_the_mode_of_training():
+    """A text that is written between two steps does not turn dropout off for the steps after it."""
+    model = GPT2(**SMALL, dropout=0.5)
+    model.train()
+    model.transformer.ln_f.eval()  # a frozen module
+    modes = [module.training for module in model.modules()]
+    assert model.generate("a", 3, seed=1) == model.generate("a", 3, seed=1)  # without dropout
+    assert [module.training for module in model.modules()] == modes
+    pieces = model.stream("a", 9)
+    next(pieces)
+    pieces.close()
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(UserError):
+        model.generate("a", 3, temperature=-1)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_stream_takes_one_prompt(model):
+    with pytest.raises(UserError, match="stream continues one prompt; generate takes several"):
+        list(model.stream(["a", "b"]))
+
+
+@pytest.mark.parametrize("shape", [12, {"n_layer": 1}, None])
+def test_a_shape_is_a_size_or_a_config(shape):
+    with pytest.raises(UserError, match="name a size, or give a GPT2Config"):
+        GPT2(shape)
+
+
+def test_home_and_what_is_no_path(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    model.save("~/kept.pt")
+    assert (tmp_path / "kept.pt").exists()
+    for load in (GPT2.from_checkpoint, GPT2.from_pretrained):
+        assert load("~/kept.pt", device="cpu").config == model.config
+    for wrong in (None, 3, "~\0", "~nobody-of-this-name/x.pt"):
+        with pytest.raises(UserError, match=r"no such checkpoint|is no path of a checkpoint"):
+            GPT2.from_checkpoint(wrong)
+    with pytest.raises(UserError, match="device=None: use auto, cpu, cuda"):
+        GPT2.from_checkpoint("~/kept.pt", device=None)
+    with pytest.raises(UserError, match=r"not written: it is a folder; name a file$"):
+        model.save(tmp_path)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_another_reduction_is_refused(training):
+    model, ids = GPT2(**SMALL).train(training), torch.tensor([[1, 2, 3]])
+    for wrong in ("Mean", "avg", None):
+        with pytest.raises(UserError, match="use mean, sum or none"):
+            model(ids, ids, reduction=wrong)
+    with pytest.raises(AssertionError, match="beyond context"):
+        model(torch.zeros(1, 33, dtype=torch.int64))
 
 
 def test_the_package_lists_what_it_has_and_imports_it_late():

@@ -26,6 +26,8 @@ def write_errors(path: Path, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, IsADirectoryError):
+            raise UserError(f"checkpoint {path} not written: it is a folder; name a file") from None
         reason = first_line(error)
         # torch reports a full disk as "unexpected pos"
         if "unexpected pos" in reason or "PytorchStreamWriter" in reason or "space" in reason:

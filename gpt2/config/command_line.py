@@ -151,7 +151,12 @@ def parse_keywords(cls: type[Config], options: Mapping[str, Any], prog: str) -> 
     for name, value in options.items():
         if value is None:
             raise UserError(f"{prog}({name}=None): give a value, or leave it out")
-    return parse(cls, [f"--{name}={value}" for name, value in options.items()], prog)
+    return parse(cls, [f"--{name}={_joined(value)}" for name, value in options.items()], prog)
+
+
+def _joined(value: Any) -> Any:
+    """Several values of an option as a command line has them: with commas."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def check_keywords(options: Iterable[str], names: Collection[str], prog: str) -> None:
@@ -303,7 +308,7 @@ def _choice(choices: tuple[str, ...], text: str) -> str:
 def at_home(argument: str) -> str:
     """The argument with the home folder in place of ~, which shells leave as it is behind a =."""
     name, equals, value = argument.partition("=")
-    if name not in FILES or "~" not in value:
+    if name not in FILES or "~" not in value or "\0" in value:  # the latter is no name of a file
         return argument
     return f"{name}{equals}{','.join(map(os.path.expanduser, value.split(',')))}"
 

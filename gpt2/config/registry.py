@@ -51,10 +51,10 @@ def register(kind: str, name: str) -> Callable[[Part], Part]:
     """
     if kind not in BUILT_IN:
         raise UserError(f"gpt2.register({kind!r}, …): use one of {', '.join(BUILT_IN)}")
-    if not NAME.fullmatch(name) or name in BUILT_IN[kind]:
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name in BUILT_IN[kind]:
         raise UserError(
-            f"gpt2.register({kind!r}, {shown(name)!r}): use another name, of small letters, digits "
-            f"and _; {', '.join(BUILT_IN[kind])} are there already"
+            f"gpt2.register({kind!r}, {shown(str(name))!r}): use another name, of small letters, "
+            f"digits and _; {', '.join(BUILT_IN[kind])} are there already"
         )
 
     def add(part: Part) -> Part:

@@ -23,7 +23,7 @@ def choose_device(requested: str, local_rank: int = 0) -> torch.device:
             requested = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(requested)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UserError(f"device={requested}: use auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":
         count = torch.cuda.device_count()

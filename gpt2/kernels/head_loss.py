@@ -63,6 +63,7 @@ def head_loss(  # noqa: PLR0917
         sampled: () int64 on the CPU, of how many ids the softmax is, see `sample_ids`; 0 or None:
             of all. A tensor, as compiled code would be compiled again for another number.
     """
+    check_reduction(reduction)
     if reduction == "none":
         return head_loss_reference(x, weight, targets, padded_rows, reduction, softcap)
     kind = x.device.type
@@ -76,6 +77,12 @@ def head_loss(  # noqa: PLR0917
     fp8 = fp8 and gradients == OF_INPUT_AND_WEIGHT and x.is_cuda
     loss = _HeadLoss.apply(x, weight, targets, padded_rows, gradients, fp8, softcap, sampled)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises UserError for another word than those of PyTorch's losses."""
+    if reduction not in ("mean", "sum", "none"):
+        raise UserError(f"reduction={reduction!r}: use mean, sum or none")
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
@@ -94,6 +101,7 @@ def own_loss(function: Callable, logits: Tensor, targets: Tensor, reduction: str
         targets: (N,) ids or `IGNORE`.
         reduction: "mean" over the predicted tokens, "sum", or "none" for (N,).
     """
+    check_reduction(reduction)
     predicted = targets != IGNORE
     losses = function(logits.float(), targets.clamp(min=0))
     if losses.shape != targets.shape:

@@ -166,7 +166,7 @@ class LanguageModel(nn.Module):
     def positions(self, idx: Tensor, cache: AttentionCache | None) -> Tensor:
         """(T,) or (B, T), the positions of new tokens."""
         start, T = cache.start() if cache is not None else 0, idx.shape[1]
-        assert isinstance(start, Tensor) or start + T <= self.config.block_size, (start, T)
+        assert isinstance(start, Tensor) or start + T <= self.config.block_size, "beyond context"
         return start + torch.arange(T, device=idx.device)
 
     def run_block(self, block: nn.Module, *inputs: object) -> Tensor:

@@ -363,6 +363,8 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert config.data.data_dir == f"{home}/a:0.5,{home}/b:0.5"
     assert (config.eval.sample_prompt, config.model.init) == ("~/x", "a~b")
     assert parse_keywords(TrainConfig, {"out_dir": "~/y"}, "train").output.out_dir == f"{home}/y"
+    no_path = parse_keywords(TrainConfig, {"data_dir": "~\0"}, "train")
+    assert no_path.data.data_dir == "~\0"
 
 
 def test_every_option_for_files_knows_the_home_folder():
@@ -379,3 +381,9 @@ def test_every_option_for_files_knows_the_home_folder():
 def test_none_is_refused():
     with pytest.raises(UserError, match=r"train\(out_dir=None\): give a value, or leave it out"):
         parse_keywords(TrainConfig, {"out_dir": None}, "train")
+
+
+def test_a_list_in_python_is_what_commas_are_in_a_command_line():
+    given = {"log_to": ["wandb", "tensorboard"], "data_dir": ("a:1", "b:2")}
+    found = parse_keywords(TrainConfig, given, "train")
+    assert (found.output.log_to, found.data.data_dir) == ("wandb,tensorboard", "a:1,b:2")

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import torch
-
 from ..checkpoint import model_file, weights
 from ..checkpoint.training_state import Resumed
 from ..checkpoint.weights import Weights
@@ -33,6 +31,8 @@ from .save import restore
 from .schedules import check_plan
 from .state import TrainState
 from .tuning_plan import fit_batch
+
+DEEP = 24  # a deeper network is compiled block by block
 
 
 def resolve_init(
@@ -167,14 +167,17 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
 
 
 def compile_network(model: LanguageModel, sharded: bool) -> None:
-    """Compiles in place; state-dict names do not change.
+    """Compiles in place, the whole network or each block alone; state-dict names do not change.
 
-    GPT-2's blocks are one to the compiler: half the time to the first step. Blocks with switches
-    are compiled together, but for checkpoints, which PyTorch 2.11 would fill, and for FSDP.
+    Each block is compiled alone in three cases:
+
+    - FSDP: its all-gathers between blocks break the graph.
+    - Checkpointed blocks: PyTorch 2.11 would keep most of what they should drop.
+    - More than `DEEP` blocks: compiling 48 blocks at once takes over a minute, while equal blocks
+      share one compilation. Blocks with different switches cannot share one.
     """
-    model.compiled_apart = sharded or model.checkpoint_activations or not model.blocks_differ
-    for part in model.transformer.h if model.compiled_apart else [model]:
+    deep = len(model.transformer.h) > DEEP and not model.blocks_differ
+    apart = sharded or model.checkpoint_activations or deep
+    model.compiled_apart = apart
+    for part in model.transformer.h if apart else [model]:
         part.compile()
-    if isinstance(model, GPT) and not sharded:
-        model.transformer.ln_f.compile()
-        model.embed = torch.compile(model.embed)  # type: ignore[method-assign]

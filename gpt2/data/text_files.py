@@ -66,7 +66,7 @@ def read_rows(path: Path, start: int = 0, limit: int = DOCUMENT_BYTES) -> Iterat
     if kind.endswith(".parquet"):
         reader = _parquet_rows
     else:
-        reader = _jsonl_rows if ".json" in kind else _txt_rows
+        reader = _jsonl_rows if ".json" in kind or ".ndjson" in kind else _txt_rows
     number = start
     try:
         for row in reader(path, start, limit):

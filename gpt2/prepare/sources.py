@@ -1,7 +1,7 @@
 """Sources of text: FineWeb-Edu, other datasets of the Hub, the standard library, local files.
 
 A source is an ordered list of parts, which are files. A part consists of rows. A .txt file is one
-row; a .jsonl file has a row per line.
+row; a .jsonl or .ndjson file has a row per line.
 """
 
 import glob
@@ -22,6 +22,7 @@ from ..errors import DamagedFile, UserError
 from ..huggingface.downloads import Downloads
 from ..huggingface.hub import File, HubDataset
 from ..untrusted.display import shown
+from .local_files import files_below, is_hidden
 
 FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"
 FINEWEB_REPOSITORY, FINEWEB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
@@ -36,9 +37,15 @@ FINEWEB_FOLDERS = {
 HUB_SPEC = re.compile(
     r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]+))?"
 )
-ENDING = re.compile(r"\.(?:parquet|(?:txt|jsonl)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
+# .ndjson is another name of .jsonl.
+ENDING = re.compile(
+    r"\.(?:parquet|(?:txt|jsonl|ndjson)(?:\.(?:gz|xz|zst))?)$",
+    re.IGNORECASE,
+)
 # In a folder, a .json file is rather a config than text.
-NAMED_ENDING = re.compile(r"\.(?:parquet|(?:txt|jsonl?)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
+NAMED_ENDING = re.compile(
+    r"\.(?:parquet|(?:txt|jsonl?|ndjson)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE
+)
 INDENTATION = re.compile(r"^(?: {4})+", re.MULTILINE)
 ACCEPTED = ".txt, .jsonl (both also .gz, .xz, .zst) and .parquet"
 # Tests and tables are a third of the standard library and make poor training text.
@@ -186,18 +193,13 @@ def _folder_of_glob(pattern: str) -> Path:
     return Path(*parts[:first])
 
 
-def _is_hidden(path: Path) -> bool:
-    """Whether a program left a file there: a copy of a notebook's, or of macOS."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
 def _local_parts(spec: str, log: Callable[[str], None]) -> Iterator[Part]:
     path, ending = Path(spec), NAMED_ENDING
     if _is_glob(spec):
         path = _folder_of_glob(spec)
         found = [Path(name) for name in glob.glob(spec, recursive=True)]
     elif spec and path.is_dir():
-        found, ending = list(path.rglob("*")), ENDING
+        found, ending = files_below(path, log), ENDING
     elif spec and path.is_file():
         found, path = [path], path.parent
     else:
@@ -207,8 +209,11 @@ def _local_parts(spec: str, log: Callable[[str], None]) -> Iterator[Part]:
             f"--source={spec}: no such file, folder or glob; or use {FINEWEB_EDU}, {STDLIB}, or "
             "hf:OWNER/NAME for a dataset of the Hugging Face Hub"
         )
-    found = [file for file in found if ending.search(file.name) and file.is_file()]
-    hidden = [file for file in found if _is_hidden(file.relative_to(path))]
+    readable = [file for file in found if file.is_file()]
+    found = [file for file in readable if ending.search(file.name)]
+    hidden = [file for file in readable if is_hidden(file.relative_to(path))]
+    others = {*readable} - {*found} - {*hidden}
+    hidden = [file for file in hidden if ending.search(file.name)]
     if hidden and found != [Path(spec)]:
         log(
             f"{len(hidden):,} hidden files are left out, such as {shown(hidden[0])}; name a file "
@@ -217,6 +222,11 @@ def _local_parts(spec: str, log: Callable[[str], None]) -> Iterator[Part]:
         found = [file for file in found if file not in set(hidden)]
     if not found:
         raise UserError(f"--source={spec}: nothing to read; give {ACCEPTED} files")
+    if others:
+        log(
+            f"{len(others):,} files of other kinds are left out, such as {shown(min(others))}; "
+            f"`gpt2 prepare` reads {ACCEPTED}"
+        )
     for name, file in sorted((file.relative_to(path).as_posix(), file) for file in found):
         yield Part(name, file.stat().st_size, path=file)
 
@@ -289,7 +299,7 @@ def _hub_files(
         folder, _, pattern = path.rpartition("/")
     below = f"{folder}/" if folder else ""
     files = [f for f in dataset.find(folder) if fnmatch(f.name.removeprefix(below), pattern)]
-    for kind in ("parquet", "jsonl"):  # a dataset in both formats holds each text twice
+    for kind in ("parquet", "jsonl", "ndjson"):  # a dataset in both formats holds each text twice
         chosen = [f for f in files if ENDING.search(f.name) and f".{kind}" in f.name.lower()]
         if chosen:
             return dataset, sorted(chosen, key=lambda file: file.name)

@@ -164,6 +164,58 @@ def test_folder_is_read_recursively_in_order(tmp_path):
     assert source.prefix == "my-corpus"
 
 
+def names_and_lines(folder, tmp_path):
+    lines = []
+    source = find_source(str(folder), tmp_path / "downloads", log=lines.append)
+    return [part.name for part in source.parts], lines
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    """Each real folder is read once, under its own name if it lies in the source."""
+    for name in ("elsewhere/a.txt", "elsewhere/deep/b.txt", "s/c.txt", "s/own/d.txt", "s/.e/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert names_and_lines(tmp_path / "s", tmp_path)[0] == ["c.txt", "own/d.txt"]
+    for name, target in {
+        **{"sub": "../elsewhere", "twice": "../elsewhere", "loop": ".", "alias": "own"},
+        **{"own/up": "..", "own/sub": "../../elsewhere/deep", "shown": ".e"},
+    }.items():
+        (tmp_path / "s" / name).symlink_to(target)
+    names, lines = names_and_lines(tmp_path / "s", tmp_path)
+    assert names == ["c.txt", "own/d.txt", "own/sub/b.txt", "shown/e.txt", "sub/a.txt"]
+    assert not lines
+    (tmp_path / "s/gone").symlink_to("nowhere")
+    names, (line,) = names_and_lines(tmp_path / "s", tmp_path)
+    assert len(names) == 5
+    assert line.startswith("1 folders or links cannot be read and are left out, such as ")
+    assert line.endswith("s/gone")
+
+
+def test_files_of_other_kinds_are_told(tmp_path):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for name in ("a.csv", "b.txt", "c.md", "d.py", "e.txt.bz2", ".DS_Store"):
+        (folder / name).write_text("text")
+    for spec in (folder, folder / "*"):
+        names, (line,) = names_and_lines(spec, tmp_path)
+        assert names == ["b.txt"]
+        assert line == (
+            f"4 files of other kinds are left out, such as {folder / 'a.csv'}; "
+            "`gpt2 prepare` reads .txt, .jsonl (both also .gz, .xz, .zst) and .parquet"
+        )
+    assert names_and_lines(folder / "*.txt", tmp_path) == (["b.txt"], [])
+
+
+@pytest.mark.parametrize("ending", ["", "gz"])
+def test_ndjson_is_jsonl(tmp_path, ending):
+    path = tmp_path / "s" / f"x.ndjson.{ending}".rstrip(".")
+    path.parent.mkdir()
+    path.write_bytes(compress(ending, jsonl(TEXTS)))
+    source = find(path.parent, tmp_path)
+    assert [text for text, _ in source.rows(0)] == TEXTS
+    assert find(path, tmp_path).prefix == "x"
+
+
 def test_glob(tmp_path, monkeypatch):
     for name in ("c/x1.txt", "c/x2.txt", "c/y.txt", "c/d/x3.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

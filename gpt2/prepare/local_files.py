@@ -1,0 +1,49 @@
+"""Files below a folder of text: hidden ones, and links to folders."""
+
+import heapq
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..untrusted.display import shown
+
+
+def files_below(folder: Path, log: Callable[[str], None]) -> list[Path]:
+    """All files below a folder, also behind links to folders.
+
+    Each real folder is read once, so that a loop of links ends. Its own name comes before that of a
+    link to it, and a hidden name comes last.
+    """
+    found: list[Path] = []
+    unread: list[Path] = []
+    seen: set[str] = set()
+    waiting = [(False, 0, str(folder))]  # (whether the name is hidden, links in it, name)
+    while waiting:
+        hidden, links, name = heapq.heappop(waiting)
+        if (real := os.path.realpath(name)) in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = list(os.scandir(name))
+        except OSError:
+            unread.append(Path(name))
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                below = (hidden or is_hidden(Path(entry.name)), links + entry.is_symlink())
+                heapq.heappush(waiting, (*below, entry.path))
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                unread.append(Path(entry.path))
+            else:
+                found.append(Path(entry.path))
+    if unread:
+        log(
+            f"{len(unread):,} folders or links cannot be read and are left out, such as "
+            f"{shown(min(unread))}"
+        )
+    return found
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a program left a file there: a copy of a notebook's, or of macOS."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)

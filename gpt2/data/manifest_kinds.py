@@ -40,7 +40,7 @@ def _is_next(value: Any) -> bool:
 
 
 PLACE = {"part", "row", "used"}
-ODD_ROWS = ("skipped", "repaired", "literal", "too_long")
+ODD_ROWS = ("skipped", "repaired", "literal", "too_long", "not_json", "no_text")
 KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("source", "prefix", "revision", "worker", "damaged"), _is_text),
     **dict.fromkeys(("format", "shard_tokens", "max_document_mb", "workers"), _is_count),

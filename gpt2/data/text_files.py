@@ -1,8 +1,8 @@
 """Documents from .txt, .jsonl and .parquet files, compressed or not, in bounded memory.
 
-Every row of a file is yielded, so that counting rows gives row numbers. A row without text (null,
-empty, not JSON) is yielded as None, a row that is too long as `TooLong`. A few bytes of a stranger
-can decompress to any length, so a row is never read further than its limit.
+Every row of a file is yielded, so that counting rows gives row numbers. A row without text is
+yielded as None (null or empty), `NotJson` or `NoText`, a row that is too long as `TooLong`. A few
+bytes of a stranger can decompress to any length, so a row is never read further than its limit.
 
 Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. JSON is one object a line, or one list.
 """
@@ -24,11 +24,11 @@ from ..untrusted.display import shown
 from ..untrusted.parsing import load_json
 from .parquet_pages import check_footer, pages_of
 from .text_encodings import in_utf8
+from .xz_file import XzReader
 
 DOCUMENT_BYTES = 50_000_000  # of a row in its file, decompressed, unless another limit is given
 SKIPPED_BYTES = 2**20  # read at once of a row that is too long
 BUFFER_BYTES = 2**20  # that Arrow reads at once
-XZ_BYTES = 2**27  # of memory for the dictionary of an .xz file; `xz -9` uses half
 BATCH_BYTES, BATCH_ROWS = 2**27, 1024  # of parquet, before texts become Python's
 AT_ONCE_BYTES = 2**24  # of a batch whose texts become Python's at once
 # A page that Arrow decompresses may hold several documents.
@@ -45,10 +45,30 @@ class TooLong(str):
     """Stands for a text that is longer than the limit; empty."""
 
 
+class Unusable(str):
+    """Stands for a row that was meant to have a text and has none; empty."""
+
+    place = ""  # in its file: "line 3"
+
+
+class NotJson(Unusable):
+    """Stands for a line that is not JSON."""
+
+
+class NoText(Unusable):
+    """Stands for JSON that is no object with a `text`, or has one that is no string."""
+
+
 TextRow = tuple[str | None, int]  # (document or None, bytes of the file read so far)
 
 
 def read_rows(path: Path, start: int = 0, limit: int = DOCUMENT_BYTES) -> Iterator[TextRow]:
+    """Like `read_marked_rows`, with None for `NotJson` and `NoText`."""
+    for text, read_bytes in read_marked_rows(path, start, limit):
+        yield None if isinstance(text, Unusable) else text, read_bytes
+
+
+def read_marked_rows(path: Path, start: int = 0, limit: int = DOCUMENT_BYTES) -> Iterator[TextRow]:
     """Yields the rows of a file from number `start` on. A .txt file is a single document.
 
     Args:
@@ -182,7 +202,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
     decompressors: dict[str, Callable[[Any], Any]] = {
         ".gz": lambda file: gzip.GzipFile(fileobj=file),
-        ".xz": lambda file: io.BufferedReader(_XzReader(file)),
+        ".xz": lambda file: io.BufferedReader(XzReader(file)),
         ".zst": lambda file: io.BufferedReader(pa.CompressedInputStream(file, "zstd")),
     }
     wrap = decompressors.get(path.suffix.lower(), nullcontext)
@@ -216,43 +236,6 @@ def whole_list(data: Any, where: object, limit: int) -> tuple[list[Any] | None, 
         return None, io.BytesIO(content)  # a list in each line
 
 
-class _XzReader(io.RawIOBase):
-    """An .xz file as `lzma.LZMAFile` reads it, with a limit of the memory that it asks for."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._stream = lzma.LZMADecompressor(memlimit=XZ_BYTES)
-        self._begun = False  # whether a stream came before
-
-    def readable(self) -> bool:
-        """True: `BufferedReader` asks."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills a buffer with decompressed bytes; 0 at the end."""
-        while True:
-            if self._stream.eof:
-                data = self._stream.unused_data.lstrip(b"\0")  # zeros pad a stream
-                data = data or self._file.read(io.DEFAULT_BUFFER_SIZE).lstrip(b"\0")
-                if not data:
-                    return 0
-                self._stream, self._begun = lzma.LZMADecompressor(memlimit=XZ_BYTES), True
-            else:
-                wants = self._stream.needs_input
-                data = self._file.read(io.DEFAULT_BUFFER_SIZE) if wants else b""
-                if wants and not data:
-                    raise EOFError("compressed file ended before the end of its stream")
-            try:
-                made = self._stream.decompress(data, len(buffer))
-            except lzma.LZMAError:
-                if self._begun and not self._stream.eof:
-                    return 0  # padding or other bytes behind the last stream
-                raise
-            if made:
-                buffer[: len(made)] = made
-                return len(made)
-
-
 def _txt_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
     if start == 0:
         with _open(path) as (file, data):
@@ -267,15 +250,19 @@ def _jsonl_rows(path: Path, start: int, limit: int) -> Iterator[TextRow]:
     number, texts = 0, start
     with _open(path) as (file, data):
         values, rest = whole_list(data, path, limit)
-        for line in chain(map(_as_line, values or ()), _lines(rest, limit)):
+        lines = chain(map(_as_line, values or ()), _lines(rest, limit))
+        for place, line in enumerate(lines, 1):
             if line is not None and line.isspace():
                 continue
             number += 1
             _check_first(line if number == 1 else None, path)
             if number > start:
-                has_text, text = (True, TooLong()) if line is None else _text_of_json(line)
+                text = TooLong() if line is None else _text_of_json(line)
                 del line  # a long text is held once
-                texts += has_text
+                if isinstance(text, Unusable):
+                    text.place = f"{'line' if values is None else 'value'} {place}"
+                else:
+                    texts += 1
                 yield text, file.tell()
     if number and not texts:
         raise UserError(
@@ -296,36 +283,39 @@ def _as_line(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def _text_of_json(line: bytes) -> tuple[bool, str | None]:
-    """(whether a line is a JSON object with a `text`, the text or None)."""
-    value, is_repaired = _object(line)
-    if value is None or "text" not in value:
-        return False, None
+def _text_of_json(line: bytes) -> str | None:
+    """The text in a line; None if it is null or empty, `NotJson` or `NoText` if there is none."""
+    try:
+        value, is_repaired = _value(line)
+    except UserError:
+        return NotJson()
+    if not isinstance(value, dict) or "text" not in value:
+        return NoText()
     text = value.pop("text")
     if not isinstance(text, str) or not text:
-        return text in (None, ""), None
+        return None if text in (None, "") else NoText()
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell a lone surrogate, UTF-8 cannot
         text = Repaired(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     if is_repaired and "\ufffd" in text:
         text = Repaired(text)
-    return True, text
+    return text
 
 
-def _object(line: bytes) -> tuple[dict[str, Any] | None, bool]:
-    """(the JSON object in a line or None, whether bytes that were not UTF-8 were replaced)."""
+def _value(line: bytes) -> tuple[Any, bool]:
+    """(the JSON value of a line, whether bytes that were not UTF-8 were replaced).
+
+    Raises:
+        UserError: not JSON.
+    """
     try:
-        return load_json(line, "row", dict), False
+        return load_json(line, "row"), False
     except UserError:
-        pass
-    decoded = _decode(line)
-    if not isinstance(decoded, Repaired):
-        return None, False
-    try:
-        return load_json(decoded.encode(), "row", dict), True
-    except UserError:
-        return None, False
+        decoded = _decode(line)
+        if not isinstance(decoded, Repaired):
+            raise
+        return load_json(decoded.encode(), "row"), True
 
 
 def _decode(data: bytes, encoding: str = "utf-8-sig") -> str:

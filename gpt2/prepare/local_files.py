@@ -29,7 +29,8 @@ def files_below(folder: Path, log: Callable[[str], None]) -> list[Path]:
             unread.append(Path(name))
             continue
         for entry in entries:
-            if entry.is_dir():
+            # DirEntry.is_dir raises for a link to itself.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 below = (hidden or is_hidden(Path(entry.name)), links + entry.is_symlink())
                 heapq.heappush(waiting, (*below, entry.path))
             elif entry.is_symlink() and not os.path.exists(entry.path):

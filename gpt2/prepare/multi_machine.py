@@ -31,7 +31,7 @@ from .sources import Source
 FOLDER = re.compile(r"worker-(\d+)-of-(\d+)")
 TOTALS = (
     *("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows"),
-    "too_long_rows",
+    *("too_long_rows", "not_json_rows", "no_text_rows"),
 )
 OWN = {*TOTALS, "complete", "shards", "worker", "damaged"}  # all other keys agree
 

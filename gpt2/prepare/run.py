@@ -165,8 +165,8 @@ class _Cutter:
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint16)
         if len(tokens) < LEAST_TOKENS:
             raise UserError(
-                f"the source has only {len(tokens)} tokens ({self._odd[0]:,} rows without a text "
-                f"were skipped{_left_out(self._odd[3], self._job.config)}); "
+                f"the source has only {len(tokens)} tokens ({_skipped(*self._odd[[0, 4, 5]])}"
+                f"{_left_out(self._odd[3], self._job.config)}); "
                 f"give at least {LEAST_TOKENS}"
             )
         lengths = np.concatenate(self._lengths)
@@ -198,6 +198,7 @@ def _summary(job: ShardJob) -> str:
         if isinstance(job.tokenizer, Tokenizer):
             name = job.tokenizer.end_of_text_name
         odd += f", {done['literal_rows']:,} hold a literal {shown(name)}, which stays text"
+    skipped = [done.get(f"{kind}_rows", 0) for kind in ("skipped", "not_json", "no_text")]
     odd += _left_out(done.get("too_long_rows", 0), job.config)
     if not done["complete"]:
         note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
@@ -213,9 +214,16 @@ def _summary(job: ShardJob) -> str:
         then = f"train on it ({device}): {command(done['tokens'], device, job.out_dir)}"
     return (
         f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "
-        f"in {job.out_dir}; {done['skipped_rows']:,} rows without a text were skipped{odd}\n"
+        f"in {job.out_dir}; {_skipped(*skipped)}{odd}\n"
         f"{note}{then}"
     )
+
+
+def _skipped(rows: int, not_json: int, no_text: int) -> str:
+    """What is said of rows without a text, among them those of a broken or another format."""
+    kinds = {"not JSON": not_json, "no `text` that is a string": no_text}
+    among = ", ".join(f"{count:,} of them {why}" for why, count in kinds.items() if count)
+    return f"{rows:,} rows without a text were skipped{among and f' ({among})'}"
 
 
 def _left_out(rows: int, config: PrepareConfig) -> str:

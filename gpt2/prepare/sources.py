@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..data.text_files import DOCUMENT_BYTES, TextRow, read_rows
+from ..data.text_files import DOCUMENT_BYTES, TextRow, read_marked_rows
 from ..errors import DamagedFile, UserError
 from ..huggingface.downloads import Downloads
 from ..huggingface.hub import File, HubDataset
@@ -100,7 +100,7 @@ class Source:
             yield from [(part.text, part.size_bytes)][start:]
         elif part.path:
             try:
-                yield from read_rows(part.path, start, self.document_bytes)
+                yield from read_marked_rows(part.path, start, self.document_bytes)
             except DamagedFile as error:
                 error.name = part.name
                 raise
@@ -108,7 +108,7 @@ class Source:
             assert self.downloads is not None
             ahead = self.parts[index + 1 : self.needed_parts][:1]
             with self.downloads.open(part, *ahead) as path:
-                yield from read_rows(path, start, self.document_bytes)
+                yield from read_marked_rows(path, start, self.document_bytes)
 
     def close(self) -> None:
         """Ends running downloads."""

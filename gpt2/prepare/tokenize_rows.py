@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.text_encodings import garbled
-from ..data.text_files import Repaired, TooLong
+from ..data.text_files import NoText, NotJson, Repaired, TooLong, Unusable
 from ..errors import UserError
 from ..report import console
 from ..tokenizer import END_OF_TEXT_NAME, Tokenizer
@@ -26,7 +26,9 @@ BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # a batch ends at the first of thes
 WAITING_CHARS = 40_000_000  # of batches in flight; the next long document waits for the last
 MOST_WORKERS = 16  # default limit: the one reading thread cannot feed more
 MOST_WARNINGS = 5  # of texts that are probably none
-ODD = ("skipped", "repaired", "literal", "too_long")  # kinds of rows that the manifest counts
+# Kinds of rows that the manifest counts. `not_json` and `no_text` are among the skipped.
+ODD = ("skipped", "repaired", "literal", "too_long", "not_json", "no_text")
+WHY_UNUSABLE: dict[type, str] = {NotJson: "not JSON", NoText: "no `text` that is a string"}
 CHECK_EVERY = 1000  # rows per document that is compared with tiktoken
 
 # (rows, their tokens as uint16, number of tokens of each row as int64)
@@ -44,6 +46,8 @@ class Position:
     repaired: int = 0  # rows with invalid UTF-8 before this position
     literal: int = 0  # rows with `<|endoftext|>` as text before this position
     too_long: int = 0  # rows over the limit of a document or of a word before this position
+    not_json: int = 0  # lines that are not JSON before this position
+    no_text: int = 0  # rows without a `text` that is a string before this position
 
     @property
     def odd(self) -> list[int]:
@@ -55,20 +59,22 @@ class Position:
 class RowBatch:
     """Consecutive rows."""
 
-    texts: list[str | None]  # None: a row without a text; TooLong, which is empty: left out
+    texts: list[str | None]  # None, Unusable: without a text; TooLong: left out; both are empty
     places: list[tuple[int, int]]  # (part, row) of each row
     read_bytes: int  # of the source up to the last of these rows
     end_name: str = END_OF_TEXT_NAME  # which as text in a row is counted
 
     def odd(self) -> np.ndarray:
-        """(rows, 4) bool: which rows are skipped, repaired, literal and too long."""
+        """(rows, 6) bool: which rows are of each kind in `ODD`."""
         return np.array(
             [
                 (
-                    text is None,
+                    text is None or isinstance(text, Unusable),
                     isinstance(text, Repaired),
                     self.end_name in (text or ""),
                     isinstance(text, TooLong),
+                    isinstance(text, NotJson),
+                    isinstance(text, NoText),
                 )
                 for text in self.texts
             ]
@@ -174,6 +180,7 @@ def _cores() -> int:
 def _batches(source: Source, start: Position, end_name: str) -> Iterator[RowBatch]:
     """All rows from a position on. A batch may span files."""
     texts, places, chars, earlier_bytes, warned = [], [], 0, 0, 0
+    unusable = set(WHY_UNUSABLE)  # kinds of which no row was told yet
     for index, part in enumerate(source.parts):
         first = start.row if index == start.part else 0
         rows = source.rows(index, first) if index >= start.part else ()
@@ -182,6 +189,10 @@ def _batches(source: Source, start: Position, end_name: str) -> Iterator[RowBatc
                 warned += 1
                 last = "; more are not told" if warned == MOST_WARNINGS else ""
                 console.warn(f"{part.name}, row {number}: {why}{last}")
+            if isinstance(text, Unusable) and type(text) in unusable:
+                unusable.remove(type(text))
+                why = WHY_UNUSABLE[type(text)]
+                console.warn(f"{part.name}, {text.place}: {why}; such rows are left out")
             texts.append(TooLong() if text and has_long_word(text) else text)
             places.append((index, number))
             chars += len(text or "")

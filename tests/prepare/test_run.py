@@ -235,6 +235,34 @@ def test_bad_rows_are_counted_and_do_not_move_anything(tmp_path, capsys):
     assert tokens(tmp_path / "small", "val") == ids(texts[19::20])
 
 
+def test_broken_lines_and_other_keys_have_counts_of_their_own(tmp_path, capsys):
+    texts = make_texts(400)
+    rows = [json.dumps({"text": t}) for t in texts]
+    bad = ['{"text": null}', '{"text": "cut of', '{"content": "x"}', "[]", '{"text": 3}', "", "{"]
+    rows[200:200] = bad
+    (tmp_path / "x.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    counts = {"skipped_rows": 6, "not_json_rows": 2, "no_text_rows": 3}
+    (tmp_path / "list.json").write_text('[{"text": "a fine day"}, {"content": "x"}]')
+    for name, options in {"small": {}, "large": {"shard_tokens": 1000}}.items():
+        run(tmp_path / "x.jsonl", tmp_path / name, **options)
+        assert counts.items() <= read_manifest(tmp_path / name).items()
+        said = capsys.readouterr()
+        assert (
+            "6 rows without a text were skipped (2 of them not JSON, "
+            "3 of them no `text` that is a string)"
+        ) in said.out
+        assert "x.jsonl, line 202: not JSON; such rows are left out" in said.err
+        assert "x.jsonl, line 203: no `text` that is a string; such rows are left out" in said.err
+        assert said.err.count("such rows") == 2
+    for limit in (2, 5, 8, 11, 0):
+        run(tmp_path / "x.jsonl", tmp_path / "resumed", shard_tokens=1000, max_shards=limit)
+    assert content(tmp_path / "resumed") == content(tmp_path / "large")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"\(1 rows without a text were skipped \(1 of them no "):
+        run(tmp_path / "list.json", tmp_path / "list")
+    assert "list.json, value 2: no `text` that is a string" in capsys.readouterr().err
+
+
 # ---- the same bytes, whatever happens
 
 

@@ -48,6 +48,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "complete": lambda value: isinstance(value, bool),
     "files": _is_table_of(_is_count),
     "files_sha256": _is_table_of(_is_text),
+    "files_sample_sha256": _is_table_of(_is_text),
     "tokenizer": is_described,
     "cuts": lambda value: isinstance(value, list) and all(map(_is_count, value)),
 }

@@ -1,11 +1,14 @@
-"""Files below a folder of text: hidden ones, and links to folders."""
+"""Local files of a source: those below a folder, and a hash that notices a change of a file."""
 
+import hashlib
 import heapq
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from ..untrusted.display import shown
+
+SAMPLES, SAMPLE_BYTES = 16, 2**16  # that are read of a large file, evenly spread
 
 
 def files_below(folder: Path, log: Callable[[str], None]) -> list[Path]:
@@ -48,3 +51,21 @@ def files_below(folder: Path, log: Callable[[str], None]) -> list[Path]:
 def is_hidden(path: Path) -> bool:
     """Whether a program left a file there: a copy of a notebook's, or of macOS."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def sample_sha256(path: Path) -> str:
+    """The sha256 of a file of up to 1 MiB, or of 16 samples of a larger one; "" if unreadable.
+
+    Hashing a large corpus whole would take minutes each time that a preparation goes on.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            last = max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES)
+            # Samples of a file of up to 1 MiB touch or overlap, and so leave nothing out.
+            for number in range(SAMPLES):
+                file.seek(last * number // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    except OSError:
+        return ""  # reading its rows says why
+    return digest.hexdigest()

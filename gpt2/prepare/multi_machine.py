@@ -33,7 +33,8 @@ TOTALS = (
     *("documents", "tokens", "skipped_rows", "repaired_rows", "literal_rows"),
     *("too_long_rows", "not_json_rows", "no_text_rows"),
 )
-OWN = {*TOTALS, "complete", "shards", "worker", "damaged"}  # all other keys agree
+FILES_SAMPLE = "files_sample_sha256"  # of the worker's own files
+OWN = {*TOTALS, FILES_SAMPLE, "complete", "shards", "worker", "damaged"}  # all other keys agree
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,12 @@ def merge(out_dir: Path) -> int:
         for worker, manifest in manifests.items()
         for item in [*manifest["files"].items()][worker.span(manifest["cuts"])]
     )
+    if any(FILES_SAMPLE in manifest for manifest in manifests.values()):
+        merged[FILES_SAMPLE] = {
+            name: sha256
+            for manifest in manifests.values()
+            for name, sha256 in manifest.get(FILES_SAMPLE, {}).items()
+        }
     try:
         for path in leftovers(out_dir, SHARD_MANIFEST):
             path.unlink()

@@ -35,7 +35,7 @@ from .chosen_tokenizer import (
     describe_tokenizer,
 )
 from .estimate import check_room, make_plan
-from .multi_machine import Worker, begun_by_others, folder_for
+from .multi_machine import FILES_SAMPLE, Worker, begun_by_others, folder_for
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
 from .tokenize_rows import ODD, Position
 
@@ -155,6 +155,11 @@ def open_job(config: PrepareConfig) -> ShardJob:
         sizes = [part.size_bytes for part in source.parts]
         manifest |= {"worker": str(worker), "cuts": known.get("cuts") or worker.cuts(sizes)}
         source = worker.share(source, manifest["cuts"])
+    samples = source.samples()
+    if old:
+        _check_contents(old, samples, out_dir)
+    if samples:
+        (old or manifest)[FILES_SAMPLE] = samples
     job = ShardJob(out_dir, source, old or manifest, found, config, worker, tokenizer, dropped)
     _keep_intact(job)
     return job
@@ -226,6 +231,21 @@ def _check_same(old: dict, new: dict, out_dir: Path) -> None:
                 names = sorted(dict(before.items() ^ now.items()))
                 differs = f"another {shown(names[0])} (and {len(names) - 1} more changed files)"
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
+
+
+def _check_contents(old: dict, samples: dict[str, str], out_dir: Path) -> None:
+    """Raises UserError when a file has other content of equal size, and shards have its text.
+
+    Earlier versions recorded sizes only.
+    """
+    recorded = old.get(FILES_SAMPLE, {})
+    for name in [*old["files"]][_files_used(old)]:
+        before, now = recorded.get(name), samples.get(name)
+        if before and now and before != now:
+            raise UserError(
+                f"{out_dir} holds shards made with another {shown(name)}: its size is the same, "
+                "its content is not; use another --out_dir="
+            )
 
 
 def _check_whole(manifest: dict, out_dir: Path) -> None:

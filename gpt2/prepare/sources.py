@@ -22,7 +22,7 @@ from ..errors import DamagedFile, UserError
 from ..huggingface.downloads import Downloads
 from ..huggingface.hub import File, HubDataset
 from ..untrusted.display import shown
-from .local_files import files_below, is_hidden
+from .local_files import files_below, is_hidden, sample_sha256
 
 FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"
 FINEWEB_REPOSITORY, FINEWEB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
@@ -88,6 +88,10 @@ class Source:
         hashes = {p.name: p.sha256 for p in self.parts if p.sha256}
         files = {"files": {p.name: p.size_bytes for p in self.parts}}
         return {"revision": self.revision} | files | ({"files_sha256": hashes} if hashes else {})
+
+    def samples(self) -> dict[str, str]:
+        """Name -> `sample_sha256` of each local file, for the manifest."""
+        return {part.name: sample_sha256(part.path) for part in self.parts if part.path}
 
     def rows(self, index: int, start: int = 0) -> Iterator[TextRow]:
         """Rows of a part from number `start` on. A downloaded file is deleted after its last row.

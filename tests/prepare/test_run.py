@@ -263,6 +263,43 @@ def test_broken_lines_and_other_keys_have_counts_of_their_own(tmp_path, capsys):
     assert "list.json, value 2: no `text` that is a string" in capsys.readouterr().err
 
 
+def test_a_source_of_equal_size_and_other_content_is_noticed(tmp_path, capsys):
+    text = "A quiet harbour and a long day. " * 40_000  # more than the 16 samples
+    for number, long in enumerate((text, text[:3000])):
+        source, out_dir = tmp_path / f"s{number}", tmp_path / f"out{number}"
+        source.mkdir()
+        (source / "a.txt").write_text(long)
+        assert run(source, out_dir) == 0
+        before = content(out_dir)
+        os.utime(source / "a.txt", (0, 0))  # a copy has another date
+        assert run(source, out_dir) == 0
+        (source / "a.txt").write_text(long.replace("quiet", "silly"))
+        with pytest.raises(
+            UserError, match=r"another a\.txt: its size is the same, its content is"
+        ):
+            run(source, out_dir)
+        manifest = read_manifest(out_dir)
+        del manifest["files_sample_sha256"]  # as earlier versions wrote it
+        (out_dir / "manifest.json").write_text(json.dumps(manifest))
+        assert run(source, out_dir) == 0
+        assert {**content(out_dir), "manifest.json": ""} == {**before, "manifest.json": ""}
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_a_file_that_no_shard_has_text_of_may_change(tmp_path):
+    for name in "abc":
+        (tmp_path / f"s/{name}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / f"s/{name}.txt").write_text(f"A quiet harbour {name}. " * 500)
+    run(tmp_path / "s", tmp_path / "out", shard_tokens=1000, max_shards=2)
+    (tmp_path / "s/c.txt").write_text("A silly harbour c. " * 500)
+    run(tmp_path / "s", tmp_path / "out", shard_tokens=1000)
+    run(tmp_path / "s", tmp_path / "whole", shard_tokens=1000)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    (tmp_path / "s/c.txt").write_text("A quiet harbour c. " * 500)
+    with pytest.raises(UserError, match=r"another c\.txt"):
+        run(tmp_path / "s", tmp_path / "out", shard_tokens=1000)
+
+
 # ---- the same bytes, whatever happens
 
 

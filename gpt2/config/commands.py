@@ -41,7 +41,7 @@ class PrepareConfig:
     worker: str = option("1/1", "which of several machines this is: 3/16 is the third of sixteen")
 
     def __post_init__(self) -> None:
-        at_least(1, shard_tokens=self.shard_tokens)
+        at_least(100, shard_tokens=self.shard_tokens)
         if self.shard_tokens > 10**9:
             raise UserError(f"shard_tokens={self.shard_tokens}: use 1000000000 or fewer")
         at_least(0, num_workers=self.num_workers, max_shards=self.max_shards)
@@ -55,8 +55,12 @@ class PrepareConfig:
     @property
     def shard_limit(self) -> int:
         """Shards after which to stop, by max_shards and max_tokens; 0: no limit."""
-        by_tokens = self.max_tokens and max(2, -(-self.max_tokens // self.shard_tokens))
-        return min(filter(None, (self.max_shards, by_tokens)), default=0)
+        return min(filter(None, (self.max_shards, self.shards_of_tokens)), default=0)
+
+    @property
+    def shards_of_tokens(self) -> int:
+        """The whole shards that max_tokens means; 0: no limit."""
+        return self.max_tokens and max(2, -(-self.max_tokens // self.shard_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from .tokenize_rows import Position, encode_rows
 BYTES_PER_TOKEN = {".parquet": 2.85, ".gz": 1.7, ".xz": 1.4, ".zst": 1.7}
 PLAIN_BYTES_PER_TOKEN = 4.5
 SAMPLE_SECONDS = 1.5
+MOST_SHARDS = 20_000  # the manifest is written after each, and may not grow over 16 MiB
 UNDER_WAY = 40  # batches; earlier ones were encoded in parallel and arrive in one burst
 
 
@@ -91,6 +92,23 @@ def check_room(plan: Plan, out_dir: Path) -> None:
             f"{out_dir} needs about {_gb(plan.need_bytes)} ({_gb(plan.shard_bytes)} of shards, "
             f"{_gb(plan.room_bytes)} of downloads) and its disk has {_gb(plan.free_bytes)} free; "
             "use another --out_dir=, or stop earlier with --max_tokens="
+        )
+
+
+def check_count(plan: Plan, config: PrepareConfig, finished: int) -> None:
+    """Raises UserError for more shards than a manifest can list.
+
+    Args:
+        plan: the remaining work.
+        config: shard size.
+        finished: number of finished shards.
+    """
+    count = finished + plan.shards
+    if count > MOST_SHARDS:
+        enough = 10 ** math.ceil(math.log10(config.shard_tokens * count / MOST_SHARDS))
+        raise UserError(
+            f"--shard_tokens={config.shard_tokens} would make about {count:,} shards, and "
+            f"{MOST_SHARDS:,} is the most; use --shard_tokens={enough} or more"
         )
 
 
@@ -165,8 +183,13 @@ def limit_text(config: PrepareConfig) -> str:
     """The limiting option with its value, and its meaning in shards."""
     if limit_name(config) == "max_shards":
         return f"max_shards={config.max_shards}"
+    return rounded_text(config)
+
+
+def rounded_text(config: PrepareConfig) -> str:
+    """The value of max_tokens, and the whole shards that it means."""
     return (
-        f"max_tokens={config.max_tokens:,}, rounded up to {config.shard_limit} shards of "
+        f"max_tokens={config.max_tokens:,}, rounded up to {config.shards_of_tokens} shards of "
         f"{config.shard_tokens:,} (a smaller --shard_tokens= comes closer)"
     )
 

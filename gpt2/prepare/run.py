@@ -19,7 +19,7 @@ from ..report.console import log
 from ..tokenizer import END_OF_TEXT_NAME, Tokenizer
 from ..untrusted.display import shown
 from ..untrusted.long_text import PIECE
-from .estimate import forecast, limit_name, limit_text
+from .estimate import forecast, limit_name, limit_text, rounded_text
 from .fast_tokenizer import tokenizer_class
 from .first_run import command, device_here
 from .shard_job import ShardJob, open_job, started
@@ -202,6 +202,8 @@ def _summary(job: ShardJob) -> str:
     odd += _left_out(done.get("too_long_rows", 0), job.config)
     if not done["complete"]:
         note = f"stopped at {limit_text(job.config)}; a larger one continues\n"
+    elif 0 < job.config.max_tokens < done["tokens"]:
+        note = f"{rounded_text(job.config)}; the source ended before\n"
     elif job.shards and job.shards[-1]["tokens"] < done["shard_tokens"]:
         note = "the last shard is partial by design: it holds what was left\n"
     then = ""

@@ -34,7 +34,7 @@ from .chosen_tokenizer import (
     copy_tokenizer,
     describe_tokenizer,
 )
-from .estimate import check_room, make_plan
+from .estimate import check_count, check_room, make_plan
 from .multi_machine import FILES_SAMPLE, Worker, begun_by_others, folder_for
 from .sources import Source, default_folder, find_source, normal_name, prefix_of
 from .tokenize_rows import ODD, Position
@@ -169,6 +169,7 @@ def open_job(config: PrepareConfig) -> ShardJob:
 def started(job: ShardJob) -> Iterator[None]:
     """Checks the free space, makes the folder and holds its lock."""
     plan = make_plan(job.config, job.source, job.out_dir, job.shards)
+    check_count(plan, job.config, len(job.shards))
     check_room(plan, job.out_dir)
     job.source = replace(job.source, needed_parts=plan.first_part + plan.parts)
     with locked(job.out_dir):

@@ -5,10 +5,18 @@ from dataclasses import replace
 
 import pytest
 
+from gpt2.cli import main
 from gpt2.config.commands import PrepareConfig
 from gpt2.errors import UserError
 from gpt2.prepare import estimate
-from gpt2.prepare.estimate import check_room, forecast, limit_text, make_plan, measure
+from gpt2.prepare.estimate import (
+    check_count,
+    check_room,
+    forecast,
+    limit_text,
+    make_plan,
+    measure,
+)
 from gpt2.prepare.sources import Part, Source, find_source
 
 GB = 10**9
@@ -117,3 +125,36 @@ def test_the_limit_in_words():
         "max_tokens=1,000, rounded up to 2 shards of 100,000,000 (a smaller --shard_tokens= comes "
         "closer)"
     )
+
+
+def test_too_many_shards_are_refused(tmp_path):
+    """A manifest of more shards could not be read back, and is written after each of them."""
+    plan = make_plan(
+        PrepareConfig(shard_tokens=100),
+        Source("x", "", (Part("x.txt", 90_000_000, path=tmp_path),)),
+        tmp_path,
+        [],
+    )
+    with pytest.raises(
+        UserError,
+        match=r"^--shard_tokens=100 would make about 200,000 shards, and 20,000 is the most; "
+        r"use --shard_tokens=1000 or more$",
+    ):
+        check_count(plan, PrepareConfig(shard_tokens=100), 0)
+    check_count(replace(plan, shards=20_000), PrepareConfig(shard_tokens=100), 0)
+    with pytest.raises(UserError, match="about 20,001 shards"):
+        check_count(replace(plan, shards=20_000), PrepareConfig(shard_tokens=100), 1)
+    with pytest.raises(UserError, match="shard_tokens=50: use 100 or more"):
+        PrepareConfig(shard_tokens=50)
+
+
+def test_more_tokens_than_asked_for_are_explained(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("a quiet day " * 1000)
+    argv = ["prepare", f"--source={tmp_path / 'x.txt'}", f"--out_dir={tmp_path / 'out'}"]
+    hint = "max_tokens=1,000, rounded up to 2 shards of 100,000,000 (a smaller --shard_tokens="
+    assert main([*argv, "--max_tokens=1000"]) == 0
+    assert hint in capsys.readouterr().out
+    assert main([*argv, "--max_tokens=1000", "--max_shards=2"]) == 0
+    assert hint in capsys.readouterr().out
+    assert main([*argv, "--max_tokens=100000"]) == 0
+    assert "rounded up" not in capsys.readouterr().out

@@ -31,7 +31,7 @@ UNTRAINED = (
 def sample(path: str, config: SampleConfig) -> int:
     """Continues `--prompt=`, or one prompt after the other from the keyboard."""
     model = _load(path, config)
-    if config.prompt:
+    if config.prompt != "-":
         for number in range(config.num_samples):
             _write_sample(model, config, config.prompt, number)
         return 0

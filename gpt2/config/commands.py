@@ -147,7 +147,9 @@ class WritingConfig:
 class SampleConfig(WritingConfig):
     """All options of `gpt2 sample`."""
 
-    prompt: str = option("", "text to continue; empty: ask for one again and again")
+    prompt: str = option(
+        "-", "text to continue; empty: begin a new document; -: ask for one again and again"
+    )
     stop: str = option("", "end before this string; empty: after max_new_tokens")
     num_samples: int = option(1, "number of texts to write")
 

@@ -11,7 +11,7 @@ import torch
 
 from gpt2.api import GPT2
 from gpt2.commands import terminal
-from gpt2.config.commands import ChatConfig
+from gpt2.config.commands import ChatConfig, SampleConfig
 from gpt2.data.chat_formats import messages_of
 from gpt2.errors import UserError
 
@@ -108,3 +108,18 @@ def test_the_up_key_brings_back_a_message(model, tmp_path):
         assert chat.wait(60) == 0, said
     messages = json.loads(saved.read_text("utf-8"))["messages"]
     assert [m["content"] for m in messages if m["role"] == "user"] == ["Good day"] * 2
+
+
+def test_an_empty_prompt_begins_a_document(model, monkeypatch, capsys):
+    """Only without `--prompt=` is a person asked for prompts."""
+    asked = []
+    monkeypatch.setattr(terminal, "_load", lambda path, config: model)
+    monkeypatch.setattr(terminal, "_ask", lambda: asked.append(1))
+    options = {"max_new_tokens": 5, "seed": 1}
+    assert terminal.sample("x", SampleConfig(prompt="", **options)) == 0
+    expected = "".join(model.stream("", 5, seed=1, temperature=0.8))
+    assert capsys.readouterr().out == f"{terminal._visible(expected)}\n\n"
+    assert not asked
+    assert terminal.sample("x", SampleConfig(**options)) == 0
+    assert asked
+    assert "Type a beginning" in capsys.readouterr().out

@@ -80,12 +80,8 @@ def load(source: str | Path, revision: str = "") -> Weights:
     if local != Path(source) and revision:
         raise UserError(f"{source} comes with the clone; leave revision={revision} out")
     if not released and (local.exists() or not HUB_ID.fullmatch(name)):
-        is_name = not isinstance(source, Path) and BARE_NAME.fullmatch(name)
-        if is_name and not local.exists():
-            raise UserError(
-                f"{source}: no such file or folder here; models of the Hub are named OWNER/NAME, "
-                f"or {', '.join((*RELEASED, *BARE, *IN_CLONE))}"
-            )
+        if not isinstance(source, Path):
+            check_there(source)
         return load_local(local)
     if local.suffix in CHECKPOINT_SUFFIXES:
         raise UserError(f"{source}: no such checkpoint")
@@ -125,6 +121,20 @@ def locate(source: str | Path) -> Path:
             f"folder models/{source} of the clone, or run `pip install -e .` in it"
         )
     return folder
+
+
+def check_there(source: str) -> None:
+    """Raises UserError for a checkpoint that is not here and has no name of the Hub."""
+    name, local = _name_on_page(source).partition("@")[0], locate(source)
+    at_hub = name in {*RELEASED, *BARE} or HUB_ID.fullmatch(name)
+    if local.exists() or (at_hub and local.suffix not in CHECKPOINT_SUFFIXES):
+        return
+    if BARE_NAME.fullmatch(name):
+        raise UserError(
+            f"{source}: no such file or folder here; models of the Hub are named OWNER/NAME, "
+            f"or {', '.join((*RELEASED, *BARE, *IN_CLONE))}"
+        )
+    raise UserError(f"{source}: no such checkpoint")
 
 
 def load_local(path: str | Path) -> Weights:

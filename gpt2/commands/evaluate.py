@@ -32,6 +32,7 @@ from ..evaluate.loss import Evaluation, combine, evaluate
 from ..evaluate.scoring import BATCH_TOKENS
 from ..evaluate.tasks import HELLASWAG, HUB, LAMBADA, Task, load_items
 from ..files import check_replaceable, check_writable_file, write_atomically
+from ..prepare.sources import ACCEPTED, NAMED_ENDING
 from ..report import console
 from ..tokenizer import Tokenizer
 
@@ -104,8 +105,8 @@ def run(checkpoint: str, config: EvalConfig) -> int:
 
 def _check_sources(checkpoint: str, config: EvalConfig) -> None:
     """Raises UserError, before gigabytes of weights are read, for what cannot be evaluated on."""
-    if config.text and not Path(config.text).is_file():
-        raise UserError(f"--text={config.text}: no such file")
+    if config.text:
+        _check_text(checkpoint, config.text)
     for spec in (config.hellaswag, config.lambada):
         if spec and spec != HUB and not Path(spec).is_file():
             raise UserError(f"{spec}: No such file; or use hub")
@@ -117,6 +118,7 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
     if data and not asked and "," not in data and is_chat(data) and not Path(data).exists():
         data = ""
     if not asked and not data:
+        weights.check_there(checkpoint)
         raise UserError(
             "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text=FILE, "
             "--hellaswag=FILE, --lambada=FILE (or hub instead of the last two files)"
@@ -128,6 +130,18 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
                     f"--{name}={value}: for the losses of --data_dir= and --text=; HellaSwag and "
                     "LAMBADA take whole items; leave it out"
                 )
+
+
+def _check_text(checkpoint: str, text: str) -> None:
+    """Raises UserError for a `--text=` that is missing, or that `gpt2 prepare` would not read."""
+    if not Path(text).is_file():
+        raise UserError(f"--text={text}: no such file")
+    if not NAMED_ENDING.search(text):
+        weights.check_there(checkpoint)
+        raise UserError(
+            f"--text={text}: give a {ACCEPTED} file; plain text under another name can be copied "
+            "to a .txt"
+        )
 
 
 def _measurements(

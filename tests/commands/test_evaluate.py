@@ -203,7 +203,11 @@ def test_a_folder_without_a_run_has_nothing_to_evaluate_on(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing.pt"], "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text="),
+        (["models"], "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text="),
+        (["nothing.pt"], "nothing.pt: no such checkpoint"),
+        (["nope"], "nope: no such file or folder here; models of the Hub are named OWNER/NAME, or"),
+        (["models", "--text=CITATION.cff"], "--text=CITATION.cff: give a .txt, .jsonl (both also"),
+        (["nothing.pt", "--text=CITATION.cff"], "nothing.pt: no such checkpoint"),
         (["box-chat"], "nothing to evaluate on"),
         ([f"{ROOT}/models/box-chat"], "nothing to evaluate on"),
         (["nothing.pt", "--data_dir=/nowhere"], "no data folder /nowhere"),

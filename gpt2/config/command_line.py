@@ -377,9 +377,10 @@ def _check_name(argument: str, names: set[str], where: str = "") -> None:
     name = argument.partition("=")[0]
     if not name.startswith("--") or name in names or name == "--":
         return
-    meant = [f"--{ours}" for ours in SYNONYMS.get(name[2:], ()) if f"--{ours}" in names]
-    close = meant[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else "see --help for the list"
+    plain = [ours.removeprefix("--") for ours in names]  # equal dashes would bring names closer
+    meant = [ours for ours in SYNONYMS.get(name[2:], ()) if ours in plain]
+    close = meant[:1] or difflib.get_close_matches(name[2:], plain, n=1, cutoff=0.6)
+    hint = f"did you mean --{close[0]}?" if close else "see --help for the list"
     raise UserError(f"{where}unknown option {name}; {hint}")
 
 

@@ -112,6 +112,8 @@ WORK = (
     "demo",
 )  # not for their output alone
 
+MAY_REPEAT = ("config", "plugin", "set")  # options of which all values count
+
 # Errors of the system that only another path, other permissions or more room can mend.
 OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 
@@ -151,6 +153,8 @@ def _run(command: str, rest: list[str]) -> int:
         print(f"gpt2 {gpt2.__version__}")
         return 0
     try:
+        if command != "lm_eval":  # the harness has rules of its own
+            _warn_of_repeats(rest)
         name, _, shell = command.partition("=")
         call = completion if name == "--completion" else _choose(command, COMMANDS)
         return call([shell, *rest] if call is completion and shell else rest)
@@ -483,6 +487,28 @@ def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callab
         listed = ", ".join(commands)
         raise UserError(f"unknown command {group + name!r}; use one of {listed}{hint}")
     return commands[name]
+
+
+def _warn_of_repeats(arguments: list[str]) -> None:
+    """One line for an option that is given twice with different values: only the last one counts.
+
+    It is no error, because scripts change their own options by those of the person behind them.
+    """
+    from .distributed.environment import is_first_rank
+
+    given: dict[str, str] = {}
+    repeated: dict[str, str] = {}
+    for number, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        name = name[2:].replace("-", "_")
+        if argument.startswith("--") and name not in MAY_REPEAT:
+            value = value if equals else "".join(arguments[number + 1 : number + 2])
+            if given.setdefault(name, value) != value:
+                repeated[name] = value
+            given[name] = value
+    for name, value in repeated.items() if is_first_rank() else ():
+        text = f"--{name}= is given more than once; only the last one counts, --{name}={value}"
+        print(f"gpt2: warning: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _complain(text: str) -> int:

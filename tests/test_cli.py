@@ -71,6 +71,28 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
     assert message in complain(capsys, *argv)
 
 
+def test_an_option_given_twice_is_told(capsys):
+    """The first --source= would otherwise be dropped without a word."""
+    twice = ["prepare", "--source=/nowhere/a", "--out-dir=x", "--source", "/nowhere/b"]
+    warning, error = complain_in_lines(capsys, [*twice, "--out_dir=x"])
+    assert warning == (
+        "gpt2: warning: --source= is given more than once; only the last one counts, "
+        "--source=/nowhere/b"
+    )
+    assert "--source=/nowhere/b: no such file" in error
+    for argv in (
+        ["sweep", "/nowhere.toml", "--set=seed=1", "--set=size=gpt2"],
+        ["prepare", "--source=/nowhere/a", "--max_tokens=5"],
+    ):
+        (error,) = complain_in_lines(capsys, argv)
+        assert "error" in error
+
+
+def complain_in_lines(capsys, argv) -> list[str]:
+    assert cli.main(argv) == 2
+    return capsys.readouterr().err.splitlines()
+
+
 @pytest.mark.parametrize("kind", ["EACCES", "EROFS", "ENAMETOOLONG", "ENOSPC"])
 def test_a_path_that_the_system_refuses_is_one_line(capsys, monkeypatch, kind):
     def refuse(argv):

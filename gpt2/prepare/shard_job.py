@@ -169,8 +169,8 @@ def open_job(config: PrepareConfig) -> ShardJob:
 def started(job: ShardJob) -> Iterator[None]:
     """Checks the free space, makes the folder and holds its lock."""
     plan = make_plan(job.config, job.source, job.out_dir, job.shards)
-    check_count(plan, job.config, len(job.shards))
     check_room(plan, job.out_dir)
+    check_count(plan, job.config, len(job.shards))
     job.source = replace(job.source, needed_parts=plan.first_part + plan.parts)
     with locked(job.out_dir):
         if read_manifest(job.out_dir) != job.found:

@@ -257,7 +257,9 @@ def sample(argv: list[str]) -> int:
         from .commands.terminal import sample as write
     finally:
         gc.enable()
-    return write(path, config)
+    # `--prompt=` begins a new document, unlike no prompt.
+    given = any(argument.partition("=")[0] == "--prompt" for argument in argv)
+    return write(path, config, asks=not config.prompt and not given)
 
 
 def chat(argv: list[str]) -> int:

@@ -28,10 +28,10 @@ UNTRAINED = (
 )
 
 
-def sample(path: str, config: SampleConfig) -> int:
-    """Continues `--prompt=`, or one prompt after the other from the keyboard."""
+def sample(path: str, config: SampleConfig, asks: bool) -> int:
+    """Continues `--prompt=`, or with `asks` one prompt after the other from the keyboard."""
     model = _load(path, config)
-    if config.prompt != "-":
+    if not asks:
         for number in range(config.num_samples):
             _write_sample(model, config, config.prompt, number)
         return 0

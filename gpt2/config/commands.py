@@ -148,7 +148,7 @@ class SampleConfig(WritingConfig):
     """All options of `gpt2 sample`."""
 
     prompt: str = option(
-        "-", "text to continue; empty: begin a new document; -: ask for one again and again"
+        "", "text to continue; --prompt= begins a new document; left out: ask again and again"
     )
     stop: str = option("", "end before this string; empty: after max_new_tokens")
     num_samples: int = option(1, "number of texts to write")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from gpt2.api import GPT2
+from gpt2.cli import main
 from gpt2.commands import terminal
-from gpt2.config.commands import ChatConfig, SampleConfig
+from gpt2.config.commands import ChatConfig
 from gpt2.data.chat_formats import messages_of
 from gpt2.errors import UserError
 
@@ -115,11 +116,13 @@ def test_an_empty_prompt_begins_a_document(model, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(terminal, "_load", lambda path, config: model)
     monkeypatch.setattr(terminal, "_ask", lambda: asked.append(1))
-    options = {"max_new_tokens": 5, "seed": 1}
-    assert terminal.sample("x", SampleConfig(prompt="", **options)) == 0
-    expected = "".join(model.stream("", 5, seed=1, temperature=0.8))
+    options = ["--max_new_tokens=5", "--seed=1"]
+    assert main(["sample", "x", "--prompt=", *options]) == 0
+    expected = "".join(model.stream("", 5, seed=1, temperature=0.8, top_k=50))
+    assert capsys.readouterr().out == f"{terminal._visible(expected)}\n\n"
+    assert main(["sample", "x", "--prompt", "", *options]) == 0
     assert capsys.readouterr().out == f"{terminal._visible(expected)}\n\n"
     assert not asked
-    assert terminal.sample("x", SampleConfig(**options)) == 0
+    assert main(["sample", "x", *options]) == 0
     assert asked
     assert "Type a beginning" in capsys.readouterr().out

@@ -259,7 +259,9 @@ def sample(argv: list[str]) -> int:
         gc.enable()
     # `--prompt=` begins a new document, unlike no prompt.
     given = any(argument.partition("=")[0] == "--prompt" for argument in argv)
-    return write(path, config, asks=not config.prompt and not given)
+    if not config.prompt and not given:
+        from .commands.terminal import sample_at_keyboard as write
+    return write(path, config)
 
 
 def chat(argv: list[str]) -> int:

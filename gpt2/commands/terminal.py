@@ -28,13 +28,17 @@ UNTRAINED = (
 )
 
 
-def sample(path: str, config: SampleConfig, asks: bool) -> int:
-    """Continues `--prompt=`, or with `asks` one prompt after the other from the keyboard."""
+def sample(path: str, config: SampleConfig) -> int:
+    """Continues `--prompt=`; an empty one begins a new document. Returns an exit code."""
     model = _load(path, config)
-    if not asks:
-        for number in range(config.num_samples):
-            _write_sample(model, config, config.prompt, number)
-        return 0
+    for number in range(config.num_samples):
+        _write_sample(model, config, config.prompt, number)
+    return 0
+
+
+def sample_at_keyboard(path: str, config: SampleConfig) -> int:
+    """Continues one prompt after the other from the keyboard; returns an exit code."""
+    model = _load(path, config)
     print("Type a beginning and press Enter; an empty line ends.", flush=True)
     number = 0
     while prompt := _ask() or "":

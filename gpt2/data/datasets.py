@@ -4,9 +4,11 @@ A checkpoint stores the identity of every shard. A resumed run compares these id
 shards on disk, so that it continues on unchanged data.
 """
 
+import hashlib
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,7 +19,7 @@ from ..errors import UserError
 from ..untrusted.display import shown
 from .loader import available_eval_tokens
 from .sequence_order import Mixture, SequenceOrder
-from .shards import SequenceReader, find_shards
+from .shards import SHARD_NAME, SequenceReader, find_shards
 
 Identity = list[list]  # [name, tokens, sha256 of samples] of each shard of a dataset
 
@@ -127,6 +129,27 @@ def split_eval_tokens(datasets: list[Dataset], eval_tokens: int) -> list[int]:
     ends = [0, *(round(eval_tokens * upto) for upto in accumulate(d.share for d in datasets))]
     asked = [max(1, end - begin) for begin, end in pairwise(ends)]
     return [available_eval_tokens(d.val, n) for d, n in zip(datasets, asked, strict=True)]
+
+
+def validation_fingerprint(parts: Iterable[tuple[float, Identity]]) -> str:
+    """A hash that is equal for runs whose validation loss is about the same tokens.
+
+    It covers each dataset's share and the samples of its validation shards, not their names.
+
+    Args:
+        parts: (share, identity) of each dataset.
+    """
+    covered = [
+        [round(share, 6), *(shard[1:] for shard in identity if _is_validation(shard[0]))]
+        for share, identity in parts
+    ]
+    return hashlib.sha256(json.dumps(covered).encode()).hexdigest()
+
+
+def _is_validation(name: str) -> bool:
+    """Whether an identity is of a validation shard, or of the held-out conversations of a file."""
+    match = SHARD_NAME.fullmatch(os.path.basename(name))
+    return name == "val" or (match is not None and match["split"] == "val")
 
 
 # ---- resuming: compare the shards with the checkpoint --------------------------------------------

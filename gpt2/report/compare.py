@@ -38,7 +38,7 @@ class Group:
     @property
     def best(self) -> list[float]:
         """The lowest validation loss of each run."""
-        return [min(loss for _, loss in run.evaluations) for run in self.runs]
+        return [min(run.comparable_losses, default=run.evaluations[-1][1]) for run in self.runs]
 
 
 @dataclass(frozen=True)

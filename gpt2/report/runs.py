@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ class Run:
         """(step, validation loss in nats) in the order of steps; the last of a repeated step."""
         found = {r["step"]: r["val_loss"] for r in self.rows if _is_number(r.get("val_loss"))}
         return sorted(found.items())
+
+    @property
+    def comparable_losses(self) -> list[float]:
+        """Validation losses in nats, by step, about the tokens that the last one is about."""
+        since = -1  # the step at which the run last went on with other validation data
+        for before, after in pairwise(self.starts):
+            if before.get("validation") != after.get("validation"):
+                since = after["step"]
+        counts = {r["step"]: r.get("val_tokens") for r in self.rows if "val_loss" in r}
+        now = self.last("val_tokens")
+        return [x for step, x in self.evaluations if step > since and counts[step] == now]
 
     @property
     def last_step(self) -> int:
@@ -88,7 +100,7 @@ class Run:
         if not evaluations:
             return f"no evaluation yet (step {self.last_step:,} of {asked:,})"
         patience = self.settings["early_stop_evals"]
-        losses = [loss for _, loss in evaluations]
+        losses = self.comparable_losses or [math.inf]
         stopped = 0 < patience <= len(losses) - 1 - losses.index(min(losses))
         timed_out = self.time_was_up and evaluations[-1][0] == self.last_step
         if evaluations[-1][0] < asked and not stopped and not timed_out:

@@ -61,7 +61,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
         state = build(config, rt, resumed, init)
         config = resolve_steps(config, state)
         try:
-            archive_previous_run(config, rt, resumed)
+            archive_previous_run(state, config, rt, resumed)
             with state.saver, open_log(config, rt, resumed) as log, watched(state, config, rt):
                 if watch:
                     log.attach("watch", watch)

@@ -1,7 +1,6 @@
 """Console lines and log entries of a training run: before the first step, and for each step."""
 
 import contextlib
-import hashlib
 import json
 import signal
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from ..config.options import flatten
 from ..config.registry import plugins, registered
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, warmup_steps
 from ..data.conversations import is_chat
-from ..data.datasets import split_eval_tokens
+from ..data.datasets import split_eval_tokens, validation_fingerprint
 from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -191,7 +190,7 @@ def record_start(
     log.started(
         state.step,
         changed={name: list(values) for name, values in changed.items()},
-        validation=validation_fingerprint(state),
+        validation=validation_fingerprint((d.share, d.identity) for d in state.datasets),
         vocab_size=state.model.config.vocab_size,
         plugins=plugins() or None,
         device=rt.device_name,
@@ -231,18 +230,6 @@ def changed_step(plan: BatchPlan, resumed: Resumed | None) -> dict[str, tuple[in
     now = plan.tokens_per_step
     before = resumed.state.get("tokens_per_step", now) if resumed else now  # older ones lack it
     return {"tokens per step": (before, now)} if before != now else {}
-
-
-def validation_fingerprint(state: TrainState) -> str:
-    """A hash that is equal for runs whose validation loss is about the same tokens.
-
-    It covers each dataset's share and the samples of its validation shards, not their names.
-    """
-    parts = [
-        [round(dataset.share, 6), *([shard.tokens, shard.fingerprint()] for shard in dataset.val)]
-        for dataset in state.datasets
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def conclude(state: TrainState, config: TrainConfig, resumed_at: int, early: bool) -> None:

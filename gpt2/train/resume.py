@@ -1,18 +1,19 @@
 """How a run continues: which checkpoint it resumes from, and where newer ones go."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint import training_state
-from ..checkpoint.state_schema import check_complete
+from ..checkpoint.state_schema import check_complete, whole
 from ..checkpoint.training_state import Resumed
 from ..config.finetune import targets_of, tuning_options
 from ..config.model import to_dict
 from ..config.switches import defaults, switched
 from ..config.train import ModelOptions, TrainConfig
 from ..data.conversations import is_chat
-from ..data.datasets import split_eval_tokens
+from ..data.datasets import split_eval_tokens, validation_fingerprint
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
@@ -54,8 +55,19 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     return kept[0] if kept else training_state.load_state(Path(path), verify=False)
 
 
-def archive_previous_run(config: TrainConfig, rt: Runtime, resumed: Resumed | None) -> None:
-    """Archives the checkpoints that are newer than the one to resume from."""
+def archive_previous_run(
+    state: TrainState, config: TrainConfig, rt: Runtime, resumed: Resumed | None
+) -> None:
+    """Archives the checkpoints that are newer than the one to resume from.
+
+    The best model is archived too where the run goes on with other validation tokens: the lowest
+    loss of the earlier ones says nothing about theirs, so it is counted anew.
+    """
+    anew = resumed is not None and _validates_otherwise(state, config, resumed)
+    if anew and state.is_complete(config.optim):
+        anew, state.evaluated_at = False, state.step  # no step follows: its results stay
+    if anew and resumed:
+        _forget_best(state, resumed)
 
     def move() -> None:
         out = out_dir(config)
@@ -64,11 +76,40 @@ def archive_previous_run(config: TrainConfig, rt: Runtime, resumed: Resumed | No
             after = resumed.step
         back = config.output.resume not in ("auto", "never")
         with _as_user_error():
-            moved = run_folder.archive(out, after, going_back=back)
+            moved = run_folder.archive(out, after, going_back=back, best=anew)
+        if anew and resumed:
+            console.log(
+                f"other validation tokens than in {resumed.path}: the lowest validation loss is "
+                "counted anew"
+            )
         if moved:
             console.log(f"moved files of an earlier run to {moved}")
 
     rt.on_main(move)
+
+
+def _validates_otherwise(state: TrainState, config: TrainConfig, resumed: Resumed) -> bool:
+    """Whether the validation loss is about other tokens than that of the checkpoint's run.
+
+    A checkpoint that does not name its shards (version 0.1.0) counts as one of these tokens.
+    """
+    settings, stored = resumed.state["settings"], resumed.state.get("data")
+    if stored is None:
+        return False
+    with whole(resumed.path / training_state.STATE_FILE):
+        before = validation_fingerprint((d["share"], d["shards"]) for d in stored["datasets"])
+        now = validation_fingerprint((d.share, d.identity) for d in state.datasets)
+        asked = [settings.get("eval_tokens", config.eval.eval_tokens), config.eval.eval_tokens]
+        counts = [split_eval_tokens(state.datasets, tokens) for tokens in asked]
+    return before != now or counts[0] != counts[1]
+
+
+def _forget_best(state: TrainState, resumed: Resumed) -> None:
+    """Counts the lowest validation loss anew, also for those who read the checkpoint's counters."""
+    anew = {"best_val_loss": math.inf, "evals_without_gain": 0}
+    resumed.state |= anew
+    for name, value in anew.items():
+        setattr(state, name, value)
 
 
 @contextlib.contextmanager
@@ -149,6 +190,9 @@ def restore_logged_evaluation(
     if not resumed or not isinstance(known.get("val_loss"), float | int):
         return
     if state.evaluated_at == state.step:
+        return
+    if _validates_otherwise(state, config, resumed):
+        state.evaluated_at = state.step  # one loss a step in metrics.jsonl, as it was measured
         return
     same_data = resumed.state["settings"].get("data_dir") == config.data.data_dir
     if same_data and known.get("val_tokens") == asked:

@@ -29,6 +29,7 @@ RUN_FILES = (  # and folders, of a run, besides its states
     *("metrics.jsonl", "history.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png"),
     *("tensorboard", "wandb", "wandb_id.txt", "out_adapter", "best_adapter", "nonfinite.json"),
 )
+BEST_FILES = (BEST_NAME, "best_adapter")
 # Opened in place, or written into: none of them may be a symbolic link.
 IN_PLACE = ("state", "metrics.jsonl", "history.jsonl", "tensorboard", "wandb", LOCK)
 
@@ -38,21 +39,23 @@ def out_dir(config: TrainConfig) -> Path:
     return Path(config.output.out_dir)
 
 
-def archive(out_dir: Path, after_step: int, going_back: bool = False) -> Path | None:
+def archive(
+    out_dir: Path, after_step: int, going_back: bool = False, best: bool = False
+) -> Path | None:
     """Moves the checkpoints after a step to a folder `archive_N`.
 
     Args:
         out_dir: the run's folder.
         after_step: later checkpoints are moved; -1: every checkpoint, and the run's files.
         going_back: also copy the files that a run from an earlier checkpoint will overwrite.
+        best: also move the model with the lowest validation loss so far.
 
     Returns:
         The folder, or None when there was nothing to move.
     """
     moved = [p for p in state_folders(out_dir) if int(p.name[5:]) > after_step]
     files = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
-    if after_step < 0:
-        moved += files
+    moved += [path for path in files if after_step < 0 or (best and path.name in BEST_FILES)]
     if not moved:
         return None
     number = 1
@@ -61,7 +64,7 @@ def archive(out_dir: Path, after_step: int, going_back: bool = False) -> Path | 
     (folder / "state").mkdir(parents=True)
     if going_back and after_step >= 0:
         for path in files:
-            if path.is_file():
+            if path.is_file() and path not in moved:
                 shutil.copy2(path, folder / path.name)
     for path in moved:
         move(path, folder / path.relative_to(out_dir))

@@ -128,6 +128,26 @@ def test_an_early_stop_is_an_end(tmp_path):
     assert [run.folder.name for group in found(tmp_path).groups for run in group.runs] == ["a"]
 
 
+@pytest.mark.parametrize("then", [{"validation": "def"}, {"val_tokens": 2000}])
+def test_losses_of_other_validation_tokens_are_not_compared(tmp_path, then):
+    """The second half of the run is about other tokens, whose losses are higher."""
+    folder = write_run(tmp_path / "a", (2, 2.1, 4, 3.5), steps=400, early_stop_evals=2)
+    start = {"step": 50, "validation": "abc", "vocab_size": 50257} | then
+    with open(folder / "history.jsonl", "a") as file:
+        file.write(json.dumps(start) + "\n")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["step"] > 50 and "val_tokens" in row:
+            row["val_tokens"] = then.get("val_tokens", row["val_tokens"])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run,) = find_runs([folder])
+    assert run.comparable_losses == [4, 3.5]
+    assert run.unfinished() == "at step 100 of 400"
+    settings = (folder / "config.toml").read_text().replace("max_steps = 400", "max_steps = 100")
+    (folder / "config.toml").write_text(settings)
+    assert found(folder).groups[0].best == [3.5]
+
+
 def test_options_changed_on_the_way_make_another_recipe(tmp_path):
     write_run(tmp_path / "a")
     changed = {"learning_rate": [0.1, 0.2], "out_dir": ["x", "y"]}

@@ -1,8 +1,10 @@
-"""Which checkpoints a run refuses to go on from, by the option that differs."""
+"""Which checkpoints a run refuses to go on from, and what it goes on with."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from gpt2.config.command_line import parse
@@ -10,8 +12,12 @@ from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.model import GPT2Config
 from gpt2.config.options import flatten
 from gpt2.config.train import TrainConfig
+from gpt2.data.shards import find_shards, write_shard
 from gpt2.errors import UserError
+from gpt2.train import loop
 from gpt2.train.resume import check_same_run, check_same_tuning
+
+from .test_loop import best, config, metrics, scripted_losses
 
 
 def tuning(*arguments: str, data: str = "chats.jsonl") -> FinetuneConfig:
@@ -81,3 +87,57 @@ def test_weights_to_begin_with_are_named_in_several_ways(before, now, equal):
     else:
         with pytest.raises(UserError, match="is of a run that began with"):
             check_same_run(found, options)
+
+
+@pytest.fixture
+def other_data(data_dir, tmp_path) -> Path:
+    """The shards with other validation tokens, under another name."""
+    folder = tmp_path / "other"
+    shutil.copytree(data_dir, folder)
+    (shard,) = find_shards(folder, "val")
+    write_shard(shard.path, np.roll(shard.read(0, shard.tokens), 100))
+    return folder
+
+
+@pytest.mark.parametrize("changed", ["data_dir", "eval_tokens"])
+def test_losses_of_other_validation_tokens_begin_anew(
+    data_dir, other_data, tmp_path, monkeypatch, capsys, changed
+):
+    """The lowest loss, early stopping and the best model are about the run's present tokens."""
+    out, other = tmp_path / "out", [f"--{changed}={other_data if changed == 'data_dir' else 100}"]
+    asked = ["--eval_every=2", "--early_stop_evals=2"]
+    scripted_losses(monkeypatch, 3.0, 3.1, 5.0, 4.9, 4.8, 4.7)
+    assert loop.run(config(data_dir, out, "--max_steps=4", *asked)) == 0
+    capsys.readouterr()
+    assert loop.run(config(data_dir, out, "--max_steps=10", *asked, *other)) == 0
+    assert "other validation tokens than in" in capsys.readouterr().out
+    assert metrics(out, "val_loss") == pytest.approx({2: 3, 4: 3.1, 6: 5, 8: 4.9, 10: 4.8})
+    assert best(out) == (10, 4.8)
+    assert best(out / "archive_1") == (2, 3.0)
+    assert loop.run(config(data_dir, out, "--max_steps=12", *asked, *other)) == 0
+    assert "other validation tokens" not in capsys.readouterr().out
+    assert best(out) == (12, 4.7)
+
+
+def test_a_run_that_stopped_early_goes_on_with_other_validation_tokens(
+    data_dir, other_data, tmp_path, monkeypatch
+):
+    asked = ["--eval_every=1", "--early_stop_evals=1", "--max_steps=9"]
+    scripted_losses(monkeypatch, 3.0, 3.1, 5.0, 5.1)
+    for data in (data_dir, other_data):
+        assert loop.run(config(data, tmp_path / "out", *asked)) == 0
+    assert list(metrics(tmp_path / "out", "val_loss")) == [1, 2, 3, 4]
+    assert best(tmp_path / "out") == (3, 5.0)
+    assert f'data_dir = "{other_data}"' in (tmp_path / "out/config.toml").read_text()
+
+
+def test_a_finished_run_keeps_its_results_whatever_the_validation_tokens(
+    data_dir, other_data, tmp_path, monkeypatch
+):
+    scripted_losses(monkeypatch, 3.0, 2.0)
+    assert loop.run(config(data_dir, tmp_path / "out", "--max_steps=2")) == 0
+    before = (tmp_path / "out/metrics.jsonl").read_bytes()
+    assert loop.run(config(other_data, tmp_path / "out", "--max_steps=2")) == 0
+    assert best(tmp_path / "out") == (2, 3.0)
+    assert (tmp_path / "out/metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "out/archive_1").exists()

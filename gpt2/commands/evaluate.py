@@ -19,7 +19,13 @@ from ..config.commands import EvalConfig
 from ..config.run_paths import CONFIG_FILE, from_here
 from ..config.train import EvalOptions, SystemOptions
 from ..data.conversations import Conversations, check_eval_tokens, is_chat, open_conversations
-from ..data.datasets import Dataset, open_datasets, split_eval_tokens
+from ..data.datasets import (
+    Dataset,
+    identify,
+    open_datasets,
+    split_eval_tokens,
+    validation_fingerprint,
+)
 from ..data.loader import available_eval_tokens, eval_batches
 from ..data.shards import SequenceReader
 from ..data.text_encodings import garbled
@@ -33,7 +39,7 @@ from ..evaluate.scoring import BATCH_TOKENS
 from ..evaluate.tasks import HELLASWAG, HUB, LAMBADA, Task, load_items
 from ..files import check_replaceable, check_writable_file, write_atomically
 from ..prepare.sources import ACCEPTED, NAMED_ENDING
-from ..report import console
+from ..report import console, metrics
 from ..tokenizer import Tokenizer
 
 Results = dict[str, Any]
@@ -155,6 +161,8 @@ def _measurements(
     eval_tokens = config.eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
     if data_dir:
         datasets = _open(data_dir, settings, eval_tokens, found)
+        if not config.data_dir:
+            rt.on_main(partial(_check_held_out, place, data_dir, datasets))
         counts = split_eval_tokens(datasets, eval_tokens)
         parts = [(d.name, d.val, n) for d, n in zip(datasets, counts, strict=True)]
         yield partial(_loss, "val", data_dir, parts, config.block_size)
@@ -196,12 +204,34 @@ def _open(
 
 def _settings_of_run(place: Path) -> Results:
     """The config.toml in the folder of a run, or beside a checkpoint; {} if there is none."""
-    inside = place / CONFIG_FILE
+    beside = _folder_of_run(place) / CONFIG_FILE
     try:
-        beside = inside if inside.is_file() else place.absolute().parent / CONFIG_FILE
         return from_here(beside, read_toml(beside))
     except (OSError, ValueError):
         return {}
+
+
+def _folder_of_run(place: Path) -> Path:
+    """The folder that a run or its checkpoint names, where the files of the run lie."""
+    return place if (place / CONFIG_FILE).is_file() else place.absolute().parent
+
+
+def _check_held_out(place: Path, data_dir: str, datasets: list[Dataset]) -> None:
+    """Raises UserError where the data of the run hold out other tokens than the run did.
+
+    Conversations are held out by their places in the file, so that a changed file would hold out
+    some that the model was trained on. A run without history.jsonl does not tell.
+    """
+    history = _folder_of_run(place) / metrics.HISTORY
+    starts = metrics.read_metrics(history) if history.is_file() else []
+    known = [start["validation"] for start in starts if start.get("validation")]
+    now = validation_fingerprint((d.share, identify(d)) for d in datasets)
+    if known and known[-1] != now:
+        raise UserError(
+            f"{data_dir} has changed since the run: its validation tokens are others, and some may "
+            f"have been trained on; put the earlier data back, or use --data_dir={data_dir} to "
+            "evaluate on these tokens in any case"
+        )
 
 
 def _encode(path: Path, limit: int, tokenizer: Tokenizer) -> np.ndarray:

@@ -18,7 +18,7 @@ from gpt2.commands import evaluate as module
 from gpt2.commands.evaluate import TokensInMemory, run
 from gpt2.config.commands import EvalConfig, PrepareConfig
 from gpt2.data.loader import eval_batches
-from gpt2.data.shards import find_shards
+from gpt2.data.shards import find_shards, write_shard
 from gpt2.errors import UserError
 from gpt2.evaluate.loss import evaluate
 from gpt2.prepare.run import run as prepare
@@ -86,6 +86,21 @@ def test_without_options_the_data_of_the_run(source, trained, data_dir, tmp_path
     assert found["val_loss"] == pytest.approx(metrics(trained.parent, "val_loss")[3], abs=1e-6)
     assert found["val_source"] == str(data_dir)
     assert "hellaswag_items" not in found
+
+
+def test_shards_of_the_run_that_hold_other_tokens_are_refused(trained, data_dir, tmp_path, capsys):
+    run_folder, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(trained.parent, run_folder)
+    shutil.copytree(data_dir, data)
+    settings = (run_folder / "config.toml").read_text().replace(str(data_dir), str(data))
+    (run_folder / "config.toml").write_text(settings)
+    arguments = ["eval", str(run_folder), "--device=cpu", "--dtype=float32"]
+    assert cli.main(arguments) == 0  # the folder's name does not count
+    (shard,) = find_shards(data, "val")
+    write_shard(shard.path, np.roll(shard.read(0, shard.tokens), 100))
+    assert cli.main(arguments) == 2
+    assert f"{data} has changed since the run" in capsys.readouterr().err
+    assert cli.main([*arguments, f"--data_dir={data}"]) == 0
 
 
 def test_few_tokens_are_not_padded_to_a_full_batch(trained, data_dir, tmp_path, monkeypatch):

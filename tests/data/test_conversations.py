@@ -264,6 +264,28 @@ def test_eval_finds_the_conversations_that_were_held_out(chats, base, tmp_path, 
     assert "stands in the config.toml" in capsys.readouterr().err
 
 
+def test_eval_refuses_a_file_whose_held_out_conversations_changed(base, tmp_path, capsys):
+    """They are chosen by their places in the file: others would be some that were learned."""
+    talks = [talk(n) for n in range(30)]
+    path, out = write(tmp_path / "chat.jsonl", talks), tmp_path / "out"
+    assert finetune(base, path, out, "--max_steps=1") == 0
+    write(path, talks[1:])
+    capsys.readouterr()
+    assert cli.main(["eval", str(out), "--device=cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "has changed since the run: its validation tokens are others" in said
+    assert f"use --data_dir={path} to evaluate on these tokens in any case" in said
+    assert said.count("\n") == 1
+    assert cli.main(["eval", str(out), "--device=cpu", f"--data_dir={path}"]) == 0
+    order = np.argsort(np.random.Philox(key=[0, 0]).random_raw(30), kind="stable")
+    talks[order[-1]] = talk(90)  # which the model learned: what is held out stays
+    write(path, talks)
+    assert cli.main(["eval", str(out), "--device=cpu"]) == 0
+    (out / "history.jsonl").unlink()  # a run of an earlier version does not tell
+    write(path, talks[1:])
+    assert cli.main(["eval", str(out), "--device=cpu"]) == 0
+
+
 def test_a_changed_file_is_refused(base, tmp_path):
     path = write(tmp_path / "chat.jsonl", [talk(n) for n in range(30)])
     assert finetune(base, path, tmp_path / "out", "--max_steps=1") == 0

@@ -25,7 +25,7 @@ from ..config.commands import ProfileConfig
 from ..config.model import GPT2_VOCAB_SIZE
 from ..config.train import TrainConfig
 from ..data.random_tokens import write_random_shards
-from ..distributed import runtime
+from ..distributed import runtime, signals
 from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -73,13 +73,16 @@ def run(options: ProfileConfig) -> int:
         raise UserError(f"trace={trace}: use a name that ends in .json or .json.gz")
     check_unlinked(path.parent, path)  # a link is no earlier trace
     check_writable_file(path, "trace=")
-    with runtime.start(config.system) as rt, _data(config) as data_dir:
+    # nothing is lost by a signal, so it ends the profile in the middle of a step
+    started = runtime.start(config.system)
+    with started as rt, signals.interruptible(), _data(config) as data_dir:
         if rt.world_size > 1:
             raise UserError("gpt2 profile looks at one process; run it without torchrun")
         config = replace(config, data=replace(config.data, data_dir=data_dir))
         config, init = resolve_init(config, rt, None)
         state = setup.build(config, rt, None, init)
         recorded = state.graph.enabled
+        announce(state, rt)
         try:
             seconds, times = measure(state, config, rt, path)
         except torch.OutOfMemoryError:
@@ -87,15 +90,21 @@ def run(options: ProfileConfig) -> int:
             raise UserError(out_of_memory(state.plan, checkpointing)) from None
         finally:
             state.loader.close()
-    for note in (*rt.choices, *state.notes):
-        console.log(note)
     if recorded:
         console.log("kernels one by one; step and waiting as in training, with a CUDA graph")
-    console.log(str(state.plan))
     for line in format_table(times, seconds, state, rt):
         console.log(line)
     console.log(f"trace: {path} (open it in chrome://tracing or ui.perfetto.dev)")
     return 0
+
+
+def announce(state: TrainState, rt: Runtime) -> None:
+    """Says, before the first step, what will be measured."""
+    for note in (*rt.choices, *state.notes):
+        console.log(note)
+    console.log(str(state.plan))
+    timed = f"{TIMED_STEPS} timed, " if rt.device.type == "cuda" else ""
+    console.log(f"running {WARMUP_STEPS} steps to warm up, {timed}{STEPS} under the profiler")
 
 
 def measure(

@@ -1,10 +1,10 @@
 """Options of the commands other than `gpt2 train` and `gpt2 finetune`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import UserError
-from .options import at_least, at_most, check_seed, option
+from .options import at_least, at_most, check_seed, option, resolve
 from .train import PLUGIN_HELP, TrainConfig
 
 
@@ -237,10 +237,19 @@ class ProfileConfig(TrainConfig):
     """All options of `gpt2 profile`: those of `gpt2 train`, and one more."""
 
     DAILY: ClassVar[tuple[str, ...]] = (*TrainConfig.DAILY, "trace")
-    HELP_END: ClassVar[str] = """example:
+    HELP_END: ClassVar[str] = """A step is one micro-batch, unless --grad_accum_steps= or
+--total_batch_tokens= is given.
+
+example:
   gpt2 profile --batch_size=64 --grad_accum_steps=1"""
 
     trace: str = option("trace.json.gz", "file for the Chrome trace")
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if not (self.data.grad_accum_steps or self.data.total_batch_tokens):
+            # every micro-batch is alike, and 524,288 tokens a step take minutes on a CPU
+            resolve(self, data=replace(self.data, grad_accum_steps=1))
 
 
 @dataclass(frozen=True, kw_only=True)

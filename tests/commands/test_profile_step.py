@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,10 @@ from torch.autograd import DeviceType
 
 from gpt2.cli import main
 from gpt2.commands import profile_step
+from gpt2.config.command_line import parse
+from gpt2.config.commands import ProfileConfig
 from gpt2.config.model import GPT2Config
+from gpt2.config.train import plan_batch
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 
@@ -106,6 +110,36 @@ def test_profile_on_a_cpu(data, data_dir, tmp_path, capsys):
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
         assert len(json.load(file)["traceEvents"]) > 100
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_it_in_the_middle_of_a_step(name, data_dir, tmp_path, capsys, monkeypatch):
+    """And what is measured has been said before."""
+
+    def step(state, config, rt):
+        assert "3 under the profiler" in capsys.readouterr().out
+        signal.raise_signal(getattr(signal, name))
+        pytest.fail("the step went on")
+
+    monkeypatch.setattr(profile_step.training_step, "train_step", step)
+    argv = ["profile", *TINY, f"--trace={tmp_path / 't.json'}", f"--data_dir={data_dir}"]
+    assert main(argv) == 128 + getattr(signal, name)
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "micro_batches"),
+    [
+        ([], 1),
+        (["--grad_accum_steps=3"], 3),
+        (["--total_batch_tokens=2048"], 4),
+    ],
+)
+def test_a_step_is_one_micro_batch_unless_more_are_asked_for(given, micro_batches):
+    argv = ["--size=gpt2-tiny", "--batch_size=8", "--block_size=64", *given]
+    config = parse(ProfileConfig, argv, "gpt2 profile")
+    assert plan_batch(config.data, 64, 1).grad_accum_steps == micro_batches
 
 
 @pytest.mark.parametrize(

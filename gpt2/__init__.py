@@ -49,6 +49,7 @@ class _Train(types.ModuleType):
 
         Raises:
             UserError: whatever the command line answers with one line.
+            KeyboardInterrupt: Ctrl-C, after all is saved; its `result` is the `TrainResult` so far.
         """
         from .commands.from_python import train as train_here
 

@@ -1,5 +1,6 @@
 """`gpt2.train(…)`: a run from Python, with the options of the command line, and its result."""
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from tqdm.auto import tqdm
 from ..api import GPT2, TextModel
 from ..config.command_line import parse_keywords
 from ..config.train import TrainConfig
+from ..distributed.signals import last_signal
 from ..errors import UserError
 from ..report import console
 from ..report.metrics import METRICS, read_metrics
@@ -71,6 +73,18 @@ class TrainResult:
         return f"<run in {self.out_dir}: step {step:,}, validation loss {found}>"
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came during a run, which has saved all. The same call continues it.
+
+    Attributes:
+        result: the `TrainResult` of the run so far.
+    """
+
+    def __init__(self, result: TrainResult) -> None:
+        super().__init__(f"{result} is saved; the same call goes on")
+        self.result = result
+
+
 class Bar:
     """A progress bar in the place of a line for each step."""
 
@@ -103,6 +117,8 @@ def train(*, progress: bool | None = None, **options: Any) -> TrainResult:
 
     Raises:
         UserError: whatever the command line answers with one line.
+        Interrupted: Ctrl-C, after all is saved. It is a KeyboardInterrupt, so that a loop of runs
+            ends too.
     """
     config = parse_keywords(TrainConfig, options, "gpt2.train")
     bar = in_notebook() if progress is None else progress
@@ -112,7 +128,10 @@ def train(*, progress: bool | None = None, **options: Any) -> TrainResult:
         with console.muted():
             code = run(config, watch=Bar(config.optim.max_steps))
     folder = Path(config.output.out_dir)
-    return TrainResult(folder, config, code, rows_by_step(folder / METRICS))
+    result = TrainResult(folder, config, code, rows_by_step(folder / METRICS))
+    if last_signal() == signal.SIGINT:  # also during the last step, whose exit code is 0
+        raise Interrupted(result)
+    return result
 
 
 def rows_by_step(path: Path) -> list[dict[str, Any]]:

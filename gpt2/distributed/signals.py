@@ -11,6 +11,7 @@ from typing import Any
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm is often told to send the last
 _asked: list[int] = []  # the signal that came inside of `caught`, until its end
+_last: list[int] = []  # the first signal of the latest `caught`, also after its end
 _waiting = threading.local()  # .depth: how often this thread is inside of `interruptible`
 
 
@@ -39,6 +40,11 @@ def interruptible() -> Iterator[None]:
         _waiting.depth -= 1
 
 
+def last_signal() -> int:
+    """The number of the first signal that came inside of the latest `caught`; 0: none."""
+    return _last[0] if _last else 0
+
+
 @contextlib.contextmanager
 def caught(
     stop: Callable[[int], None], answer: Callable[[int], None] = lambda number: None
@@ -58,12 +64,14 @@ def caught(
             of `interruptible`.
     """
     first_time: float | None = None
+    _last.clear()
 
     def handle(number: int, _frame: Any) -> None:
         nonlocal first_time
         if first_time is None:
             first_time = time.monotonic()
             _asked.append(number)
+            _last.append(number)
             stop(number)
             if getattr(_waiting, "depth", 0):
                 raise StopNow(number)

@@ -1,5 +1,6 @@
 """Training from Python, and its result."""
 
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import gpt2
 from gpt2.commands import from_python
 from gpt2.commands.from_python import in_notebook
 from gpt2.errors import UserError
+from gpt2.train import loop
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 32, "batch_size": 2}
 SMALL |= {"grad_accum_steps": 1, "eval_tokens": 200, "device": "cpu", "dtype": "float32"}
@@ -37,6 +39,42 @@ def test_a_run_from_python_gives_its_result(tmp_path, data_dir, capsys):
     again = gpt2.train(**given, max_steps=3, eval_every=1)
     assert again.metrics[:2] == result.metrics
     assert "continuing from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("at", "code"), [(2, 130), (3, 0)], ids=["on the way", "at the end"])
+def test_ctrl_c_saves_and_ends_a_loop_of_runs(at, code, tmp_path, data_dir, monkeypatch):
+    """Its signal is raised again, since a loop over seeds would go on with the next run."""
+    begun, original = [], loop.train_step
+
+    def step(state, config, rt):
+        begun.append(state.step)
+        if len(begun) == at:
+            signal.raise_signal(signal.SIGINT)
+        return original(state, config, rt)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    given = {**SMALL, "data_dir": data_dir, "max_steps": 3}
+    with pytest.raises(
+        KeyboardInterrupt, match=f"step {at}, .* is saved; the same call"
+    ) as stopped:
+        [gpt2.train(**given, seed=seed, out_dir=tmp_path / str(seed)) for seed in (1, 2)]
+    assert begun == list(range(at))
+    result = stopped.value.result
+    assert (result.out_dir, result.exit_code) == (tmp_path / "1", code)
+    assert [row["step"] for row in result.metrics] == list(range(1, at + 1))
+    assert gpt2.train(**given, seed=1, out_dir=tmp_path / "1").exit_code == 0
+
+
+def test_after_sigterm_the_call_returns(tmp_path, data_dir, monkeypatch):
+    original = loop.train_step
+
+    def step(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    result = gpt2.train(**SMALL, data_dir=data_dir, max_steps=3, out_dir=tmp_path)
+    assert result.exit_code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(("given", "said"), [

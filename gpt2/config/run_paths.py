@@ -2,8 +2,9 @@
 
 A run writes its paths as they were given, so relative ones begin at the folder in which it was
 started. Later that folder is found by `out_dir`: of a run in `/a/out/x` with out_dir="out/x" it is
-`/a`. Nothing is recorded, so that a moved or copied project still works. A run whose out_dir does
-not tell (an absolute path, or one with `..`) writes its other paths as absolute ones.
+`/a`. Nothing is recorded, so that a moved or copied project still works. A run that goes on from
+another folder writes its paths as they begin in the first one. A run whose out_dir does not tell
+(an absolute path, or one with `..`) writes its other paths as absolute ones.
 """
 
 import os
@@ -30,12 +31,30 @@ def from_here(config: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return settings | found | {"out_dir": os.fspath(start / settings["out_dir"])}
 
 
-def from_anywhere(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings to write: with absolute paths where out_dir does not tell where that was."""
+def from_anywhere(
+    settings: dict[str, Any], config: Path | None = None, earlier: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The settings to write, with paths that lead to the same files from anywhere.
+
+    Args:
+        settings: of the run; its paths begin in the current folder.
+        config: the file that they are written to.
+        earlier: its content so far. Where its out_dir tells in which folder the run was first
+            started, paths inside of that folder begin there.
+
+    Returns:
+        The settings; with absolute paths where no out_dir tells where they begin.
+    """
     if _plain(settings["out_dir"]):
         return settings
     here = Path.cwd()
-    return settings | {name: _moved(settings[name], here) for name in PATHS if name in settings}
+    found = settings | {name: _moved(settings[name], here) for name in PATHS if name in settings}
+    first = (earlier or {}).get("out_dir")
+    start = _started_in(config, first) if config else None
+    if start is None:
+        return found
+    inside = {name: _inside(found[name], start) for name in PATHS if name in found}
+    return found | inside | {"out_dir": first}
 
 
 def find_beside(name: str, file: Path) -> str:
@@ -74,6 +93,14 @@ def _moved(value: Any, start: Path) -> Any:
         return os.fspath(start / value)
     pieces = (PIECE.match(piece) for piece in value.split(","))
     return ",".join(_piece(found[1], found[2] or "", start) for found in pieces if found)
+
+
+def _inside(value: Any, start: Path) -> Any:
+    """A path, or a mix of paths, as it begins in `start` where it lies inside of that folder."""
+    if not isinstance(value, str):
+        return value
+    prefix = os.path.join(start, "")
+    return ",".join(piece.removeprefix(prefix) for piece in value.split(","))
 
 
 def _piece(name: str, weight: str, start: Path) -> str:

@@ -9,12 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.training_state import Resumed, state_folders
 from ..config import command_line
 from ..config.earlier import current_names
 from ..config.options import flatten
-from ..config.run_paths import from_anywhere
+from ..config.run_paths import CONFIG_FILE, from_anywhere
 from ..config.train import TrainConfig
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -131,6 +132,14 @@ def is_on_record(config: TrainConfig, resumed: Resumed | None) -> bool:
     )
 
 
+def _written_before(path: Path) -> dict[str, Any]:
+    """The settings in a run's config.toml; {} where it is missing or damaged."""
+    try:
+        return command_line.read_toml(path)
+    except (OSError, ValueError):
+        return {}
+
+
 def open_log(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None
 ) -> contextlib.AbstractContextManager[metrics.RunLog]:
@@ -141,8 +150,9 @@ def open_log(
     settings = flatten(config)
     if rt.is_main and not is_on_record(config, resumed):
         own = {name: value for name, value in settings.items() if name != "resume"}
-        content = command_line.to_toml(from_anywhere(own)).encode("utf-8", SURROGATES)
-        path = out_dir(config) / "config.toml"
+        path = out_dir(config) / CONFIG_FILE
+        written = from_anywhere(own, path, _written_before(path))
+        content = command_line.to_toml(written).encode("utf-8", SURROGATES)
         try:
             write_atomically(path, content)
         except OSError as error:

@@ -72,6 +72,36 @@ def test_absolute_paths_are_written_where_the_folder_does_not_tell(project, monk
         assert (found["init"], found["hellaswag"]) == ("gpt2-xl", "hub")
 
 
+def test_a_run_that_goes_on_elsewhere_writes_paths_of_its_first_folder(project):
+    config, mix = project / "out/x/config.toml", "data/mine:0.8,data/more:0.2"
+    first = {"out_dir": "out/x", "data_dir": mix, "init": "gpt2", "hellaswag": "items.jsonl"}
+    assert from_anywhere(from_here(config, first), config, first) == first
+    here = {"out_dir": "../out/x", "data_dir": "../data/more", "hellaswag": "/elsewhere/items"}
+    found = from_anywhere(here, config, first)
+    inside = {"out_dir": "out/x", "data_dir": "elsewhere/../data/more"}
+    assert found == inside | {"hellaswag": "/elsewhere/items"}
+    for earlier in ({}, first | {"out_dir": "/absolute/x"}, first | {"out_dir": "out/y"}):
+        found = from_anywhere(here, config, earlier)
+        assert found["data_dir"] == f"{project}/elsewhere/../data/more"
+
+
+def test_a_moved_project_goes_on_after_its_run_was_used_from_elsewhere(
+    data_dir, tmp_path, monkeypatch
+):
+    shutil.copytree(data_dir, tmp_path / "a/data/mine")
+    (tmp_path / "a/sub").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    small = [*TINY, "--n_layer=1", "--data_dir=data/mine", "--out_dir=out/x"]
+    assert cli.main(["train", *small, "--max_steps=1"]) == 0
+    monkeypatch.chdir("sub")
+    assert cli.main(["train", "--config=../out/x/config.toml", "--max_steps=2"]) == 0
+    monkeypatch.chdir(tmp_path)
+    os.rename("a", "b")
+    monkeypatch.chdir("b")
+    assert cli.main(["train", "--config=out/x/config.toml", "--max_steps=3"]) == 0
+    assert Path("out/x/state/step_00000003").is_dir()
+
+
 def test_a_base_is_found_above_the_file_that_names_it(project):
     file = project / "out/x/out_adapter/adapter_config.json"
     assert find_beside("data/more", file) == f"{project}/data/more"

@@ -44,6 +44,10 @@ def test_a_plugin_trains_resumes_and_writes(plugin, data_dir, capsys):
     shutil.copytree("whole", "half")
     shutil.rmtree("half/state/step_00000003")  # as a kill after step 2 leaves it
     assert train(data_dir, *half, "--max_steps=3", "--save_every=2") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    chosen = f"half/out_ckpt.pt {plugin}"
+    sample = f'gpt2 sample {chosen} --prompt="Hello world,"'
+    assert said == f"next: gpt2 plot half, {sample}, gpt2 eval {chosen}"
     states = [torch.load(f"{name}/out_ckpt.pt") for name in ("whole", "half")]
     assert all(torch.equal(states[0]["model"][n], t) for n, t in states[1]["model"].items())
     assert states[0]["plugins"].keys() == {"my_idea.py"}

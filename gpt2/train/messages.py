@@ -271,7 +271,8 @@ def conclude(state: TrainState, config: TrainConfig, resumed_at: int, early: boo
         except UserError as error:
             console.warn(f"no curves: {error}")
     chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
-    run, ckpt = for_shell(folder), for_shell(model)
+    run, ckpt, plugin = for_shell(folder), for_shell(model), config.system.plugin
+    ckpt += f" {for_shell(f'--plugin={plugin}')}" if plugin else ""  # which the model needs
     use = f"gpt2 chat {ckpt}" if chat else f'gpt2 sample {ckpt} --prompt="Hello world,"'
     console.log(f"next: gpt2 plot {run}, {use}, gpt2 eval {ckpt}")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import UserError
 from .command_line import fields_of, parse
-from .options import at_least, check_seed, option
+from .earlier import comparable
+from .options import at_least, check_seed, flatten, option
 from .train import TrainConfig
 
 OF_THE_SWEEP = {  # options of training that a sweep sets itself -> what to use instead
@@ -100,10 +101,13 @@ def jobs(path: str, config: SweepConfig, texts: Sequence[str], rest: Sequence[st
     Raises:
         UserError: everything that `gpt2 train` would refuse, for any of the runs.
     """
-    for argument in rest:
-        _check_free(argument.removeprefix("--").partition("=")[0].replace("-", "_"))
+    fixed = [_name(argument) for argument in rest if argument.startswith("--")]
+    for name in fixed:
+        _check_free(name)
     swept = [_values(text) for text in texts]
-    _check_once([name for name, _ in swept])
+    _check_once([name for name, _ in swept], fixed)
+    if (config.tokens or config.seconds) and "max_steps" in dict(swept):
+        raise UserError("--set max_steps= is a budget too; leave --tokens= and --seconds= out")
     grid = [[f"--{name}={value}" for value in values] for name, values in swept]
     recipes = list(itertools.product(*grid))
     seeds = _seeds(config.seeds)
@@ -121,7 +125,25 @@ def jobs(path: str, config: SweepConfig, texts: Sequence[str], rest: Sequence[st
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
         raise UserError(f"{twice.name} comes twice in the sweep; name each value and seed once")
+    _check_different(found)
     return found
+
+
+def _name(argument: str) -> str:
+    """The name of the option in an argument such as `--max-steps=9`."""
+    return argument.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _check_different(found: Sequence[Job]) -> None:
+    """Raises UserError for two runs that train alike, as by 1e-3 and 0.001."""
+    seen: dict[tuple, Job] = {}
+    for job in found:
+        settings = comparable(flatten(job.config)) | {"out_dir": ""}
+        other = seen.setdefault(tuple(sorted(settings.items())), job)
+        if other is not job:
+            raise UserError(
+                f"{job.recipe} and {other.recipe} are the same run twice; name each value once"
+            )
 
 
 def _values(text: str) -> tuple[str, list[str]]:
@@ -135,13 +157,23 @@ def _values(text: str) -> tuple[str, list[str]]:
     return name, found
 
 
-def _check_once(names: Sequence[str]) -> None:
-    """Raises UserError for an option of two --set: the last one would hold, in folders of both."""
+def _check_once(names: Sequence[str], fixed: Sequence[str]) -> None:
+    """Raises UserError for an option of two --set, or of --set and for all runs; one would hold.
+
+    Args:
+        names: options of --set.
+        fixed: options for all runs.
+    """
     alias = {f.metadata["alias"]: f.name for f in fields_of(TrainConfig)}
     own = [alias.get(name, name) for name in names]
     if twice := [name for name in own if own.count(name) > 1]:
         raise UserError(
             f"--set {twice[0]}= comes twice; give all its values in one, as {twice[0]}=a,b"
+        )
+    if both := [name for name in own if name in {alias.get(n, n) for n in fixed}]:
+        raise UserError(
+            f"--{both[0]}= is for all runs, and --set {both[0]}= for some; give all its values in "
+            "--set"
         )
 
 

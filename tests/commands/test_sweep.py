@@ -25,7 +25,10 @@ SMALL.remove("--device=cpu")
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.toml"
-    path.write_text("eval_every = 2\nsave_every = 2\n")
+    config = parse(TrainConfig, [*SMALL, "--eval_every=2", "--save_every=2"], "gpt2 train")
+    names = [argument[2:].partition("=")[0] for argument in SMALL]
+    given = {name: value for name, value in flatten(config).items() if name in names}
+    path.write_text(to_toml(given) + "eval_every = 2\nsave_every = 2\n")
     return path
 
 
@@ -64,7 +67,7 @@ def trainer(monkeypatch):
 def call(recipe, tmp_path):
     def call(*more):
         argv = ["sweep", str(recipe), "--seeds=1,2", "--devices=cpu", f"--out_dir={tmp_path}/o"]
-        return cli.main([*argv, *SMALL, *more])
+        return cli.main([*argv, *more])
 
     return call
 
@@ -72,7 +75,7 @@ def call(recipe, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_trains_and_is_not_repeated(tmp_path, recipe, data_dir):
     argv = ["-m", "gpt2", "sweep", recipe, "--seeds=1", "--set", "learning_rate=1e-3,2e-3"]
-    argv += ["--devices=cpu,cpu", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o", *SMALL]
+    argv += ["--devices=cpu,cpu", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o"]
     said = run_python(*argv).stdout
     assert said.count("validation loss") == 2
     assert "| learning_rate=0.001 | 1 |" in said

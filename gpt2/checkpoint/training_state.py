@@ -199,12 +199,13 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
         (state or None, one line for each damaged state that was skipped).
 
     Raises:
-        UserError: the named state is damaged, or every state of `out_dir` is. A damaged run never
-            starts over silently.
+        UserError: the named state is missing or damaged, or every state of `out_dir` is. A damaged
+            run never starts over silently.
     """
     if resume == "never":
         return None, []
     if resume != "auto":
+        _check_named(Path(resume), out_dir)
         return load_state(Path(resume)), []
     passed_over: list[str] = []
     for path in reversed(state_folders(out_dir)):
@@ -218,6 +219,22 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
             "use --resume=never to start over (what is there is kept), or another --out_dir"
         )
     return None, []
+
+
+def _check_named(path: Path, out_dir: Path) -> None:
+    """Raises UserError where `--resume=` names no state; the message names one as an example."""
+    named = STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).exists()
+    if path.is_dir() and named:
+        return  # what it may lack, `load_state` says
+    reason = "a file, no folder" if path.exists() else "no such folder"
+    if path.is_dir():
+        reason = "the folder of a run" if state_folders(path) else f"a folder without {MANIFEST}"
+    near = [folder for folder in (path, *path.parents[:2], out_dir) if folder.is_dir()]
+    found = next((states[-1] for folder in near if (states := state_folders(folder))), None)
+    raise UserError(
+        f"{not_whole(path, reason)}; use --resume=auto, --resume=never or a folder such as "
+        f"--resume={found or folder_of(out_dir, 250)}"
+    )
 
 
 def _digest(manifest: dict) -> str:

@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,6 +199,33 @@ def test_any_damage_is_noticed(model, tmp_path, name, damage):
     assert "step_00000002" in damaged[0]
     with pytest.raises(UserError):
         training_state.load_state(tmp_path / "state/step_00000002")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("always", "no such folder"),
+        ("run/state/step_00000009", "no such folder"),
+        ("run/out_ckpt.pt", "a file, no folder"),
+        ("run/state", "a folder without manifest.json"),
+        ("run", "the folder of a run"),
+    ],
+)
+def test_a_name_of_no_state_is_answered_with_one(model, tmp_path, monkeypatch, name, reason):
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        save(Path("run"), model, step)
+        save(Path("other"), model, step + 7)
+    Path("run/out_ckpt.pt").touch()
+    near = "other/state/step_00000009" if name == "always" else "run/state/step_00000002"
+    with pytest.raises(UserError) as caught:
+        training_state.find_state(Path("other"), name)
+    assert str(caught.value) == (
+        f"{name}: not a whole checkpoint ({reason}); use --resume=auto, --resume=never or a folder "
+        f"such as --resume={near}"
+    )
+    with pytest.raises(UserError, match="such as --resume=new/state/step_00000250"):
+        training_state.find_state(Path("new"), "always")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 1}', '{"step": "x", "files": {}}'])

@@ -49,12 +49,25 @@ def from_anywhere(
         return settings
     here = Path.cwd()
     found = settings | {name: _moved(settings[name], here) for name in PATHS if name in settings}
-    first = (earlier or {}).get("out_dir")
-    start = _started_in(config, first) if config else None
-    if start is None:
-        return found
-    inside = {name: _inside(found[name], start) for name in PATHS if name in found}
-    return found | inside | {"out_dir": first}
+    return found if config is None else from_first_folder(found, config, earlier or {})
+
+
+def from_first_folder(
+    settings: dict[str, Any], config: Path, earlier: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings with paths as they begin in the folder in which the run was first started.
+
+    Args:
+        settings: of the run, as `from_here` gives them.
+        config: its config.toml.
+        earlier: content of that file. Where its out_dir does not tell, the settings stay.
+    """
+    first = earlier.get("out_dir")
+    start = _started_in(config, first)
+    if start is None or start == Path.cwd():
+        return settings
+    inside = {name: _inside(settings[name], start) for name in PATHS if name in settings}
+    return settings | inside | {"out_dir": first}
 
 
 def find_beside(name: str, file: Path) -> str:

@@ -10,6 +10,7 @@ from ..checkpoint.state_schema import check_complete, whole
 from ..checkpoint.training_state import Resumed
 from ..config.finetune import targets_of, tuning_options
 from ..config.model import to_dict
+from ..config.run_paths import CONFIG_FILE, from_here
 from ..config.switches import defaults, switched
 from ..config.train import ModelOptions, TrainConfig
 from ..data.conversations import is_chat
@@ -42,6 +43,7 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
             console.warn(f"{line}; using an older checkpoint")
         if found:
             check_complete(found.state, found.path / training_state.STATE_FILE)
+            _see_paths_from_here(found)
             check_resumed_tokenizer(found, config)
             check_same_run(found, config.model)
             check_same_tuning(found, config)
@@ -52,7 +54,20 @@ def find_checkpoint(config: TrainConfig, rt: Runtime) -> Resumed | None:
     if not path:
         check_windows(config.model)
         return None
-    return kept[0] if kept else training_state.load_state(Path(path), verify=False)
+    if kept:
+        return kept[0]
+    resumed = training_state.load_state(Path(path), verify=False)
+    _see_paths_from_here(resumed)
+    return resumed
+
+
+def _see_paths_from_here(found: Resumed) -> None:
+    """Lets the paths of a checkpoint's settings begin in the current folder.
+
+    They are compared with those of the command, which may be called from another folder.
+    """
+    config = found.path.parent.parent / CONFIG_FILE
+    found.state["settings"] = from_here(config, found.state["settings"])
 
 
 def archive_previous_run(
@@ -123,7 +138,8 @@ def _as_user_error() -> Iterator[None]:
 def _run_of(init: str) -> Path:
     """The folder of a run, also where its model is named; any other source as it is."""
     path = Path(init)
-    return path.parent if path.name == MODEL_NAME else path
+    path = path.parent if path.name == MODEL_NAME else path
+    return path.resolve() if path.exists() else path
 
 
 def check_windows(options: ModelOptions) -> None:

@@ -15,7 +15,7 @@ from ..checkpoint.training_state import Resumed, state_folders
 from ..config import command_line
 from ..config.earlier import current_names
 from ..config.options import flatten
-from ..config.run_paths import CONFIG_FILE, from_anywhere
+from ..config.run_paths import CONFIG_FILE, from_anywhere, from_first_folder
 from ..config.train import TrainConfig
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -138,6 +138,12 @@ def _written_before(path: Path) -> dict[str, Any]:
         return command_line.read_toml(path)
     except (OSError, ValueError):
         return {}
+
+
+def settings_to_store(settings: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    """The settings for a checkpoint in a run's folder: `from_here` finds the paths after a move."""
+    path = out_dir / CONFIG_FILE
+    return from_first_folder(settings, path, _written_before(path))
 
 
 def open_log(

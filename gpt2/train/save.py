@@ -22,7 +22,7 @@ from ..huggingface.kept_tokenizer import to_store
 from ..model import lora
 from ..report import console
 from .optimizer_state import check_groups
-from .run_folder import MODEL_NAME, out_dir
+from .run_folder import MODEL_NAME, out_dir, settings_to_store
 from .state import TrainState
 from .weight_average import averaged, forget_average
 
@@ -48,7 +48,7 @@ def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: 
         "rng": rt.gather(rng_state(rt.device)),
         **{name: getattr(state, name) for name in COUNTERS},
         "data": remember(state.datasets, state.loader.order, state.loader.position),
-        "settings": flatten(config),
+        "settings": settings_to_store(flatten(config), out_dir(config)),
         "tokens_per_step": state.plan.tokens_per_step,
     }
     if state.own_tokenizer:

@@ -102,6 +102,28 @@ def test_a_moved_project_goes_on_after_its_run_was_used_from_elsewhere(
     assert Path("out/x/state/step_00000003").is_dir()
 
 
+def test_a_run_from_elsewhere_is_the_run_that_it_was(data_dir, tmp_path, monkeypatch, capsys):
+    """The weights that it began with and its data count as unchanged, also after a move."""
+    shutil.copytree(data_dir, tmp_path / "a/data/mine")
+    (tmp_path / "a/sub").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    small = [*TINY, "--data_dir=data/mine"]
+    assert cli.main(["train", *small, "--out_dir=out/base", "--max_steps=1"]) == 0
+    rest = [argument for argument in small if not argument.startswith("--n_")]
+    begun = ["train", *rest, "--out_dir=out/x", "--init=out/base"]
+    assert cli.main([*begun, "--max_steps=1"]) == 0
+    monkeypatch.chdir("sub")
+    capsys.readouterr()
+    assert cli.main(["train", "--config=../out/x/config.toml", "--max_steps=2"]) == 0
+    monkeypatch.chdir(tmp_path)
+    os.rename("a", "b")
+    monkeypatch.chdir("b")
+    assert cli.main(["train", "--config=out/x/config.toml", "--max_steps=3"]) == 0
+    said = capsys.readouterr().out
+    changed = [line for line in said.splitlines() if line.startswith("changed since then")]
+    assert changed == [f"changed since then: max_steps {n} -> {n + 1}" for n in (1, 2)]
+
+
 def test_a_base_is_found_above_the_file_that_names_it(project):
     file = project / "out/x/out_adapter/adapter_config.json"
     assert find_beside("data/more", file) == f"{project}/data/more"

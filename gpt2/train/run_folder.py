@@ -62,13 +62,15 @@ def archive(
     number = 1
     while os.path.lexists(folder := out_dir / f"archive_{number}"):
         number += 1
-    (folder / "state").mkdir(parents=True)
+    folder.mkdir()
     if going_back and after_step >= 0:
         for path in files:
             if path.is_file() and path not in moved:
                 shutil.copy2(path, folder / path.name)
     for path in moved:
-        move(path, folder / path.relative_to(out_dir))
+        target = folder / path.relative_to(out_dir)
+        target.parent.mkdir(exist_ok=True)
+        move(path, target)
     return folder
 
 

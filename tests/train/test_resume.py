@@ -114,6 +114,7 @@ def test_losses_of_other_validation_tokens_begin_anew(
     assert metrics(out, "val_loss") == pytest.approx({2: 3, 4: 3.1, 6: 5, 8: 4.9, 10: 4.8})
     assert best(out) == (10, 4.8)
     assert best(out / "archive_1") == (2, 3.0)
+    assert [path.name for path in (out / "archive_1").iterdir()] == ["best_ckpt.pt"]
     assert loop.run(config(data_dir, out, "--max_steps=12", *asked, *other)) == 0
     assert "other validation tokens" not in capsys.readouterr().out
     assert best(out) == (12, 4.7)

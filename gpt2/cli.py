@@ -112,7 +112,11 @@ WORK = (
     "demo",
 )  # not for their output alone
 
-MAY_REPEAT = ("config", "plugin", "set")  # options of which all values count
+COMMAS = "give all in one, with commas"
+ONCE = {  # options of several values, or of one that holds several -> how to give them
+    "source": "name one folder or glob that holds all files",
+    **dict.fromkeys(("data_dir", "log_to", "seeds"), COMMAS),
+}
 
 # Errors of the system that only another path, other permissions or more room can mend.
 OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
@@ -154,7 +158,7 @@ def _run(command: str, rest: list[str]) -> int:
         return 0
     try:
         if command != "lm_eval":  # the harness has rules of its own
-            _warn_of_repeats(rest)
+            _check_repeats(rest)
         name, _, shell = command.partition("=")
         call = completion if name == "--completion" else _choose(command, COMMANDS)
         return call([shell, *rest] if call is completion and shell else rest)
@@ -493,26 +497,19 @@ def _choose(name: str, commands: dict[str, Callable], group: str = "") -> Callab
     return commands[name]
 
 
-def _warn_of_repeats(arguments: list[str]) -> None:
-    """One line for an option that is given twice with different values: only the last one counts.
+def _check_repeats(arguments: list[str]) -> None:
+    """Raises UserError for two values of an option that a person gives twice to mean both.
 
-    It is no error, because scripts change their own options by those of the person behind them.
+    Of other options the last value counts, as scripts put a person's options behind their own.
     """
-    from .distributed.environment import is_first_rank
-
     given: dict[str, str] = {}
-    repeated: dict[str, str] = {}
     for number, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        name = name[2:].replace("-", "_")
-        if argument.startswith("--") and name not in MAY_REPEAT:
+        name = name.replace("-", "_").removeprefix("__")
+        if argument.startswith("--") and name in ONCE:
             value = value if equals else "".join(arguments[number + 1 : number + 2])
             if given.setdefault(name, value) != value:
-                repeated[name] = value
-            given[name] = value
-    for name, value in repeated.items() if is_first_rank() else ():
-        text = f"--{name}= is given more than once; only the last one counts, --{name}={value}"
-        print(f"gpt2: warning: {one_line(text)}", file=sys.stderr, flush=True)
+                raise UserError(f"--{name}= is given twice; {ONCE[name]}")
 
 
 def _complain(text: str) -> int:

@@ -71,21 +71,23 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, argv, message):
     assert message in complain(capsys, *argv)
 
 
-def test_an_option_given_twice_is_told(capsys):
+def test_two_values_of_an_option_that_holds_several_are_refused(capsys):
     """The first --source= would otherwise be dropped without a word."""
-    twice = ["prepare", "--source=/nowhere/a", "--out-dir=x", "--source", "/nowhere/b"]
-    warning, error = complain_in_lines(capsys, [*twice, "--out_dir=x"])
-    assert warning == (
-        "gpt2: warning: --source= is given more than once; only the last one counts, "
-        "--source=/nowhere/b"
-    )
-    assert "--source=/nowhere/b: no such file" in error
-    for argv in (
-        ["sweep", "/nowhere.toml", "--set=seed=1", "--set=size=gpt2"],
-        ["prepare", "--source=/nowhere/a", "--max_tokens=5"],
+    for argv, way_out in (
+        (["prepare", "--source=/nowhere/a", "--out-dir=x", "--source", "/nowhere/b"], "one folder"),
+        (["train", "--data_dir=a", "--data-dir=b"], "give all in one, with commas"),
+        (["sweep", "/nowhere.toml", "--seeds=1", "--seeds=2"], "give all in one, with commas"),
     ):
         (error,) = complain_in_lines(capsys, argv)
-        assert "error" in error
+        assert "is given twice; " in error
+        assert way_out in error
+    for argv in (
+        ["sweep", "/nowhere.toml", "--set=seed=1", "--set=size=gpt2"],
+        ["prepare", "--source=/nowhere/a", "--max_tokens=5", "--max_tokens=6"],
+        ["prepare", "--source=/nowhere/a", "--source=/nowhere/a"],
+    ):
+        (error,) = complain_in_lines(capsys, argv)
+        assert "given twice" not in error
 
 
 def complain_in_lines(capsys, argv) -> list[str]:

@@ -85,10 +85,12 @@ class RunLog:
     def _append(self, path: Path, line: dict) -> None:
         """Opens the file anew each time, so that it comes back when it was deleted or moved."""
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+        # A file name that is not UTF-8 has lone surrogates; a backslash makes them JSON's escapes.
+        data = text.encode(errors="backslashreplace")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8", newline="\n", opener=no_follow) as file:
-                file.write(text)
+            with open(path, "ab", opener=no_follow) as file:
+                file.write(data)
         except OSError as problem:  # a full disk costs a line of the log, not the run
             if not self._warned:
                 console.warn(f"{path}: {problem.strerror or problem}; this part of the log is lost")

@@ -556,3 +556,13 @@ def test_the_table_is_plausible():
     for name, (half, single) in throughput._PEAK_TFLOPS.items():
         assert 1.9 < half / single < 31, name  # tensor cores against ordinary ones
         assert peak_flops(name, "float32") == single * 1e12
+
+
+def test_a_name_that_is_not_utf8_is_logged(tmp_path):
+    """Python keeps the bytes of such a file name as lone surrogates."""
+    log = metrics.RunLog(tmp_path / "metrics.jsonl")
+    log.started(3, changed={"data_dir": ["a", "\udcff"]})
+    log.record(3, text="é")
+    assert (tmp_path / "metrics.jsonl").read_text("utf-8") == '{"step": 3, "text": "é"}\n'
+    (row,) = read_metrics(tmp_path / "history.jsonl")
+    assert row == {"step": 3, "changed": {"data_dir": ["a", "\udcff"]}}

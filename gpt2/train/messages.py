@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import signal
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -189,12 +190,17 @@ def record_start(
     """A line of history.jsonl."""
     log.started(
         state.step,
-        changed={name: list(values) for name, values in changed.items()},
+        changed={name: [_for_json(value) for value in pair] for name, pair in changed.items()},
         validation=validation_fingerprint((d.share, d.identity) for d in state.datasets),
         vocab_size=state.model.config.vocab_size,
         plugins=plugins() or None,
         device=rt.device_name,
     )
+
+
+def _for_json(value: Any) -> Any:
+    """An option's value; infinity and NaN as text, since JSON has neither."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note_schedule(optim: OptimOptions) -> None:

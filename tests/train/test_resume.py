@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from gpt2.checkpoint import training_state
 from gpt2.config.command_line import parse
 from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.model import GPT2Config
@@ -14,6 +15,7 @@ from gpt2.config.options import flatten
 from gpt2.config.train import TrainConfig
 from gpt2.data.shards import find_shards, write_shard
 from gpt2.errors import UserError
+from gpt2.report.metrics import read_metrics
 from gpt2.train import loop
 from gpt2.train.resume import check_same_run, check_same_tuning
 
@@ -142,3 +144,15 @@ def test_a_finished_run_keeps_its_results_whatever_the_validation_tokens(
     assert best(tmp_path / "out") == (2, 3.0)
     assert (tmp_path / "out/metrics.jsonl").read_bytes() == before
     assert not (tmp_path / "out/archive_1").exists()
+
+
+def test_a_setting_that_json_cannot_hold_does_not_end_a_run(data_dir, tmp_path):
+    """A checkpoint may come from anyone; its settings are compared, and logged as text."""
+    loop.run(config(data_dir, tmp_path, "--max_steps=1"))
+    folder = tmp_path / "state/step_00000001"
+    found = training_state.load_state(folder)
+    found.state["settings"]["grad_clip"] = float("inf")
+    training_state.write_state(tmp_path, 1, found.config, found.model, found.state, keep_last=1)
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=2")) == 0
+    start = read_metrics(tmp_path / "history.jsonl")[-1]
+    assert start["changed"] == {"grad_clip": ["inf", 1.0], "max_steps": [1, 2]}

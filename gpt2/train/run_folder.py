@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.training_state import Resumed, state_folders
+from ..checkpoint.state_schema import whole
+from ..checkpoint.training_state import STATE_FILE, Resumed, state_folders
 from ..config import command_line
 from ..config.earlier import current_names
 from ..config.options import flatten
@@ -126,12 +127,13 @@ def is_on_record(config: TrainConfig, resumed: Resumed | None) -> bool:
     if resumed.path.parent.parent.resolve() != folder.resolve():
         return False  # it goes on from another folder
     state = resumed.state
-    return all(
-        resumed.step >= s["max_steps"]
-        or 0 < s["max_seconds"] <= state.get("time_was_up", 0.0)
-        or 0 < s["early_stop_evals"] <= state["evals_without_gain"]
-        for s in (flatten(TrainConfig()) | current_names(state["settings"]), flatten(config))
-    )
+    with whole(resumed.path / STATE_FILE):
+        return all(
+            resumed.step >= s["max_steps"]
+            or 0 < s["max_seconds"] <= state.get("time_was_up", 0.0)
+            or 0 < s["early_stop_evals"] <= state["evals_without_gain"]
+            for s in (flatten(TrainConfig()) | current_names(state["settings"]), flatten(config))
+        )
 
 
 def _written_before(path: Path) -> dict[str, Any]:

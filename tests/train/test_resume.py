@@ -156,3 +156,12 @@ def test_a_setting_that_json_cannot_hold_does_not_end_a_run(data_dir, tmp_path):
     assert loop.run(config(data_dir, tmp_path, "--max_steps=2")) == 0
     start = read_metrics(tmp_path / "history.jsonl")[-1]
     assert start["changed"] == {"grad_clip": ["inf", 1.0], "max_steps": [1, 2]}
+
+
+def test_a_setting_of_another_kind_is_refused(data_dir, tmp_path):
+    loop.run(config(data_dir, tmp_path, "--max_steps=1"))
+    found = training_state.load_state(tmp_path / "state/step_00000001")
+    found.state["settings"]["max_steps"] = "many"
+    training_state.write_state(tmp_path, 1, found.config, found.model, found.state, keep_last=1)
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        loop.run(config(data_dir, tmp_path, "--max_steps=2"))

@@ -24,7 +24,7 @@ from .config.switches import SWITCH_NAMES, Switches, chosen, switched
 from .distributed.devices import choose_device
 from .errors import UserError
 from .generate import stream as generation
-from .generate.arguments import mode_kept, plain_numbers
+from .generate.arguments import in_evaluation_mode, plain_numbers
 from .generate.stream import TextWriter, check_stops
 from .model.gpt import GPT, LanguageModel
 from .model.unfilled import unfilled
@@ -149,7 +149,7 @@ class TextModel(LanguageModel):
                 of range.
         """
         prompts, many, text = self._read_prompts(prompt)
-        tokenizer, stops = self.tokenizer, check_stops(stop or ())
+        tokenizer, stops = self.tokenizer, check_stops(() if stop is None else stop)
         if stops and not text:
             raise UserError("stop= needs prompts that are text")
         steps = self._steps(
@@ -210,10 +210,10 @@ class TextModel(LanguageModel):
         Raises:
             UserError: several prompts, settings of a wrong type or out of range.
         """
-        prompts, many, _ = self._read_prompts(prompt)
-        if many:
+        prompts, _, _ = self._read_prompts(prompt)
+        if len(prompts) > 1:
             raise UserError("stream continues one prompt; generate takes several")
-        writer = TextWriter(check_stops(stop or ()), self.tokenizer)
+        writer = TextWriter(check_stops(() if stop is None else stop), self.tokenizer)
         end = self.tokenizer.end_of_text if stop_at_end_of_text else None
         settings = {"temperature": temperature, "top_k": top_k, "stop_token": end} | settings
         for (token,) in self._steps(prompts, max_new_tokens=max_new_tokens, **settings):
@@ -226,8 +226,16 @@ class TextModel(LanguageModel):
 
     def _steps(self, prompts: list[list[int]], **settings: Any) -> Iterator[list[int | None]]:
         """`generate.stream.stream`, which leaves the network in the mode in which it was."""
-        with mode_kept(self):
-            yield from generation.stream(self, prompts, **plain_numbers(settings))
+        steps = generation.stream(self, prompts, **plain_numbers(settings))
+        if not any(module.training for module in self.modules()):
+            yield from steps
+            return
+        while True:  # between two steps the caller may train, or draw from another stream
+            with in_evaluation_mode(self):
+                new = next(steps, None)
+            if new is None:
+                return
+            yield new
 
     def _read_prompts(self, prompt: Any) -> tuple[list[list[int]], bool, bool]:
         """(prompts as ids, True for a list of prompts, True for text)."""

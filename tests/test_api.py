@@ -74,7 +74,10 @@ def test_mistakes_are_one_line(given, said):
     ({"temperature": None}, "temperature=None: use a number"),
     ({"temperature": np.ones(2)}, "temperature=array"),
     ({"top_p": "0.9"}, "top_p='0.9': use a number"),
+    ({"temperature": 10**400}, "use a number"),
+    ({"top_k": 10**400}, "use a whole number"),
     ({"stop": [""]}, "use strings that are not empty"),
+    ({"stop": np.array(["a", ""])}, "use strings that are not empty"),
 ])  # fmt: skip
 def test_settings_of_a_wrong_type_are_one_line(model, given, said):
     for call in (model.generate, lambda *a, **k: list(model.stream(*a, **k))):
@@ -101,9 +104,13 @@ def test_generation_leaves_the_mode_of_training():
     modes = [module.training for module in model.modules()]
     assert model.generate("a", 3, seed=1) == model.generate("a", 3, seed=1)  # without dropout
     assert [module.training for module in model.modules()] == modes
-    pieces = model.stream("a", 9)
-    next(pieces)
-    pieces.close()
+    alone = list(model.stream("a", 9, seed=1, top_k=0))
+    first, second = model.stream("b", 2, seed=3), model.stream("a", 9, seed=1, top_k=0)
+    found = [next(second), next(first), next(second)]
+    assert [module.training for module in model.modules()] == modes  # the caller may train here
+    assert found[0] + found[2] == "".join(alone[:2])
+    first.close()
+    assert found[::2] + list(second) == alone  # without dropout, though the other has ended
     assert [module.training for module in model.modules()] == modes
     with pytest.raises(UserError):
         model.generate("a", 3, temperature=-1)
@@ -111,6 +118,8 @@ def test_generation_leaves_the_mode_of_training():
 
 
 def test_stream_takes_one_prompt(model):
+    pieces = list(model.stream("a", 3, seed=1))
+    assert list(model.stream(["a"], 3, seed=1)) == pieces
     with pytest.raises(UserError, match="stream continues one prompt; generate takes several"):
         list(model.stream(["a", "b"]))
 

@@ -223,6 +223,8 @@ def find_state(out_dir: Path, resume: str) -> tuple[Resumed | None, list[str]]:
 
 def _check_named(path: Path, out_dir: Path) -> None:
     """Raises UserError where `--resume=` names no state; the message names one as an example."""
+    if path == Path():  # an unset variable of a script: --resume=$STATE
+        raise UserError("resume is empty; use --resume=auto or never, or name a checkpoint")
     named = STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST).exists()
     if path.is_dir() and named:
         return  # what it may lack, `load_state` says

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +39,13 @@ from ..evaluate.loss import Evaluation, combine, evaluate
 from ..evaluate.scoring import BATCH_TOKENS
 from ..evaluate.tasks import HELLASWAG, HUB, LAMBADA, Task, load_items
 from ..files import check_replaceable, check_writable_file, write_atomically
-from ..prepare.sources import ACCEPTED, NAMED_ENDING
+from ..prepare.sources import ACCEPTED
 from ..report import console, metrics
 from ..tokenizer import Tokenizer
 
 Results = dict[str, Any]
 Measurement = Callable[[TextModel, Runtime], Results | None]  # None: a signal asked to stop
+TABLE = re.compile(r"\.(csv|tsv|arrow|feather|orc|xlsx?)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 LABELS = {  # result -> (its label in the table, number format, result with its sample count)
     "val_loss": ("validation loss (nats per token)", ".4f", "val_tokens"),
     "val_perplexity": ("validation perplexity", ",.2f", "val_tokens"),
@@ -139,14 +141,14 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
 
 
 def _check_text(checkpoint: str, text: str) -> None:
-    """Raises UserError for a `--text=` that is missing, or that `gpt2 prepare` would not read."""
+    """Raises UserError for a `--text=` that is missing, or a table whose text it is not."""
     if not Path(text).is_file():
         raise UserError(f"--text={text}: no such file")
-    if not NAMED_ENDING.search(text):
+    if TABLE.search(text):
         weights.check_there(checkpoint)
         raise UserError(
-            f"--text={text}: give a {ACCEPTED} file; plain text under another name can be copied "
-            "to a .txt"
+            f"--text={text}: a table, whose text is in a column; give plain text or a "
+            f"{ACCEPTED} file"
         )
 
 
@@ -224,7 +226,7 @@ def _check_held_out(place: Path, data_dir: str, datasets: list[Dataset]) -> None
     """
     history = _folder_of_run(place) / metrics.HISTORY
     starts = metrics.read_metrics(history) if history.is_file() else []
-    known = [start["validation"] for start in starts if start.get("validation")]
+    known = [start["validation"] for start in starts if isinstance(start.get("validation"), str)]
     now = validation_fingerprint((d.share, identify(d)) for d in datasets)
     if known and known[-1] != now:
         raise UserError(

@@ -74,14 +74,14 @@ class TrainResult:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came during a run, which has saved all. The same call continues it.
+    """Ctrl-C came during a run, which has saved its last step.
 
     Attributes:
         result: the `TrainResult` of the run so far.
     """
 
     def __init__(self, result: TrainResult) -> None:
-        super().__init__(f"{result} is saved; the same call goes on")
+        super().__init__(f"stopped by Ctrl-C: {result}")
         self.result = result
 
 
@@ -128,7 +128,9 @@ def train(*, progress: bool | None = None, **options: Any) -> TrainResult:
         with console.muted():
             code = run(config, watch=Bar(config.optim.max_steps))
     folder = Path(config.output.out_dir)
-    result = TrainResult(folder, config, code, rows_by_step(folder / METRICS))
+    logged = (folder / METRICS).is_file()  # not where a signal came before the first step
+    rows = rows_by_step(folder / METRICS) if logged else []
+    result = TrainResult(folder, config, code, rows)
     if last_signal() == signal.SIGINT:  # also during the last step, whose exit code is 0
         raise Interrupted(result)
     return result

@@ -251,7 +251,7 @@ class SystemOptions:
     activation_checkpointing: str = option(
         "False",
         "True: keep only the input of each block and recompute the rest, for the least memory; "
-        "mlp: recompute the inner layer of each MLP alone, for half of it and less time",
+        "mlp: recompute only the inner layer of each MLP, which is faster and keeps more",
         ("False", "True", "mlp"),
     )
     hang_timeout_seconds: int = option(

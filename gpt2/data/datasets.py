@@ -221,6 +221,8 @@ def continue_mix(
             if not old:
                 notes.append(f"{dataset.name}: not in {path}, so it is read from its beginning")
         before.append(old)
+    if stored["began"] > position:
+        raise UserError(f"{path} is damaged: its mixture of datasets begins after its position")
     if before == known and [d.share for d in datasets] == [old["share"] for old in known]:
         return now, MixStart(stored["began"], [old["before"] for old in known]), notes
     return now, MixStart(position, [old["consumed"] if old else 0 for old in before]), notes

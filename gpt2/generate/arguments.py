@@ -11,7 +11,8 @@ from ..untrusted.display import shown
 
 WHOLE = {"max_new_tokens", "top_k", "seed"}
 NUMBERS = WHOLE | {"temperature", "top_p", "min_p", "repetition_penalty"}
-LARGEST = 9 * 10**18  # of a seed; generators take 64 bits, and row i of a batch has seed + i
+LARGEST = 9 * 10**18  # generators take 64 bits, and row i of a batch has seed + i
+HUGE = 10**100  # beyond every setting; a larger whole number may be no float at all
 
 
 def plain_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,18 +34,19 @@ def _number(name: str, given: Any) -> int | float | None:
     if name == "seed" and value is None:
         return None
     wanted = int if name in WHOLE else int | float
-    if isinstance(value, bool) or not isinstance(value, wanted):
+    if isinstance(value, bool) or not isinstance(value, wanted) or abs(value) > HUGE:
         kind = "whole number" if name in WHOLE else "number"
         raise UserError(f"{name}={shown(repr(given))}: use a {kind}")
-    if name == "seed" and abs(value) > LARGEST:
-        raise UserError(f"seed={value}: use a whole number up to {LARGEST:.0e}")
+    if name in WHOLE and abs(value) > LARGEST:
+        raise UserError(f"{name}={value}: use a whole number up to {LARGEST:.0e}")
     return value
 
 
 @contextmanager
-def mode_kept(model: nn.Module) -> Iterator[None]:
-    """Modules that are in training mode before the block are so after it, too."""
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; after it each module is in its own mode again."""
     training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:

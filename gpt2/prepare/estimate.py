@@ -22,7 +22,7 @@ from .tokenize_rows import Position, encode_rows
 BYTES_PER_TOKEN = {".parquet": 2.85, ".gz": 1.7, ".xz": 1.4, ".zst": 1.7}
 PLAIN_BYTES_PER_TOKEN = 4.5
 SAMPLE_SECONDS = 1.5
-MOST_SHARDS = 20_000  # the manifest is written after each, and may not grow over 16 MiB
+MOST_SHARDS = 20_000  # the manifest is written anew after each
 UNDER_WAY = 40  # batches; earlier ones were encoded in parallel and arrive in one burst
 
 

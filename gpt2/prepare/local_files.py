@@ -9,6 +9,8 @@ from pathlib import Path
 from ..untrusted.display import shown
 
 SAMPLES, SAMPLE_BYTES = 16, 2**16  # that are read of a large file, evenly spread
+DIGITS = 16  # of a hash, for the manifest's size; a change is no attack
+MOST_HASHED = 10_000  # files; of more, hashing takes a minute each time, and sizes must do
 
 
 def files_below(folder: Path, log: Callable[[str], None]) -> list[Path]:
@@ -54,18 +56,22 @@ def is_hidden(path: Path) -> bool:
 
 
 def sample_sha256(path: Path) -> str:
-    """The sha256 of a file of up to 1 MiB, or of 16 samples of a larger one; "" if unreadable.
+    """The first digits of the sha256 of a file of up to 1 MiB, or of 16 samples of a larger one.
+
+    "" for a file that cannot be read.
 
     Hashing a large corpus whole would take minutes each time that a preparation goes on.
     """
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            last = max(0, os.fstat(file.fileno()).st_size - SAMPLE_BYTES)
-            # Samples of a file of up to 1 MiB touch or overlap, and so leave nothing out.
-            for number in range(SAMPLES):
-                file.seek(last * number // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
+            size = os.fstat(file.fileno()).st_size
+            if size <= SAMPLES * SAMPLE_BYTES:
+                digest.update(file.read(size))
+            else:
+                for number in range(SAMPLES):
+                    file.seek((size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
     except OSError:
         return ""  # reading its rows says why
-    return digest.hexdigest()
+    return digest.hexdigest()[:DIGITS]

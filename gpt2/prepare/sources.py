@@ -22,7 +22,7 @@ from ..errors import DamagedFile, UserError
 from ..huggingface.downloads import Downloads
 from ..huggingface.hub import File, HubDataset
 from ..untrusted.display import shown
-from .local_files import files_below, is_hidden, sample_sha256
+from .local_files import MOST_HASHED, files_below, is_hidden, sample_sha256
 
 FINEWEB_EDU, STDLIB = "fineweb-edu", "stdlib"
 FINEWEB_REPOSITORY, FINEWEB_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
@@ -90,8 +90,11 @@ class Source:
         return {"revision": self.revision} | files | ({"files_sha256": hashes} if hashes else {})
 
     def samples(self) -> dict[str, str]:
-        """Name -> `sample_sha256` of each local file, for the manifest."""
-        return {part.name: sample_sha256(part.path) for part in self.parts if part.path}
+        """Name -> `sample_sha256` of each local file, for the manifest; {} of very many files."""
+        local = [part for part in self.parts if part.path]
+        if len(local) > MOST_HASHED:
+            return {}
+        return {part.name: sample_sha256(part.path) for part in local if part.path}
 
     def rows(self, index: int, start: int = 0) -> Iterator[TextRow]:
         """Rows of a part from number `start` on. A downloaded file is deleted after its last row.

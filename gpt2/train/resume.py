@@ -112,8 +112,14 @@ def _validates_otherwise(state: TrainState, config: TrainConfig, resumed: Resume
     if stored is None:
         return False
     with whole(resumed.path / training_state.STATE_FILE):
-        before = validation_fingerprint((d["share"], d["shards"]) for d in stored["datasets"])
-        now = validation_fingerprint((d.share, d.identity) for d in state.datasets)
+        # a mixture in another order is the same text
+        before, now = (
+            sorted(validation_fingerprint([part]) for part in parts)
+            for parts in (
+                [(d["share"], d["shards"]) for d in stored["datasets"]],
+                [(d.share, d.identity) for d in state.datasets],
+            )
+        )
         asked = [settings.get("eval_tokens", config.eval.eval_tokens), config.eval.eval_tokens]
         counts = [split_eval_tokens(state.datasets, tokens) for tokens in asked]
     return before != now or counts[0] != counts[1]

@@ -224,6 +224,8 @@ def test_a_name_of_no_state_is_answered_with_one(model, tmp_path, monkeypatch, n
         f"{name}: not a whole checkpoint ({reason}); use --resume=auto, --resume=never or a folder "
         f"such as --resume={near}"
     )
+    with pytest.raises(UserError, match="resume is empty; use --resume=auto or never"):
+        training_state.find_state(Path("other"), "")
     with pytest.raises(UserError, match="such as --resume=new/state/step_00000250"):
         training_state.find_state(Path("new"), "always")
 

@@ -221,8 +221,7 @@ def test_a_folder_without_a_run_has_nothing_to_evaluate_on(tmp_path, monkeypatch
         (["models"], "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text="),
         (["nothing.pt"], "nothing.pt: no such checkpoint"),
         (["nope"], "nope: no such file or folder here; models of the Hub are named OWNER/NAME, or"),
-        (["models", "--text=CITATION.cff"], "--text=CITATION.cff: give a .txt, .jsonl (both also"),
-        (["nothing.pt", "--text=CITATION.cff"], "nothing.pt: no such checkpoint"),
+        (["nothing.pt", "--text=README.md"], "nothing.pt: no such checkpoint"),
         (["box-chat"], "nothing to evaluate on"),
         ([f"{ROOT}/models/box-chat"], "nothing to evaluate on"),
         (["nothing.pt", "--data_dir=/nowhere"], "no data folder /nowhere"),
@@ -241,3 +240,10 @@ def test_mistakes_are_one_line(capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.TSV.gz", "x.xlsx"])
+def test_the_text_of_a_table_is_not_its_bytes(tmp_path, capsys, name):
+    (tmp_path / name).write_text("text\nHello\n")
+    assert cli.main(["eval", "models", f"--text={tmp_path / name}"]) == 2
+    assert f"{name}: a table, whose text is in a column; give plain" in capsys.readouterr().err

@@ -54,15 +54,27 @@ def test_ctrl_c_saves_and_ends_a_loop_of_runs(at, code, tmp_path, data_dir, monk
 
     monkeypatch.setattr(loop, "train_step", step)
     given = {**SMALL, "data_dir": data_dir, "max_steps": 3}
-    with pytest.raises(
-        KeyboardInterrupt, match=f"step {at}, .* is saved; the same call"
-    ) as stopped:
+    with pytest.raises(KeyboardInterrupt, match=f"stopped by Ctrl-C: .* step {at},") as stopped:
         [gpt2.train(**given, seed=seed, out_dir=tmp_path / str(seed)) for seed in (1, 2)]
     assert begun == list(range(at))
     result = stopped.value.result
     assert (result.out_dir, result.exit_code) == (tmp_path / "1", code)
     assert [row["step"] for row in result.metrics] == list(range(1, at + 1))
     assert gpt2.train(**given, seed=1, out_dir=tmp_path / "1").exit_code == 0
+
+
+def test_ctrl_c_before_the_first_step(tmp_path, data_dir, monkeypatch):
+    """The likeliest moment in a notebook; there is no metrics.jsonl yet."""
+    original = loop.build
+
+    def build(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "build", build)
+    with pytest.raises(KeyboardInterrupt, match="step 0, validation loss none yet") as stopped:
+        gpt2.train(**SMALL, data_dir=data_dir, max_steps=3, out_dir=tmp_path)
+    assert (stopped.value.result.exit_code, stopped.value.result.metrics) == (130, [])
 
 
 def test_after_sigterm_the_call_returns(tmp_path, data_dir, monkeypatch):

@@ -122,6 +122,19 @@ def test_losses_of_other_validation_tokens_begin_anew(
     assert best(out) == (12, 4.7)
 
 
+def test_a_mixture_in_another_order_validates_on_the_same_tokens(
+    data_dir, other_data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    scripted_losses(monkeypatch, 3.0, 3.0, 4.0, 4.0)  # of each dataset
+    for steps, (first, second) in ((2, (data_dir, other_data)), (3, (other_data, data_dir))):
+        shares = (0.7, 0.3) if first == data_dir else (0.3, 0.7)
+        mixed = f"{first}:{shares[0]},{second}:{shares[1]}"
+        assert loop.run(config(mixed, out, f"--max_steps={steps}", "--eval_every=0")) == 0
+    assert "other validation tokens" not in capsys.readouterr().out
+    assert not (out / "archive_1").exists()
+
+
 def test_a_run_that_stopped_early_goes_on_with_other_validation_tokens(
     data_dir, other_data, tmp_path, monkeypatch
 ):

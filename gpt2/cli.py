@@ -112,10 +112,10 @@ WORK = (
     "demo",
 )  # not for their output alone
 
-COMMAS = "give all in one, with commas"
 ONCE = {  # options of several values, or of one that holds several -> how to give them
     "source": "name one folder or glob that holds all files",
-    **dict.fromkeys(("data_dir", "log_to", "seeds"), COMMAS),
+    "data_dir": "give all in one, with commas",
+    "log_to": "give all in one, with commas",
 }
 
 # Errors of the system that only another path, other permissions or more room can mend.

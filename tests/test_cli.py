@@ -76,7 +76,7 @@ def test_two_values_of_an_option_that_holds_several_are_refused(capsys):
     for argv, way_out in (
         (["prepare", "--source=/nowhere/a", "--out-dir=x", "--source", "/nowhere/b"], "one folder"),
         (["train", "--data_dir=a", "--data-dir=b"], "give all in one, with commas"),
-        (["sweep", "/nowhere.toml", "--seeds=1", "--seeds=2"], "give all in one, with commas"),
+        (["train", "--log_to=wandb", "--log_to=trackio"], "give all in one, with commas"),
     ):
         (error,) = complain_in_lines(capsys, argv)
         assert "is given twice; " in error

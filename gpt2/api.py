@@ -24,8 +24,9 @@ from .config.switches import SWITCH_NAMES, Switches, chosen, switched
 from .distributed.devices import choose_device
 from .errors import UserError
 from .generate import stream as generation
-from .generate.arguments import in_evaluation_mode, plain_numbers
+from .generate.arguments import plain_numbers
 from .generate.stream import TextWriter, check_stops
+from .model.evaluation_mode import in_evaluation_mode
 from .model.gpt import GPT, LanguageModel
 from .model.unfilled import unfilled
 from .report import console

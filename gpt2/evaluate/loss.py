@@ -10,6 +10,7 @@ import torch
 from ..config.model import IGNORE
 from ..data.loader import Batch
 from ..distributed.runtime import Runtime
+from ..model.evaluation_mode import in_evaluation_mode
 from ..model.gpt import LanguageModel
 from ..model.packed_documents import packed
 from ..tokenizer import Tokenizer, gpt2_tokenizer
@@ -62,13 +63,11 @@ def evaluate(
     Returns:
         The sums, or None if a signal asked any rank to stop.
     """
-    was_training = model.training
-    model.eval()
     token_bytes = _bytes_per_token(tokenizer or gpt2_tokenizer()).to(rt.device)
     # integers: float32 is exact only up to 2**24
     nats = torch.zeros((), device=rt.device)
     counts = torch.zeros(2, dtype=torch.int64, device=rt.device)
-    try:
+    with in_evaluation_mode(model):
         for number, (x, y, *begins) in enumerate(batches):
             if number % SIGNAL_CHECK_BATCHES == 0 and rt.stop_requested():
                 return None
@@ -76,8 +75,6 @@ def evaluate(
                 nats += model(x, y, reduction="sum", cache=packed(*begins))
             counts[0] += (y != IGNORE).sum()
             counts[1] += (token_bytes[y.clamp(min=0)] * (y != IGNORE)).sum()
-    finally:
-        model.train(was_training)
     tokens, text_bytes = rt.all_sum(counts).tolist()
     return Evaluation(rt.all_sum(nats).item(), tokens, text_bytes)
 

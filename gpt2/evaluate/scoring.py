@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..config.model import IGNORE
 from ..distributed.fsdp import method
 from ..distributed.runtime import Runtime
+from ..model.evaluation_mode import in_evaluation_mode
 from ..model.gpt import LanguageModel
 
 Continuation = tuple[Sequence[int], Sequence[int]]  # ids of the context (>= 1), ids to score
@@ -59,7 +60,7 @@ def score(
     Returns:
         A score for each continuation, on every rank; None if a signal asked any rank to stop.
     """
-    block_size, was_training = model.config.block_size, model.training
+    block_size = model.config.block_size
     lengths = [min(len(context) + len(ids) - 1, block_size) for context, ids in continuations]
     batches = plan_batches(lengths, batch_tokens or BATCH_TOKENS[rt.device.type])
     mine = batches[rt.rank :: rt.world_size]
@@ -67,8 +68,7 @@ def score(
     found = torch.zeros(len(continuations), 2, device=rt.device, dtype=exact)  # see _score_batch
     rounds = range(len(batches[:: rt.world_size]))  # equally many on all ranks
     hide = None if rt.is_main else True  # None: where there is no terminal
-    model.eval()
-    try:
+    with in_evaluation_mode(model):
         for i in tqdm(rounds, title, disable=hide, leave=False, dynamic_ncols=True):
             if rt.stop_requested():
                 return None
@@ -78,8 +78,6 @@ def score(
             scores = _score_batch(model, [continuations[j] for j in indices], width, rt)
             if i < len(mine):  # else the pass only took part in FSDP's all-gathers
                 found[torch.tensor(indices, device=rt.device)] = scores
-    finally:
-        model.train(was_training)
     counts = [min(len(ids), block_size) for _, ids in continuations]
     answers = rt.all_sum(found).tolist()  # other ranks add zeros
     return [Score(n, c, not missed) for (n, missed), c in zip(answers, counts, strict=True)]

@@ -1,10 +1,7 @@
 """What Python callers pass to generation: numbers of numpy and tensors, None, wrong types."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
-
-from torch import nn
 
 from ..errors import UserError
 from ..untrusted.display import shown
@@ -40,15 +37,3 @@ def _number(name: str, given: Any) -> int | float | None:
     if name in WHOLE and abs(value) > LARGEST:
         raise UserError(f"{name}={value}: use a whole number up to {LARGEST:.0e}")
     return value
-
-
-@contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; after it each module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -14,6 +14,7 @@ from ..distributed.runtime import Runtime
 from ..evaluate.loss import combine, evaluate
 from ..evaluate.tasks import HELLASWAG
 from ..generate.stream import stream
+from ..model.evaluation_mode import in_evaluation_mode
 from ..report import console, metrics
 from ..tokenizer import gpt2_tokenizer
 from .messages import log_evaluation, log_hellaswag
@@ -68,11 +69,10 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
     messages: list[Message] = [{"role": "user", "content": prompt}]
     ids = encode_prompt(messages, tokenizer) if chat else tokenizer.encode(prompt)
     model, tokens = state.model, []
-    was_training = model.training
     try:
         others_wait = contextlib.nullcontext() if rt.sharded else rt.alone()
-        eager = torch.compiler.set_stance("force_eager")
-        with averaged(state.optimizer), eager, rt.autocast(), others_wait:
+        eager, mode = torch.compiler.set_stance("force_eager"), in_evaluation_mode(model)
+        with averaged(state.optimizer), eager, rt.autocast(), others_wait, mode:
             if rt.sharded:  # generation calls parts of the network, not the whole that gathers them
                 model.unshard()  # type: ignore[operator] # of FSDPModule
             for (token,) in stream(
@@ -89,7 +89,6 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
     finally:
         if rt.sharded:
             model.reshard()  # type: ignore[operator]
-        model.train(was_training)
     text = tokenizer.decode(tokens)
     log.record(state.step, sample=text)
     if rt.is_main:

@@ -122,7 +122,7 @@ class TextModel(LanguageModel):
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         stop_at_end_of_text: bool = True,
         use_cache: bool = True,
     ) -> Any:
@@ -150,7 +150,7 @@ class TextModel(LanguageModel):
                 of range.
         """
         prompts, many, text = self._read_prompts(prompt)
-        tokenizer, stops = self.tokenizer, check_stops(() if stop is None else stop)
+        tokenizer, stops = self.tokenizer, check_stops(stop)
         if stops and not text:
             raise UserError("stop= needs prompts that are text")
         steps = self._steps(
@@ -190,7 +190,7 @@ class TextModel(LanguageModel):
         *,
         temperature: float = 0.8,
         top_k: int = 50,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         stop_at_end_of_text: bool = True,
         **settings: Any,
     ) -> Iterator[str]:
@@ -214,7 +214,7 @@ class TextModel(LanguageModel):
         prompts, _, _ = self._read_prompts(prompt)
         if len(prompts) > 1:
             raise UserError("stream continues one prompt; generate takes several")
-        writer = TextWriter(check_stops(() if stop is None else stop), self.tokenizer)
+        writer = TextWriter(check_stops(stop), self.tokenizer)
         end = self.tokenizer.end_of_text if stop_at_end_of_text else None
         settings = {"temperature": temperature, "top_k": top_k, "stop_token": end} | settings
         for (token,) in self._steps(prompts, max_new_tokens=max_new_tokens, **settings):

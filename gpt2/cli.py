@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config.command_line import at_home, parse, parse_with_positional
+from .config.command_line import at_home, option_name, parse, parse_with_positional
 from .config.commands import (
     AverageConfig,
     ChatConfig,
@@ -504,9 +504,9 @@ def _check_repeats(arguments: list[str]) -> None:
     """
     given: dict[str, str] = {}
     for number, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        name = name.replace("-", "_").removeprefix("__")
+        name = option_name(argument)
         if argument.startswith("--") and name in ONCE:
+            _, equals, value = argument.partition("=")
             value = value if equals else "".join(arguments[number + 1 : number + 2])
             if given.setdefault(name, value) != value:
                 raise UserError(f"--{name}= is given twice; {ONCE[name]}")

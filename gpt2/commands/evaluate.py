@@ -114,7 +114,7 @@ def run(checkpoint: str, config: EvalConfig) -> int:
 def _check_sources(checkpoint: str, config: EvalConfig) -> None:
     """Raises UserError, before gigabytes of weights are read, for what cannot be evaluated on."""
     if config.text:
-        _check_text(checkpoint, config.text)
+        _check_text(config.text)
     for spec in (config.hellaswag, config.lambada):
         if spec and spec != HUB and not Path(spec).is_file():
             raise UserError(f"{spec}: No such file; or use hub")
@@ -140,12 +140,11 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
                 )
 
 
-def _check_text(checkpoint: str, text: str) -> None:
+def _check_text(text: str) -> None:
     """Raises UserError for a `--text=` that is missing, or a table whose text it is not."""
     if not Path(text).is_file():
         raise UserError(f"--text={text}: no such file")
     if TABLE.search(text):
-        weights.check_there(checkpoint)
         raise UserError(
             f"--text={text}: a table, whose text is in a column; give plain text or a "
             f"{ACCEPTED} file"

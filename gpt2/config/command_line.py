@@ -317,8 +317,13 @@ def _normalise(argument: str) -> str:
     """`--grad-accum-steps=8` means `--grad_accum_steps=8`."""
     if not argument.startswith("--"):
         return argument
-    name, equals, value = argument[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+    _, equals, value = argument.partition("=")
+    return f"--{option_name(argument)}{equals}{value}"
+
+
+def option_name(argument: str) -> str:
+    """The name of the option in an argument: of `--max-steps=9` it is `max_steps`."""
+    return argument.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..errors import UserError
-from .command_line import fields_of, parse
+from .command_line import fields_of, option_name, parse
 from .earlier import comparable
 from .options import at_least, check_seed, flatten, option
 from .train import TrainConfig
@@ -101,7 +101,7 @@ def jobs(path: str, config: SweepConfig, texts: Sequence[str], rest: Sequence[st
     Raises:
         UserError: everything that `gpt2 train` would refuse, for any of the runs.
     """
-    fixed = [_name(argument) for argument in rest if argument.startswith("--")]
+    fixed = [option_name(argument) for argument in rest if argument.startswith("--")]
     for name in fixed:
         _check_free(name)
     swept = [_values(text) for text in texts]
@@ -127,11 +127,6 @@ def jobs(path: str, config: SweepConfig, texts: Sequence[str], rest: Sequence[st
         raise UserError(f"{twice.name} comes twice in the sweep; name each value and seed once")
     _check_different(found)
     return found
-
-
-def _name(argument: str) -> str:
-    """The name of the option in an argument such as `--max-steps=9`."""
-    return argument.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def _check_different(found: Sequence[Job]) -> None:

@@ -174,13 +174,13 @@ class TextWriter:
         return 0
 
 
-def check_stops(stop: str | Sequence[str]) -> list[str]:
-    """Stop strings as a list.
+def check_stops(stop: str | Sequence[str] | None) -> list[str]:
+    """Stop strings as a list; none for None.
 
     Raises:
         UserError: one is empty, or not a string.
     """
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    stops = [stop] if isinstance(stop, str) else list(() if stop is None else stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise UserError(f"stop={stop!r}: use strings that are not empty")
     return stops

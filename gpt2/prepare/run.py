@@ -23,7 +23,7 @@ from .estimate import forecast, limit_name, limit_text, rounded_text
 from .fast_tokenizer import tokenizer_class
 from .first_run import command, device_here
 from .shard_job import ShardJob, open_job, started
-from .tokenize_rows import Position, RowBatch, encode_rows
+from .tokenize_rows import WHY_UNUSABLE, Position, RowBatch, encode_rows
 
 VAL_EVERY = 20  # in a small source every 20th document (5 %) is for validation
 LEAST_TOKENS = 64
@@ -223,8 +223,8 @@ def _summary(job: ShardJob) -> str:
 
 def _skipped(rows: int, not_json: int, no_text: int) -> str:
     """What is said of rows without a text, among them those of a broken or another format."""
-    kinds = {"not JSON": not_json, "no `text` that is a string": no_text}
-    among = ", ".join(f"{count:,} of them {why}" for why, count in kinds.items() if count)
+    kinds = zip(WHY_UNUSABLE.values(), (not_json, no_text), strict=True)
+    among = ", ".join(f"{count:,} of them {why}" for why, count in kinds if count)
     return f"{rows:,} rows without a text were skipped{among and f' ({among})'}"
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..config.model import IGNORE
 from ..distributed.fsdp import method
 from ..distributed.runtime import Runtime
-from ..model.evaluation_mode import in_evaluation_mode
+from ..model.evaluation_mode import in_evaluation_mode, without_compiled_code
 from ..model.gpt import LanguageModel
 
 Continuation = tuple[Sequence[int], Sequence[int]]  # ids of the context (>= 1), ids to score
@@ -47,8 +47,8 @@ def score(
     The batches do not depend on the number of ranks. If context and continuation are longer than
     block_size, the beginning is cut off. Training state and random numbers stay untouched.
 
-    A compiled model runs uncompiled here: `hidden` and `logits` are methods that torch.compile did
-    not wrap, so new lengths cause no recompilation. The matmuls, which dominate, are the same.
+    A compiled model runs uncompiled here, since each new length would compile it anew. The matmuls,
+    which dominate, are the same.
 
     Args:
         model: in any mode, which is restored afterwards.
@@ -68,7 +68,7 @@ def score(
     found = torch.zeros(len(continuations), 2, device=rt.device, dtype=exact)  # see _score_batch
     rounds = range(len(batches[:: rt.world_size]))  # equally many on all ranks
     hide = None if rt.is_main else True  # None: where there is no terminal
-    with in_evaluation_mode(model):
+    with in_evaluation_mode(model), without_compiled_code(model):
         for i in tqdm(rounds, title, disable=hide, leave=False, dynamic_ncols=True):
             if rt.stop_requested():
                 return None

@@ -1,9 +1,12 @@
 """Evaluation mode for a while: no dropout, in the middle of training."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import nn
+
+from .gpt import LanguageModel
 
 
 @contextmanager
@@ -16,3 +19,12 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def without_compiled_code(model: LanguageModel) -> AbstractContextManager[object]:
+    """For texts of many lengths: compiled blocks would be compiled anew for them.
+
+    A network that is compiled as a whole is compiled in `forward` alone, which neither scoring nor
+    generation calls.
+    """
+    return torch.compiler.set_stance("force_eager") if model.compiled_apart else nullcontext()

@@ -250,10 +250,14 @@ class GPT(LanguageModel):
         )
         self.init_weights()
 
+    def embed(self, idx: Tensor, cache: AttentionCache | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, C), the residual stream before the first block."""
+        embedding = self.transformer.wte(idx) + self.transformer.wpe(self.positions(idx, cache))
+        return F.dropout(to_residual_stream(embedding), self.config.dropout, self.training)
+
     def hidden(self, idx: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C), the output of the last LayerNorm."""
-        embedding = self.transformer.wte(idx) + self.transformer.wpe(self.positions(idx, cache))
-        x = F.dropout(to_residual_stream(embedding), self.config.dropout, self.training)
+        x = self.embed(idx, cache)
         for block in self.transformer.h:
             x = self.run_block(block, x, cache)
         if cache is not None:

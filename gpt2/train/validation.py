@@ -2,8 +2,6 @@
 
 import contextlib
 
-import torch
-
 from ..config.finetune import FinetuneConfig
 from ..config.train import TrainConfig
 from ..data.chat_template import Message, encode_prompt, turn_end
@@ -14,7 +12,7 @@ from ..distributed.runtime import Runtime
 from ..evaluate.loss import combine, evaluate
 from ..evaluate.tasks import HELLASWAG
 from ..generate.stream import stream
-from ..model.evaluation_mode import in_evaluation_mode
+from ..model.evaluation_mode import in_evaluation_mode, without_compiled_code
 from ..report import console, metrics
 from ..tokenizer import gpt2_tokenizer
 from .messages import log_evaluation, log_hellaswag
@@ -71,7 +69,7 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
     model, tokens = state.model, []
     try:
         others_wait = contextlib.nullcontext() if rt.sharded else rt.alone()
-        eager, mode = torch.compiler.set_stance("force_eager"), in_evaluation_mode(model)
+        eager, mode = without_compiled_code(model), in_evaluation_mode(model)
         with averaged(state.optimizer), eager, rt.autocast(), others_wait, mode:
             if rt.sharded:  # generation calls parts of the network, not the whole that gathers them
                 model.unshard()  # type: ignore[operator] # of FSDPModule

@@ -14,6 +14,7 @@ from gpt2.distributed.runtime import Runtime
 from gpt2.evaluate.scoring import plan_batches, score
 from gpt2.huggingface.model_format import to_hf
 from gpt2.model.gpt import GPT
+from gpt2.train.setup import compile_network
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 WINDOW = 24
@@ -128,3 +129,17 @@ def test_on_a_gpu():
     found = score(model.to(rt.device), rows, rt)
     assert [s.nats for s in found] == pytest.approx([s.nats for s in plain], rel=1e-2)
     assert [s.tokens for s in found] == [s.tokens for s in plain]
+
+
+def test_no_length_is_compiled():
+    """Blocks that are compiled alone would be compiled anew for each new length."""
+    model = small_model()
+    rows = rows_of(model, 12)
+    expected = score(model, rows, RT)
+    compile_network(model, sharded=False)
+    assert model.compiled_apart
+    before = dict(torch._dynamo.utils.counters["stats"])
+    assert score(model, rows, RT) == expected
+    assert dict(torch._dynamo.utils.counters["stats"]) == before
+    model(torch.tensor([[1, 2]]))  # the counter counts
+    assert dict(torch._dynamo.utils.counters["stats"]) != before

@@ -1,5 +1,6 @@
 """A text sample at each evaluation, which the run does not notice; lines on the console."""
 
+import functools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from gpt2.report import metrics as metrics_module
-from gpt2.train import loop, messages, setup
+from gpt2.train import loop, messages
 from gpt2.train.progress import FIRST_LINES, Progress
 
 from ..conftest import TINY, TORCHRUN, run_python
@@ -24,7 +25,7 @@ def test_samples_come_with_evaluations_and_change_nothing(
     data_dir, tmp_path, capsys, monkeypatch, more
 ):
     # the graphs that dynamo captures are counted; compiling them takes a minute and tells no more
-    monkeypatch.setattr(setup, "compile_network", lambda model, _: model.compile(backend="eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     arguments = ["--max_steps=4", "--dropout=0.1", "--eval_every=2", "--n_layer=1", *more]
     prompt = LONG if more else "Hello world,"
     recompiles = []

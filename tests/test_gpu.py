@@ -27,6 +27,7 @@ from gpt2.kernels.linear import gelu
 from gpt2.kernels.sampled_softmax import sample_ids
 from gpt2.model.gpt import GPT
 from gpt2.train import loop, setup, step
+from gpt2.train.compilation import compile_network
 from gpt2.train.cuda_graph import MicroBatchGraph
 from gpt2.train.setup import network
 
@@ -230,7 +231,7 @@ def test_masks_in_a_recorded_step_equal_the_plain_network(masks, apart):
         p.data.normal_(0, 0.2)
     plain = copy.deepcopy(model)
     model.checkpoint_activations = apart
-    setup.compile_network(model, sharded=False)
+    compile_network(model, sharded=False)
     assert model.compiled_apart is apart
 
     def forward_and_backward(x, y, factor, model=model):

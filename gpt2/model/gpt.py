@@ -263,3 +263,7 @@ class GPT(LanguageModel):
         if cache is not None:
             cache.advance(idx.shape[1])
         return self.transformer.ln_f(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled; a compiled `embed` would be the original's."""
+        return {k: v for k, v in super().__getstate__().items() if k != "embed"}

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import torch
-
 from ..checkpoint import model_file, weights
 from ..checkpoint.training_state import Resumed
 from ..checkpoint.weights import Weights
@@ -25,6 +23,7 @@ from ..model.gpt import GPT, LanguageModel
 from ..report import console, throughput
 from ..report.trackers import check_names
 from . import sampled_loss
+from .compilation import compile_network
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
 from .run_data import order_data, read_hellaswag
@@ -164,21 +163,3 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     checkpoint_activations(model, config.system.activation_checkpointing)
     return model
-
-
-def compile_network(model: LanguageModel, sharded: bool) -> None:
-    """Compiles in place; state-dict names do not change.
-
-    GPT-2's blocks are equal, so one compilation serves them all: the first step comes in 9 s in
-    place of 24, and the speed is that of a network compiled as a whole. Blocks with switches
-    differ, and are compiled together. Two cases compile blocks alone even so:
-
-    - FSDP: its all-gathers between blocks break the graph.
-    - Checkpointed blocks: PyTorch 2.11 would keep most of what they should drop.
-    """
-    model.compiled_apart = sharded or model.checkpoint_activations or not model.blocks_differ
-    for part in model.transformer.h if model.compiled_apart else [model]:
-        part.compile()
-    if isinstance(model, GPT) and not sharded:
-        model.transformer.ln_f.compile()
-        model.embed = torch.compile(model.embed)  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from gpt2.distributed.runtime import Runtime
 from gpt2.evaluate.scoring import plan_batches, score
 from gpt2.huggingface.model_format import to_hf
 from gpt2.model.gpt import GPT
-from gpt2.train.setup import compile_network
+from gpt2.train.compilation import compile_network
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 WINDOW = 24

@@ -69,6 +69,16 @@ def check_unlinked(folder: Path, *paths: Path) -> None:
                 )
 
 
+def check_utf8(path: Path) -> None:
+    """Raises UserError for a name that is not UTF-8: safetensors opens no such file."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}: the name is not UTF-8, as names of weights must be; use another"
+        ) from None
+
+
 def for_shell(text: object) -> str:
     """A path or an argument as one word of a command that is printed for pasting into a shell.
 

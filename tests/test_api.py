@@ -78,6 +78,8 @@ def test_mistakes_are_one_line(given, said):
     ({"top_k": 10**400}, "use a whole number"),
     ({"stop": [""]}, "use strings that are not empty"),
     ({"stop": np.array(["a", ""])}, "use strings that are not empty"),
+    ({"stop": 3}, "stop=3: use strings that are not empty"),
+    ({"stop": b"a"}, "stop=b'a': use strings that are not empty"),
 ])  # fmt: skip
 def test_settings_of_a_wrong_type_are_one_line(model, given, said):
     for call in (model.generate, lambda *a, **k: list(model.stream(*a, **k))):

@@ -19,6 +19,7 @@ from ..errors import UserError, first_line
 from ..files import check_replaceable
 from ..huggingface.kept_tokenizer import stored_tokenizer
 from ..huggingface.safetensors_header import read_header
+from ..paths import check_utf8
 from .model_file import check_finite, config_of, write_model
 from .safe_load import torch_load
 from .state_schema import not_whole
@@ -51,6 +52,8 @@ def average_states(out_dir: Path, last: int, out: str = "") -> str:
             networks, or a file in the way that is no checkpoint.
     """
     path = Path(out) if out else out_dir / "mean.pt"
+    check_utf8(path)
+    check_utf8(out_dir)
     check_replaceable(path, ZIP_BEGIN, "checkpoint of this project")
     folders = state_folders(out_dir)
     if not folders:

@@ -16,6 +16,7 @@ from ..huggingface import model_format
 from ..huggingface.kept_tokenizer import stored_tokenizer
 from ..huggingface.model_download import download
 from ..huggingface.own_tokenizer import SPECIAL_IDS, NoTokenizer, OwnTokenizer, tokenizer_of
+from ..paths import check_utf8
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from ..untrusted.parsing import read_json
@@ -143,6 +144,7 @@ def load_local(path: str | Path) -> Weights:
     Raises:
         UserError: the source is missing, damaged, or not a GPT-2.
     """
+    check_utf8(Path(path))
     path = _folder_of(Path(path))
     if path.is_dir():
         return _load_folder(path)

@@ -1,6 +1,5 @@
 """`gpt2 eval`: evaluates a checkpoint on validation shards, a text, HellaSwag and LAMBADA."""
 
-import json
 import math
 import re
 import signal
@@ -42,6 +41,7 @@ from ..files import check_replaceable, check_writable_file, write_atomically
 from ..prepare.sources import ACCEPTED
 from ..report import console, metrics
 from ..tokenizer import Tokenizer
+from ..untrusted.parsing import to_json
 
 Results = dict[str, Any]
 Measurement = Callable[[TextModel, Runtime], Results | None]  # None: a signal asked to stop
@@ -333,8 +333,7 @@ def _write_json(path: Path, results: Results) -> None:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in results.items()
     }
-    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, to_json(plain, indent=2, allow_nan=False), b"\n")
     except OSError as error:
         raise UserError(f"--json={path}: {error.strerror or error}") from None

@@ -36,6 +36,7 @@ from ..huggingface.own_tokenizer import (
 from ..huggingface.tokenizer_files import tokenizer_files
 from ..model.gpt import GPT
 from ..model.unfilled import unfilled
+from ..paths import check_utf8
 from ..report import console
 from ..untrusted.parsing import load_json
 from .gguf_file import settings_of, write_gguf
@@ -85,6 +86,7 @@ USE_IDS = "# its vocabulary is not GPT-2's: it takes and gives token ids, withou
 
 def check_export_folder(folder: Path) -> None:
     """Raises UserError, before the work, unless a folder is new or empty."""
+    check_utf8(folder)
     if folder.is_symlink():
         raise UserError(f"{folder} is a symbolic link; name the folder itself")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

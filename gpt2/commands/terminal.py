@@ -1,7 +1,6 @@
 """`gpt2 sample` and `gpt2 chat`: generation in the terminal."""
 
 import contextlib
-import json
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..generate.sampling import check_sampling
 from ..generate.stream import TextWriter, stream
 from ..report import console
 from ..untrusted.display import shown
+from ..untrusted.parsing import to_json
 
 HELP = """/reset            forget what was said (not the system message)
 /system TEXT      tell the model what it is, and begin anew; without TEXT: nothing
@@ -107,8 +107,8 @@ class Chat:
         """Appends the conversation to a .jsonl file; raises UserError when that is impossible."""
         check_replaceable(Path(path), b"{", ".jsonl file of conversations")
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            with open(path, "ab") as file:
+                file.write(to_json({"messages": self.messages}) + b"\n")
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 

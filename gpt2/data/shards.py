@@ -7,7 +7,6 @@ each shard. A file is written under a temporary name and renamed when it is whol
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from ..errors import UserError
 from ..files import write_atomically
 from ..paths import is_below
+from ..untrusted.parsing import to_json
 from .manifest_kinds import has_right_kinds
 from .vocabulary import GPT2_VOCABULARY, Vocabulary, manifest_value, of_shards
 
@@ -217,8 +217,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Replaces `manifest.json` atomically."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(folder / SHARD_MANIFEST, text.encode())
+    write_atomically(folder / SHARD_MANIFEST, to_json(manifest, indent=1), b"\n")
 
 
 def read_manifest(folder: Path, advice: str = "") -> dict[str, Any] | None:

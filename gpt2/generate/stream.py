@@ -5,7 +5,7 @@ into text. `Decoder` runs the network; `sampling` chooses the tokens.
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -180,7 +180,9 @@ def check_stops(stop: str | Sequence[str] | None) -> list[str]:
     Raises:
         UserError: one is empty, or not a string.
     """
-    stops = [stop] if isinstance(stop, str) else list(() if stop is None else stop)
+    if stop is None:
+        return []
+    stops = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
     if not all(isinstance(s, str) and s for s in stops):
         raise UserError(f"stop={stop!r}: use strings that are not empty")
     return stops

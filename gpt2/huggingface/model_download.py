@@ -6,9 +6,12 @@ work as usual. All files come from one commit. Each is compared with the sha256 
 
 import contextlib
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ..distributed.signals import interruptible
 from ..errors import UserError, first_line
@@ -65,10 +68,28 @@ class _Missing(UserError):
 
 
 def _fetch(repository: str, name: str, revision: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
-    with _as_user_error(repository, name, revision), interruptible():
-        return Path(hf_hub_download(repository, name, revision=revision or None))
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable()
+    with _as_user_error(repository, name, revision, reason), interruptible():
+        found = hf_hub_download(
+            repository, name, revision=revision or None, local_files_only=bool(reason)
+        )
+        return Path(found)
+
+
+def _unreachable() -> str:
+    """Why the Hub cannot be reached, where that is plain without waiting for it; else ""."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if not host or getproxies().keys() - {"no"}:  # a proxy resolves names itself
+        return ""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return f"the name {host} does not resolve (no network?)"
+    return ""
 
 
 def _verify(path: Path) -> None:
@@ -82,8 +103,8 @@ def _verify(path: Path) -> None:
 
 
 @contextmanager
-def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
-    """Turns errors of huggingface_hub into a UserError."""
+def _as_user_error(repository: str, name: str, revision: str, offline: str) -> Iterator[None]:
+    """Turns errors of huggingface_hub into a UserError; `offline`: why the cache alone is asked."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repository}"
@@ -100,10 +121,11 @@ def _as_user_error(repository: str, name: str, revision: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise UserError(f"{repository} has no revision {revision}; see {page}") from None
     except errors.LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
+        if offline:
+            way = "unset it" if constants.HF_HUB_OFFLINE else "try again with a network"
             missing = _Missing(
-                f"{repository}: no such file or folder here, HF_HUB_OFFLINE is set and the cache "
-                f"lacks its {name}; unset it, or download first"
+                f"{repository}: no such file or folder here, {offline} and the cache lacks its "
+                f"{name}; {way}, or download first"
             )
             missing.in_cache = True
             raise missing from None

@@ -1,6 +1,5 @@
 """metrics.jsonl, the log of a run; its numbers also go to services (`trackers.py`)."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import write_atomically
 from ..paths import no_follow
-from ..untrusted.parsing import load_json
+from ..untrusted.parsing import load_json, to_json
 from . import console
 from .trackers import Sink, check_names, open_sink
 
@@ -84,9 +83,7 @@ class RunLog:
 
     def _append(self, path: Path, line: dict) -> None:
         """Opens the file anew each time, so that it comes back when it was deleted or moved."""
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
-        # A file name that is not UTF-8 has lone surrogates; a backslash makes them JSON's escapes.
-        data = text.encode(errors="backslashreplace")
+        data = to_json(line, allow_nan=False) + b"\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab", opener=no_follow) as file:
@@ -173,8 +170,8 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     try:
-        kept = [json.dumps(r, ensure_ascii=False) for r in read_metrics(path) if r["step"] <= step]
-        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+        kept = [to_json(row) + b"\n" for row in read_metrics(path) if row["step"] <= step]
+        write_atomically(path, *kept)
     except OSError as problem:
         raise UserError(f"{path}: {problem.strerror or problem}; the log stays as it was") from None
 

@@ -1,6 +1,7 @@
 """The data of a run: its datasets, and the order in which their sequences come."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from ..checkpoint.training_state import Resumed
 from ..config.finetune import TuningOptions, tuning_options
@@ -13,6 +14,7 @@ from ..data.datasets import (
     continue_mix,
     identify,
     open_datasets,
+    parse_mix,
 )
 from ..data.sequence_order import Mixture
 from ..distributed.runtime import Runtime
@@ -50,6 +52,16 @@ def order_data(
     if config.data.sequence_start == "document" and rt.is_main:
         console.log("looking for the beginnings of documents in the training shards")
     return datasets, build_mixture(datasets, config.data, shape.block_size, seed, start), notes
+
+
+def check_data(config: TrainConfig) -> None:
+    """Raises UserError for data that are not there: weights, which may be fetched, come later."""
+    if not (tuning_options(config) and is_chat(config.data.data_dir)):
+        open_datasets(config.data.data_dir)
+        return
+    for name, _ in parse_mix(config.data.data_dir):
+        if not Path(name).exists():
+            raise UserError(f"{name}: No such file or directory; name a file of conversations")
 
 
 def read_hellaswag(

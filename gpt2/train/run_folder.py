@@ -21,7 +21,7 @@ from ..config.train import TrainConfig
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..files import LOCK, delete, leftovers, locked, move, write_atomically
-from ..paths import check_unlinked
+from ..paths import check_unlinked, check_utf8
 from ..report import metrics
 from ..untrusted.parsing import SURROGATES
 
@@ -89,8 +89,9 @@ def check_writable(out_dir: Path) -> None:
     """Writes a probe, so that a run fails before its first step instead of at its first save.
 
     Raises:
-        UserError: the folder cannot be made or written to.
+        UserError: the folder cannot be made or written to, or its name is not UTF-8.
     """
+    check_utf8(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):

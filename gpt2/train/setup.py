@@ -26,7 +26,7 @@ from . import sampled_loss
 from .compilation import compile_network
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
-from .run_data import order_data, read_hellaswag
+from .run_data import check_data, order_data, read_hellaswag
 from .run_tokenizer import check_init_tokenizer, resolve_vocabulary, run_tokenizer
 from .save import restore
 from .schedules import check_plan
@@ -54,6 +54,7 @@ def resolve_init(
     loaded: list[Weights] = []
 
     def look() -> GPT2Config:
+        check_data(config)
         found = weights.load(options.init)
         resolved = weights.resolve_options(options, found.config)
         check_init_tokenizer(found, config)

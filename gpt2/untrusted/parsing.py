@@ -27,6 +27,12 @@ STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 SURROGATES = "surrogatepass"
 
 
+def to_json(value: Any, *, indent: int | None = None, allow_nan: bool = True) -> bytes:
+    """JSON in UTF-8, of which a lone surrogate is JSON's escape: UTF-8 has no bytes for it."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    return text.encode(errors="backslashreplace")
+
+
 def read_bytes(
     path: Path, advice: str = "", limit: int = MAX_FILE_BYTES, asked_by: str = ""
 ) -> bytes:

@@ -114,6 +114,18 @@ def test_what_is_not_there_is_one_line(hub, tmp_path):
     assert not any("me/llama" in r and "safetensors" in r for r in hub.requests)
 
 
+def test_without_a_network_only_the_cache_is_asked(hub, tmp_path):
+    """A name under .invalid never resolves (RFC 6761); huggingface_hub would try it for 26 s."""
+    assert load_in_child(hub, tmp_path, "me/mine") == ["found"]
+    no_network = {"HF_ENDPOINT": "http://hub.invalid"}
+    found, told = load_in_child(hub, tmp_path, "me/mine", "out/mine", **no_network)
+    assert found == "found"
+    assert told == (
+        "out/mine: no such file or folder here, the name hub.invalid does not resolve (no "
+        "network?) and the cache lacks its config.json; try again with a network, or download first"
+    )
+
+
 @pytest.mark.slow
 def test_no_connection_is_one_line_after_some_tries(hub, tmp_path):
     """Between its tries huggingface_hub would wait for 23 s."""

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from gpt2.checkpoint import model_file, training_state
+from gpt2.checkpoint import weights as weights_module
+from gpt2.cli import main
 from gpt2.config.command_line import parse
 from gpt2.config.options import flatten
 from gpt2.config.train import BatchPlan, TrainConfig
@@ -560,6 +562,15 @@ def test_mistakes_are_found_before_the_first_step(data_dir, tmp_path, arguments,
     with pytest.raises(UserError, match=message):
         loop.run(config(data_dir, tmp_path, *arguments))
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_data_are_looked_for_before_weights_are_fetched(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(weights_module, "load", lambda _: pytest.fail("weights were fetched"))
+    for data in ("/nowhere", "/nowhere.jsonl")[: 1 + (command == "finetune")]:
+        option = "--data=" if command == "finetune" else "--data_dir="
+        assert main([command, "--init=gpt2", option + data, f"--out_dir={tmp_path}"]) == 2
+        assert data in capsys.readouterr().err
 
 
 @pytest.mark.fault(4, "a file where the folder should be")

@@ -70,6 +70,22 @@ def from_first_folder(
     return settings | inside | {"out_dir": first}
 
 
+def as_written(settings: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint, with paths that are not here as its run's config.toml has them.
+
+    Args:
+        settings: of the checkpoint, as the run was given them.
+        written: content of config.toml, absolute where `from_anywhere` made them so.
+    """
+    found = {}
+    for name in PATHS:
+        given, absolute = str(settings.get(name, "")), str(written.get(name, ""))
+        same = os.path.isabs(absolute) and absolute.endswith(os.sep + given)
+        if given and same and not os.path.exists(given) and os.path.exists(absolute):
+            found[name] = absolute
+    return settings | found
+
+
 def find_beside(name: str, file: Path) -> str:
     """A relative path that is not here, looked for in the folders above the file that names it."""
     if os.path.isabs(name) or os.path.exists(name) or not _plain(name):

@@ -10,7 +10,7 @@ from ..checkpoint.state_schema import check_complete, whole
 from ..checkpoint.training_state import Resumed
 from ..config.finetune import targets_of, tuning_options
 from ..config.model import to_dict
-from ..config.run_paths import CONFIG_FILE, from_here
+from ..config.run_paths import CONFIG_FILE, as_written, from_here
 from ..config.switches import defaults, switched
 from ..config.train import ModelOptions, TrainConfig
 from ..data.conversations import is_chat
@@ -67,7 +67,8 @@ def _see_paths_from_here(found: Resumed) -> None:
     They are compared with those of the command, which may be called from another folder.
     """
     config = found.path.parent.parent / CONFIG_FILE
-    found.state["settings"] = from_here(config, found.state["settings"])
+    settings = from_here(config, found.state["settings"])
+    found.state["settings"] = as_written(settings, run_folder.written_before(config))
 
 
 def archive_previous_run(

@@ -137,7 +137,7 @@ def is_on_record(config: TrainConfig, resumed: Resumed | None) -> bool:
         )
 
 
-def _written_before(path: Path) -> dict[str, Any]:
+def written_before(path: Path) -> dict[str, Any]:
     """The settings in a run's config.toml; {} where it is missing or damaged."""
     try:
         return command_line.read_toml(path)
@@ -148,7 +148,7 @@ def _written_before(path: Path) -> dict[str, Any]:
 def settings_to_store(settings: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     """The settings for a checkpoint in a run's folder: `from_here` finds the paths after a move."""
     path = out_dir / CONFIG_FILE
-    return from_first_folder(settings, path, _written_before(path))
+    return from_first_folder(settings, path, written_before(path))
 
 
 def open_log(
@@ -162,7 +162,7 @@ def open_log(
     if rt.is_main and not is_on_record(config, resumed):
         own = {name: value for name, value in settings.items() if name != "resume"}
         path = out_dir(config) / CONFIG_FILE
-        written = from_anywhere(own, path, _written_before(path))
+        written = from_anywhere(own, path, written_before(path))
         content = command_line.to_toml(written).encode("utf-8", SURROGATES)
         try:
             write_atomically(path, content)

@@ -124,6 +124,28 @@ def test_a_run_from_elsewhere_is_the_run_that_it_was(data_dir, tmp_path, monkeyp
     assert changed == [f"changed since then: max_steps {n} -> {n + 1}" for n in (1, 2)]
 
 
+def test_a_run_with_an_absolute_folder_is_known_from_elsewhere(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    """As on a cluster: the run on another disk, its base by a relative path."""
+    shutil.copytree(data_dir, tmp_path / "a/data/mine")
+    monkeypatch.chdir(tmp_path / "a")
+    small = [*TINY, "--data_dir=data/mine"]
+    assert cli.main(["train", *small, "--out_dir=out/base", "--max_steps=1"]) == 0
+    rest = [argument for argument in small if not argument.startswith("--n_")]
+    begun = ["train", *rest, f"--out_dir={tmp_path}/disk/x", "--init=out/base"]
+    assert cli.main([*begun, "--max_steps=1"]) == 0
+    assert cli.main([*begun, "--max_steps=2"]) == 0
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", f"--config={tmp_path}/disk/x/config.toml"]
+    assert cli.main([*arguments, "--max_steps=3"]) == 0
+    said = capsys.readouterr().out
+    changed = [line for line in said.splitlines() if line.startswith("changed since then")]
+    assert changed == [f"changed since then: max_steps {n} -> {n + 1}" for n in (1, 2)]
+    (tmp_path / "other").mkdir()
+    assert cli.main([*arguments, "--max_steps=4", "--init=other"]) == 2
+
+
 def test_a_base_is_found_above_the_file_that_names_it(project):
     file = project / "out/x/out_adapter/adapter_config.json"
     assert find_beside("data/more", file) == f"{project}/data/more"

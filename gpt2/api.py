@@ -12,6 +12,7 @@ import functools
 import operator
 from abc import ABCMeta
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from .checkpoint import model_file, weights
 from .config.command_line import check_keywords
 from .config.model import OLD_SIZES, SIZES, GPT2Config, ModernConfig
+from .config.registry import has_own_parts
 from .config.switches import SWITCH_NAMES, Switches, chosen, switched
 from .distributed.devices import choose_device
 from .errors import UserError
@@ -100,7 +102,8 @@ class TextModel(LanguageModel):
         fitting = model_class(found.config)
         # A subclass is kept. `SwitchedGPT2` refuses GPT-2's config by itself.
         kind = cls if fitting is GPT2 or fitting in cls.__mro__ else fitting
-        with unfilled():
+        # Constants of a plugin's modules are in no file: their constructors compute them.
+        with nullcontext() if has_own_parts(found.config.switches()) else unfilled():
             model = kind(found.config)
         model_file.load_into(model, found.state, found.origin)
         model.own_tokenizer = found.own_tokenizer

@@ -10,7 +10,8 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,12 +93,46 @@ def with_registered(kind: str, choices: tuple[str, ...]) -> tuple[str, ...]:
     return (*choices, *_parts.get(kind, ()))
 
 
+def has_own_parts(settings: Mapping[str, Any]) -> bool:
+    """Whether a network with these switches has parts of a plugin."""
+    return any(registered(kind, settings[kind]) for kind in OF_THE_NETWORK)
+
+
+def make_part(kind: str, name: str, config: Any) -> Any:
+    """What a registered class makes for a network; a function as it is; None for ours."""
+    part = registered(kind, name)
+    if not isinstance(part, type):
+        return part
+    with blamed(kind, name):
+        return part(config)
+
+
 def own_shapes(kind: str, name: str, config: Any) -> dict[str, tuple[int, ...]] | None:
     """Shapes of the parameters of a registered module by name; None for a function, or for ours."""
     part = registered(kind, name)
     if not isinstance(part, type):
         return {} if part and kind == "norm" else None
-    return {n: tuple(p.shape) for n, p in part(config).named_parameters()}
+    made = make_part(kind, name, config)
+    with blamed(kind, name):
+        return {n: tuple(p.shape) for n, p in made.named_parameters()}
+
+
+@contextmanager
+def blamed(kind: str, name: str) -> Iterator[None]:
+    """Makes one line of an error in the code of a registered part: its option, file and line.
+
+    Raises:
+        UserError: for an error of any kind.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # other people's code raises anything
+        lines = {path: _line_in(error, path) for path in _loaded}
+        at = next((f"{path}, {line}" for path, line in lines.items() if line), "")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{kind}={name}: {at}{reason}") from error
 
 
 def plugins() -> dict[str, str]:

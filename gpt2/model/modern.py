@@ -8,7 +8,7 @@ Shapes: `B` batch, `T` new positions, `C` channels (n_embd), `V` vocabulary; mas
 """
 
 import math
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from .attention_masks import (
 )
 from .gpt import INIT_STD, LanguageModel
 from .kv_cache import KVCache
+from .own_parts import build_own, check_shared
 from .packed_documents import Packed
 from .rotary import apply_rope, rope_cos_sin
 
@@ -124,12 +125,6 @@ class Attention(nn.Module):
         if cache is not None:
             return cache.attend(self.layer, q, k, v)
         return masked_attention(q, k, v, context.masks[self.window_letter], context.dropout)
-
-
-def build_own(kind: str, name: str, config: ModernConfig) -> Any:
-    """The part of a plugin: a module for a class, the function itself, None if it is ours."""
-    part = registered(kind, name)
-    return part(config) if isinstance(part, type) else part
 
 
 class MLP(nn.Module):
@@ -258,6 +253,7 @@ class Modern(LanguageModel):
         self.skip_weights = None
         if config.skips != "none":
             self.skip_weights = nn.Parameter(torch.ones(config.n_layer // 2))
+        check_shared(self)
         self.init_weights()
 
     def init_std(self, name: str) -> float:

@@ -26,6 +26,7 @@ from . import sampled_loss
 from .compilation import compile_network
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
+from .plugin_parts import check_parts
 from .run_data import check_data, order_data, read_hellaswag
 from .run_tokenizer import check_init_tokenizer, resolve_vocabulary, run_tokenizer
 from .save import restore
@@ -155,6 +156,7 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
         UserError: weights that do not fit; fp8 where the device has none.
     """
     model = network(config.model.shape())  # on the CPU: the same weights on every device
+    check_parts(model, rt)
     if init:
         model_file.load_into(model, init.state, init.origin)
     lora.adapt(model, tuning_options(config))

@@ -1,0 +1,116 @@
+"""Parts of a plugin, tried on a few random tokens before the first step.
+
+A wrong part often trains without a word: a shape that broadcasts, a look at later tokens, a number
+that no checkpoint keeps. The parts are made anew for this, beside the network, which stays as it
+is: under FSDP a rank has only pieces of the network's own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.registry import blamed, has_own_parts, registered
+from ..distributed.random_state import rng_state, seed, set_rng_state
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..kernels.precision import to_residual_stream
+from ..model.own_parts import build_own
+from ..untrusted.display import shown
+
+ROWS, TOKENS = 2, 8  # of the input
+NOISE = 0.02  # that parameters get: weights of 0 would hide what a part does
+SAME, SIMILAR = 1e-4, 0.02  # difference / largest number: of equal and of differently cut matmuls
+
+
+def check_parts(model: Any, rt: Runtime) -> None:
+    """Tries each part of a plugin: whether a checkpoint keeps what it needs.
+
+    Random numbers go on as if nothing had been drawn.
+
+    Args:
+        model: the network, a `LanguageModel`.
+        rt: this process; no rank waits for another.
+
+    Raises:
+        UserError: a part that breaks its contract, or whose code fails.
+    """
+    settings = model.config.switches()
+    if not has_own_parts(settings):
+        return
+    kept = rng_state(rt.device)
+    try:
+        # Compiling a part for this small input would take longer than the check.
+        with torch.compiler.set_stance("force_eager"), rt.autocast():
+            for kind in ("norm", "mlp"):  # an MLP reads what the norm gives
+                if registered(kind, settings[kind]):
+                    with blamed(kind, settings[kind]):
+                        _check_part(kind, settings[kind], model.config, rt)
+    finally:
+        set_rng_state(kept, rt.device)
+
+
+def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> None:
+    label, part = f"{kind}={name}", _make(kind, name, config, rt, number=0)
+    x = _input(kind, part, config, rt)
+    with torch.no_grad():
+        if isinstance(part, nn.Module):
+            _check_constants(label, part, _make(kind, name, config, rt, number=1), x)
+
+
+def _make(kind: str, name: str, config: Any, rt: Runtime, number: int) -> Any:
+    """The part, a module on the device of the run; what it draws follows from the number."""
+    seed(number)
+    part = build_own(kind, name, config)
+    if isinstance(part, nn.Module):
+        part.to(rt.device)
+        with torch.no_grad():
+            for p in part.parameters():
+                if p.requires_grad:
+                    p.add_(NOISE * torch.randn_like(p))
+    return part
+
+
+def _input(kind: str, part: Any, config: Any, rt: Runtime) -> Tensor:
+    """(B, T, C) for a norm or an MLP, (B, T, 4 C) for an activation; its dtype is a run's."""
+    from ..model.modern import Norm  # a run of GPT-2 never imports it
+
+    C, tokens = config.n_embd, min(TOKENS, config.block_size)
+    x = to_residual_stream(torch.randn(ROWS, tokens, C, device=rt.device))
+    if kind == "mlp":
+        x = Norm(config).to(rt.device)(x)
+    if kind == "mlp" and not isinstance(part, nn.Module):
+        x = F.linear(x, torch.randn(4 * C, C, device=rt.device) * C**-0.5)
+    return x.detach()
+
+
+def _output(label: str, part: Callable, x: Tensor) -> Tensor:
+    """What a part gives for x; with the same draws at each call."""
+    seed(0)
+    return part(x.clone())  # an activation may write into it
+
+
+def _close(a: Tensor, b: Tensor, share: float = SAME) -> bool:
+    """Whether two tensors are equal but for rounding."""
+    share = max(share, 4 * torch.finfo(a.dtype).eps)
+    return bool((a - b).abs().max() <= share * a.abs().max())
+
+
+def _check_constants(label: str, part: nn.Module, other: nn.Module, x: Tensor) -> None:
+    """Raises UserError if another module with the same parameters gives other outputs."""
+    _output(label, part.train(), x)  # what forward changes
+    part.eval()
+    other.eval()
+    for p, own in zip(other.parameters(), part.parameters(), strict=True):
+        p.copy_(own)
+    if _close(_output(label, part, x), _output(label, other, x)):
+        return
+    buffers = dict(other.named_buffers())
+    odd = [name for name, b in part.named_buffers() if not torch.equal(b, buffers[name])]
+    raise UserError(
+        f"{label}: made again with the same parameters it gives other outputs"
+        f"{f' ({shown(odd[0])} differs)' if odd else ''}, so its checkpoints could not be used; "
+        "draw constants by a torch.Generator with a seed, and keep what changes in parameters"
+    )

@@ -48,7 +48,7 @@ def register(kind: str, name: str) -> Callable[[Part], Part]:
         name: value of the option, as in `--mlp=name`.
 
     Raises:
-        UserError: no such kind, or a name that is taken.
+        UserError: no such kind, a name that is taken, or a part that cannot be called.
     """
     if kind not in BUILT_IN:
         raise UserError(f"gpt2.register({kind!r}, …): use one of {', '.join(BUILT_IN)}")
@@ -59,6 +59,11 @@ def register(kind: str, name: str) -> Callable[[Part], Part]:
         )
 
     def add(part: Part) -> Part:
+        if not callable(part):
+            raise UserError(
+                f"gpt2.register({kind!r}, {name!r}) got {shown(repr(part))}; give it a function or "
+                "a class"
+            )
         _parts[kind][name] = part
         return part
 

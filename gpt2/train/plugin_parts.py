@@ -18,6 +18,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..kernels.precision import to_residual_stream
 from ..model.own_parts import build_own
+from ..report import console
 from ..untrusted.display import shown
 
 ROWS, TOKENS = 2, 8  # of the input
@@ -26,7 +27,7 @@ SAME, SIMILAR = 1e-4, 0.02  # difference / largest number: of equal and of diffe
 
 
 def check_parts(model: Any, rt: Runtime) -> None:
-    """Tries each part of a plugin: whether a checkpoint keeps what it needs.
+    """Tries each part of a plugin: shape, later tokens, constants.
 
     Random numbers go on as if nothing had been drawn.
 
@@ -56,8 +57,15 @@ def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> None:
     label, part = f"{kind}={name}", _make(kind, name, config, rt, number=0)
     x = _input(kind, part, config, rt)
     with torch.no_grad():
+        _check_tokens(label, part, x)
         if isinstance(part, nn.Module):
             _check_constants(label, part, _make(kind, name, config, rt, number=1), x)
+        alone = _output(label, part, x[:, -1:])
+        if rt.is_main and not _close(_output(label, part, x)[:, -1:], alone, SIMILAR):
+            console.warn(
+                f"{label} reads tokens before its own, which the KV cache does not keep: texts are "
+                "right only in Python, by generate(…, use_cache=False)"
+            )
 
 
 def _make(kind: str, name: str, config: Any, rt: Runtime, number: int) -> Any:
@@ -87,15 +95,44 @@ def _input(kind: str, part: Any, config: Any, rt: Runtime) -> Tensor:
 
 
 def _output(label: str, part: Callable, x: Tensor) -> Tensor:
-    """What a part gives for x; with the same draws at each call."""
+    """What a part gives for x, finite numbers of its shape; with the same draws at each call."""
     seed(0)
-    return part(x.clone())  # an activation may write into it
+    y = part(x.clone())  # an activation may write into it
+    if not (isinstance(y, Tensor) and y.is_floating_point() and y.shape == x.shape):
+        found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        raise UserError(
+            f"{label} gives {found} for an input of {tuple(x.shape)}; it must give floating "
+            "numbers of the input's shape"
+        )
+    if not y.isfinite().all():
+        raise UserError(f"{label} gives NaN or infinity for random input; it must be finite")
+    return y
 
 
 def _close(a: Tensor, b: Tensor, share: float = SAME) -> bool:
     """Whether two tensors are equal but for rounding."""
     share = max(share, 4 * torch.finfo(a.dtype).eps)
     return bool((a - b).abs().max() <= share * a.abs().max())
+
+
+def _check_tokens(label: str, part: Any, x: Tensor) -> None:
+    """Raises UserError if another output than the last changes with the last token of the last row.
+
+    In training and in evaluation: a batch norm differs. A part that draws by generators of its own
+    cannot be judged.
+    """
+    changed = x.clone()
+    changed[-1, -1] = -x[-1, 0]
+    for training in (True, False):
+        if isinstance(part, nn.Module):
+            part.train(training)
+        first, again, other = (_output(label, part, value) for value in (x, x, changed))
+        same = _close(first.flatten(0, 1)[:-1], other.flatten(0, 1)[:-1])
+        if _close(first, again) and not same:
+            raise UserError(
+                f"{label} reads later tokens or other sequences, so its losses would be false; "
+                "compute each token from itself and those before it"
+            )
 
 
 def _check_constants(label: str, part: nn.Module, other: nn.Module, x: Tensor) -> None:

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gpt2
 from gpt2 import cli
 from gpt2.config.model import ModernConfig
 from gpt2.config.registry import forget
+from gpt2.distributed.random_state import rng_state
 from gpt2.distributed.runtime import Runtime
 from gpt2.errors import UserError
 from gpt2.train.plugin_parts import check_parts
@@ -179,3 +181,129 @@ def test_ranks_share_a_part_with_constants(constants, data_dir, tmp_path, parall
     argv = [*TINY, f"--data_dir={data_dir}", *constants, "--max_steps=4", "--out_dir=o"]
     assert cli.main(["train", *argv, "--grad_accum_steps=4"]) == 0  # one rank goes on
     assert gpt2.GPT2.from_checkpoint("o/out_ckpt.pt").generate([1, 2], 3)
+
+
+# ---- what a part gives, and reads ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "part", "said"), [
+    ("mlp", mlp(change=lambda y: y[..., :1]), "mlp=own gives (2, 8, 1) torch.float32"),
+    ("mlp", mlp(change=lambda y: y.mean(1, keepdim=True)), "gives (2, 1, 16) torch.float32"),
+    ("mlp", mlp(change=lambda y: None), "mlp=own gives NoneType"),
+    ("mlp", mlp(change=lambda y: y / 0), "mlp=own gives NaN or infinity"),
+    ("mlp", mlp(change=lambda y: y + y.mean(1, keepdim=True)), "reads later tokens or other"),
+    ("mlp", mlp(change=lambda y: y + y.mean(0)), "reads later tokens or other sequences"),
+    ("mlp", mlp(change=lambda y: y.roll(-1, 1)), "reads later tokens or other sequences"),
+    ("mlp", mlp(change=lambda y: F.batch_norm(y, None, None, training=True)), "other sequences"),
+    ("mlp", mlp(change=lambda y: y[:, :7]), "mlp=own gives (2, 7, 16)"),
+    ("mlp", mlp(change=lambda y: y @ y), "mlp=own: RuntimeError: Expected size for first two dim"),
+    ("mlp", lambda x: x[..., :1], "mlp=own gives (2, 8, 1) torch.float32 for an input of (2, 8, 6"),
+    ("mlp", lambda x: x > 0, "mlp=own gives (2, 8, 64) torch.bool"),
+    ("mlp", lambda x: x.cumsum(1).flip(1), "mlp=own reads later tokens"),
+    ("norm", lambda x: x.mean(-1), "norm=own gives (2, 8) torch.float32"),
+    ("norm", lambda x: x - x.mean(1, keepdim=True), "norm=own reads later tokens"),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_part_that_breaks_its_contract_is_one_line(kind, part, said, dtype):
+    with pytest.raises(UserError) as caught:
+        check(part, kind, dtype)
+    assert said.replace("float32", str(dtype)[6:]) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class InTraining(Linear):
+    """Reads later tokens in one mode."""
+
+    leaks: bool
+
+    def forward(self, x):
+        y = self.c_fc(x)
+        return y + y.mean(1, keepdim=True) if self.training == self.leaks else y
+
+
+@pytest.mark.parametrize("leaks", [True, False])
+def test_later_tokens_are_seen_in_training_and_in_evaluation(leaks):
+    with pytest.raises(UserError, match="reads later tokens"):
+        check(type("Part", (InTraining,), {"leaks": leaks}))
+
+
+class Zero(Linear):
+    """Its output is 0 at first, whatever it reads."""
+
+    def add(self, width):
+        self.gain = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return self.gain * self.c_fc(x).mean(1, keepdim=True).expand_as(x)
+
+
+def test_weights_of_zero_hide_nothing():
+    with pytest.raises(UserError, match="reads later tokens"):
+        check(Zero)
+
+
+def dropped(self, x):
+    return F.dropout(self.c_fc(x), 0.3, self.training)
+
+
+def drawn(self, x):
+    """With a generator of its own, whose draws differ from call to call."""
+    generator = self.__dict__.setdefault("g", torch.Generator().manual_seed(0))
+    return self.c_fc(x) * torch.rand(x.shape, generator=generator) if self.training else x
+
+
+@pytest.mark.parametrize(("kind", "part"), [
+    ("mlp", Linear),
+    ("mlp", mlp(forward=dropped)),
+    ("mlp", mlp(forward=lambda self, x: drawn(self, x) + self.c_fc(x))),
+    ("mlp", mlp(attribute(torch.arange), by_index)),
+    ("mlp", torch.relu_),
+    ("mlp", lambda x: x.sigmoid() * x),
+    ("norm", lambda x: F.normalize(x, dim=-1)),
+    ("norm", torch.compile(lambda x: F.normalize(x, dim=-1), backend="eager")),
+    ("norm", lambda x: x),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_right_part_passes_and_nothing_else_changes(kind, part, dtype, capsys):
+    gpt2.register(kind, "own")(part)
+    model = network(ModernConfig(**SHAPE, **{kind: "own"}))
+    device = torch.device("cpu")
+    weights, before = {n: t.clone() for n, t in model.state_dict().items()}, rng_state(device)
+    check_parts(model, Runtime(device, dtype))
+    after = rng_state(device)
+    assert torch.equal(before["torch"], after["torch"])
+    assert torch.equal(before["python"][1], after["python"][1])
+    assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert capsys.readouterr().err == ""
+
+
+def test_a_part_that_reads_earlier_tokens_is_told_of_the_cache(capsys):
+    check(mlp(change=lambda y: F.pad(y, (0, 0, 1, 0))[:, :-1]))
+    assert "mlp=own reads tokens before its own, which the KV cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", ["gpt2.register('mlp', 'a')(3)", "gpt2.register('loss', 'a')(3)"])
+def test_a_part_that_cannot_be_called_is_refused(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.py").write_text(f"import gpt2\n{code}\n")
+    assert cli.main(["train", "--plugin=p.py"]) == 2
+    line = capsys.readouterr().err
+    assert "'a') got 3; give it a function or a class" in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(("at", "line"), [("__init__", 5), ("forward", 7)])
+def test_code_that_fails_is_named_by_its_line(at, line, tmp_path, data_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ends = {"__init__": "super().__init__()", "forward": "return x"} | {at: "1 / 0"}
+    (tmp_path / "p.py").write_text(
+        "import gpt2, torch\n@gpt2.register('norm', 'own')\nclass Own(torch.nn.Module):\n"
+        f"    def __init__(self, config):\n        {ends['__init__']}\n"
+        f"    def forward(self, x):\n        {ends['forward']}\n"
+    )
+    argv = [*SMALL, f"--data_dir={data_dir}", "--plugin=p.py", "--norm=own", "--max_steps=1"]
+    assert cli.main(["train", *argv, "--out_dir=o"]) == 2
+    said = capsys.readouterr().err
+    assert f"norm=own: p.py, line {line}: ZeroDivisionError: division by zero" in said
+    assert said.count("\n") == 1

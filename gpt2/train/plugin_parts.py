@@ -27,7 +27,7 @@ SAME, SIMILAR = 1e-4, 0.02  # difference / largest number: of equal and of diffe
 
 
 def check_parts(model: Any, rt: Runtime) -> None:
-    """Tries each part of a plugin: shape, later tokens, constants.
+    """Tries each part of a plugin: shape, later tokens, constants, gradients.
 
     Random numbers go on as if nothing had been drawn.
 
@@ -56,6 +56,8 @@ def check_parts(model: Any, rt: Runtime) -> None:
 def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> None:
     label, part = f"{kind}={name}", _make(kind, name, config, rt, number=0)
     x = _input(kind, part, config, rt)
+    if isinstance(part, nn.Module):
+        _check_parameters(label, part, x, rt)
     with torch.no_grad():
         _check_tokens(label, part, x)
         if isinstance(part, nn.Module):
@@ -113,6 +115,30 @@ def _close(a: Tensor, b: Tensor, share: float = SAME) -> bool:
     """Whether two tensors are equal but for rounding."""
     share = max(share, 4 * torch.finfo(a.dtype).eps)
     return bool((a - b).abs().max() <= share * a.abs().max())
+
+
+def _check_parameters(label: str, part: nn.Module, x: Tensor, rt: Runtime) -> None:
+    """Raises UserError for parameters that DDP or FSDP cannot train.
+
+    DDP waits for the gradient of each parameter, and FSDP cuts each by its first dimension.
+    """
+    trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
+    y = _output(label, part, x.clone().requires_grad_())
+    gradients: tuple[Tensor | None, ...] = (None,) * len(trained)
+    if trained and y.requires_grad:
+        ones = torch.ones_like(y)
+        gradients = torch.autograd.grad(y, [*trained.values()], ones, allow_unused=True)
+    for (name, p), gradient in zip(trained.items(), gradients, strict=True):
+        if gradient is None:
+            raise UserError(
+                f"{label}: no gradient reaches its parameter {name}; use it in forward, freeze it "
+                f"by requires_grad=False, or add 0 * {name}.sum() to the output"
+            )
+        if rt.sharded and not p.ndim:
+            raise UserError(
+                f"{label}: --parallel=fsdp cannot cut its parameter {name}, a single number; give "
+                "it the shape (1,), or use --parallel=ddp"
+            )
 
 
 def _check_tokens(label: str, part: Any, x: Tensor) -> None:

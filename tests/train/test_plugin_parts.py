@@ -307,3 +307,46 @@ def test_code_that_fails_is_named_by_its_line(at, line, tmp_path, data_dir, monk
     said = capsys.readouterr().err
     assert f"norm=own: p.py, line {line}: ZeroDivisionError: division by zero" in said
     assert said.count("\n") == 1
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def unused(self, width):
+    self.extra = nn.Linear(3, 3)
+
+
+def with_zero(self, x):
+    return self.c_fc(x) + 0 * sum(p.sum() for p in self.extra.parameters())
+
+
+def test_a_parameter_without_a_gradient_is_named():
+    with pytest.raises(UserError, match="no gradient reaches its parameter extra"):
+        check(mlp(unused))
+    with pytest.raises(UserError, match="no gradient reaches its parameter c_fc"):
+        check(mlp(change=lambda y: y.detach()))
+    check(mlp(lambda self, width: unused(self, width) or self.extra.requires_grad_(False)))
+    check(mlp(unused, with_zero))
+
+
+def test_fsdp_cannot_cut_a_single_number():
+    part = mlp(
+        lambda self, width: setattr(self, "gain", nn.Parameter(torch.ones(()))),
+        lambda self, x: self.c_fc(x) * self.gain,
+    )
+    check(part)
+    with pytest.raises(UserError, match="fsdp cannot cut its parameter gain"):
+        check(part, sharded=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv on Windows")
+def test_two_ranks_say_it_in_one_line(data_dir, tmp_path):
+    (tmp_path / "p.py").write_text(
+        CONSTANTS.replace("self.gain =", "self.extra = torch.nn.Linear(3, 3)\n        self.gain =")
+    )
+    more = [f"--plugin={tmp_path / 'p.py'}", "--mlp=mixed", "--max_steps=2"]
+    done = run_python(*command(2, data_dir, tmp_path / "o", *more), check=False)
+    assert done.returncode
+    assert "mlp=mixed: no gradient reaches its parameter extra.weight" in done.stderr
+    assert "Traceback" not in done.stderr

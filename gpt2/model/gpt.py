@@ -107,6 +107,7 @@ class LanguageModel(nn.Module):
         self.fp8_head = False  # in training, see `head_loss`
         self.sampled_ids: Tensor | None = None  # in training: `sampled` of `head_loss`
         self.checkpoint_activations = False  # in training, recompute each block in backward
+        self.own_parts = False  # of a plugin, which may draw random numbers, in the blocks
         self.own_loss: Callable | None = None  # of a plugin, in training; see `own_loss`
         self.compiled_apart = False  # each block is compiled by itself, not the whole model
 
@@ -173,11 +174,11 @@ class LanguageModel(nn.Module):
         """block(*inputs); with `checkpoint_activations`, backward recomputes it from its inputs.
 
         Activation checkpointing (Chen et al. 2016, arXiv:1604.06174). The random state is saved
-        only if there is dropout, because reading it breaks the capture of a CUDA graph.
+        only if a block may draw, because reading it breaks the capture of a CUDA graph.
         """
         if not (self.training and self.checkpoint_activations):
             return block(*inputs)
-        draws = self.config.dropout > 0
+        draws = self.config.dropout > 0 or self.own_parts
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     @property

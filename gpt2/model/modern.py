@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config.model import ModernConfig
 from ..config.parameter_shapes import GATE_CHANNELS
-from ..config.registry import registered
+from ..config.registry import has_own_parts, registered
 from ..kernels.linear import add_linear, add_mlp, linear, qkv
 from ..kernels.precision import to_residual_stream
 from .attention_cache import AttentionCache, MaskedAttentionCache
@@ -238,6 +238,7 @@ class Modern(LanguageModel):
 
     def __init__(self, config: ModernConfig) -> None:
         super().__init__(config)
+        self.own_parts = has_own_parts(config.switches())
         self.widest: Tensor | None = None  # see `limit_attention_window`, () int64
         V, C = config.vocab_size, config.n_embd
         parts: dict[str, nn.Module] = {"wte": nn.Embedding(V, C)}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gpt2.config.model import GPT2Config, ModernConfig
+from gpt2.config.registry import forget, register
 from gpt2.errors import UserError
 from gpt2.kernels import linear
 from gpt2.model.checkpointing import checkpoint_activations
@@ -88,3 +89,18 @@ def test_a_modern_network_with_gelu_recomputes_it():
     _, found = kept_and_gradients(model, "mlp")
     assert len(calls) == 4 + 8
     assert all(a.equal(b) for a, b in zip(found, exact, strict=True))
+
+
+def dropped(x):
+    """An activation of a plugin that draws, beside `dropout` of the network, which is 0."""
+    return torch.nn.functional.dropout(torch.relu(x), 0.5)
+
+
+def test_a_part_of_a_plugin_that_draws_gets_its_draws_again():
+    register("mlp", "dropped")(dropped)
+    torch.manual_seed(0)
+    model = Modern(ModernConfig(**SHAPE, mlp="dropped"))
+    (whole, exact), (few, found) = (kept_and_gradients(model, kind) for kind in ("False", "True"))
+    forget()
+    assert few < whole / 2
+    assert all(ours.equal(right) for ours, right in zip(found, exact, strict=True))

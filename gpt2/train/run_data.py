@@ -17,6 +17,7 @@ from ..data.datasets import (
     parse_mix,
 )
 from ..data.sequence_order import Mixture
+from ..data.text_files import read_items
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..evaluate.tasks import HELLASWAG, MultipleChoice, load_items
@@ -61,7 +62,7 @@ def check_data(config: TrainConfig) -> None:
         return
     for name, _ in parse_mix(config.data.data_dir):
         if not Path(name).exists():
-            raise UserError(f"{name}: No such file or directory; name a file of conversations")
+            next(read_items(Path(name)))  # says so
 
 
 def read_hellaswag(

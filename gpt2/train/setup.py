@@ -55,6 +55,7 @@ def resolve_init(
     loaded: list[Weights] = []
 
     def look() -> GPT2Config:
+        weights.check_there(options.init)
         check_data(config)
         found = weights.load(options.init)
         resolved = weights.resolve_options(options, found.config)

@@ -1,5 +1,6 @@
 """`gpt2.train(…)`: a run from Python, with the options of the command line, and its result."""
 
+import math
 import signal
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ..config.train import TrainConfig
 from ..distributed.signals import last_signal
 from ..errors import UserError
 from ..report import console
-from ..report.metrics import METRICS, read_metrics
+from ..report.metrics import METRICS, join, measured, read_metrics
 from ..report.plot import plot_run
 from ..train.loop import run
 from ..train.run_folder import MODEL_NAME
@@ -31,14 +32,17 @@ class TrainResult:
 
     @property
     def val_loss(self) -> float | None:
-        """The last validation loss in nats per token; None before the first evaluation."""
+        """The last validation loss in nats per token; None before the first evaluation.
+
+        NaN where it was NaN or infinite.
+        """
         losses = self._losses()
         return losses[-1] if losses else None
 
     @property
     def best_val_loss(self) -> float | None:
-        """The lowest validation loss in nats per token; None before the first evaluation."""
-        return min(self._losses(), default=None)
+        """The lowest validation loss in nats per token; None where none was finite."""
+        return min(filter(math.isfinite, self._losses()), default=None)
 
     def to_pandas(self) -> Any:
         """The metrics as a `pandas.DataFrame` with the step as its index.
@@ -61,7 +65,8 @@ class TrainResult:
         return plot_run(self.out_dir)
 
     def _losses(self) -> list[float]:
-        return [row["val_loss"] for row in self.metrics if "val_loss" in row]
+        losses = [measured(row, "val_loss") for row in self.metrics]
+        return [loss for loss in losses if loss is not None]
 
     def _repr_png_(self) -> bytes | None:
         """For notebooks."""
@@ -116,7 +121,7 @@ def train(*, progress: bool | None = None, **options: Any) -> TrainResult:
         **options: those of `gpt2 train --help`, also `config="recipe.toml"`.
 
     Raises:
-        UserError: whatever the command line answers with one line.
+        UserError: whatever the command line answers with one line, also for a run that diverged.
         Interrupted: Ctrl-C, after all is saved. It is a KeyboardInterrupt, so that a loop of runs
             ends too.
     """
@@ -140,7 +145,7 @@ def rows_by_step(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, those of one step joined, in the order of steps."""
     by_step: dict[int, dict[str, Any]] = {}
     for row in read_metrics(path):
-        by_step.setdefault(row["step"], {}).update(row)
+        join(by_step.setdefault(row["step"], {}), row)
     return [by_step[step] for step in sorted(by_step)]
 
 

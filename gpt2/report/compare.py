@@ -1,8 +1,8 @@
 """Runs side by side: recipes with their seeds, what differs, and which difference is real.
 
 Runs whose options are equal but for the seed are one recipe. Recipes are compared by their last
-validation loss. Runs that have not reached their end, and runs of other validation tokens or of
-another vocabulary, are named and left out of every number.
+validation loss. Runs that have not reached their end or that diverged, and runs of other validation
+tokens or of another vocabulary, are named and left out of every number.
 """
 
 import itertools
@@ -55,8 +55,8 @@ class Findings:
 
 def find_groups(runs: list[Run]) -> Findings:
     """Sorts runs into recipes, in the order given; says which are left out, and why."""
-    left_out = [(run, why) for run in runs if (why := run.unfinished())]
-    ended = [run for run in runs if not run.unfinished()]
+    left_out = [(run, why) for run in runs if (why := _no_result(run))]
+    ended = [run for run in runs if not _no_result(run)]
     kept: list[Run] = []
     for run in ended:
         if other := _other_validation(ended[0], run):
@@ -82,6 +82,11 @@ def differences(groups: list[Group]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for group in groups for name in group.settings)
     values = {name: [group.settings.get(name) for group in groups] for name in names}
     return {name: found for name, found in values.items() if len({repr(v) for v in found}) > 1}
+
+
+def _no_result(run: Run) -> str:
+    """Why a run has no loss to compare; "" for one that has."""
+    return f"diverged ({run.diverged})" if run.diverged else run.unfinished()
 
 
 def _other_validation(first: Run, run: Run) -> str:

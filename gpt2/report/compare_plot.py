@@ -1,5 +1,6 @@
 """The picture of `gpt2 compare`: loss by step, tokens and seconds, and the last losses."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def style(number: int) -> tuple[str, str]:
 
 def curve(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(x, validation losses) of a run; x is the step, or what the run had counted at that step."""
-    evaluations = run.evaluations
+    evaluations = [(step, loss) for step, loss in run.evaluations if math.isfinite(loss)]
     steps = np.array([step for step, _ in evaluations], dtype=float)
     losses = np.array([loss for _, loss in evaluations], dtype=float)
     if name == "step":

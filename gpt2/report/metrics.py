@@ -58,7 +58,7 @@ class RunLog:
         found: dict[str, Any] = {}
         for row in read_metrics(self._path):
             if row["step"] == step:
-                found |= row
+                join(found, row)
         return found
 
     def open_sinks(self, names: list[str], **settings: Any) -> None:
@@ -163,6 +163,29 @@ def read_metrics(path: Path) -> list[dict]:
         if type(row.get("step")) is int and 0 <= row["step"] < MAX_STEP:
             rows.append(row)
     return rows
+
+
+def measured(row: dict, name: str) -> float | None:
+    """The number of this name in a line; NaN where it was NaN or infinite, None where it lacks."""
+    if name in _nonfinite(row):
+        return math.nan
+    value: Any = row.get(name)
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def join(found: dict[str, Any], row: dict[str, Any]) -> None:
+    """Adds a line to the values of earlier lines of its step, whose values it replaces."""
+    odd = [name for name in _nonfinite(found) if name not in row] + _nonfinite(row)
+    found.update(row)
+    for name in ("nonfinite", *odd):
+        found.pop(name, None)
+    found.update({"nonfinite": odd} if odd else {})
+
+
+def _nonfinite(row: dict) -> list[str]:
+    """Names of the values of a line that were NaN or infinite."""
+    names = row.get("nonfinite")
+    return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import check_replaceable, write_atomically
 from ..untrusted.display import shown
 from .console import format_count, format_seconds
-from .metrics import METRICS, read_metrics
+from .metrics import METRICS, measured, read_metrics
 
 # Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
 BLUE, SKY, ORANGE, GREEN, PURPLE = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"
@@ -169,6 +169,12 @@ def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, **
         axes.plot(steps, values, color=color, **(marker | style))
 
 
+def _then_nan(rows: list[dict], name: str) -> str:
+    """Says that the last value of a field was NaN or infinite, which no line can show."""
+    values = [value for row in rows if (value := measured(row, name)) is not None]
+    return ", then NaN" if values and math.isnan(values[-1]) else ""
+
+
 def _draw_loss(axes: Axes, rows: list[dict]) -> None:
     steps, train = series(rows, "loss")
     val_steps, val = series(rows, "val_loss")
@@ -178,9 +184,10 @@ def _draw_loss(axes: Axes, rows: list[dict]) -> None:
     if len(steps):
         smoothed = smooth(train)
         label = f"training{', smoothed' if is_long else ''}: {smoothed[-1]:.4f}"
+        label += _then_nan(rows, "loss")
         _draw_line(axes, steps, smoothed, BLUE, linewidth=1.6, label=label)
     if len(val):
-        label = f"validation: {val[-1]:.4f}"
+        label = f"validation: {val[-1]:.4f}{_then_nan(rows, 'val_loss')}"
         dots = {"marker": "o", "markersize": 4, "markevery": max(1, len(val) // 25)}
         _draw_line(axes, val_steps, val, ORANGE, linewidth=1, label=label, **dots)
     if len(steps) + len(val):

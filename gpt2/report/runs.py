@@ -1,9 +1,9 @@
 """`Run`: what the folder of a run says: options, losses, seconds, and whether it has ended."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..config.train import TrainConfig
 from ..errors import UserError
 from ..untrusted.display import shown
 from ..untrusted.parsing import read_toml
-from .metrics import HISTORY, METRICS, read_metrics
+from .metrics import HISTORY, METRICS, measured, read_metrics
 
 # Options that do not change what a run computes.
 SAME_RESULT = {
@@ -21,6 +21,7 @@ SAME_RESULT = {
     *("device", "hang_timeout_seconds"),
 }
 MOST_RUNS = 1000
+DIVERGED = "diverged_since"  # of metrics.jsonl: the step of the first loss that was not finite
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,41 @@ class Run:
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
-        """(step, validation loss in nats) in the order of steps; the last of a repeated step."""
-        found = {r["step"]: r["val_loss"] for r in self.rows if _is_number(r.get("val_loss"))}
-        return sorted(found.items())
+        """(step, validation loss in nats) in the order of steps; the last of a repeated step.
+
+        NaN stands for a loss that was NaN or infinite.
+        """
+        losses = [(row["step"], measured(row, "val_loss")) for row in self.rows]
+        return sorted({step: loss for step, loss in losses if loss is not None}.items())
+
+    @property
+    def diverged(self) -> str:
+        """Where the losses have become NaN or infinite for good; "" where they have not."""
+        ends = itertools.takewhile(lambda e: not math.isfinite(e[1]), reversed(self.evaluations))
+        if lost := [step for step, _ in ends]:
+            return f"validation loss NaN at step {lost[-1]:,}"
+        return f"loss or gradient NaN since step {self._gave_up:,}" if self._gave_up else ""
+
+    @property
+    def _gave_up(self) -> int:
+        """The step from which on no loss was finite, of a run that ended by that; 0: it did not."""
+        ends = [r.get(DIVERGED) for r in self.rows if r["step"] == self.last_step]
+        return next((since for since in ends if type(since) is int), 0)
 
     @property
     def comparable_losses(self) -> list[float]:
-        """Validation losses in nats, by step, about the tokens that the last one is about."""
+        """Validation losses in nats, by step, about the tokens that the last one is about.
+
+        A loss that was NaN or infinite counts as infinite.
+        """
         since = -1  # the step at which the run last went on with other validation data
-        for before, after in pairwise(self.starts):
+        for before, after in itertools.pairwise(self.starts):
             if before.get("validation") != after.get("validation"):
                 since = after["step"]
-        counts = {r["step"]: r.get("val_tokens") for r in self.rows if "val_loss" in r}
+        counts = {r["step"]: r["val_tokens"] for r in self.rows if "val_tokens" in r}
         now = self.last("val_tokens")
-        return [x for step, x in self.evaluations if step > since and counts[step] == now]
+        here = [x for at, x in self.evaluations if at > since and counts.get(at) == now]
+        return [x if math.isfinite(x) else math.inf for x in here]
 
     @property
     def last_step(self) -> int:
@@ -71,7 +93,7 @@ class Run:
         return tuple(dict.fromkeys(found))
 
     def last(self, name: str) -> float | None:
-        """The last number of this name in metrics.jsonl."""
+        """The last finite number of this name in metrics.jsonl."""
         numbers = [row[name] for row in self.rows if _is_number(row.get(name))]
         return numbers[-1] if numbers else None
 
@@ -95,12 +117,14 @@ class Run:
         return (self.last("counted_seconds") or 0) / limit if limit else 0.0
 
     def unfinished(self) -> str:
-        """Why the run has no result yet; "" for one that has."""
+        """Why the run is not at its end; "" for one that is, also where it diverged."""
         asked, evaluations = self.settings["max_steps"], self.evaluations
+        if self._gave_up:
+            return ""
         if not evaluations:
             return f"no evaluation yet (step {self.last_step:,} of {asked:,})"
         patience = self.settings["early_stop_evals"]
-        losses = self.comparable_losses or [math.inf]
+        losses = [math.inf, *self.comparable_losses]  # the first evaluation is a gain, if finite
         stopped = 0 < patience <= len(losses) - 1 - losses.index(min(losses))
         timed_out = self.time_was_up and evaluations[-1][0] == self.last_step
         if evaluations[-1][0] < asked and not stopped and not timed_out:

@@ -17,13 +17,13 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
 from ..report.trackers import Sink
+from .divergence import check_end, give_up
 from .first_loss import check_first_loss
 from .messages import (
     announce,
     answer_signal,
     conclude,
     log_training_step,
-    note_batch,
     out_of_memory,
     watched,
 )
@@ -76,7 +76,11 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
 
 
 def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLog) -> None:
-    """Steps, and what is due between them, until the last step, a signal or an early stop."""
+    """Steps, and what is due between them, until the last step, a signal or an early stop.
+
+    Raises:
+        UserError: the GPU is out of memory, or the run has diverged.
+    """
     resumed_at = state.step
     state.clock.start(state.seconds, state.first_steps)
     state.stop = rt.stop_requested()  # a signal may have come during the setup
@@ -90,6 +94,7 @@ def loop(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.RunLo
         # The loss of a step is read after the next is launched: a GPU that waited would idle 4 %.
         while launched and (len(launched) > rt.steps_ahead or needs_sync(state, config)):
             log_step(launched.popleft(), state, config, rt, log)
+    check_end(state, config, rt, log, resumed_at)
     if rt.is_main:
         conclude(state, config, resumed_at, early_stopped(state, config))
 
@@ -161,7 +166,9 @@ def log_step(
     """Waits for a step's loss, gradient norm and stop flags, acts on them and logs them."""
     loss, norm, stops, no_time = launched.read()
     rt.reached(launched.step)
-    count_skipped(state, config, rt, launched, math.isfinite(loss + norm))
+    state.skipped = 0 if math.isfinite(loss + norm) else state.skipped + 1
+    if state.skipped >= MAX_SKIPPED_STEPS:
+        give_up(launched, state, config, rt, log)
     state.stop = state.stop or stops > 0
     state.time_was_up = config.optim.max_seconds if no_time else state.time_was_up
     state.clock.step(launched.own_tokens, launched.numbers.finished_at())
@@ -171,23 +178,3 @@ def log_step(
     if due(launched.step, config.output.log_every) or last:
         values = {"loss": loss, "lr": launched.lr, "grad_norm": norm, "tokens": launched.tokens}
         log_training_step(launched.step, values, state, config, rt, log)
-
-
-def count_skipped(
-    state: TrainState, config: TrainConfig, rt: Runtime, launched: Launched, finite: bool
-) -> None:
-    """Counts steps in a row that were skipped.
-
-    Raises:
-        UserError: after `MAX_SKIPPED_STEPS`; names the text that the last of them read.
-    """
-    state.skipped = 0 if finite else state.skipped + 1
-    if state.skipped >= MAX_SKIPPED_STEPS:
-        own = launched.own_tokens
-        batch = rt.on_main(lambda: note_batch(state, config, launched.tokens - own, own))
-        raise UserError(
-            f"the loss or the gradient was NaN or infinite in {state.skipped} steps in a row, up "
-            f"to step {launched.step}, which read {batch}; the checkpoints are untouched: continue "
-            "with a lower --learning_rate, or with --dtype=float32 "
-            "(docs/troubleshooting.md#loss-is-nan)"
-        )

@@ -1,7 +1,6 @@
 """Console lines and log entries of a training run: before the first step, and for each step."""
 
 import contextlib
-import json
 import math
 import signal
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..evaluate.loss import Evaluation, combine
-from ..files import write_atomically
 from ..paths import for_shell
 from ..report import console, metrics, throughput
 from ..report.versions import warn_of_newer_torch
@@ -102,31 +100,6 @@ def log_training_step(  # noqa: PLR0917
         left = min(left, max(0.0, limit - state.clock.counted())) if left and limit else left
         line = {"step": step} | values
         console.log(console.console_line(line, max_steps=steps, seconds_left=left))
-
-
-def note_batch(state: TrainState, config: TrainConfig, tokens_before: int, tokens: int) -> str:
-    """Writes the places of all sequences that a step read into nonfinite.json.
-
-    Args:
-        state: of the run.
-        config: its settings.
-        tokens_before: tokens that the run had trained on before the step.
-        tokens: tokens of the step, over all ranks.
-
-    Returns:
-        The place of the first sequence in words, for the error.
-    """
-    length = state.plan.block_size
-    found = state.loader.order.locate(tokens_before // length, tokens // length)
-    sequences = [
-        {"shard": str(shard.path), "first_token": int(start), "tokens": length + 1}
-        for shard, start in found
-    ]
-    path, content = out_dir(config) / "nonfinite.json", {"tokens_before": tokens_before}
-    with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-        write_atomically(path, json.dumps(content | {"windows": sequences}, indent=1).encode())
-    first = f"{sequences[0]['shard']} from token {sequences[0]['first_token']:,}"
-    return f"{first} and {len(sequences) - 1} more sequences (all in {path})"
 
 
 def announce(

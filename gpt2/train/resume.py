@@ -210,7 +210,8 @@ def restore_logged_evaluation(
     if known.get("hellaswag_items") == len(state.hellaswag):
         state.hellaswag_at = state.step
     asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
-    if not resumed or not isinstance(known.get("val_loss"), float | int):
+    val_loss = metrics.measured(known, "val_loss")
+    if not resumed or val_loss is None:
         return
     if state.evaluated_at == state.step:
         return
@@ -219,4 +220,4 @@ def restore_logged_evaluation(
         return
     same_data = resumed.state["settings"].get("data_dir") == config.data.data_dir
     if same_data and known.get("val_tokens") == asked:
-        state.note_evaluation(known["val_loss"])
+        state.note_evaluation(val_loss)

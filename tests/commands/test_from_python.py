@@ -1,5 +1,6 @@
 """Training from Python, and its result."""
 
+import json
 import signal
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ import pytest
 
 import gpt2
 from gpt2.commands import from_python
-from gpt2.commands.from_python import in_notebook
+from gpt2.commands.from_python import TrainResult, in_notebook
+from gpt2.config.train import TrainConfig
 from gpt2.errors import UserError
 from gpt2.train import loop
 
@@ -115,3 +117,16 @@ def test_an_imported_ipython_is_no_notebook(monkeypatch):
         module = SimpleNamespace(get_ipython=lambda shell=shell: shell)
         monkeypatch.setitem(sys.modules, "IPython", module)
         assert in_notebook() is wanted
+
+
+def test_the_last_loss_is_not_the_last_finite_one(tmp_path):
+    lines = [{"step": 1, "val_loss": 4.0}, {"step": 2, "nonfinite": ["loss"]}]
+    lines += [{"step": 2, "nonfinite": ["val_loss"]}, {"step": 2, "sample": "x"}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = TrainResult(tmp_path, TrainConfig(), 143, from_python.rows_by_step(path))
+    assert str(result.val_loss) == "nan"
+    assert result.best_val_loss == 4.0
+    assert result.metrics[1]["nonfinite"] == ["loss", "val_loss"]
+    nothing = TrainResult(tmp_path, TrainConfig(), 143, [])
+    assert (nothing.val_loss, nothing.best_val_loss) == (None, None)

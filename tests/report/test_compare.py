@@ -1,12 +1,15 @@
 import json
+import math
 
 import pytest
 
 from gpt2.config.command_line import to_toml
 from gpt2.errors import UserError
 from gpt2.report.compare import differences, find_groups, report, verdict
+from gpt2.report.compare_plot import draw_comparison
 from gpt2.report.runs import find_runs
 
+NAN = math.nan
 LAST = {0.01: (3.10, 3.12, 3.09), 0.02: (3.25, 3.27, 3.23), 0.03: (3.11, 3.13, 3.10)}
 
 
@@ -22,7 +25,8 @@ def write_run(folder, losses=(4.0, 3.5), seed=1, steps=100, **given):
     for number, loss in enumerate(losses, 1):
         step = number * 100 // len(losses)
         rows.append({"step": step, "loss": 9.0, "tokens": step * 10, "seconds": step / 10})
-        rows.append({"step": step, "val_loss": loss, "val_tokens": tokens, "tokens": step * 10})
+        result = {"nonfinite": ["val_loss"]} if loss is NAN else {"val_loss": loss}
+        rows.append({"step": step, **result, "val_tokens": tokens, "tokens": step * 10})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if start["validation"]:
         (folder / "history.jsonl").write_text(json.dumps(start) + "\n")
@@ -112,6 +116,10 @@ def test_one_seed_tells_nothing(tmp_path):
     ({"vocab_size": 512}, "another vocabulary than"),
     ({"losses": ()}, "no evaluation yet (step 0 of 100)"),
     ({"steps": 200}, "at step 100 of 200"),
+    ({"losses": (NAN,)}, "diverged (validation loss NaN at step 100)"),
+    ({"losses": (4, 3, NAN, NAN)}, "diverged (validation loss NaN at step 75)"),
+    ({"losses": (4, NAN), "steps": 200}, "diverged (validation loss NaN at step 100)"),
+    ({"losses": (NAN, NAN), "early_stop_evals": 2, "steps": 200}, "diverged (validation loss"),
     ({}, "the options and the seed of"),
 ])  # fmt: skip
 def test_what_does_not_compare_is_named_and_left_out(given, why, tmp_path):
@@ -120,6 +128,27 @@ def test_what_does_not_compare_is_named_and_left_out(given, why, tmp_path):
     findings = found(tmp_path)
     assert [run.folder.name for group in findings.groups for run in group.runs] == ["a"]
     assert f"{odd} is left out: {why}" in report(findings)
+
+
+def test_a_run_that_got_over_nan_counts(tmp_path):
+    write_run(tmp_path / "a", (4, NAN, 3.2, 3.1))
+    write_run(tmp_path / "b", (4, 3, NAN, 3.1), steps=400, early_stop_evals=2, learning_rate=0.5)
+    groups = found(tmp_path).groups
+    assert [(group.last, group.best) for group in groups] == [([3.1], [3.1]), ([3.1], [3])]
+    assert draw_comparison(groups, tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(("mark", "why"), [
+    ({"step": 70, "diverged_since": 51}, "diverged (loss or gradient NaN since step 51)"),
+    ({"step": 69, "diverged_since": 51}, "at step 70 of 100"),  # it went on afterwards
+    ({"step": 70, "diverged_since": "x"}, "at step 70 of 100"),
+])  # fmt: skip
+def test_a_run_that_gave_up_is_named(mark, why, tmp_path):
+    folder = write_run(tmp_path / "a", (3.0,), seed=2)
+    rows = [{"step": 50, "val_loss": 3.0}, {"step": 70, "lr": 1.0}, mark]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [reason for _, reason in found(folder).left_out] == [why]
+    assert bool(find_runs([folder])[0].unfinished()) == why.startswith("at step")
 
 
 def test_an_early_stop_is_an_end(tmp_path):

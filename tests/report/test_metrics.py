@@ -12,7 +12,7 @@ import pytest
 from gpt2.errors import UserError
 from gpt2.report import console, metrics, throughput, trackers
 from gpt2.report.console import console_line, eval_line, format_count, format_seconds
-from gpt2.report.metrics import open_run, read_metrics
+from gpt2.report.metrics import join, measured, open_run, read_metrics
 from gpt2.report.throughput import Throughput, peak_flops
 
 
@@ -75,6 +75,17 @@ def test_nan_becomes_a_name_and_the_file_stays_json(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert line == {"step": 3, "lr": 0.1, "nonfinite": ["loss", "grad_norm"]}
+    assert [str(measured(line, name)) for name in ("loss", "lr", "mfu")] == ["nan", "0.1", "None"]
+
+
+def test_lines_of_a_step_keep_what_was_not_finite():
+    found = {}
+    join(found, {"step": 1, "loss": 1.0, "nonfinite": ["grad_norm"]})
+    join(found, {"step": 1, "nonfinite": ["val_loss", 3, []]})
+    assert found == {"step": 1, "loss": 1.0, "nonfinite": ["grad_norm", "val_loss"]}
+    join(found, {"step": 1, "val_loss": 2.0, "nonfinite": ["loss"]})  # the later line counts
+    join(found, {"step": 1, "grad_norm": 2.0, "nonfinite": "odd"})
+    assert found == {"step": 1, "val_loss": 2.0, "grad_norm": 2.0, "nonfinite": ["loss"]}
 
 
 def test_a_deleted_file_comes_back(tmp_path):

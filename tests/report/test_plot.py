@@ -113,6 +113,17 @@ def test_missing_fields_leave_a_note(tmp_path):
     assert plot_run(tmp_path).stat().st_size > 1000
 
 
+def test_a_loss_that_ended_as_nan_is_not_the_last_one():
+    rows = [{"step": n, "loss": 4.0, "val_loss": 3.0} for n in (1, 2)]
+    lost = {"step": 3, "nonfinite": ["loss", "val_loss"]}
+
+    def labels(rows):
+        return [text.get_text() for text in draw(rows, "demo").axes[0].get_legend().get_texts()]
+
+    assert labels([*rows, lost]) == ["training: 4.0000, then NaN", "validation: 3.0000, then NaN"]
+    assert labels([rows[0], lost, rows[1]]) == ["training: 4.0000", "validation: 3.0000"]
+
+
 def test_series_takes_the_last_of_repeated_steps_and_no_nan():
     rows = [{"step": 2, "loss": 1.0}, {"step": 1, "loss": 5.0}, {"step": 2, "loss": 2.0}]
     rows += [{"step": 3, "loss": float("nan")}, {"step": 4}]

@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..files import locked, write_atomically
 from ..paths import check_unlinked, no_follow
 from ..report import console
+from ..report.metrics import METRICS
 from ..report.runs import SAME_RESULT, read_run
 from ..train.run_folder import MODEL_NAME
 from ..train.schedules import sequences_left
@@ -50,7 +51,8 @@ def run(jobs: list[Job], config: SweepConfig) -> int:
     """Runs what is not finished, then compares all runs.
 
     Returns:
-        Exit code: 0 when all runs are finished, 1 when one failed, 128 + signal after a signal.
+        Exit code: 0 when all runs are at their end, also those that diverged; 1 when one failed, or
+        when all diverged; 128 + signal after a signal.
 
     Raises:
         UserError: a run folder of another recipe, or a device that is not there.
@@ -72,19 +74,22 @@ def run(jobs: list[Job], config: SweepConfig) -> int:
             done = len(jobs) - len(waiting)
             failed = []
             for job, code in on_devices(waiting, devices, processes.train):
-                done += not code
-                if code and not processes.signal:
+                diverged = _divergence(job)
+                done += not code or bool(diverged)
+                if code and not diverged and not processes.signal:
                     failed.append(job)
                 if not processes.signal:
-                    console.log(f"{job.folder.name}: {_result(job, code)} ({done} of {len(jobs)})")
+                    result = f"diverged: {diverged}" if diverged else _result(job, code)
+                    console.log(f"{job.folder.name}: {result} ({done} of {len(jobs)})")
         if processes.signal:
             console.log(f"stopped with {done} of {len(jobs)} runs finished; run it again to go on")
             return 128 + processes.signal
         finished = [job.folder for job in jobs if job not in failed]
+        code = int(bool(failed))
         if finished:
             console.log("")
-            compare_runs.run(finished, out / "compare.png")
-        return int(bool(failed))
+            code |= compare_runs.run(finished, out / "compare.png")
+        return code
 
 
 class _Processes:
@@ -217,12 +222,12 @@ def _with_equal_seconds(
 
 
 def _is_finished(job: Job) -> bool:
-    """Whether the run of a job is at its end.
+    """Whether the run of a job is at its end, or diverged.
 
     Raises:
         UserError: the folder holds a run with other options.
     """
-    if not (job.folder / "config.toml").is_file() or not (job.folder / "metrics.jsonl").is_file():
+    if not _has_begun(job):
         return False
     found = read_run(job.folder)
     asked, theirs = comparable(flatten(job.config)), found.settings
@@ -238,7 +243,21 @@ def _is_finished(job: Job) -> bool:
             f"{job.folder} is of a run with other options: {', '.join(differ)}; use another "
             "--out_dir= for this sweep"
         )
-    return (job.folder / MODEL_NAME).is_file() and not found.unfinished()
+    if found.unfinished():
+        return False
+    return bool(found.diverged) or (job.folder / MODEL_NAME).is_file()
+
+
+def _has_begun(job: Job) -> bool:
+    return (job.folder / "config.toml").is_file() and (job.folder / METRICS).is_file()
+
+
+def _divergence(job: Job) -> str:
+    """Where the losses of a run became NaN or infinite; "" if they did not, or it is to go on."""
+    if not _has_begun(job):
+        return ""
+    found = read_run(job.folder)
+    return "" if found.unfinished() else found.diverged
 
 
 def _result(job: Job, code: int) -> str:

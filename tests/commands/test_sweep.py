@@ -37,6 +37,7 @@ class Trainer:
 
     def __init__(self, monkeypatch):
         self.calls, self.exit_codes, self.steps = [], {}, 50
+        self.diverge, self.code_of_nan = {}, 2
         monkeypatch.setattr(sweep._Processes, "call", lambda _, *given: self(*given))
 
     def __call__(self, arguments, output):
@@ -53,9 +54,12 @@ class Trainer:
         settings = {n: v for n, v in flatten(config).items() if n != "resume"}
         (folder / "config.toml").write_text(to_toml(settings))
         row = {"step": config.optim.max_steps, "val_loss": 3 + seed / 10, "val_tokens": 7}
+        if folder.name in self.diverge:
+            row = self.diverge[folder.name]
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        (folder / "out_ckpt.pt").write_text("")
-        return 0
+        if row.get("val_tokens"):
+            (folder / "out_ckpt.pt").write_text("")
+        return 0 if "val_loss" in row else self.code_of_nan
 
 
 @pytest.fixture
@@ -109,6 +113,45 @@ def test_what_is_finished_is_not_run_again(call, trainer, tmp_path, capsys):
     assert call("--learning_rate=7") == 2
     line = capsys.readouterr().err
     assert "is of a run with other options: learning_rate 0.001 instead of 7.0; use" in line
+
+
+GAVE_UP = {"step": 3, "diverged_since": 1}
+NAN = {"step": 4, "nonfinite": ["val_loss"], "val_tokens": 7}
+
+
+@pytest.mark.parametrize("code", [0, 2], ids=["version 0.2", "now"])
+@pytest.mark.parametrize(("left", "why"), [
+    (NAN, "validation loss NaN at step 4"), (GAVE_UP, "loss or gradient NaN since step 1")
+])  # fmt: skip
+def test_a_run_that_diverges_is_a_result(left, why, code, call, trainer, capsys):
+    """It was a traceback, also of each later call."""
+    trainer.diverge, trainer.code_of_nan = {"seed=1": left}, code
+    assert call() == 0
+    said = capsys.readouterr().out
+    assert f"seed=1: diverged: {why} (1 of 2)" in said
+    assert "seed=2: validation loss 3.2000 after 4 steps (2 of 2)" in said
+    for _ in range(2):
+        assert f"seed=1 is left out: diverged ({why})" in said
+        assert "One recipe: there is nothing to compare it with (1 seed)" in said
+        assert call() == 0
+        said = capsys.readouterr().out
+        assert "2 of 2 runs are finished already" in said
+    assert len(trainer.calls) == 2
+
+
+def test_a_sweep_whose_runs_all_diverge_has_no_result(call, trainer, capsys):
+    trainer.diverge = {"seed=1": NAN, "seed=2": NAN}
+    assert [call(), call()] == [1, 1]
+    assert "There is nothing to compare." in capsys.readouterr().out
+
+
+def test_nan_on_the_way_is_no_end(call, trainer, capsys):
+    trainer.diverge = {"seed=1": NAN | {"step": 2}}
+    assert call() == 1
+    assert "seed=1: failed with exit code 2: it said nothing (0 of 2)" in capsys.readouterr().out
+    trainer.diverge.clear()
+    assert call() == 0
+    assert len(trainer.calls) == 3
 
 
 def test_equal_tokens_are_so_for_every_batch(call, trainer, tmp_path):

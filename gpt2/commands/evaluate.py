@@ -36,7 +36,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..evaluate.loss import Evaluation, combine, evaluate
 from ..evaluate.scoring import BATCH_TOKENS
-from ..evaluate.tasks import HELLASWAG, HUB, LAMBADA, Task, load_items
+from ..evaluate.tasks import HELLASWAG, LAMBADA, Task, check_there, load_items
 from ..files import check_replaceable, check_writable_file, write_atomically
 from ..prepare.sources import ACCEPTED
 from ..report import console, metrics
@@ -116,8 +116,7 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
     if config.text:
         _check_text(config.text)
     for spec in (config.hellaswag, config.lambada):
-        if spec and spec != HUB and not Path(spec).is_file():
-            raise UserError(f"{spec}: No such file; or use hub")
+        check_there(spec)
     if config.data_dir and not is_chat(config.data_dir):
         open_datasets(config.data_dir, with_training=False)
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))

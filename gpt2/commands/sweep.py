@@ -11,19 +11,24 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from ..checkpoint import weights
+from ..checkpoint.training_state import state_folders
 from ..config.earlier import comparable
 from ..config.options import flatten
 from ..config.sweep import Job, SweepConfig
 from ..config.train import plan_batch
+from ..data.datasets import open_datasets
 from ..distributed import signals
 from ..distributed.devices import choose_device
 from ..errors import UserError
+from ..evaluate import tasks
 from ..files import locked, write_atomically
 from ..paths import check_unlinked, no_follow
 from ..report import console
@@ -55,7 +60,7 @@ def run(jobs: list[Job], config: SweepConfig) -> int:
         when all diverged; 128 + signal after a signal.
 
     Raises:
-        UserError: a run folder of another recipe, or a device that is not there.
+        UserError: a run folder of another recipe, or a device, data or weights that are not there.
     """
     out = Path(config.out_dir)
     devices = _devices(config.devices)
@@ -64,6 +69,7 @@ def run(jobs: list[Job], config: SweepConfig) -> int:
         check_unlinked(out, out / MEASURED, *folders, *map(_log_of, folders))
         processes = _Processes()
         with signals.caught(processes.stop):
+            _check_sources([job for job in jobs if not _has_ended(job)])
             if config.seconds:
                 jobs = _with_equal_seconds(jobs, config.seconds, devices[0], out, processes)
             else:
@@ -90,6 +96,22 @@ def run(jobs: list[Job], config: SweepConfig) -> int:
             console.log("")
             code |= compare_runs.run(finished, out / "compare.png")
         return code
+
+
+def _check_sources(jobs: Sequence[Job]) -> None:
+    """Raises UserError for data and weights of runs that are not on this machine.
+
+    Names of the Hub are looked up when their run begins. A run that goes on has its weights.
+    """
+    configs = [job.config for job in jobs]
+    for data_dir in dict.fromkeys(config.data.data_dir for config in configs):
+        open_datasets(data_dir)
+    for config in configs:
+        if config.eval.eval_hellaswag_every:
+            tasks.check_there(config.eval.hellaswag)
+    for init in {job.config.model.init: None for job in jobs if not state_folders(job.folder)}:
+        if init:
+            weights.check_there(init)
 
 
 class _Processes:
@@ -222,7 +244,7 @@ def _with_equal_seconds(
 
 
 def _is_finished(job: Job) -> bool:
-    """Whether the run of a job is at its end, or diverged.
+    """Whether the run of a job is at its end.
 
     Raises:
         UserError: the folder holds a run with other options.
@@ -243,7 +265,12 @@ def _is_finished(job: Job) -> bool:
             f"{job.folder} is of a run with other options: {', '.join(differ)}; use another "
             "--out_dir= for this sweep"
         )
-    if found.unfinished():
+    return _has_ended(job)
+
+
+def _has_ended(job: Job) -> bool:
+    """Whether the folder of a job has a run that came to its end, or diverged."""
+    if not _has_begun(job) or (found := read_run(job.folder)).unfinished():
         return False
     return bool(found.diverged) or (job.folder / MODEL_NAME).is_file()
 

@@ -74,6 +74,12 @@ def load_items(
     return items
 
 
+def check_there(spec: str) -> None:
+    """Raises UserError for a file of items that does not exist; "hub" is looked up when read."""
+    if spec and spec != HUB and not Path(spec).is_file():
+        raise UserError(f"{spec}: No such file; or use hub")
+
+
 def _download(task: Task, log: Callable[[str], None]) -> Path:
     dataset = HubDataset(task.repository, "main", log)
     folder, _, _ = task.file.rpartition("/")

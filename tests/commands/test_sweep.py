@@ -23,12 +23,13 @@ SMALL.remove("--device=cpu")
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, data_dir):
     path = tmp_path / "recipe.toml"
     config = parse(TrainConfig, [*SMALL, "--eval_every=2", "--save_every=2"], "gpt2 train")
     names = [argument[2:].partition("=")[0] for argument in SMALL]
     given = {name: value for name, value in flatten(config).items() if name in names}
-    path.write_text(to_toml(given) + "eval_every = 2\nsave_every = 2\n")
+    rest = f"eval_every = 2\nsave_every = 2\ndata_dir = '{data_dir}'\n"
+    path.write_text(to_toml(given) + rest)
     return path
 
 
@@ -218,6 +219,42 @@ def test_mistakes_are_one_line(call, trainer, recipe, capsys):
         assert said in line, line
         assert line.count("\n") == 1
     assert trainer.calls == []
+
+
+@pytest.mark.parametrize(("swept", "more", "said"), [
+    ("data_dir={data};none", [], "no data folder none; make one with"),
+    ("data_dir={data};{data}:1,none:1", [], "no data folder none; make one with"),
+    ("init={model};nope.pt", [], "nope.pt: no such checkpoint"),
+    ("init=openai-community/gpt2,nope", [], "nope: no such file or folder here; models of"),
+    ("hellaswag=hub,nope.jsonl", ["--eval_hellaswag_every=2"], "nope.jsonl: No such file"),
+])  # fmt: skip
+@pytest.mark.parametrize("budget", [[], ["--seconds=9"]])
+def test_what_a_run_lacks_is_said_before_the_first_run(
+    swept, more, said, budget, call, trainer, data_dir, tmp_path, capsys
+):
+    (tmp_path / "model.pt").write_text("")
+    swept = swept.format(data=data_dir, model=tmp_path / "model.pt")
+    assert call("--set", swept, *more, *budget) == 2
+    assert said in capsys.readouterr().err
+    assert trainer.calls == []
+
+
+def test_a_run_needs_its_weights_and_data_no_longer_than_it_reads_them(
+    call, trainer, data_dir, tmp_path, capsys
+):
+    model, data = tmp_path / "model.pt", tmp_path / "data"
+    model.write_text("")
+    shutil.copytree(data_dir, data)
+    argv = [f"--init={model}", f"--data_dir={data}", "--block_size=32"]
+    assert call(*argv) == 0
+    (tmp_path / "o/seed=1/out_ckpt.pt").unlink()  # it is to go on
+    model.unlink()
+    assert call(*argv) == 2
+    assert "model.pt: no such checkpoint" in capsys.readouterr().err
+    (tmp_path / "o/seed=1/state/step_00000002").mkdir(parents=True)
+    assert call(*argv) == 0
+    shutil.rmtree(data)
+    assert call(*argv) == 0
 
 
 def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(call, trainer, monkeypatch, capsys):

@@ -98,7 +98,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], settings: bytes) -> 
     Raises:
         UserError: no space or no permission; an older folder stays.
     """
-    with write_errors(folder), replacing_folder(folder) as temporary:
+    with write_errors(folder, bytes_of(tensors)), replacing_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_bytes(settings)
 

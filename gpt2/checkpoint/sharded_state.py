@@ -22,7 +22,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from .state_schema import not_whole
 from .training_state import Resumed, folder_of, new_state, write_rest
-from .write_errors import write_errors
+from .write_errors import bytes_of, write_errors
 
 
 def write(
@@ -53,8 +53,9 @@ def write(
     unfinished = contextlib.ExitStack()  # holds the temporary folder, on rank 0
 
     def finish() -> None:
-        with write_errors(folder_of(out_dir, step)):
-            write_rest(folder, step, config, rest | {"optimizer": optimizer})
+        whole = rest | {"optimizer": optimizer}
+        with write_errors(folder_of(out_dir, step), bytes_of(whole)):
+            write_rest(folder, step, config, whole)
         unfinished.close()  # renames the folder
 
     try:

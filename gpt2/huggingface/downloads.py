@@ -119,7 +119,7 @@ class Downloads:
         try:
             future.set_result(self._fetch(file))
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = error.errno == errno.ENOSPC
             reason = "disk full" if full else error.strerror or error
             text = (
                 f"{reason} while downloading {file.name} to {self._folder}; finished shards are "

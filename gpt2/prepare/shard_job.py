@@ -311,7 +311,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno == errno.ENOSPC
         raise UserError(
             f"{'disk full' if full else error.strerror} while writing {path}; finished shards are "
             "kept: run the same command again to continue"

@@ -1,5 +1,6 @@
 """Whole, verified files from a Hub that misbehaves, one ahead; in processes of their own."""
 
+import errno
 import json
 import os
 import signal
@@ -152,6 +153,12 @@ def test_full_disk(hub, tmp_path):
     assert error.startswith("disk full while downloading data/a.bin to ")
     assert "finished shards are kept" in error
     assert child(hub, tmp_path, READ_ONE)["result"] == "00"
+
+
+def test_a_quota_is_no_full_disk(hub, tmp_path):
+    quota = f"    def opener(*_): raise OSError({errno.EDQUOT}, 'Disk quota exceeded')\n"
+    error = child(hub, tmp_path, quota + "    hub.no_follow = opener\n" + READ_ONE)["error"]
+    assert error.startswith("Disk quota exceeded while downloading data/a.bin to ")
 
 
 def start(hub, tmp_path, code, **more):

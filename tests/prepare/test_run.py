@@ -570,13 +570,16 @@ def test_full_disk_keeps_finished_shards(tmp_path, corpus, undisturbed, monkeypa
     assert content(tmp_path / "out") == content(undisturbed)
 
 
-def test_full_disk_at_the_manifest(tmp_path, corpus, undisturbed, monkeypatch):
+@pytest.mark.parametrize(("number", "said"), [
+    (errno.ENOSPC, "disk full"), (errno.EDQUOT, os.strerror(errno.EDQUOT))
+])  # fmt: skip
+def test_full_disk_at_the_manifest(number, said, tmp_path, corpus, undisturbed, monkeypatch):
     def full(folder, manifest):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
         patch.setattr(shard_job, "write_manifest", full)
-        with pytest.raises(UserError, match=r"disk full while writing .*run the same command aga"):
+        with pytest.raises(UserError, match=rf"{said} while writing .*run the same command aga"):
             run(corpus, tmp_path / "out", shard_tokens=1500)
     run(corpus, tmp_path / "out", shard_tokens=1500)
     assert content(tmp_path / "out") == content(undisturbed)

@@ -26,6 +26,7 @@ from .run_folder import MODEL_NAME, is_on_record, out_dir
 from .schedules import sequences_left
 from .state import TrainState
 from .tuning_plan import note_few_steps
+from .weight_average import EVERY
 
 MANY_EPOCHS = 50
 PLOT_SECONDS = 30  # a run that trained for so long draws its curves at the end
@@ -187,9 +188,12 @@ def note_schedule(optim: OptimOptions) -> None:
     if ema:
         console.log(f"validation and the exported model: weights averaged over about {ema:,} steps")
     if ema * SHORTEST_FOR_EMA > steps:
+        fits = steps // SHORTEST_FOR_EMA
+        # an average over fewer steps than lie between two of its updates is none
+        way = f"{fits}, 0 for none" if fits >= EVERY else "0, or leave it out"
         console.warn(
             f"averages over {ema:,} of {steps:,} steps hold weights from long before; use "
-            f"--ema_steps={steps // SHORTEST_FOR_EMA}, 0 for none"
+            f"--ema_steps={way}"
         )
 
 

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 
+from gpt2.config.train import OptimOptions
 from gpt2.report import metrics as metrics_module
 from gpt2.train import loop, messages
 from gpt2.train.progress import FIRST_LINES, Progress
@@ -154,6 +155,20 @@ def test_a_warm_up_or_an_average_longer_than_the_run_is_warned_of(data_dir, tmp_
     said = capsys.readouterr()
     assert "its peak" not in said.out + said.err
     assert "averaged over" not in said.out + said.err
+
+
+@pytest.mark.parametrize(("steps", "advice"), [
+    (2, "use --ema_steps=0, or leave it out"),
+    (24, "use --ema_steps=0, or leave it out"),
+    (25, "use --ema_steps=5, 0 for none"),
+    (104, "use --ema_steps=20, 0 for none"),
+])  # fmt: skip
+def test_the_average_that_is_advised_fits_the_run(steps, advice, capsys):
+    messages.note_schedule(OptimOptions(max_steps=steps, ema_steps=50))
+    assert capsys.readouterr().err.endswith(f"hold weights from long before; {advice}\n")
+    advised = int(re.search(r"--ema_steps=(\d+)", advice)[1])
+    messages.note_schedule(OptimOptions(max_steps=steps, ema_steps=advised))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="quotes of a POSIX shell")

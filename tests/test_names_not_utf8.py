@@ -9,6 +9,7 @@ import pytest
 from gpt2 import GPT2
 from gpt2.cli import main
 from gpt2.data.shards import read_manifest, write_manifest
+from gpt2.errors import UserError
 from gpt2.untrusted.parsing import load_json, to_json
 
 from .conftest import TINY
@@ -68,3 +69,5 @@ def test_weights_are_not_kept_under_such_a_name(data_dir, tmp_path, monkeypatch,
     assert "caf\\udce9" in error
     assert error.endswith("the name is not UTF-8, as names of weights must be; use another\n")
     assert not any((tmp_path / NAME).iterdir())
+    with pytest.raises(UserError, match="the name is not UTF-8"):
+        GPT2(n_layer=1, n_head=1, n_embd=8, block_size=16).save(f"{NAME}/a.pt")

@@ -24,6 +24,7 @@ from ..files import replacing_file, replacing_folder
 from ..huggingface.kept_tokenizer import to_store
 from ..huggingface.model_format import WRAPPER_PREFIX, with_table
 from ..model.lora import merged_state
+from ..paths import check_utf8
 from ..tokenizer import Tokenizer
 from ..untrusted.display import shown
 from ..untrusted.parsing import named
@@ -68,8 +69,9 @@ def write_model(
         own_tokenizer: of a model that does not speak GPT-2's vocabulary.
 
     Raises:
-        UserError: no space or no permission; an older file stays.
+        UserError: no space or no permission, or a name that is not UTF-8; an older file stays.
     """
+    check_utf8(path)
     content = {
         "format": FORMAT,
         "model": on_cpu(tensors),

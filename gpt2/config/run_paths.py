@@ -79,11 +79,10 @@ def as_written(settings: dict[str, Any], written: dict[str, Any]) -> dict[str, A
     """
     found = {}
     for name in PATHS:
-        given, absolute = str(settings.get(name, "")), str(written.get(name, ""))
-        same = os.path.isabs(absolute) and absolute.endswith(os.sep + given)
-        if given and same and not os.path.exists(given) and os.path.exists(absolute):
-            found[name] = absolute
-    return settings | found
+        pieces = [str(of.get(name, "")).split(",") for of in (settings, written)]
+        if len(pieces[0]) == len(pieces[1]):
+            found[name] = ",".join(map(_as_written, *pieces))
+    return settings | {name: value for name, value in found.items() if name in settings}
 
 
 def find_beside(name: str, file: Path) -> str:
@@ -130,6 +129,16 @@ def _inside(value: Any, start: Path) -> Any:
         return value
     prefix = os.path.join(start, "")
     return ",".join(piece.removeprefix(prefix) for piece in value.split(","))
+
+
+def _as_written(given: str, written: str) -> str:
+    """A path that is not here by its absolute form in config.toml; both may have a weight."""
+    pairs = [(m[1], m[2] or "") for m in map(PIECE.match, (given, written)) if m]
+    (name, weight), (path, other) = pairs
+    same = os.path.isabs(path) and path.endswith(os.sep + os.path.normpath(name))
+    if not name or weight != other or not same or os.path.exists(name):
+        return given
+    return written if os.path.exists(path) else given
 
 
 def _piece(name: str, weight: str, start: Path) -> str:

@@ -4,7 +4,6 @@ Files come through huggingface_hub's cache, so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFF
 work as usual. All files come from one commit. Each is compared with the sha256 in its cache path.
 """
 
-import contextlib
 import re
 import socket
 from collections.abc import Iterator
@@ -55,10 +54,29 @@ def download(repository: str, revision: str = "", *, with_tokenizer: bool = True
         for name in model_format.index_files(index):
             _verify(_fetch(repository, name, commit))
     if with_tokenizer:
-        for name in own_tokenizer.DOWNLOADED:
-            with contextlib.suppress(_Missing):
-                _fetch(repository, name, commit)
+        _fetch_tokenizer(repository, folder)
     return folder
+
+
+def _fetch_tokenizer(repository: str, folder: Path) -> None:
+    """Gets what there is of the tokenizer's files.
+
+    Raises:
+        UserError: without the Hub, a cache that does not show whether the model has a tokenizer:
+            GPT-2's would be a guess.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    commit, missing = folder.name, {}
+    for name in own_tokenizer.DOWNLOADED:
+        try:
+            _fetch(repository, name, commit)
+        except _Missing as error:
+            missing[name] = error
+    name = own_tokenizer.JSON_FILE
+    unknown = name in missing and try_to_load_from_cache(repository, name, revision=commit) is None
+    if unknown and missing[name].in_cache and own_tokenizer.content_of(folder) is None:
+        raise missing[name]
 
 
 class _Missing(UserError):

@@ -33,9 +33,10 @@ def give_up(
     own = launched.own_tokens
     batch = rt.on_main(lambda: note_batch(state, config, launched.tokens - own, own))
     log.record(launched.step, **{DIVERGED: launched.step - state.skipped + 1})
+    way = rt.on_main(lambda: way_out(launched.step, state, config))
     raise UserError(
         f"the loss or the gradient was NaN or infinite in {state.skipped} steps in a row, up "
-        f"to step {launched.step}, which read {batch}; the checkpoints are untouched: continue "
+        f"to step {launched.step}, which read {batch}; the checkpoints are untouched: {way} "
         "with a lower --learning_rate, or with --dtype=float32 "
         "(docs/troubleshooting.md#loss-is-nan)"
     )
@@ -86,7 +87,8 @@ def check_end(
     if state.stop and not state.is_complete(config.optim):
         return
     step, since = state.step, state.step - state.skipped + 1
-    lost = state.val_loss is not None and not math.isfinite(state.val_loss)
+    val_loss = state.val_loss if state.evaluated_at == step else None
+    lost = val_loss is not None and not math.isfinite(val_loss)
     # fp16 skips its first steps while it looks for the scale of the loss
     untrained = 0 < step == state.skipped and not state.scaler.is_enabled()
     if not (lost or untrained):
@@ -101,17 +103,17 @@ def check_end(
     steps = f"the loss or the gradient was NaN or infinite in every step since step {since}"
     loss = f"the validation loss at step {step} is NaN or infinite"
     both = f"{loss}, and {steps}" if state.skipped else loss
-    way = rt.on_main(lambda: way_out(state, config))
+    way = rt.on_main(lambda: way_out(step, state, config))
     raise UserError(
         f"the run has diverged: {both if lost else steps}; everything is saved: {way} with a lower "
         "--learning_rate, or with --dtype=float32 (docs/troubleshooting.md#loss-is-nan)"
     )
 
 
-def way_out(state: TrainState, config: TrainConfig) -> str:
-    """From where a run that has diverged can be trained again, in words."""
+def way_out(step: int, state: TrainState, config: TrainConfig) -> str:
+    """From where a run that has diverged up to a step can be trained again, in words."""
     # The weights that gave the first bad loss are those of the step before it.
-    last = state.step - state.skipped - 1
+    last = step - state.skipped - 1
     good = [p for p in state_folders(out_dir(config)) if int(p.name[5:]) <= last]
     if good:
         return f"go on from an earlier state ({for_shell(f'--resume={good[-1]}')})"

@@ -50,7 +50,7 @@ def files_of(model, folder: Path, **settings) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(theirs, tmp_path):
+def hub(theirs, data_dir, tmp_path):
     whole = files_of(theirs, tmp_path / "whole")
     llama = whole["config.json"].replace(b'"model_type": "gpt2"', b'"model_type": "llama"')
     assert llama != whole["config.json"]
@@ -59,6 +59,7 @@ def hub(theirs, tmp_path):
             "openai-community/gpt2": whole | {"pytorch_model.bin": b"pickled"},
             "openai-community/gpt2-xl": files_of(theirs, tmp_path / "x", max_shard_size="100KB"),
             "me/mine": whole,
+            "me/untold": whole | {"tokenizer.json": (data_dir / "tokenizer.json").read_bytes()},
             "me/pickled": {"config.json": whole["config.json"], "pytorch_model.bin": b"pickled"},
             "me/llama": whole | {"config.json": llama},
             "me/damaged": whole | {"model.safetensors": whole["model.safetensors"][:-9]},
@@ -118,8 +119,16 @@ def test_without_a_network_only_the_cache_is_asked(hub, tmp_path):
     """A name under .invalid never resolves (RFC 6761); huggingface_hub would try it for 26 s."""
     assert load_in_child(hub, tmp_path, "me/mine") == ["found"]
     no_network = {"HF_ENDPOINT": "http://hub.invalid"}
-    found, told = load_in_child(hub, tmp_path, "me/mine", "out/mine", **no_network)
-    assert found == "found"
+    more = "me/untold", "out/mine"
+    assert load_in_child(hub, tmp_path, more[0]) == ["found"]
+    for link in tmp_path.glob("home/hub/models--me--untold/snapshots/*/tokenizer.json"):
+        link.unlink()  # as after a download that was cut off
+    found, untold, told = load_in_child(hub, tmp_path, "me/mine", *more, **no_network)
+    assert found == "found"  # the cache knows that it has no tokenizer
+    assert "does not resolve (no network?) and the cache lacks its tokenizer.json" in untold
+    offline = load_in_child(hub, tmp_path, "me/mine", more[0], HF_HUB_OFFLINE="1")
+    assert offline[0] == "found"
+    assert "HF_HUB_OFFLINE is set and the cache lacks its tokenizer.json" in offline[1]
     assert told == (
         "out/mine: no such file or folder here, the name hub.invalid does not resolve (no "
         "network?) and the cache lacks its config.json; try again with a network, or download first"

@@ -132,8 +132,10 @@ def test_a_run_with_an_absolute_folder_is_known_from_elsewhere(
     monkeypatch.chdir(tmp_path / "a")
     small = [*TINY, "--data_dir=data/mine"]
     assert cli.main(["train", *small, "--out_dir=out/base", "--max_steps=1"]) == 0
-    rest = [argument for argument in small if not argument.startswith("--n_")]
-    begun = ["train", *rest, f"--out_dir={tmp_path}/disk/x", "--init=out/base"]
+    rest = [argument for argument in TINY if not argument.startswith("--n_")]
+    shutil.copytree(data_dir, "data/more")
+    rest.append("--data_dir=data/mine/:0.5,./data/more:0.5")
+    begun = ["train", *rest, f"--out_dir={tmp_path}/disk/x", "--init=./out/base/"]
     assert cli.main([*begun, "--max_steps=1"]) == 0
     assert cli.main([*begun, "--max_steps=2"]) == 0
     monkeypatch.chdir(tmp_path)

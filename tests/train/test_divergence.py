@@ -114,8 +114,10 @@ def test_a_run_that_gave_up_is_known_as_such(data_dir, tmp_path, monkeypatch, ba
     monkeypatch.setattr(loop, "MAX_SKIPPED_STEPS", 3)
     bad_from(4)
     argv = ["--max_steps=9", f"--save_every={save_every}", "--log_every=50"]
-    with pytest.raises(UserError, match="3 steps in a row, up to step 6"):
+    with pytest.raises(UserError, match="3 steps in a row, up to step 6") as caught:
         loop.run(config(data_dir, tmp_path, *argv))
+    way = "step_00000002" if save_every == 2 else "begin again (--resume=never)"
+    assert way in str(caught.value)
     run = read_run(tmp_path)
     assert (run.diverged, run.unfinished()) == ("loss or gradient NaN since step 4", "")
     monkeypatch.undo()

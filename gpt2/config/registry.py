@@ -123,8 +123,13 @@ def own_shapes(kind: str, name: str, config: Any) -> dict[str, tuple[int, ...]] 
 
 
 @contextmanager
-def blamed(kind: str, name: str) -> Iterator[None]:
+def blamed(kind: str, name: str, doing: str = "") -> Iterator[None]:
     """Makes one line of an error in the code of a registered part: its option, file and line.
+
+    Args:
+        kind: of the part.
+        name: of the part.
+        doing: what was done with it, with a colon and a space behind.
 
     Raises:
         UserError: for an error of any kind.
@@ -137,7 +142,7 @@ def blamed(kind: str, name: str) -> Iterator[None]:
         lines = {path: _line_in(error, path) for path in _loaded}
         at = next((f"{path}, {line}" for path, line in lines.items() if line), "")
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{kind}={name}: {at}{reason}") from error
+        raise UserError(f"{kind}={name}: {doing}{at}{reason}") from error
 
 
 def plugins() -> dict[str, str]:

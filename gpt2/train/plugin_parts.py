@@ -1,4 +1,4 @@
-"""Parts of a plugin, tried on a few random tokens before the first step.
+"""Parts of a plugin, tried on random tokens before the first step.
 
 A wrong part often trains without a word: a shape that broadcasts, a look at later tokens, a number
 that no checkpoint keeps. The parts are made anew for this, beside the network, which stays as it
@@ -21,8 +21,8 @@ from ..model.own_parts import build_own
 from ..report import console
 from ..untrusted.display import shown
 
-ROWS, TOKENS = 2, 8  # of the input
-NOISE = 0.02  # that parameters get: weights of 0 would hide what a part does
+ROWS = 2  # of the input, each as long as the context: a part may need it whole
+NOISE = 0.02  # that parameters of 0 get: they would hide what a part does
 SAME, SIMILAR = 1e-4, 0.02  # difference / largest number: of equal and of differently cut matmuls
 
 
@@ -43,34 +43,36 @@ def check_parts(model: Any, rt: Runtime) -> None:
         return
     kept = rng_state(rt.device)
     try:
-        # Compiling a part for this small input would take longer than the check.
+        # Compiling a part for this one input would take longer than the check.
         with torch.compiler.set_stance("force_eager"), rt.autocast():
             for kind in ("norm", "mlp"):  # an MLP reads what the norm gives
                 if registered(kind, settings[kind]):
-                    with blamed(kind, settings[kind]):
-                        _check_part(kind, settings[kind], model.config, rt)
+                    _check_part(kind, settings[kind], model.config, rt)
     finally:
         set_rng_state(kept, rt.device)
 
 
 def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> None:
-    label, part = f"{kind}={name}", _make(kind, name, config, rt, number=0)
-    x = _input(kind, part, config, rt)
-    if isinstance(part, nn.Module):
-        _check_parameters(label, part, x, rt)
-    with torch.no_grad():
-        _check_tokens(label, part, x)
+    label = f"{kind}={name}"
+    with blamed(kind, name):
+        part = _make(kind, name, config, rt, noise=NOISE)
+        x = _input(kind, part, config, rt)
+        if not _is_finite(part, x):  # by the noise, perhaps: a logarithm has a domain
+            part = _make(kind, name, config, rt)
+    with blamed(kind, name, f"tried on an input of {tuple(x.shape)}: "):
+        with torch.no_grad():
+            _check_tokens(label, part, x, rt)
+            if isinstance(part, nn.Module):
+                _check_constants(label, part, _make(kind, name, config, rt, number=1), x)
+            if rt.is_main:
+                _check_cache(label, part, x)
         if isinstance(part, nn.Module):
-            _check_constants(label, part, _make(kind, name, config, rt, number=1), x)
-        alone = _output(label, part, x[:, -1:])
-        if rt.is_main and not _close(_output(label, part, x)[:, -1:], alone, SIMILAR):
-            console.warn(
-                f"{label} reads tokens before its own, which the KV cache does not keep: texts are "
-                "right only in Python, by generate(…, use_cache=False)"
-            )
+            _check_parameters(label, part.train(), x, rt)
 
 
-def _make(kind: str, name: str, config: Any, rt: Runtime, number: int) -> Any:
+def _make(
+    kind: str, name: str, config: Any, rt: Runtime, *, number: int = 0, noise: float = 0.0
+) -> Any:
     """The part, a module on the device of the run; what it draws follows from the number."""
     seed(number)
     part = build_own(kind, name, config)
@@ -78,17 +80,27 @@ def _make(kind: str, name: str, config: Any, rt: Runtime, number: int) -> Any:
         part.to(rt.device)
         with torch.no_grad():
             for p in part.parameters():
-                if p.requires_grad:
-                    p.add_(NOISE * torch.randn_like(p))
+                if p.requires_grad and noise:
+                    p.add_(noise * torch.randn_like(p) * (p == 0))
     return part
+
+
+@torch.no_grad()
+def _is_finite(part: Any, x: Tensor) -> bool:
+    """Whether a part gives finite numbers; what else it may give is for `_output`."""
+    try:
+        y = part(x.clone())
+    except Exception:  # noqa: BLE001 - other people's code raises anything
+        return False
+    return not isinstance(y, Tensor) or bool(y.isfinite().all())
 
 
 def _input(kind: str, part: Any, config: Any, rt: Runtime) -> Tensor:
     """(B, T, C) for a norm or an MLP, (B, T, 4 C) for an activation; its dtype is a run's."""
     from ..model.modern import Norm  # a run of GPT-2 never imports it
 
-    C, tokens = config.n_embd, min(TOKENS, config.block_size)
-    x = to_residual_stream(torch.randn(ROWS, tokens, C, device=rt.device))
+    C = config.n_embd
+    x = to_residual_stream(torch.randn(ROWS, config.block_size, C, device=rt.device))
     if kind == "mlp":
         x = Norm(config).to(rt.device)(x)
     if kind == "mlp" and not isinstance(part, nn.Module):
@@ -120,45 +132,90 @@ def _close(a: Tensor, b: Tensor, share: float = SAME) -> bool:
 def _check_parameters(label: str, part: nn.Module, x: Tensor, rt: Runtime) -> None:
     """Raises UserError for parameters that DDP or FSDP cannot train.
 
-    DDP waits for the gradient of each parameter, and FSDP cuts each by its first dimension.
+    Several ranks wait for the gradient of each parameter; one rank leaves those without one as they
+    are. FSDP cuts each parameter by its first dimension, and keeps those of a block as one tensor.
     """
+    for name, p in part.named_parameters():
+        if rt.sharded and not p.ndim:
+            raise UserError(
+                f"{label}: --parallel=fsdp cannot cut its parameter {name}, a single number; give "
+                "it the shape (1,), or use --parallel=ddp"
+            )
+        if rt.sharded and p.dtype != torch.float32:
+            raise UserError(
+                f"{label}: --parallel=fsdp cannot take its parameter {name}, which is "
+                f"{str(p.dtype)[6:]}; make it float32, or use --parallel=ddp"
+            )
     trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
     y = _output(label, part, x.clone().requires_grad_())
     gradients: tuple[Tensor | None, ...] = (None,) * len(trained)
     if trained and y.requires_grad:
         ones = torch.ones_like(y)
         gradients = torch.autograd.grad(y, [*trained.values()], ones, allow_unused=True)
-    for (name, p), gradient in zip(trained.items(), gradients, strict=True):
-        if gradient is None:
-            raise UserError(
-                f"{label}: no gradient reaches its parameter {name}; use it in forward, freeze it "
-                f"by requires_grad=False, or add 0 * {name}.sum() to the output"
-            )
-        if rt.sharded and not p.ndim:
-            raise UserError(
-                f"{label}: --parallel=fsdp cannot cut its parameter {name}, a single number; give "
-                "it the shape (1,), or use --parallel=ddp"
-            )
+    missing = [name for name, g in zip(trained, gradients, strict=True) if g is None]
+    if not missing:
+        return
+    name = missing[0]
+    said = (
+        f"{label}: no gradient reaches its parameter {name}, for which several ranks wait; use it "
+        f"in forward, freeze it by requires_grad=False, or add 0 * {name}.sum() to the output"
+    )
+    if rt.world_size > 1:
+        raise UserError(said)
+    console.warn(said)
 
 
-def _check_tokens(label: str, part: Any, x: Tensor) -> None:
-    """Raises UserError if another output than the last changes with the last token of the last row.
+def _draws(label: str, part: Any, x: Tensor, rt: Runtime) -> bool:
+    """Whether a part draws random numbers; True where a device does not show it."""
+    states = []
+    for forward in (False, True):
+        seed(0)
+        if forward:
+            _output(label, part, x)
+        state = rng_state(rt.device)
+        states.append([state.pop("python")[1], *state.values()])
+    changed = any(not torch.equal(a, b) for a, b in zip(*states, strict=True))
+    return changed or rt.device.type not in ("cpu", "cuda")
 
-    In training and in evaluation: a batch norm differs. A part that draws by generators of its own
-    cannot be judged.
+
+def _check_tokens(label: str, part: Any, x: Tensor, rt: Runtime) -> None:
+    """Raises UserError if an output changes with later tokens, or with those of another row.
+
+    In training and in evaluation: a batch norm differs. A part that draws in training is judged in
+    evaluation alone: where an expert gets one token more, all others get another dropout.
     """
+    cut = min(x.shape[1] // 2 | 1, x.shape[1] - 1)  # odd: inside a chunk of tokens
     changed = x.clone()
-    changed[-1, -1] = -x[-1, 0]
+    changed[-1, cut:] = 2 * x[-1, cut:].abs()  # another mean and another length: no sum hides it
+    before = x.shape[1] * (ROWS - 1) + cut  # tokens that are as they were
     for training in (True, False):
         if isinstance(part, nn.Module):
             part.train(training)
+        if training and _draws(label, part, x, rt):
+            continue
         first, again, other = (_output(label, part, value) for value in (x, x, changed))
-        same = _close(first.flatten(0, 1)[:-1], other.flatten(0, 1)[:-1])
-        if _close(first, again) and not same:
+        same = _close(first.flatten(0, 1)[:before], other.flatten(0, 1)[:before])
+        if torch.equal(first, again) and not same:  # else it draws by a generator of its own
             raise UserError(
                 f"{label} reads later tokens or other sequences, so its losses would be false; "
                 "compute each token from itself and those before it"
             )
+
+
+def _check_cache(label: str, part: Any, x: Tensor) -> None:
+    """Warns of a part that gives a token by itself, as the KV cache does, another output."""
+    whole = _output(label, part, x)[:, -1:]
+    try:
+        alone = _output(label, part, x[:, -1:])
+    except Exception:  # noqa: BLE001 - a part in chunks raises anything, and still trains
+        found = "fails on a single token, as the KV cache gives them"
+    else:
+        found = "reads tokens before its own, which the KV cache does not keep"
+        if _close(whole, alone, SIMILAR):
+            return
+    console.warn(
+        f"{label} {found}: texts are right only in Python, by generate(…, use_cache=False)"
+    )
 
 
 def _check_constants(label: str, part: nn.Module, other: nn.Module, x: Tensor) -> None:

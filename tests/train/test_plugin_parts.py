@@ -15,13 +15,13 @@ from gpt2.config.registry import forget
 from gpt2.distributed.random_state import rng_state
 from gpt2.distributed.runtime import Runtime
 from gpt2.errors import UserError
-from gpt2.train.plugin_parts import check_parts
+from gpt2.train.plugin_parts import ROWS, check_parts
 from gpt2.train.setup import network
 
 from ..conftest import TINY, run_python
 from ..test_distributed import command
 
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 50}
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 50}
 SMALL = [*TINY, "--n_layer=1", "--n_embd=16"]
 
 
@@ -54,9 +54,9 @@ def mlp(add=None, forward=None, change=None):
     return type("Part", (Linear,), {name: value for name, value in given.items() if value})
 
 
-def check(part, kind="mlp", dtype=torch.float32, **more):
+def check(part, kind="mlp", dtype=torch.float32, positions=8, **more):
     gpt2.register(kind, "own")(part)
-    model = network(ModernConfig(**SHAPE, **{kind: "own"}))
+    model = network(ModernConfig(**SHAPE | {"block_size": positions}, **{kind: "own"}))
     rt = Runtime(torch.device("cpu"), dtype, **more)
     check_parts(model, rt)
     return model
@@ -196,7 +196,7 @@ def test_ranks_share_a_part_with_constants(constants, data_dir, tmp_path, parall
     ("mlp", mlp(change=lambda y: y.roll(-1, 1)), "reads later tokens or other sequences"),
     ("mlp", mlp(change=lambda y: F.batch_norm(y, None, None, training=True)), "other sequences"),
     ("mlp", mlp(change=lambda y: y[:, :7]), "mlp=own gives (2, 7, 16)"),
-    ("mlp", mlp(change=lambda y: y @ y), "mlp=own: RuntimeError: Expected size for first two dim"),
+    ("mlp", mlp(change=lambda y: y @ y), "=own: tried on an input of (2, 8, 16): RuntimeError"),
     ("mlp", lambda x: x[..., :1], "mlp=own gives (2, 8, 1) torch.float32 for an input of (2, 8, 6"),
     ("mlp", lambda x: x > 0, "mlp=own gives (2, 8, 64) torch.bool"),
     ("mlp", lambda x: x.cumsum(1).flip(1), "mlp=own reads later tokens"),
@@ -227,6 +227,27 @@ def test_later_tokens_are_seen_in_training_and_in_evaluation(leaks):
         check(type("Part", (InTraining,), {"leaks": leaks}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positions", [2, 3, 1024])
+@pytest.mark.parametrize("leak", [
+    lambda y: y.mean((0, 1), keepdim=True),
+    lambda y: y.square().mean((0, 1), keepdim=True),
+    lambda y: y.roll(-1, 1).roll(1, 0),
+    lambda y: y[-1:, -1:].detach(),
+    lambda y: y.view(ROWS, -1, min(16, y.shape[1]), 16).mean(2).repeat_interleave(
+        min(16, y.shape[1]), 1),
+])  # fmt: skip
+def test_later_tokens_are_seen_in_a_context_of_any_length(leak, positions, dtype):
+    with pytest.raises(UserError, match="reads later tokens"):
+        check(mlp(change=lambda y: y + leak(y)), dtype=dtype, positions=positions)
+
+
+def test_other_sequences_are_seen_in_a_context_of_one_token():
+    with pytest.raises(UserError, match="reads later tokens or other sequences"):
+        check(mlp(change=lambda y: y + y.mean(0)), positions=1)
+    check(Linear, positions=1)
+
+
 class Zero(Linear):
     """Its output is 0 at first, whatever it reads."""
 
@@ -252,10 +273,40 @@ def drawn(self, x):
     return self.c_fc(x) * torch.rand(x.shape, generator=generator) if self.training else x
 
 
+def little_noise(self, x):
+    """About the rounding of bf16, by a generator that no seed reaches."""
+    self.calls = self.__dict__.get("calls", 0) + 1
+    return self.c_fc(x) * (1 + 0.02 * self.calls * self.training)
+
+
+class Experts(nn.Module):
+    """Top-1 of experts with dropout inside: with other tokens it draws other masks."""
+
+    def __init__(self, config):
+        super().__init__()
+        n = config.n_embd
+        self.router = nn.Linear(n, 4, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(n, n), nn.Dropout(0.5), nn.Linear(n, n)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        weights, chosen = self.router(flat).float().softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            (at,) = (chosen == number).nonzero(as_tuple=True)
+            if len(at):
+                out = out.index_add(0, at, (expert(flat[at]) * weights[at, None]).to(out.dtype))
+        return out.view_as(x)
+
+
 @pytest.mark.parametrize(("kind", "part"), [
     ("mlp", Linear),
     ("mlp", mlp(forward=dropped)),
     ("mlp", mlp(forward=lambda self, x: drawn(self, x) + self.c_fc(x))),
+    ("mlp", mlp(forward=little_noise)),
+    ("mlp", Experts),
     ("mlp", mlp(attribute(torch.arange), by_index)),
     ("mlp", torch.relu_),
     ("mlp", lambda x: x.sigmoid() * x),
@@ -266,7 +317,7 @@ def drawn(self, x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_right_part_passes_and_nothing_else_changes(kind, part, dtype, capsys):
     gpt2.register(kind, "own")(part)
-    model = network(ModernConfig(**SHAPE, **{kind: "own"}))
+    model = network(ModernConfig(**SHAPE | {"block_size": 64}, **{kind: "own"}))
     device = torch.device("cpu")
     weights, before = {n: t.clone() for n, t in model.state_dict().items()}, rng_state(device)
     check_parts(model, Runtime(device, dtype))
@@ -281,6 +332,42 @@ def test_a_right_part_passes_and_nothing_else_changes(kind, part, dtype, capsys)
 def test_a_part_that_reads_earlier_tokens_is_told_of_the_cache(capsys):
     check(mlp(change=lambda y: F.pad(y, (0, 0, 1, 0))[:, :-1]))
     assert "mlp=own reads tokens before its own, which the KV cache" in capsys.readouterr().err
+
+
+def in_chunks(y):
+    """The mean of the tokens so far in a chunk of 16."""
+    chunks = y.view(len(y), -1, 16, y.shape[-1])
+    return (chunks.cumsum(2) / torch.arange(1, 17)[:, None]).to(y.dtype).view(y.shape)
+
+
+def mixed(y):
+    """By a matrix that is made for the whole context alone."""
+    return (torch.ones(64, 64).tril().to(y.dtype) / 64) @ y
+
+
+@pytest.mark.parametrize("change", [in_chunks, mixed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_part_may_need_the_whole_context(change, dtype, capsys):
+    check(mlp(change=change), dtype=dtype, positions=64)
+    said = capsys.readouterr().err
+    assert "warning: mlp=own fails on a single token, as the KV cache gives them: texts" in said
+    assert said.count("\n") == 1
+
+
+def parameter(value, change):
+    return mlp(
+        lambda self, width: setattr(self, "p", nn.Parameter(torch.full((width,), value))),
+        lambda self, x: self.c_fc(x) * change(self.p),
+    )
+
+
+@pytest.mark.parametrize(("value", "change"), [
+    (0.99, lambda p: (1 - p).log()),
+    (1e-2, torch.sqrt),
+    (0.0, lambda p: (0.001 - p).log()),
+])  # fmt: skip
+def test_parameters_stay_where_they_are_valid(value, change):
+    check(parameter(value, change))
 
 
 @pytest.mark.parametrize("code", ["gpt2.register('mlp', 'a')(3)", "gpt2.register('loss', 'a')(3)"])
@@ -305,7 +392,8 @@ def test_code_that_fails_is_named_by_its_line(at, line, tmp_path, data_dir, monk
     argv = [*SMALL, f"--data_dir={data_dir}", "--plugin=p.py", "--norm=own", "--max_steps=1"]
     assert cli.main(["train", *argv, "--out_dir=o"]) == 2
     said = capsys.readouterr().err
-    assert f"norm=own: p.py, line {line}: ZeroDivisionError: division by zero" in said
+    tried = "tried on an input of (2, 32, 16): " if at == "forward" else ""
+    assert f"norm=own: {tried}p.py, line {line}: ZeroDivisionError: division by zero" in said
     assert said.count("\n") == 1
 
 
@@ -322,11 +410,22 @@ def with_zero(self, x):
 
 def test_a_parameter_without_a_gradient_is_named():
     with pytest.raises(UserError, match="no gradient reaches its parameter extra"):
-        check(mlp(unused))
+        check(mlp(unused), world_size=2)
     with pytest.raises(UserError, match="no gradient reaches its parameter c_fc"):
-        check(mlp(change=lambda y: y.detach()))
-    check(mlp(lambda self, width: unused(self, width) or self.extra.requires_grad_(False)))
-    check(mlp(unused, with_zero))
+        check(mlp(change=lambda y: y.detach()), world_size=2)
+    frozen = mlp(lambda self, width: unused(self, width) or self.extra.requires_grad_(False))
+    check(frozen, world_size=2)
+    check(mlp(unused, with_zero), world_size=2)
+
+
+def test_one_rank_trains_without_a_gradient(capsys):
+    check(mlp(unused))
+    assert "warning: mlp=own: no gradient reaches its parameter extra" in capsys.readouterr().err
+
+
+def test_a_context_of_tokens_reaches_the_experts(capsys):
+    check(Experts, positions=64, world_size=2)
+    assert capsys.readouterr().err == ""
 
 
 def test_fsdp_cannot_cut_a_single_number():
@@ -336,6 +435,24 @@ def test_fsdp_cannot_cut_a_single_number():
     )
     check(part)
     with pytest.raises(UserError, match="fsdp cannot cut its parameter gain"):
+        check(part, sharded=True)
+
+
+def of_kind(value, **more):
+    return mlp(
+        lambda self, width: setattr(self, "gain", nn.Parameter(value.clone(), **more)),
+        lambda self, x: self.c_fc(x) * self.gain,
+    )
+
+
+@pytest.mark.parametrize(("part", "said"), [
+    (of_kind(torch.tensor(1.0), requires_grad=False), "fsdp cannot cut its parameter gain, a sing"),
+    (of_kind(torch.ones(16, dtype=torch.bfloat16)), "parameter gain, which is bfloat16; make it"),
+    (of_kind(torch.ones(16, dtype=torch.float64), requires_grad=False), "gain, which is float64;"),
+])  # fmt: skip
+def test_fsdp_takes_parameters_of_one_kind(part, said):
+    check(part)
+    with pytest.raises(UserError, match=said):
         check(part, sharded=True)
 
 

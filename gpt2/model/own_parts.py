@@ -53,12 +53,15 @@ def _check_tensors(label: str, module: nn.Module) -> None:
 
 
 def check_shared(model: nn.Module) -> None:
-    """Raises UserError for parameters of plugins that are one tensor: a file holds each once."""
+    """Raises UserError for parameters of plugins that are one tensor: a file holds each once.
+
+    Views of other numbers in one storage are two tensors.
+    """
     names: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         if ".own." not in name or p.is_meta or not p.numel():
             continue
-        other = names.setdefault(p.untyped_storage().data_ptr(), name)
+        other = names.setdefault(p.data_ptr(), name)
         if other != name:
             raise UserError(
                 f"{other} and {name} are one tensor, and a checkpoint cannot hold it twice; give "

@@ -137,6 +137,46 @@ class Mixed(torch.nn.Module):
 """
 
 
+VIEWS = """
+import gpt2, torch
+
+@gpt2.register("mlp", "views")
+class Views(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        both = 0.02 * torch.randn(config.n_embd, 2, config.n_embd)
+        self.a, self.b = (torch.nn.Parameter(half) for half in BOTH)
+
+    def forward(self, x):
+        return (x @ self.a.to(x.dtype)).relu() * (x @ self.b.to(x.dtype))
+"""
+
+
+@pytest.mark.parametrize("both", ["both.transpose(0, 1).contiguous()", "both.unbind(1)"])
+def test_views_of_one_tensor_survive_their_checkpoint(both, tmp_path, data_dir, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.py").write_text(VIEWS.replace("BOTH", both))
+    plugin = ["--plugin=p.py", "--mlp=views"]
+
+    def train(out):
+        argv = [*SMALL, f"--data_dir={data_dir}", *plugin, "--save_every=2", "--ema_steps=2"]
+        return cli.main(["train", *argv, "--max_steps=3", f"--out_dir={out}"])
+
+    assert train("whole") == 0
+    shutil.copytree("whole", "half")
+    shutil.rmtree("half/state/step_00000003")
+    assert train("half") == 0
+    states = [torch.load(f"{name}/out_ckpt.pt")["model"] for name in ("whole", "half")]
+    assert all(torch.equal(states[0][name], t) for name, t in states[1].items())
+    names = [f"transformer.h.0.mlp.own.{name}" for name in "ab"]
+    model = gpt2.GPT2.from_checkpoint("half/out_ckpt.pt", device="cpu")
+    assert all(torch.equal(model.state_dict()[name], states[0][name]) for name in names)
+    assert not torch.equal(*(states[0][name] for name in names))
+    model.save("again.pt")
+    again = gpt2.GPT2.from_checkpoint("again.pt", device="cpu").state_dict()
+    assert all(torch.equal(again[name], states[0][name]) for name in names)
+
+
 @pytest.fixture
 def constants(tmp_path, data_dir, monkeypatch):
     """The options of a run with a part that has constants, and a frozen parameter."""

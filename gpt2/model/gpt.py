@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
         self.fp8_head = False  # in training, see `head_loss`
         self.sampled_ids: Tensor | None = None  # in training: `sampled` of `head_loss`
         self.checkpoint_activations = False  # in training, recompute each block in backward
-        self.own_parts = False  # of a plugin, which may draw random numbers, in the blocks
+        self.parts_draw = False  # parts of a plugin in the blocks may draw random numbers
         self.own_loss: Callable | None = None  # of a plugin, in training; see `own_loss`
         self.compiled_apart = False  # each block is compiled by itself, not the whole model
 
@@ -178,7 +178,7 @@ class LanguageModel(nn.Module):
         """
         if not (self.training and self.checkpoint_activations):
             return block(*inputs)
-        draws = self.config.dropout > 0 or self.own_parts
+        draws = self.config.dropout > 0 or self.parts_draw
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     @property

@@ -238,7 +238,7 @@ class Modern(LanguageModel):
 
     def __init__(self, config: ModernConfig) -> None:
         super().__init__(config)
-        self.own_parts = has_own_parts(config.switches())
+        self.parts_draw = has_own_parts(config.switches())  # until `check_parts` saw that none does
         self.widest: Tensor | None = None  # see `limit_attention_window`, () int64
         V, C = config.vocab_size, config.n_embd
         parts: dict[str, nn.Module] = {"wte": nn.Embedding(V, C)}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..config.registry import blamed, has_own_parts, registered
 from ..distributed.random_state import rng_state, seed, set_rng_state
@@ -27,9 +28,9 @@ SAME, SIMILAR = 1e-4, 0.02  # difference / largest number: of equal and of diffe
 
 
 def check_parts(model: Any, rt: Runtime) -> None:
-    """Tries each part of a plugin: shape, later tokens, constants, gradients.
+    """Tries each part of a plugin: shape, later tokens, constants, gradients, random numbers.
 
-    Random numbers go on as if nothing had been drawn.
+    Random numbers go on as if nothing had been drawn. Sets `model.parts_draw`.
 
     Args:
         model: the network, a `LanguageModel`.
@@ -42,17 +43,21 @@ def check_parts(model: Any, rt: Runtime) -> None:
     if not has_own_parts(settings):
         return
     kept = rng_state(rt.device)
+    # A dropout that the trial does not reach may be reached later.
+    draws = [m.p > 0 for m in model.transformer.h.modules() if isinstance(m, _DropoutNd)]
     try:
         # Compiling a part for this one input would take longer than the check.
         with torch.compiler.set_stance("force_eager"), rt.autocast():
             for kind in ("norm", "mlp"):  # an MLP reads what the norm gives
                 if registered(kind, settings[kind]):
-                    _check_part(kind, settings[kind], model.config, rt)
+                    draws.append(_check_part(kind, settings[kind], model.config, rt))
     finally:
         set_rng_state(kept, rt.device)
+    model.parts_draw = any(draws)
 
 
-def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> None:
+def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> bool:
+    """Tries one part, and says whether it draws random numbers in training."""
     label = f"{kind}={name}"
     with blamed(kind, name):
         part = _make(kind, name, config, rt, noise=NOISE)
@@ -61,13 +66,15 @@ def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> None:
             part = _make(kind, name, config, rt)
     with blamed(kind, name, f"tried on an input of {tuple(x.shape)}: "):
         with torch.no_grad():
-            _check_tokens(label, part, x, rt)
+            draws = _draws(label, part, x, rt)
+            _check_tokens(label, part, x, in_training=not draws)
             if isinstance(part, nn.Module):
                 _check_constants(label, part, _make(kind, name, config, rt, number=1), x)
             if rt.is_main:
                 _check_cache(label, part, x)
         if isinstance(part, nn.Module):
             _check_parameters(label, part.train(), x, rt)
+    return draws
 
 
 def _make(
@@ -166,7 +173,7 @@ def _check_parameters(label: str, part: nn.Module, x: Tensor, rt: Runtime) -> No
 
 
 def _draws(label: str, part: Any, x: Tensor, rt: Runtime) -> bool:
-    """Whether a part draws random numbers; True where a device does not show it."""
+    """Whether a fresh part draws random numbers; True where a device does not show it."""
     states = []
     for forward in (False, True):
         seed(0)
@@ -178,7 +185,7 @@ def _draws(label: str, part: Any, x: Tensor, rt: Runtime) -> bool:
     return changed or rt.device.type not in ("cpu", "cuda")
 
 
-def _check_tokens(label: str, part: Any, x: Tensor, rt: Runtime) -> None:
+def _check_tokens(label: str, part: Any, x: Tensor, *, in_training: bool) -> None:
     """Raises UserError if an output changes with later tokens, or with those of another row.
 
     In training and in evaluation: a batch norm differs. A part that draws in training is judged in
@@ -188,11 +195,9 @@ def _check_tokens(label: str, part: Any, x: Tensor, rt: Runtime) -> None:
     changed = x.clone()
     changed[-1, cut:] = 2 * x[-1, cut:].abs()  # another mean and another length: no sum hides it
     before = x.shape[1] * (ROWS - 1) + cut  # tokens that are as they were
-    for training in (True, False):
+    for training in (True, False) if in_training else (False,):
         if isinstance(part, nn.Module):
             part.train(training)
-        if training and _draws(label, part, x, rt):
-            continue
         first, again, other = (_output(label, part, value) for value in (x, x, changed))
         same = _close(first.flatten(0, 1)[:before], other.flatten(0, 1)[:before])
         if torch.equal(first, again) and not same:  # else it draws by a generator of its own

@@ -15,6 +15,7 @@ from gpt2.config.registry import forget
 from gpt2.distributed.random_state import rng_state
 from gpt2.distributed.runtime import Runtime
 from gpt2.errors import UserError
+from gpt2.model import gpt
 from gpt2.train.plugin_parts import ROWS, check_parts
 from gpt2.train.setup import network
 
@@ -435,6 +436,36 @@ def test_code_that_fails_is_named_by_its_line(at, line, tmp_path, data_dir, monk
     tried = "tried on an input of (2, 32, 16): " if at == "forward" else ""
     assert f"norm=own: {tried}p.py, line {line}: ZeroDivisionError: division by zero" in said
     assert said.count("\n") == 1
+
+
+# ---- random numbers under activation checkpointing -----------------------------------------------
+
+
+@pytest.mark.parametrize(("part", "draws"), [
+    (Linear, False),
+    (torch.relu_, False),
+    (mlp(attribute(lambda n: nn.Dropout(0.0))), False),
+    (mlp(forward=dropped), True),
+    (Experts, True),
+    (lambda x: F.dropout(x, 0.1), True),
+    (mlp(attribute(lambda n: nn.Dropout(0.1))), True),  # not used in the trial, maybe later
+])  # fmt: skip
+def test_the_random_state_is_saved_for_parts_that_draw(part, draws, monkeypatch):
+    model, asked = check(part), []
+    assert model.parts_draw is draws
+    monkeypatch.setattr(
+        gpt,
+        "checkpoint",
+        lambda block, *inputs, use_reentrant, preserve_rng_state: (
+            asked.append(preserve_rng_state) or block(*inputs)
+        ),
+    )
+    model.checkpoint_activations = True
+    model(torch.arange(8)[None])
+    assert asked == [draws] * 2
+    fresh = network(model.config)  # in Python nobody tries the parts
+    assert fresh.parts_draw
+    assert not network(ModernConfig(**SHAPE)).parts_draw
 
 
 # ---- gradients -----------------------------------------------------------------------------------

@@ -402,6 +402,12 @@ def parameter(value, change):
     )
 
 
+def test_a_changed_input_may_overflow(capsys):
+    """The tokens by which later ones are looked for are all positive, unlike those of a run."""
+    check(mlp(forward=lambda self, x: self.c_fc(x) * x.cumsum(1).exp()), positions=1024)
+    assert capsys.readouterr().err.count("\n") == 1  # of the cache
+
+
 @pytest.mark.parametrize(("value", "change"), [
     (0.99, lambda p: (1 - p).log()),
     (1e-2, torch.sqrt),

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ..config.registry import blamed, has_own_parts, registered
 from ..distributed.random_state import rng_state, seed, set_rng_state
@@ -22,6 +21,7 @@ from ..model.own_parts import build_own
 from ..report import console
 from ..untrusted.display import shown
 
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 ROWS = 2  # of the input, each as long as the context: a part may need it whole
 NOISE = 0.02  # that parameters of 0 get: they would hide what a part does
 SAME, SIMILAR = 1e-4, 0.02  # difference / largest number: of equal and of differently cut matmuls
@@ -44,7 +44,7 @@ def check_parts(model: Any, rt: Runtime) -> None:
         return
     kept = rng_state(rt.device)
     # A dropout that the trial does not reach may be reached later.
-    draws = [m.p > 0 for m in model.transformer.h.modules() if isinstance(m, _DropoutNd)]
+    draws = [m.p > 0 for m in model.transformer.h.modules() if isinstance(m, DROPOUT)]
     try:
         # Compiling a part for this one input would take longer than the check.
         with torch.compiler.set_stance("force_eager"), rt.autocast():

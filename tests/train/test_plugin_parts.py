@@ -23,6 +23,7 @@ from ..conftest import TINY, run_python
 from ..test_distributed import command
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 50}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SMALL = [*TINY, "--n_layer=1", "--n_embd=16"]
 
 
@@ -55,10 +56,10 @@ def mlp(add=None, forward=None, change=None):
     return type("Part", (Linear,), {name: value for name, value in given.items() if value})
 
 
-def check(part, kind="mlp", dtype=torch.float32, positions=8, **more):
+def check(part, kind="mlp", dtype=torch.float32, positions=8, device="cpu", **more):
     gpt2.register(kind, "own")(part)
     model = network(ModernConfig(**SHAPE | {"block_size": positions}, **{kind: "own"}))
-    rt = Runtime(torch.device("cpu"), dtype, **more)
+    rt = Runtime(torch.device(device), dtype, **more)
     check_parts(model, rt)
     return model
 
@@ -356,15 +357,17 @@ class Experts(nn.Module):
     ("norm", lambda x: x),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_right_part_passes_and_nothing_else_changes(kind, part, dtype, capsys):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_right_part_passes_and_nothing_else_changes(kind, part, dtype, device, capsys):
     gpt2.register(kind, "own")(part)
     model = network(ModernConfig(**SHAPE | {"block_size": 64}, **{kind: "own"}))
-    device = torch.device("cpu")
+    device = torch.device(device)
     weights, before = {n: t.clone() for n, t in model.state_dict().items()}, rng_state(device)
     check_parts(model, Runtime(device, dtype))
     after = rng_state(device)
     assert torch.equal(before["torch"], after["torch"])
     assert torch.equal(before["python"][1], after["python"][1])
+    assert device.type == "cpu" or torch.equal(before["cuda"], after["cuda"])
     assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert capsys.readouterr().err == ""
@@ -456,8 +459,9 @@ def test_code_that_fails_is_named_by_its_line(at, line, tmp_path, data_dir, monk
     (lambda x: F.dropout(x, 0.1), True),
     (mlp(attribute(lambda n: nn.Dropout(0.1))), True),  # not used in the trial, maybe later
 ])  # fmt: skip
-def test_the_random_state_is_saved_for_parts_that_draw(part, draws, monkeypatch):
-    model, asked = check(part), []
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_random_state_is_saved_for_parts_that_draw(part, draws, device, monkeypatch):
+    model, asked = check(part, device=device), []
     assert model.parts_draw is draws
     monkeypatch.setattr(
         gpt,

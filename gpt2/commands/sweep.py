@@ -33,7 +33,7 @@ from ..files import locked, write_atomically
 from ..paths import check_unlinked, no_follow
 from ..report import console
 from ..report.metrics import METRICS
-from ..report.runs import SAME_RESULT, read_run
+from ..report.runs import SAME_RESULT, Run, read_run
 from ..train.run_folder import MODEL_NAME
 from ..train.schedules import sequences_left
 from ..untrusted.display import shown
@@ -265,14 +265,17 @@ def _is_finished(job: Job) -> bool:
             f"{job.folder} is of a run with other options: {', '.join(differ)}; use another "
             "--out_dir= for this sweep"
         )
-    return _has_ended(job)
+    return _is_at_its_end(found)
 
 
 def _has_ended(job: Job) -> bool:
     """Whether the folder of a job has a run that came to its end, or diverged."""
-    if not _has_begun(job) or (found := read_run(job.folder)).unfinished():
-        return False
-    return bool(found.diverged) or (job.folder / MODEL_NAME).is_file()
+    return _has_begun(job) and _is_at_its_end(read_run(job.folder))
+
+
+def _is_at_its_end(run: Run) -> bool:
+    ended = bool(run.diverged) or (run.folder / MODEL_NAME).is_file()
+    return ended and not run.unfinished()
 
 
 def _has_begun(job: Job) -> bool:

@@ -78,11 +78,11 @@ def as_written(settings: dict[str, Any], written: dict[str, Any]) -> dict[str, A
         written: content of config.toml, absolute where `from_anywhere` made them so.
     """
     found = {}
-    for name in PATHS:
-        pieces = [str(of.get(name, "")).split(",") for of in (settings, written)]
-        if len(pieces[0]) == len(pieces[1]):
-            found[name] = ",".join(map(_as_written, *pieces))
-    return settings | {name: value for name, value in found.items() if name in settings}
+    for name in {*PATHS} & {*settings} & {*written}:
+        ours, theirs = (str(of[name]).split(",") for of in (settings, written))
+        if len(ours) == len(theirs):
+            found[name] = ",".join(map(_as_written, ours, theirs))
+    return settings | found
 
 
 def find_beside(name: str, file: Path) -> str:
@@ -133,10 +133,12 @@ def _inside(value: Any, start: Path) -> Any:
 
 def _as_written(given: str, written: str) -> str:
     """A path that is not here by its absolute form in config.toml; both may have a weight."""
-    pairs = [(m[1], m[2] or "") for m in map(PIECE.match, (given, written)) if m]
-    (name, weight), (path, other) = pairs
+    ours, theirs = PIECE.match(given), PIECE.match(written)
+    if not ours or not theirs or ours[2] != theirs[2]:  # a line break, or another weight
+        return given
+    name, path = ours[1], theirs[1]
     same = os.path.isabs(path) and path.endswith(os.sep + os.path.normpath(name))
-    if not name or weight != other or not same or os.path.exists(name):
+    if not name or not same or os.path.exists(name):
         return given
     return written if os.path.exists(path) else given
 

@@ -10,7 +10,7 @@ from gpt2 import GPT2, cli
 from gpt2.checkpoint import model_file
 from gpt2.config.command_line import parse
 from gpt2.config.finetune import TuningOptions
-from gpt2.config.run_paths import find_beside, from_anywhere, from_here
+from gpt2.config.run_paths import as_written, find_beside, from_anywhere, from_here
 from gpt2.config.train import TrainConfig
 from gpt2.model.lora import adapt, to_peft
 
@@ -122,6 +122,16 @@ def test_a_run_from_elsewhere_is_the_run_that_it_was(data_dir, tmp_path, monkeyp
     said = capsys.readouterr().out
     changed = [line for line in said.splitlines() if line.startswith("changed since then")]
     assert changed == [f"changed since then: max_steps {n} -> {n + 1}" for n in (1, 2)]
+
+
+def test_paths_that_differ_stay_as_they_were_given(project):
+    """A checkpoint may hold any text: line breaks, other weights, more folders."""
+    folder = f"{project}/data/mine"
+    for given, written in (("a\nb", folder), ("gone:0.5", f"{folder}:0.4"), ("a,b", folder)):
+        assert as_written({"data_dir": given}, {"data_dir": written}) == {"data_dir": given}
+    assert as_written({"seed": 1}, {"data_dir": folder}) == {"seed": 1}
+    assert as_written({"data_dir": "x", "init": ""}, {"init": folder}) == {
+        "data_dir": "x", "init": ""}  # fmt: skip
 
 
 def test_a_run_with_an_absolute_folder_is_known_from_elsewhere(

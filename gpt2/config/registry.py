@@ -141,8 +141,7 @@ def blamed(kind: str, name: str, doing: str = "") -> Iterator[None]:
     except Exception as error:  # other people's code raises anything
         lines = {path: _line_in(error, path) for path in _loaded}
         at = next((f"{path}, {line}" for path, line in lines.items() if line), "")
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{kind}={name}: {doing}{at}{reason}") from error
+        raise UserError(f"{kind}={name}: {doing}{at}{_in_words(error)}") from error
 
 
 def plugins() -> dict[str, str]:
@@ -182,10 +181,12 @@ def load_plugin(path: str | Path) -> None:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - other people's code raises anything
-        at = _line_in(error, name)
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"--plugin={name}: {at}{reason}") from None
+        raise UserError(f"--plugin={name}: {_line_in(error, name)}{_in_words(error)}") from None
     _loaded[name] = digest
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _line_in(error: BaseException, name: str) -> str:

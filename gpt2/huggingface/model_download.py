@@ -34,16 +34,17 @@ def download(repository: str, revision: str = "", *, with_tokenizer: bool = True
     Raises:
         UserError: no such model or revision, no access, no connection, no safetensors, damage.
     """
-    config = _fetch(repository, model_format.CONFIG_FILE, revision)
+    offline = _offline()
+    config = _fetch(repository, model_format.CONFIG_FILE, revision, offline)
     folder = config.parent
     # Another kind of network is refused before gigabytes of weights are downloaded.
     model_format.config_from_hf(model_format.read_json(config), config)
     commit = folder.name
     try:
-        _verify(_fetch(repository, model_format.WEIGHTS_FILE, commit))
+        _verify(_fetch(repository, model_format.WEIGHTS_FILE, commit, offline))
     except _Missing as error:
         try:
-            index = _fetch(repository, model_format.INDEX_FILE, commit)
+            index = _fetch(repository, model_format.INDEX_FILE, commit, offline)
         except _Missing:
             if error.in_cache:
                 raise error from None
@@ -52,13 +53,13 @@ def download(repository: str, revision: str = "", *, with_tokenizer: bool = True
                 "save_pretrained of transformers makes them"
             ) from None
         for name in model_format.index_files(index):
-            _verify(_fetch(repository, name, commit))
+            _verify(_fetch(repository, name, commit, offline))
     if with_tokenizer:
-        _fetch_tokenizer(repository, folder)
+        _fetch_tokenizer(repository, folder, offline)
     return folder
 
 
-def _fetch_tokenizer(repository: str, folder: Path) -> None:
+def _fetch_tokenizer(repository: str, folder: Path, offline: str) -> None:
     """Gets what there is of the tokenizer's files.
 
     Raises:
@@ -70,7 +71,7 @@ def _fetch_tokenizer(repository: str, folder: Path) -> None:
     commit, missing = folder.name, {}
     for name in own_tokenizer.DOWNLOADED:
         try:
-            _fetch(repository, name, commit)
+            _fetch(repository, name, commit, offline)
         except _Missing as error:
             missing[name] = error
     name = own_tokenizer.JSON_FILE
@@ -80,26 +81,27 @@ def _fetch_tokenizer(repository: str, folder: Path) -> None:
 
 
 class _Missing(UserError):
-    """The repository lacks a file; with HF_HUB_OFFLINE, the cache lacks it."""
+    """The repository lacks a file; without the Hub, the cache lacks it (`in_cache`)."""
 
     in_cache = False
 
 
-def _fetch(repository: str, name: str, revision: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download
+def _fetch(repository: str, name: str, revision: str, offline: str) -> Path:
+    from huggingface_hub import hf_hub_download
 
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable()
-    with _as_user_error(repository, name, revision, reason), interruptible():
+    with _as_user_error(repository, name, revision, offline), interruptible():
         found = hf_hub_download(
-            repository, name, revision=revision or None, local_files_only=bool(reason)
+            repository, name, revision=revision or None, local_files_only=bool(offline)
         )
         return Path(found)
 
 
-def _unreachable() -> str:
-    """Why the Hub cannot be reached, where that is plain without waiting for it; else ""."""
+def _offline() -> str:
+    """Why only the cache is asked: by order, or a name that does not resolve; "": the Hub is."""
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     host = urlsplit(constants.ENDPOINT).hostname
     if not host or getproxies().keys() - {"no"}:  # a proxy resolves names itself
         return ""

@@ -539,12 +539,8 @@ def serve(model: str) -> int:
 
 def kernels() -> int:
     """Launches each Triton kernel on small inputs beside its plain form."""
-    from gpt2.kernels.triton_training import (
-        cross_entropy_,
-        cross_entropy_fp8,
-        layer_norm,
-        quantize,
-    )
+    from gpt2.kernels.triton_layer_norm import add_layer_norm_backward, layer_norm
+    from gpt2.kernels.triton_training import cross_entropy_, cross_entropy_fp8, quantize
 
     from .generate.test_few_token_pass import compare_kernels
     from .kernels.test_triton_one_sequence import compare_in_float32, hopper
@@ -553,9 +549,13 @@ def kernels() -> int:
     if hopper():
         compare_in_float32("cuda", early=3)
     x, weight, bias = torch.randn(5, 1160).bfloat16(), torch.randn(1160), torch.randn(1160)
-    found = layer_norm(x.cuda(), weight.cuda(), bias.cuda(), 1e-5)[0]
-    expected = torch.nn.functional.layer_norm(x.float(), (1160,), weight, bias)
+    found, mean, rstd = layer_norm(x.cuda(), weight.cuda(), bias.cuda(), 1e-5)
+    leaf = x.float().requires_grad_()
+    expected = torch.nn.functional.layer_norm(leaf, (1160,), weight, bias)
     assert (found.cpu().float() - expected).norm() < 1e-2 * expected.norm()
+    (expected.square().sum() / 2).backward()
+    found, _ = add_layer_norm_backward(x.cuda(), found, x.cuda(), weight.cuda(), mean, rstd, 4)
+    assert (found.cpu().float() - x.float() - leaf.grad).norm() < 2e-2 * leaf.grad.norm()
     # Logits come from a kernel of torch itself: under racecheck cuBLAS ends the process, and
     # initcheck does not see what it writes.
     targets = torch.arange(128, device="cuda")
@@ -578,7 +578,7 @@ def sanitizer(tool: str) -> int:
         "_small_linear",
         "_cached_attention",
         "_join_shares",
-        "_layer_norm",
+        "_layer_norm",  # and the backward kernel, which has it in its name
         "_quantize",
         "_cross_entropy",
         "_gradient_fp8",

@@ -51,6 +51,7 @@ def run(data_dir, out_dir, *arguments):
 
 def test_full_size_logits_equal_hugging_face_in_float32():
     torch.manual_seed(0)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     hf = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     )
@@ -143,7 +144,18 @@ def test_sampled_head_against_float64(cap, fp8):
         loss = head_loss(x, weight, targets, 50304, "sum", fp8, cap, sampled)
     plain = loss, *torch.autograd.grad(loss, (x, weight))
     operator = torch.ops.gpt2.head_loss_and_gradients
-    arguments = x.detach().bfloat16(), weight.detach(), targets, 50304, 2, fp8, cap, sampled
+    arguments = (
+        x.detach().bfloat16(),
+        weight.detach(),
+        targets,
+        50304,
+        2,
+        fp8,
+        cap,
+        sampled,
+        None,
+        0,
+    )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         recorded = operator(*arguments)

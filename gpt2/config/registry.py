@@ -26,7 +26,12 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "norm": ("layernorm", "rmsnorm"),
     "schedule": ("cosine", "wsd"),
     "optimizer": ("adamw", "muon", "normuon"),
-    "loss": ("cross_entropy", "sampled_softmax"),
+    "loss": (
+        "cross_entropy",
+        "sampled_softmax",
+        "cross_entropy+second",
+        "sampled_softmax+second",
+    ),
 }
 OF_THE_NETWORK = ("mlp", "norm")  # kinds without which the weights mean nothing
 NAME = re.compile(r"[a-z]\w*")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.head_loss import soft_cap
+from ..kernels.logits_loss import soft_cap
 from ..model.gpt import LanguageModel
 from .logit_lens import record
 

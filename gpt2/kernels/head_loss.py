@@ -16,8 +16,9 @@ from torch import Tensor
 from ..config.model import IGNORE
 from ..errors import UserError
 from .custom_op import custom_op
-from .fp8 import gradient_to_fp8, quantize, scaled_matmul
-from .precision import GRADIENT_SCALE, HAS_TRITON
+from .fp8 import quantize, scaled_matmul
+from .logits_loss import Later, loss_and_gradient, loss_and_gradient_fp8, second_targets, soft_cap
+from .precision import GRADIENT_SCALE
 from .sampled_softmax import sample_ids
 
 # Which gradients `head_loss` computes along with the loss.
@@ -46,6 +47,8 @@ def head_loss(  # noqa: PLR0917
     fp8: bool = False,
     softcap: float = 0.0,
     sampled: Tensor | None = None,
+    second: Tensor | None = None,
+    length: int = 0,
 ) -> Tensor:
     """Cross-entropy of the head in nats, in float32 over the V real ids.
 
@@ -62,6 +65,9 @@ def head_loss(  # noqa: PLR0917
         softcap: see `soft_cap`.
         sampled: () int64 on the CPU, of how many ids the softmax is, see `sample_ids`; 0 or None:
             of all. A tensor, as compiled code would be compiled again for another number.
+        second: () float32, the share of the token after the next in the gradient, see
+            `head_loss_reference`; None: 0. The loss is of the next token alone.
+        length: T, of the sequences that are one after another in x; needed with `second`.
     """
     check_reduction(reduction)
     if reduction == "none":
@@ -75,7 +81,8 @@ def head_loss(  # noqa: PLR0917
     elif torch.is_grad_enabled() and x.requires_grad:
         gradients = OF_INPUT
     fp8 = fp8 and gradients == OF_INPUT_AND_WEIGHT and x.is_cuda
-    loss = _HeadLoss.apply(x, weight, targets, padded_rows, gradients, fp8, softcap, sampled)
+    options = padded_rows, gradients, fp8, softcap, sampled, second, length
+    loss = _HeadLoss.apply(x, weight, targets, *options)
     return loss / (targets != IGNORE).sum() if reduction == "mean" else loss
 
 
@@ -83,13 +90,6 @@ def check_reduction(reduction: str) -> None:
     """Raises UserError for another word than those of PyTorch's losses."""
     if reduction not in ("mean", "sum", "none"):
         raise UserError(f"reduction={reduction!r}: use mean, sum or none")
-
-
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """cap · tanh(logits / cap) in float32 (Gemma team 2024, arXiv:2408.00118); cap 0: logits."""
-    if not cap:
-        return logits
-    return cap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
 
 
 def own_loss(function: Callable, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -122,11 +122,25 @@ def head_loss_reference(  # noqa: PLR0917
     padded_rows: int,
     reduction: str,
     softcap: float = 0.0,
+    second: Tensor | None = None,
+    length: int = 0,
 ) -> Tensor:
-    """`head_loss` by PyTorch's cross-entropy over the logits of all rows at once."""
+    """`head_loss` by PyTorch's cross-entropy over the logits of all rows at once.
+
+    With `second`, the gradient is that of loss + second · (loss of the token after the next), by
+    the same logits (modded-nanogpt; after Gloeckle et al. 2024, arXiv:2404.19737, whose heads are
+    several). "none" has no gradient of it.
+    """
     logits = soft_cap(head_logits(x, weight, padded_rows), softcap)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+    if second is None or reduction == "none":
+        return loss
+    later = second_targets(targets, length).masked_fill(targets == IGNORE, IGNORE)
+    extra = second * F.cross_entropy(logits, later, ignore_index=IGNORE, reduction="sum")
+    if reduction == "mean":
+        extra = extra / (targets != IGNORE).sum()
+    return loss + (extra - extra.detach())
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -146,9 +160,11 @@ class _HeadLoss(torch.autograd.Function):
         fp8: bool,
         softcap: float,
         sampled: Tensor | None,
+        second: Tensor | None,
+        length: int,
     ) -> Tensor:
         loss, grad_x, grad_weight = _head_loss_and_gradients(
-            x, weight, targets, padded_rows, gradients, fp8, softcap, sampled
+            x, weight, targets, padded_rows, gradients, fp8, softcap, sampled, second, length
         )
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
@@ -157,7 +173,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         of_weight = grad_weight * upstream if grad_weight.numel() else None
-        return (grad_x * upstream).to(grad_x.dtype), of_weight, *[None] * 6
+        return (grad_x * upstream).to(grad_x.dtype), of_weight, *[None] * 8
 
 
 @custom_op
@@ -170,6 +186,8 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     fp8: bool,
     softcap: float,
     sampled: Tensor | None,
+    second: Tensor | None,
+    length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of x, gradient of weight); gradients that are not wanted are empty.
 
@@ -183,6 +201,7 @@ def _head_loss_and_gradients(  # noqa: PLR0917
         gradients: `NO_GRADIENT`, `OF_INPUT` or `OF_INPUT_AND_WEIGHT`.
         fp8: three matmuls in fp8; needs `OF_INPUT_AND_WEIGHT`.
         softcap: 0: none.
+        length: T.
     """
     (n, width), rows, dtype = x.shape, weight.shape[0], x.dtype
     exact = torch.promote_types(dtype, torch.float32)
@@ -191,13 +210,15 @@ def _head_loss_and_gradients(  # noqa: PLR0917
         ids, targets, raised = sample_ids(targets, rows, size)
         head, rows = weight[ids].to(dtype), size
     else:
-        head = F.pad(weight, (0, 0, 0, padded_rows - rows)).to(dtype)
+        head = _padded(weight, padded_rows, dtype)
+    later = None if second is None else Later(second_targets(targets, length), second)
     if fp8:
-        total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows, softcap, raised)
+        total, grad_x, grad_head = _head_in_fp8(x, head, targets, rows, softcap, raised, later)
         return total, grad_x, _of_weight(grad_head, weight, ids)
     needs_grad, trains_weight = gradients != NO_GRADIENT, gradients == OF_INPUT_AND_WEIGHT
     grad_x = torch.empty_like(x) if needs_grad else x.new_empty(0)
-    grad_head = torch.zeros_like(head, dtype=exact) if trains_weight else x.new_empty(0)
+    unset = torch.empty_like if n else torch.zeros_like
+    grad_head = unset(head, dtype=exact) if trains_weight else x.new_empty(0)
     total = torch.zeros((), dtype=exact, device=x.device)
     # On a CPU a chunk's logits are as large as the weight gradient that it adds to. A GPU needs
     # larger matmuls to be busy; it holds at most a quarter of a large batch's logits.
@@ -205,13 +226,23 @@ def _head_loss_and_gradients(  # noqa: PLR0917
     for start in range(0, n, chunk):
         part, target = x[start : start + chunk], targets[start : start + chunk]
         logits = part @ head.t()
-        loss, grad = _loss_and_gradient_of_logits(logits, target, rows, needs_grad, softcap, raised)
+        after = later and later.part(slice(start, start + chunk))
+        options = rows, needs_grad, softcap, raised, after
+        loss, grad = loss_and_gradient(logits, target, *options)
         total += loss
         if needs_grad:
             grad_x[start : start + chunk] = grad @ head
         if trains_weight:
-            _add_matmul(grad_head, grad.t(), part)
+            _write_matmul(grad_head, grad.t(), part, adds=start > 0)
     return total, grad_x, _of_weight(grad_head, weight, ids) if trains_weight else grad_head
+
+
+def _padded(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """(V, C) with rows of zeros below, rounded; `F.pad` would copy it in float32 first."""
+    padded = weight.new_empty(rows, weight.shape[1], dtype=dtype)
+    padded[: len(weight)].copy_(weight)
+    padded[len(weight) :].zero_()
+    return padded
 
 
 def _of_weight(grad_head: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
@@ -233,6 +264,7 @@ def _head_in_fp8(  # noqa: PLR0917
     vocab: int,
     softcap: float,
     raised: Tensor | None = None,
+    later: Later | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of x, gradient of the head) in fp8: e4m3 logits, e5m2 gradients.
 
@@ -245,36 +277,26 @@ def _head_in_fp8(  # noqa: PLR0917
     n = x.shape[0]
     fill = -n % 64  # the kernels' tiles have at most 64 rows
     x, targets = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill), value=IGNORE)
+    if later:
+        later = Later(F.pad(later.targets, (0, fill), value=IGNORE), later.share)
     x8, x8_t, x_scale = quantize(x)
     if not softcap:  # tanh does not ignore a shift
         head = (head - head[:vocab].mean(0, dtype=torch.float32)).to(head.dtype)
     head8, head8_t, head_scale = quantize(head)
     grad_scale = torch.full((), 2.0**-GRADIENT_SCALE, device=x.device)
-    grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+    grad_x, grad_head = torch.empty_like(x), None
     total = torch.zeros((), device=x.device)
     for start in range(0, n + fill, _rows_at_once(n)):
         rows = slice(start, start + _rows_at_once(n))
         logits = scaled_matmul(x8[rows], head8.t(), x_scale, head_scale, x.dtype, fast=True)
-        loss, grad, grad_t = _cross_entropy_fp8(logits, targets[rows], vocab, softcap, raised)
+        options = vocab, softcap, raised, later and later.part(rows)
+        loss, grad, grad_t = loss_and_gradient_fp8(logits, targets[rows], *options)
         total += loss
         grad_x[rows] = scaled_matmul(grad, head8_t.t(), grad_scale, head_scale, x.dtype)
         x8_rows = x8_t[:, rows].t()
-        grad_head += scaled_matmul(grad_t, x8_rows, grad_scale, x_scale, torch.float32)
+        of_head = scaled_matmul(grad_t, x8_rows, grad_scale, x_scale, torch.float32)
+        grad_head = of_head if grad_head is None else grad_head.add_(of_head)
     return total, grad_x[:n], grad_head
-
-
-def _cross_entropy_fp8(
-    logits: Tensor, targets: Tensor, vocab: int, softcap: float, raised: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the cross-entropies, its gradient as `gradient_to_fp8` gives it, the transpose."""
-    if logits.is_cuda and HAS_TRITON:
-        from .triton_training import cross_entropy_fp8
-
-        return cross_entropy_fp8(logits, targets, vocab, softcap, raised)
-    loss, gradient = _loss_and_gradient_of_logits(
-        logits.float(), targets, vocab, True, softcap, raised
-    )
-    return loss, *gradient_to_fp8(gradient)
 
 
 @torch.library.register_fake("gpt2::head_loss_and_gradients")
@@ -287,6 +309,8 @@ def _head_loss_and_gradients_fake(  # noqa: PLR0917
     fp8: bool,
     softcap: float,
     sampled: Tensor | None,
+    second: Tensor | None,
+    length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty_like(x) if gradients != NO_GRADIENT else x.new_empty(0)
@@ -295,42 +319,12 @@ def _head_loss_and_gradients_fake(  # noqa: PLR0917
     return x.new_empty((), dtype=exact), grad_x, grad_weight
 
 
-def _loss_and_gradient_of_logits(  # noqa: PLR0917
-    logits: Tensor,
-    target: Tensor,
-    vocab: int,
-    needs_grad: bool,
-    softcap: float,
-    raised: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of (n, P) logits, and its gradient: softmax - one-hot.
-
-    With a cap, softmax takes y = cap · tanh(x / cap), and dy/dx = 1 - (y / cap)².
-    """
-    if logits.is_cuda and logits.dtype != torch.float64 and HAS_TRITON:
-        from .triton_training import cross_entropy_
-
-        return cross_entropy_(logits, target, vocab, needs_grad, softcap, raised), logits
-    dtype, target = logits.dtype, target[:, None]
-    counts = target != IGNORE
-    target = target.clamp(min=0)
-    logits = soft_cap(logits.to(torch.promote_types(dtype, torch.float32)), softcap)
-    factor = counts * (1 - (logits / softcap).square()) if softcap and needs_grad else counts
-    logits[:, vocab:] = float("-inf")
-    if raised is not None:
-        logits = logits + raised
-    log_sum = logits.logsumexp(-1, keepdim=True)
-    loss = ((log_sum - logits.gather(1, target)) * counts).sum()
-    if needs_grad:
-        logits = logits.sub_(log_sum).exp_()
-        logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-        logits = logits.mul_(factor).to(dtype)
-    return loss, logits
-
-
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in the dtype of total."""
-    if a.dtype == total.dtype or not total.is_cuda:
-        total += a @ b
+def _write_matmul(out: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
+    """out = a @ b, or out += a @ b, accumulated in the dtype of out."""
+    if a.dtype == out.dtype or not out.is_cuda:
+        product = a @ b
+        _ = out.add_(product) if adds else out.copy_(product)
+    elif adds:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.mm(a, b, out_dtype=out.dtype, out=out)

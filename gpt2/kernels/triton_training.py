@@ -1,7 +1,7 @@
-"""Triton kernels of training: cross-entropy, fp8 quantization and LayerNorm.
+"""Triton kernels of the head in training: cross-entropy and fp8 quantization.
 
 Imported on CUDA devices only, where PyTorch installs Triton. `pytest -m gpu` tests each kernel
-against its plain form in `head_loss`, `fp8` and `layer_norm`.
+against its plain form in `head_loss` and `fp8`.
 """
 
 import torch
@@ -56,29 +56,29 @@ def _weights(  # noqa: PLR0917
 
 
 @triton.jit
-def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
+def _minus_targets(p, at, target, after, shares, one, two: tl.constexpr):  # noqa: PLR0917
+    """p - one-hot; with two: (1 + share) · p - one-hot - share · one-hot of the token after."""
+    if two:
+        share = tl.where(after >= 0, tl.load(shares), 0.0)
+        p = p * (1.0 + share) - tl.where(at == after, share * one, 0.0)
+    return p - tl.where(at == target, one, 0.0)
+
+
+@triton.jit
+def _log_sum(  # noqa: PLR0917
     logits,
-    targets,
-    losses,
-    log_sums,
     raised,
     vocab: tl.constexpr,
     padded: tl.constexpr,
-    needs_grad: tl.constexpr,
     cap: tl.constexpr,
     fast: tl.constexpr,
     raises: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One program per row: its loss, log2 Σ e^x, and in place of its logits their gradient."""
-    row = tl.program_id(0).to(tl.int64)  # row · padded does not fit into 32 bits
-    logits += row * padded
-    target = tl.load(targets + row)
-    counts = target >= 0
-    # First pass: every lane keeps the maximum of its columns, and the sum of 2^(x - maximum). A
-    # small cap is maximum enough: 2^(-2 · 40 · log2 e) is still a float32.
-    bounded: tl.constexpr = (cap > 0) and (cap <= 40)
+    """log2 Σ e^x of a row. A lane keeps its columns' maximum, and the sum of 2^(x - maximum)."""
     columns = tl.arange(0, block)
+    # A small cap is maximum enough: 2^(-2 · 40 · log2 e) is still a float32.
+    bounded: tl.constexpr = (cap > 0) and (cap <= 40)
     top = tl.full((block,), cap * LOG2_E if bounded else -1e30, tl.float32)
     total = tl.zeros((block,), tl.float32)
     for start in range(0, padded, block):
@@ -91,18 +91,45 @@ def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
             total = total * tl.exp2(top - new_top) + tl.exp2(x - new_top)
             top = new_top
     peak = tl.max(top, 0)
-    log_sum = peak + tl.log2(tl.sum(total * tl.exp2(top - peak), 0))
+    return peak + tl.log2(tl.sum(total * tl.exp2(top - peak), 0))
+
+
+@triton.jit
+def _cross_entropy(  # noqa: PLR0917 - Triton launches by position
+    logits,
+    targets,
+    losses,
+    log_sums,
+    raised,
+    later,
+    shares,
+    vocab: tl.constexpr,
+    padded: tl.constexpr,
+    needs_grad: tl.constexpr,
+    cap: tl.constexpr,
+    fast: tl.constexpr,
+    raises: tl.constexpr,
+    two: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One program per row: its loss, log2 Σ e^x, and in place of its logits their gradient."""
+    row = tl.program_id(0).to(tl.int64)  # row · padded does not fit into 32 bits
+    logits += row * padded
+    target = tl.load(targets + row)
+    counts = target >= 0
+    log_sum = _log_sum(logits, raised, vocab, padded, cap, fast, raises, block)
     wanted = _capped(tl.load(logits + tl.maximum(target, 0)).to(tl.float32), cap, fast)
     if raises:
         wanted += tl.load(raised + tl.maximum(target, 0))
     tl.store(losses + row, tl.where(counts, (log_sum - wanted * LOG2_E) / LOG2_E, 0.0))
     tl.store(log_sums + row, log_sum)
-    # Second pass: softmax - one-hot.
     if needs_grad:
+        after = tl.load(later + row) if two else -1
         for start in range(0, padded, block):
-            at = start + columns
+            at = start + tl.arange(0, block)
             y, x = _weights(logits, raised, at, vocab, padded, cap, fast, raises)
-            gradient = tl.exp2(x - log_sum) - tl.where(at == target, 1.0, 0.0)
+            gradient = tl.exp2(x - log_sum)
+            gradient = _minus_targets(gradient, at, target, after, shares, 1.0, two)
             if cap > 0:
                 gradient *= 1.0 - (y / cap) * (y / cap)
             gradient = tl.where(counts, gradient, 0.0).to(logits.dtype.element_ty)
@@ -116,6 +143,8 @@ def cross_entropy_(  # noqa: PLR0917
     needs_grad: bool,
     softcap: float = 0.0,
     raised: Tensor | None = None,
+    later: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies in nats; with needs_grad the logits become its gradient.
 
@@ -127,8 +156,11 @@ def cross_entropy_(  # noqa: PLR0917
         targets: (N,) int64, negative where nothing is predicted.
         softcap: see `head_loss.soft_cap`.
         raised: (vocab,) float32, added to the logits after the cap; None: nothing.
+        later: (N,) int64, see `logits_loss.Later`.
+        share: () float32 of `later`.
     """
-    return _launch_cross_entropy(logits, targets, vocab, needs_grad, softcap, raised)[0]
+    options = needs_grad, softcap, raised, later, share
+    return _launch_cross_entropy(logits, targets, vocab, *options)[0]
 
 
 def _launch_cross_entropy(  # noqa: PLR0917
@@ -138,6 +170,8 @@ def _launch_cross_entropy(  # noqa: PLR0917
     needs_grad: bool,
     softcap: float,
     raised: Tensor | None,
+    later: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, padded = logits.shape
     losses, log_sums = torch.empty(2, rows, device=logits.device, dtype=torch.float32)
@@ -147,12 +181,15 @@ def _launch_cross_entropy(  # noqa: PLR0917
         losses,
         log_sums,
         losses if raised is None else raised,
+        targets if later is None else later,
+        losses if share is None else share,
         vocab,
         padded,
         needs_grad,
         float(softcap),
         _fast(logits),
         raised is not None,
+        later is not None,
         BLOCK,
         num_warps=WARPS,
     )
@@ -163,12 +200,14 @@ def _fast(logits: Tensor) -> bool:
     return logits.dtype == torch.bfloat16 and torch.version.hip is None
 
 
-def cross_entropy_fp8(
+def cross_entropy_fp8(  # noqa: PLR0917
     logits: Tensor,
     targets: Tensor,
     vocab: int,
     softcap: float = 0.0,
     raised: Tensor | None = None,
+    later: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the cross-entropies, and its gradient times 2^`GRADIENT_SCALE` in e5m2.
 
@@ -181,6 +220,8 @@ def cross_entropy_fp8(
         vocab: the columns that count.
         softcap: see `head_loss.soft_cap`.
         raised: (vocab,) float32, added to the logits after the cap; None: nothing.
+        later: (N,) int64, see `logits_loss.Later`.
+        share: () float32 of `later`.
 
     Returns:
         (), (N, P), (P, N).
@@ -195,6 +236,8 @@ def cross_entropy_fp8(
         targets,
         log_sums,
         log_sums if raised is None else raised,
+        targets if later is None else later,
+        log_sums if share is None else share,
         gradient,
         transposed,
         rows,
@@ -204,6 +247,7 @@ def cross_entropy_fp8(
         float(softcap),
         _fast(logits),
         raised is not None,
+        later is not None,
         TALL,
         WIDE,
         num_warps=WARPS,
@@ -217,6 +261,8 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
     targets,
     log_sums,
     raised,
+    later,
+    shares,
     gradient,
     transposed,
     rows,
@@ -226,6 +272,7 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
     cap: tl.constexpr,
     fast: tl.constexpr,
     raises: tl.constexpr,
+    two: tl.constexpr,
     tall: tl.constexpr,
     wide: tl.constexpr,
 ):
@@ -240,7 +287,8 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
     x = y + tl.load(raised + left + column, mask=left + column < vocab, other=0.0) if raises else y
     value = tl.exp2(x * LOG2_E - tl.load(log_sums + top + row) + scale)
     value = tl.where(left + column < vocab, value, 0.0)
-    value -= tl.where(left + column == target, 2.0**scale, 0.0)
+    after = tl.load(later + top + row) if two else target
+    value = _minus_targets(value, left + column, target, after, shares, 2.0**scale, two)
     if cap > 0:
         value *= 1.0 - (y * (1.0 / cap)) * (y * (1.0 / cap))
     value = tl.where(target >= 0, value, 0.0).to(tl.float8e5)
@@ -272,32 +320,3 @@ def _quantize(x, scale, out, transposed, rows, columns, side: tl.constexpr):  # 
     tl.store(out + at, value, mask=inside)
     at = column.to(tl.int64)[:, None] * rows + row[None, :]
     tl.store(transposed + at, tl.trans(value), mask=tl.trans(inside))
-
-
-@triton.jit
-def _layer_norm(  # noqa: PLR0917 - Triton launches by position
-    x, weight, bias, y, means, rstds, width: tl.constexpr, eps: tl.constexpr, block: tl.constexpr
-):
-    """One program per row, which it reads once."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, block)
-    inside = columns < width
-    values = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(values, 0) / width
-    values = tl.where(inside, values - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
-    gain = tl.load(weight + columns, mask=inside, other=0.0)
-    offset = tl.load(bias + columns, mask=inside, other=0.0)
-    tl.store(y + row * width + columns, values * rstd * gain + offset, mask=inside)
-    tl.store(means + row, mean)
-    tl.store(rstds + row, rstd)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """LayerNorm of contiguous (..., C), and mean and 1 / deviation, (..., 1) in float32."""
-    y, width = torch.empty_like(x), x.shape[-1]
-    mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    rstd = torch.empty_like(mean)  # a view of a shared tensor might start at an unaligned address
-    grid, block = (x.numel() // width,), triton.next_power_of_2(width)
-    _layer_norm[grid](x, weight, bias, y, mean, rstd, width, eps, block, num_warps=WARPS)
-    return y, mean, rstd

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config.model import GPT2Config
 from ..kernels.attention import causal_attention
-from ..kernels.head_loss import head_logits, head_loss, own_loss, soft_cap
-from ..kernels.layer_norm import LayerNorm
+from ..kernels.head_loss import head_logits, head_loss, own_loss
+from ..kernels.layer_norm import LayerNorm, with_norm
 from ..kernels.linear import add_linear, add_mlp, qkv
+from ..kernels.logits_loss import soft_cap
 from ..kernels.precision import to_residual_stream
 from .attention_cache import AttentionCache
 from .kv_cache import KVCache
@@ -84,8 +85,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """The residual stream x, (B, T, C) -> (B, T, C)."""
-        x = self.attn.add_to(x, self.ln_1(x), cache)
-        return self.mlp.add_to(x, self.ln_2(x))
+        x = self.attn.add_to(*with_norm(x, self.ln_1), cache)
+        return self.mlp.add_to(*with_norm(x, self.ln_2))
 
 
 class LanguageModel(nn.Module):
@@ -106,6 +107,7 @@ class LanguageModel(nn.Module):
         self.end_of_text: int | None = None  # id; None: the last of the vocabulary
         self.fp8_head = False  # in training, see `head_loss`
         self.sampled_ids: Tensor | None = None  # in training: `sampled` of `head_loss`
+        self.second_share: Tensor | None = None  # in training: `second` of `head_loss`
         self.checkpoint_activations = False  # in training, recompute each block in backward
         self.parts_draw = False  # parts of a plugin in the blocks may draw random numbers
         self.own_loss: Callable | None = None  # of a plugin, in training; see `own_loss`
@@ -153,8 +155,8 @@ class LanguageModel(nn.Module):
         if self.own_loss is not None and self.training:
             return own_loss(self.own_loss, self.logits(hidden), targets, reduction)
         options = padded_rows, reduction, fp8, self.softcap
-        sampled = self.sampled_ids if self.training else None
-        return head_loss(hidden, weight, targets, *options, sampled)
+        aims = (self.sampled_ids, self.second_share) if self.training else (None, None)
+        return head_loss(hidden, weight, targets, *options, *aims, idx.shape[1])
 
     def hidden(self, idx: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """(B, T) ids -> (B, T, C), the output of the last norm."""

@@ -19,7 +19,7 @@ WHOLE = 0.1  # share of the steps, the last ones, that take the whole softmax
 
 def begin(options: OptimOptions, vocab: int) -> Tensor | None:
     """`LanguageModel.sampled_ids` of a run: () int64, or None without a sampled softmax."""
-    return torch.tensor(sampled_size(vocab)) if options.loss == "sampled_softmax" else None
+    return torch.tensor(sampled_size(vocab)) if options.loss.startswith("sampled_softmax") else None
 
 
 def choose(state: TrainState, sampled: Tensor, options: OptimOptions) -> None:

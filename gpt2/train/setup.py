@@ -22,7 +22,7 @@ from ..model.checkpointing import checkpoint_activations
 from ..model.gpt import GPT, LanguageModel
 from ..report import console, throughput
 from ..report.trackers import check_names
-from . import sampled_loss
+from . import sampled_loss, second_token
 from .compilation import compile_network
 from .cuda_graph import MicroBatchGraph
 from .optimizer import build_optimizer
@@ -164,6 +164,7 @@ def build_network(config: TrainConfig, rt: Runtime, init: Weights | None) -> Lan
     model.own_loss = registered("loss", config.optim.loss)
     model.sampled_ids = sampled_loss.begin(config.optim, model.config.vocab_size)
     rt.place(model)
+    model.second_share = second_token.begin(config.optim, rt.device)
     model.fp8_head = devices.allow_fp8(config.system.fp8, rt.device, rt.dtype)
     checkpoint_activations(model, config.system.activation_checkpointing)
     return model

@@ -20,7 +20,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..model.packed_documents import Packed
 from ..report import console
-from . import sampled_loss
+from . import sampled_loss, second_token
 from .optimizer import clip_gradients
 from .optimizer_state import supports_found_inf
 from .schedules import attention_window_at, micro_batches_at, set_rates
@@ -58,6 +58,8 @@ def train_step(state: TrainState, config: TrainConfig, rt: Runtime) -> Launched:
         state.model.limit_attention_window(attention_window_at(state.step, config.optim, context))
     if state.model.sampled_ids is not None:
         sampled_loss.choose(state, state.model.sampled_ids, config.optim)
+    if state.model.second_share is not None:
+        state.model.second_share.fill_(second_token.share_at(state.step, config.optim))
     tokens_before = state.tokens
     batches = next_batches(state, rt, micro_batches_at(state.step, config.optim, state.plan))
 

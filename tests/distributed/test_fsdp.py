@@ -75,7 +75,7 @@ CASES = {
     "Muon": [MUON, "--activation_checkpointing=mlp"],
     "AdamW": ["--dropout=0.1", "--activation_checkpointing=True"],
     "switches": SWITCHES,
-    "sampled softmax": [MUON, "--loss=sampled_softmax"],
+    "sampled softmax": [MUON, "--loss=sampled_softmax+second"],
     "bfloat16": ["--dtype=bfloat16", "--activation_checkpointing=True"],
 }
 

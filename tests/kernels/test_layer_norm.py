@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt2.kernels import layer_norm
-from gpt2.kernels.layer_norm import LayerNorm
+from gpt2.kernels.layer_norm import LayerNorm, with_norm
 
 from ..conftest import error
 
@@ -47,11 +47,13 @@ def test_as_exact_as_pytorch_in_bf16(width, device, monkeypatch):
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_frozen_parameters_get_no_gradient(frozen, monkeypatch):
     monkeypatch.setattr(layer_norm, "_wide_in_bf16", lambda _: True)
-    layer = LayerNorm(16)
-    getattr(layer, frozen).requires_grad_(requires_grad=False)
-    layer(torch.randn(2, 16)).sum().backward()
-    given = {name: p.grad is not None for name, p in layer.named_parameters()}
-    assert given == {"weight": frozen != "weight", "bias": frozen != "bias"}
+    monkeypatch.setattr(layer_norm, "_in_bf16", lambda _: True)
+    for function in (layer_norm.LayerNorm.__call__, lambda norm, x: with_norm(x, norm)[1]):
+        layer = LayerNorm(16)
+        getattr(layer, frozen).requires_grad_(requires_grad=False)
+        function(layer, torch.randn(2, 16, requires_grad=True)).sum().backward()
+        given = {name: p.grad is not None for name, p in layer.named_parameters()}
+        assert given == {"weight": frozen != "weight", "bias": frozen != "bias"}
 
 
 @GPU
@@ -91,3 +93,52 @@ def test_the_plain_backward_takes_the_place_of_the_operator(monkeypatch):
     monkeypatch.setattr(layer_norm, "_backward", layer_norm.layer_norm_backward)
     for found, wanted in zip(call(layer, x, upstream.detach()), by_operator, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def both(layer, x, upstream):
+    """The stream goes on past the norm; gradients of all."""
+    past, y = with_norm(x, layer)
+    loss = (torch.stack([past.to(y.dtype), y]) * upstream.to(y.dtype)).sum()
+    return past, y, *torch.autograd.grad(loss, [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(37, 64), (8192, 768), (1500, 1600)])
+def test_the_gradient_past_a_norm_is_added_as_exactly_as_by_pytorch(
+    rows, width, compiled, device, monkeypatch
+):
+    """On a CPU the same autograd function, around the plain form."""
+    torch.manual_seed(0)
+    rows = min(rows, 300) if device == "cpu" else rows
+    layer = LayerNorm(width).to(device)
+    for p in layer.parameters():
+        p.data.normal_(1, 0.1)
+    x = (2 * torch.randn(rows, width, device=device) + 3).bfloat16().requires_grad_()
+    upstream = torch.randn(2, rows, width, device=device).bfloat16()
+    in_double = x.detach().double().requires_grad_()
+    exact = both(copy.deepcopy(layer).double(), in_double, upstream.double())
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    function = torch.compile(both, backend=backend) if compiled else both
+    found = []
+    with torch.autocast(device, torch.bfloat16):
+        for ours in (True, False):
+            monkeypatch.setattr(layer_norm, "_in_bf16", lambda _, ours=ours: ours)
+            torch._dynamo.reset()
+            found.append(function(layer, x, upstream))
+    assert found[0][1].dtype is torch.bfloat16
+    for ours, theirs, right in zip(*found, exact, strict=True):
+        assert error(ours, right) < 1.1 * error(theirs, right) + 4e-3
+
+
+def test_who_looks_at_a_norm_sees_it():
+    layer, x = LayerNorm(16), torch.randn(2, 16).bfloat16()
+    seen = []
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_norm, "_in_bf16", lambda _: True)
+        with_norm(x, layer)
+        handle.remove()
+        assert with_norm(x, layer)[1].dtype is torch.bfloat16
+        assert with_norm(x.float(), layer.eval())[1].dtype is torch.float32
+    assert seen == [1]

@@ -128,7 +128,7 @@ def test_checkpoint_is_what_the_documentation_says(gpt2_data_dir, tmp_path):
     [
         ["--max_steps=12"],
         ["--max_steps=12", "--dropout=0.2"],
-        ["--max_steps=7", "--loss=sampled_softmax"],
+        ["--max_steps=7", "--loss=sampled_softmax+second"],
         ["--max_steps=7", *FP16],
         ["--max_steps=7", *FP16, "--optimizer=normuon"],
     ],

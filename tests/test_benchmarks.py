@@ -465,6 +465,7 @@ def test_the_clock_of_a_sprint_knows_that_windows_grow(data_dir, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
+@pytest.mark.alone
 def test_the_gib_of_a_sprint_are_those_of_a_recorded_step_too(data_dir):
     """Replays allocate nothing, so a counter that is cleared after recording would not see them."""
     sizes = ["--n_layer=16", "--n_embd=256", "--n_head=4", "--block_size=256", "--batch_size=64"]

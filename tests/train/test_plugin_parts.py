@@ -312,7 +312,8 @@ def dropped(self, x):
 def drawn(self, x):
     """With a generator of its own, whose draws differ from call to call."""
     generator = self.__dict__.setdefault("g", torch.Generator().manual_seed(0))
-    return self.c_fc(x) * torch.rand(x.shape, generator=generator) if self.training else x
+    noise = torch.rand(x.shape, generator=generator).to(x.device)
+    return self.c_fc(x) * noise if self.training else x
 
 
 def little_noise(self, x):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,14 +23,15 @@ from ..config.parameter_shapes import Shapes, check_fit, parameter_shapes
 from ..errors import UserError
 from ..huggingface.model_format import our_name
 from ..huggingface.safetensors_header import FLOATS, read_header
-from ..model.lora import PEFT_PREFIX
+from ..model.lora import PEFT_PREFIX, base_sample
 from ..untrusted.display import shown
-from ..untrusted.parsing import read_json
-from .model_file import check_finite
+from ..untrusted.parsing import load_json, read_json
+from .model_file import BASE_SAMPLE, check_finite
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 PART = re.compile(r"\.(lora_[AB])\.weight$")
 MAX_RANK = 2**16
+ROUNDED = 2.0**-8  # relative difference of weights and their bf16
 # Fields of adapter_config.json that change the merged weights; each may only be absent, empty or
 # of one of these values.
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -66,7 +68,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def merged(
-    folder: Path, settings: dict[str, Any], config: GPT2Config, state: dict[str, Tensor]
+    folder: Path,
+    settings: dict[str, Any],
+    config: GPT2Config,
+    state: dict[str, Tensor],
+    origin: str,
 ) -> dict[str, Tensor]:
     """The base's state dict with W + (α / r) B A in place of each adapted W.
 
@@ -75,9 +81,11 @@ def merged(
         settings: from `read_settings`.
         config: of the base.
         state: of the base, under our names.
+        origin: of the base, for messages.
 
     Raises:
-        UserError: the adapters are missing or damaged, or do not fit the base.
+        UserError: the adapters are missing or damaged, do not fit the base, or were trained on
+            other weights than it has.
     """
     path, rank = folder / ADAPTER_FILE, settings["r"]
     found, types = read_header(path)
@@ -93,14 +101,34 @@ def merged(
               {names[n]: s for n, s in found.items()}, path)  # fmt: skip
     try:
         tensors = {names[n]: t.float() for n, t in load_file(path).items()}
+        with safetensors.safe_open(path, "pt") as file:
+            sample = (file.metadata() or {}).get(BASE_SAMPLE, "")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: missing or damaged ({shown(error)})") from None
+    if sample and not _is_base(sample, base_sample(_layers(names), state)):
+        raise UserError(
+            f"{folder}: these adapters were trained on other weights than {origin} has now; use "
+            "the base that they began with, or train them again"
+        )
     changed, scale = {}, settings["lora_alpha"] / rank
     for layer in _layers(names):
         a, b = tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"]  # (r, K), (N, r)
         changed[f"{layer}.weight"] = state[f"{layer}.weight"] + scale * (b @ a)
     check_finite(changed, path)
     return state | changed
+
+
+def _is_base(sample: str, found: list[float]) -> bool:
+    """Whether the sample is of these weights, up to rounding to half of the bits.
+
+    A sample that cannot be compared is of no weights.
+    """
+    try:
+        kept = torch.tensor(load_json(sample.encode(), BASE_SAMPLE, list), dtype=torch.float64)
+    except (ValueError, TypeError):  # UserError is a ValueError
+        return False
+    now = torch.tensor(found, dtype=torch.float64)
+    return kept.shape == now.shape and bool((kept - now).norm() <= ROUNDED * now.norm())
 
 
 def _our_part(name: str) -> str:

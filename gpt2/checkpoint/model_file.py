@@ -34,6 +34,7 @@ from .safe_load import check_sums, in_memory, torch_load
 from .write_errors import bytes_of, write_errors
 
 FORMAT = 1  # of out_ckpt.pt
+BASE_SAMPLE = "base_sample"  # see `lora.base_sample`, in the header of adapter_model.safetensors
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -89,19 +90,23 @@ def write_model(
             torch.save(content, temporary)
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], settings: bytes) -> None:
+def write_adapter(
+    folder: Path, tensors: dict[str, Tensor], settings: bytes, sample: str = ""
+) -> None:
     """Writes LoRA adapters in the format of `peft`.
 
     Args:
         folder: the folder to write; an existing one is replaced.
         tensors: the adapters' state dict, from `lora.to_peft`.
         settings: the content of adapter_config.json, from `lora.to_peft`.
+        sample: of the base, from `lora.to_peft`; kept in the header of the file of tensors.
 
     Raises:
         UserError: no space or no permission; an older folder stays.
     """
+    header = {"format": "pt"} | ({BASE_SAMPLE: sample} if sample else {})
     with write_errors(folder, bytes_of(tensors)), replacing_folder(folder) as temporary:
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata=header)
         (temporary / "adapter_config.json").write_bytes(settings)
 
 

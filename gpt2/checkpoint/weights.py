@@ -1,5 +1,6 @@
 """Pretrained weights: from a checkpoint file, a folder, the clone of this project, or the Hub."""
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
@@ -153,6 +154,8 @@ def load_local(path: str | Path) -> Weights:
     config, state, rest = model_file.load_model(path)
     origin = f"{path} ({rest['origin']})" if "origin" in rest else str(path)
     notes = tuple(rest.get("notes", ()))
+    if isinstance(val_loss := rest.get("val_loss"), float) and math.isnan(val_loss):
+        notes += ("its validation loss is NaN: training has diverged; use an earlier checkpoint",)
     own = stored_tokenizer(rest.get("tokenizer"), path, config.vocab_size)
     end = own.end_of_text if own else -1
     ids = {"eos_token_id": end, "bos_token_id": end} if end >= 0 else {}
@@ -246,7 +249,7 @@ def _load_adapter(folder: Path) -> Weights:
     except (OSError, ValueError) as error:  # also a name that no file can have
         reason = str(error) if isinstance(error, UserError) else first_line(error)
         raise UserError(f"{folder}: its base is {shown(base)}: {reason}") from None
-    state = adapters.merged(folder, settings, found.config, found.state)
+    state = adapters.merged(folder, settings, found.config, found.state, found.origin)
     origin = f"{folder} (adapters on {found.origin})"
     return replace(found, state=state, origin=origin, step=None, val_loss=None)
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..model.evaluation_mode import check_logits
 from ..model.gpt import LanguageModel
 from .cached_forward import CachedForward, HostCopy, pad
 from .sampling import Sampling, choose, uniforms
@@ -60,6 +61,7 @@ class Decoder:
     ):
         assert not draft or (batch_size == 1 and use_cache and not static and not graph)
         self.model, self.sampling = model.eval(), sampling
+        self.checked = False  # whether its logits are numbers; without a graph, which has none
         self.greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
         self.device = model.transformer.wte.weight.device
         self.block_size = model.config.block_size
@@ -93,6 +95,9 @@ class Decoder:
             max_new_tokens: N.
             seed: row i uses seed + i; its tokens depend on its prompt, the settings and this number
                 alone, up to rounding of matmuls with more or fewer rows.
+
+        Raises:
+            UserError: the network's first logits are not finite. A CUDA graph does not look.
         """
         rows = [list(prompt) for prompt in prompts]
         self._check_room(rows, max_new_tokens)
@@ -156,9 +161,9 @@ class Decoder:
             self.graph.replay()
         elif self.forward is not None:
             self.forward.cache.length = max(self.filled)
-            self._choose(self.forward.next_logits(self.tokens))
+            self._choose_checked(self.forward.next_logits(self.tokens))
         else:
-            self._choose(self._logits_without_cache(rows))
+            self._choose_checked(self._logits_without_cache(rows))
         self.filled = [filled + 1 for filled in self.filled]
         if self.speculative:
             self.speculative.single_step_seconds = time.perf_counter() - began
@@ -176,6 +181,12 @@ class Decoder:
         lengths = [len(row) for row in visible]
         hidden = self.model.hidden(pad(visible, max(lengths)).to(self.device))
         return self.model.logits(hidden[range(len(rows)), [n - 1 for n in lengths]])
+
+    def _choose_checked(self, logits: Tensor) -> None:
+        if not self.checked:
+            check_logits(logits)
+            self.checked = True
+        self._choose(logits)
 
     def _choose(self, logits: Tensor) -> None:
         self.tokens.copy_(choose(logits, self.uniform, self.sampling, self.seen))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..model.evaluation_mode import check_logits
 from ..model.gpt import LanguageModel
 
 
@@ -103,6 +104,9 @@ def record(
     Returns:
         (logits (T, V), residual stream before, between and after the blocks: L + 1 of (T, C), the
         `Recorder` or None).
+
+    Raises:
+        UserError: the logits are not finite.
     """
     assert not model.training
     stream: list[Tensor] = []
@@ -116,6 +120,7 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
+    check_logits(logits)
     return logits, stream, recorder
 
 

@@ -1,11 +1,12 @@
-"""Evaluation mode for a while: no dropout, in the middle of training."""
+"""Evaluation mode for a while: no dropout, in the middle of training; and logits that are none."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import UserError
 from .gpt import LanguageModel
 
 
@@ -19,6 +20,19 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def check_logits(logits: Tensor) -> None:
+    """Weights may be finite and still be too large to compute with.
+
+    Raises:
+        UserError: one is NaN or infinite; every choice among such would be the first token.
+    """
+    if not logits.isfinite().all():
+        raise UserError(
+            "the network's logits are not finite: its training has diverged, or its numbers are "
+            "too large for this dtype; use an earlier checkpoint, or float32"
+        )
 
 
 def without_compiled_code(model: LanguageModel) -> AbstractContextManager[object]:

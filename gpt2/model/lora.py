@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config.finetune import TuningOptions
 
 PEFT_PREFIX = "base_model.model."
+SAMPLED = 16  # numbers of each frozen matrix that adapters keep
 
 
 class LoRALinear(nn.Linear):
@@ -84,15 +85,29 @@ def merged_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> di
     return state
 
 
+def base_sample(layers: list[str], state: dict[str, Tensor]) -> list[float]:
+    """The first numbers of each frozen matrix, by which adapters know their base again.
+
+    Args:
+        layers: names of the adapted layers.
+        state: with the matrix of each, (N, K).
+    """
+    rows = [state[f"{name}.weight"][0, :SAMPLED].float() for name in sorted(layers)]
+    return torch.cat(rows).tolist()
+
+
 def to_peft(
     model: nn.Module, base: str, state: dict[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], bytes]:
-    """The adapters in the format of `peft`: (tensors by name, bytes of adapter_config.json).
+) -> tuple[dict[str, Tensor], bytes, str]:
+    """The adapters in the format of `peft`.
 
     Args:
         model: with adapters.
         base: path or name of the frozen weights.
         state: see `merged_state`.
+
+    Returns:
+        tensors by name, bytes of adapter_config.json, `base_sample` as JSON.
     """
     state = model.state_dict() if state is None else state
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -116,4 +131,5 @@ def to_peft(
         "bias": "none",
         "inference_mode": True,
     }
-    return tensors, json.dumps(settings, indent=1).encode()
+    sample = json.dumps(base_sample(list(found), state) if state else [])
+    return tensors, json.dumps(settings, indent=1).encode(), sample

@@ -118,7 +118,7 @@ def between_steps(
             ends = save_due = True
             if is_new:
                 save_checkpoint(state, config, rt, final=True)
-        if save_due:
+        if save_due and state.step:  # before the first step there is nothing to keep
             export_model(state, config, rt, MODEL_NAME, final=ends)
     return ends
 

@@ -241,6 +241,9 @@ def conclude(state: TrainState, config: TrainConfig, resumed_at: int, early: boo
             f"--max_seconds={limit:g} are over after {state.step:,} of {steps:,} steps: the "
             "learning rate did not come to the end of its schedule"
         )
+    if not state.step:
+        console.log("stopped before the first step; nothing is saved, the same command begins anew")
+        return
     verb = "finished" if complete else "stopped"
     console.log(f"{verb} at step {state.step}; the model is {model}")
     if state.stop and not complete:

@@ -149,13 +149,14 @@ def export_model(
         write_model(path, shape, t[weights], step, val_loss, own_tokenizer=own)
         if adapted:
             folder = path.with_name(path.stem.replace("ckpt", "adapter"))
-            write_adapter(folder, t["adapter"], settings)
+            write_adapter(folder, t["adapter"], settings, sample)
 
     with averaged(state.optimizer):
         whole = fsdp.whole_state(state.model, keep=rt.is_main)
         tensors = {weights: lora.merged_state(state.model, whole)}
         if adapted:
-            tensors["adapter"], settings = lora.to_peft(state.model, config.model.init, whole)
+            adapter = lora.to_peft(state.model, config.model.init, whole)
+            tensors["adapter"], settings, sample = adapter
         write(state, rt, tensors, write_files, final)
 
 

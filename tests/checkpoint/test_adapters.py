@@ -125,3 +125,33 @@ def test_settings_as_peft_writes_them_are_read(tuned):
     theirs = json.loads((folder / "adapter_config.json").read_text())
     assert set(theirs) > set(ours)
     assert weights.load(str(folder)).state.keys()
+
+
+def test_adapters_know_their_base_again(tuned):
+    """A base that was trained further, in silence, is another; one that was rounded is not."""
+    folder, model = tuned
+    whole, base = merged_state(model), folder.parent / "base.pt"
+    config, state, _ = model_file.load_model(base)
+    rounded = {name: t.bfloat16().float() for name, t in state.items()}
+    model_file.write_model(base, config, rounded, 0, None)
+    for name, tensor in weights.load(str(folder)).state.items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-3, rtol=1e-2)
+    further = {name: t + 0.002 * torch.randn_like(t) for name, t in state.items()}
+    model_file.write_model(base, config, further, 0, None)
+    refused(folder, r"adapter: these adapters were trained on other weights than .*base.pt has now")
+
+
+@pytest.mark.parametrize("sample", ["x", "[]", "[1, null]", "[[1]]", "9" * 5000, "{}", "[" * 5000])
+def test_a_damaged_sample_is_of_no_base(tuned, sample):
+    folder, _ = tuned
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", "base_sample": sample})
+    refused(folder, "were trained on other weights")
+
+
+def test_adapters_without_a_sample_are_read(tuned):
+    """Those of `peft`, and of earlier versions."""
+    folder, _ = tuned
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    assert weights.load(str(folder)).state

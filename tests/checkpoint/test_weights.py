@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt2 import GPT2
-from gpt2.checkpoint import weights
+from gpt2.checkpoint import model_file, weights
 from gpt2.checkpoint.weights import Weights, for_training, load, resolve_options
 from gpt2.config.command_line import parse
 from gpt2.config.model import GPT2Config, ModernConfig
@@ -296,3 +296,12 @@ def test_rows_that_training_cannot_meet_are_cut_off(tmp_path):
     small = Weights(GPT2Config(vocab_size=65), {}, "x")
     with pytest.raises(UserError, match="x knows 65 tokens"):
         for_training(small, 16)
+
+
+def test_a_checkpoint_of_a_run_that_has_diverged_says_so(tmp_path, capsys):
+    model = GPT2(n_layer=1, n_head=1, n_embd=8, block_size=8)
+    for loss, said in ((float("nan"), 1), (3.0, 0), (None, 0)):
+        model_file.save_model(tmp_path / "m.pt", model, step=5, val_loss=loss)
+        capsys.readouterr()
+        GPT2.from_checkpoint(tmp_path / "m.pt", device="cpu")
+        assert capsys.readouterr().err.count("its validation loss is NaN: training has") == said

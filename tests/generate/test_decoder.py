@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpt2.config.model import GPT2Config
+from gpt2.errors import UserError
 from gpt2.generate.decoder import Decoder
 from gpt2.generate.few_token_pass import half_linear, packed_linear
 from gpt2.generate.sampling import Sampling
@@ -197,3 +198,15 @@ def test_attention_over_a_cache_of_uneven_rows(new):
         torch.testing.assert_close(out[row], exact)
         assert torch.equal(keys[row, :, : n + new], whole_k)
         assert torch.equal(values[row, :, n + new :], old_values[row, :, n + new :])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+@pytest.mark.parametrize("ways", [{}, {"use_cache": False}, {"static": True}, {"draft": True}])
+def test_logits_that_are_not_numbers_are_no_text(sampling, ways):
+    """Finite weights of a run that has diverged: the likeliest of NaN would be token 0."""
+    network = GPT(GPT2Config(n_layer=1, n_head=1, n_embd=64, block_size=32, vocab_size=50))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.fill_(1e30)
+    with pytest.raises(UserError, match="logits are not finite: its training has diverged"):
+        written(network, [[1, 2, 3]], 4, sampling, **ways)

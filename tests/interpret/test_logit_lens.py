@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpt2.config.model import GPT2Config, ModernConfig
+from gpt2.errors import UserError
 from gpt2.huggingface.model_format import from_hf
 from gpt2.interpret.logit_lens import look, record
 from gpt2.train.setup import network
@@ -120,3 +121,13 @@ def test_one_token_predicts_only_what_follows():
     seen = look(built(None), [3])
     assert (len(seen.nats), len(seen.ranks), len(seen.top_ids)) == (0, 0, 1)
     assert seen.attention[0].tolist() == [[[1.0]]] * 2
+
+
+def test_a_network_that_has_diverged_is_said():
+    """Its weights may be finite."""
+    model = built(None).float()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1e30)
+    with pytest.raises(UserError, match="logits are not finite: its training has diverged"):
+        look(model, [1, 2, 3])

@@ -749,7 +749,7 @@ def test_signals_save_and_stop_with_their_exit_code(data_dir, tmp_path, monkeypa
     assert training_state.find_state(tmp_path, "auto")[0].step == 4
 
 
-def test_signal_before_the_first_step_ends_without_one(data_dir, tmp_path, monkeypatch):
+def test_signal_before_the_first_step_ends_without_one(data_dir, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGTERM)
         return network(*arguments)
@@ -758,3 +758,7 @@ def test_signal_before_the_first_step_ends_without_one(data_dir, tmp_path, monke
     monkeypatch.setattr(setup, "network", interrupted)
     assert loop.run(config(data_dir, tmp_path, "--max_steps=9")) == 143
     assert not (tmp_path / "metrics.jsonl").exists()
+    said = capsys.readouterr().out
+    assert "stopped before the first step; nothing is saved, the same command begins anew" in said
+    assert "continues" not in said
+    assert not (tmp_path / "out_ckpt.pt").exists()

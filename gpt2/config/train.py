@@ -36,9 +36,9 @@ class Recipe:
     )
     loss: str = option(
         "cross_entropy",
-        "loss of training; sampled_softmax: until the last tenth of the steps over a third of the "
-        "vocabulary, the targets of the micro-batch and a sample; +second: the token after the "
-        "next counts too, 0.5 at first, 0 after 0.6 of the steps; validation: cross-entropy",
+        "loss of training; sampled_softmax: until the last tenth of the steps a softmax over a "
+        "third of the ids, targets and a sample; +second: the token after the next counts too, "
+        "with a weight of 0.5 at first and 0 after 0.6 of the steps; validation: cross-entropy",
         BUILT_IN["loss"],
     )
     cooldown: float = option(0.6, "wsd: share of max_steps in which the learning rate decays")

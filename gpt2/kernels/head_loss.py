@@ -70,6 +70,7 @@ def head_loss(  # noqa: PLR0917
         length: T, of the sequences that are one after another in x; needed with `second`.
     """
     check_reduction(reduction)
+    assert second is None or length, "the second token needs the length of a sequence"
     if reduction == "none":
         return head_loss_reference(x, weight, targets, padded_rows, reduction, softcap)
     kind = x.device.type

@@ -21,11 +21,14 @@ PROGRAMS = 512  # of the backward kernel; a constant, so that other GPUs sum in 
 def with_norm(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(x, norm(x)): what goes on in the residual stream, and what a sub-layer reads.
 
+    A norm with hooks, or with a forward of its own, is called. Hooks of all modules at once
+    (`register_module_forward_hook`) are not looked at.
+
     Args:
         x: (..., C).
         norm: (..., C) -> (..., C), as `LayerNorm`.
     """
-    if not (isinstance(norm, LayerNorm) and norm.training and _in_bf16(x)) or _hooked(norm):
+    if not (type(norm) is LayerNorm and norm.training and _in_bf16(x)) or _watched(norm):
         return x, norm(x)
     return _WithNorm.apply(x, norm.weight, norm.bias, norm.eps)
 
@@ -85,9 +88,10 @@ def _wide_in_bf16(x: Tensor) -> bool:
     return _in_bf16(x) and x.shape[-1] > NARROW
 
 
-def _hooked(norm: nn.Module) -> bool:
-    """Whether somebody wants to see the module's calls."""
-    return bool(norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+def _watched(norm: nn.Module) -> bool:
+    """Whether somebody wants to see the module's calls, or has replaced them."""
+    of_forward = norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__
+    return bool(of_forward or norm._backward_hooks or norm._backward_pre_hooks)
 
 
 class _WithNorm(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Triton kernels of the head in training: cross-entropy and fp8 quantization.
 
 Imported on CUDA devices only, where PyTorch installs Triton. `pytest -m gpu` tests each kernel
-against its plain form in `head_loss` and `fp8`.
+against its plain form in `logits_loss` and `fp8`.
 """
 
 import torch
@@ -154,7 +154,7 @@ def cross_entropy_(  # noqa: PLR0917
     Args:
         logits: (N, P) contiguous, of which the first `vocab` columns count.
         targets: (N,) int64, negative where nothing is predicted.
-        softcap: see `head_loss.soft_cap`.
+        softcap: see `logits_loss.soft_cap`.
         raised: (vocab,) float32, added to the logits after the cap; None: nothing.
         later: (N,) int64, see `logits_loss.Later`.
         share: () float32 of `later`.
@@ -218,7 +218,7 @@ def cross_entropy_fp8(  # noqa: PLR0917
         logits: (N, P) contiguous, N a multiple of 64 and P of 128.
         targets: (N,) int64, negative where nothing is predicted.
         vocab: the columns that count.
-        softcap: see `head_loss.soft_cap`.
+        softcap: see `logits_loss.soft_cap`.
         raised: (vocab,) float32, added to the logits after the cap; None: nothing.
         later: (N,) int64, see `logits_loss.Later`.
         share: () float32 of `later`.

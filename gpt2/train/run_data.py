@@ -92,6 +92,11 @@ def _open_data(
         return datasets, [f"the shards' own tokenizer has {tokenizer.vocab_size:,} tokens"]
     if config.data.sequence_start != "anywhere":
         raise UserError("--sequence_start=document is for text; conversations are always whole")
+    if config.optim.loss.endswith("+second"):
+        raise UserError(
+            f"--loss={config.optim.loss} is for text, whose next tokens go on; conversations take "
+            f"--loss={config.optim.loss.removesuffix('+second')}"
+        )
     if config.model.document_mask:
         raise UserError(
             f"init={config.model.init} has document_mask: the end-of-text tokens between messages "

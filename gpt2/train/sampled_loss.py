@@ -19,7 +19,8 @@ WHOLE = 0.1  # share of the steps, the last ones, that take the whole softmax
 
 def begin(options: OptimOptions, vocab: int) -> Tensor | None:
     """`LanguageModel.sampled_ids` of a run: () int64, or None without a sampled softmax."""
-    return torch.tensor(sampled_size(vocab)) if options.loss.startswith("sampled_softmax") else None
+    sampled = options.loss.partition("+")[0] == "sampled_softmax"
+    return torch.tensor(sampled_size(vocab)) if sampled else None
 
 
 def choose(state: TrainState, sampled: Tensor, options: OptimOptions) -> None:
@@ -31,7 +32,9 @@ def choose(state: TrainState, sampled: Tensor, options: OptimOptions) -> None:
         state.graph.forget()
 
 
-def check(order: Mixture, plan: BatchPlan, sampled: Tensor | None, vocab: int) -> list[str]:
+def check(
+    order: Mixture, plan: BatchPlan, sampled: Tensor | None, vocab: int, loss: str
+) -> list[str]:
     """Notes for the log.
 
     Looks at the first micro-batch: a later one may still have more different targets than the
@@ -47,9 +50,9 @@ def check(order: Mixture, plan: BatchPlan, sampled: Tensor | None, vocab: int) -
     different = len(np.unique(np.concatenate(targets)))
     if different > size:
         raise UserError(
-            f"loss=sampled_softmax takes {size:,} of the {vocab:,} ids, and the first micro-batch "
-            f"has {different:,} different targets; use --loss=cross_entropy, or a smaller "
-            "--batch_size"
+            f"loss={loss} takes {size:,} of the {vocab:,} ids, and the first micro-batch has "
+            f"{different:,} different targets; use "
+            f"--loss={loss.replace('sampled_softmax', 'cross_entropy')}, or a smaller --batch_size"
         )
     share = f"{different:,} of them targets in the first micro-batch"
     return [f"softmax over {size:,} of {vocab:,} ids ({share}), over all in the last {WHOLE:.0%}"]

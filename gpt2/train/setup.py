@@ -100,7 +100,8 @@ def build(
     hellaswag = read_hellaswag(config, rt, tokenizer)
     model = build_network(config, rt, init)
     model.end_of_text = tokenizer.end_of_text if tokenizer else None
-    data_notes += sampled_loss.check(mixture, plan, model.sampled_ids, shape.vocab_size)
+    loss = config.optim.loss
+    data_notes += sampled_loss.check(mixture, plan, model.sampled_ids, shape.vocab_size, loss)
     compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         compile_network(model, rt.sharded)

@@ -304,6 +304,9 @@ def test_options_that_mean_nothing_are_refused(chats, gpt2_data_dir, base, tmp_p
         said = "^--sequence_start=document is for text; conversations are always whole"
         with pytest.raises(UserError, match=said):
             finetune(base, chats, tmp_path, f"--{name}=document")
+    said = r"--loss=cross_entropy\+second is for text, .* conversations take --loss=cross_entropy$"
+    with pytest.raises(UserError, match=said):
+        finetune(base, chats, tmp_path, "--loss=cross_entropy+second")
     with pytest.raises(UserError, match="eval_tokens=5"):
         finetune(base, chats, tmp_path, "--eval_tokens=5")
     with pytest.raises(UserError, match=r"--val_share=0\.1 is for conversations; .* leave it out"):

@@ -131,14 +131,35 @@ def test_the_gradient_past_a_norm_is_added_as_exactly_as_by_pytorch(
         assert error(ours, right) < 1.1 * error(theirs, right) + 4e-3
 
 
-def test_who_looks_at_a_norm_sees_it():
-    layer, x = LayerNorm(16), torch.randn(2, 16).bfloat16()
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_who_looks_at_a_norm_sees_it(kind, monkeypatch):
+    monkeypatch.setattr(layer_norm, "_in_bf16", lambda _: True)
+    layer, x = LayerNorm(16), torch.randn(2, 16).bfloat16().requires_grad_()
     seen = []
-    handle = layer.register_forward_hook(lambda *_: seen.append(1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_norm, "_in_bf16", lambda _: True)
-        with_norm(x, layer)
+    handle = getattr(layer, f"register_{kind}_hook")(lambda *_: seen.append(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        with_norm(x, layer)[1].sum().backward()
         handle.remove()
+        with_norm(x, layer)[1].sum().backward()
+    assert seen == [1]
+
+
+def test_a_norm_that_computes_something_else_is_called(monkeypatch):
+    class Doubled(LayerNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    monkeypatch.setattr(layer_norm, "_in_bf16", lambda _: True)
+    x, replaced, plain = torch.randn(2, 16), LayerNorm(16), LayerNorm(16)
+    replaced.forward = lambda x: 2 * plain.forward(x)
+    expected = 2 * plain.eval()(x)
+    for layer in (Doubled(16), replaced):
+        torch.testing.assert_close(with_norm(x, layer)[1], expected)
+
+
+def test_no_norm_of_its_own_outside_of_training(monkeypatch):
+    monkeypatch.setattr(layer_norm, "_in_bf16", lambda _: True)
+    layer, x = LayerNorm(16), torch.randn(2, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
         assert with_norm(x, layer)[1].dtype is torch.bfloat16
         assert with_norm(x.float(), layer.eval())[1].dtype is torch.float32
-    assert seen == [1]

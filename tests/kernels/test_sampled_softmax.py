@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gpt2
 from gpt2.config.model import IGNORE, GPT2Config
 from gpt2.distributed import runtime
 from gpt2.errors import UserError
@@ -153,9 +154,17 @@ def test_a_run_learns_by_it(data_dir, tmp_path, capsys):
 
 def test_a_vocabulary_too_small_for_a_micro_batch_is_refused(data_dir, tmp_path):
     """512 ids, of which 128 would be taken."""
-    given = config(data_dir, tmp_path, "--loss=sampled_softmax", "--batch_size=32")
-    with pytest.raises(UserError, match=r"takes 128 of the 512 ids, .* has \d+ different targets"):
-        loop.run(given)
+    for loss, other in (("sampled_softmax", ""), ("sampled_softmax+second", r"\+second")):
+        given = config(data_dir, tmp_path, f"--loss={loss}", "--batch_size=32")
+        said = rf"takes 128 of the 512 ids, .* has \d+ different .*use --loss=cross_entropy{other},"
+        with pytest.raises(UserError, match=said):
+            loop.run(given)
+
+
+def test_a_loss_of_a_plugin_is_not_taken_for_it(data_dir, tmp_path, capsys):
+    gpt2.register("loss", "sampled_softmax_2")(lambda x, y: F.cross_entropy(x, y, reduction="none"))
+    loop.run(config(data_dir, tmp_path, "--loss=sampled_softmax_2", "--max_steps=1"))
+    assert "softmax over" not in capsys.readouterr().out
 
 
 def test_the_last_tenth_takes_the_whole_softmax(data_dir, tmp_path, monkeypatch):

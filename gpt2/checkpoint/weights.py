@@ -37,6 +37,7 @@ PARTS = {
     adapters.ADAPTER_CONFIG: (adapters.ADAPTER_FILE,),
 }
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+OUT_ADAPTER = "out_adapter"  # beside out_ckpt.pt in the folder of a run with --lora_rank=
 BY_POSITION = ("transformer.wpe.",)  # prefixes of tables with one row per position
 BY_TOKEN = ("transformer.wte.", "transformer.value_tables.", "head.")  # with one row per token
 
@@ -146,7 +147,7 @@ def load_local(path: str | Path) -> Weights:
         UserError: the source is missing, damaged, or not a GPT-2.
     """
     check_utf8(Path(path))
-    path = _folder_of(Path(path))
+    path = folder_of(Path(path))
     if path.is_dir():
         return _load_folder(path)
     if path.exists() and not path.is_file():  # opening a FIFO waits until somebody writes into it
@@ -171,7 +172,7 @@ def load_local(path: str | Path) -> Weights:
     )
 
 
-def _folder_of(path: Path) -> Path:
+def folder_of(path: Path) -> Path:
     """The folder, for a file of Hugging Face's layout: its config says what the tensors are.
 
     Raises:
@@ -195,6 +196,8 @@ def _load_folder(path: Path) -> Weights:
     if not (path / model_format.CONFIG_FILE).exists():
         if (path / "out_ckpt.pt").is_file():  # the folder of a run
             return load_local(path / "out_ckpt.pt")
+        if is_adapter(path / OUT_ADAPTER):  # of a run whose merged model was deleted
+            return load_local(path / OUT_ADAPTER)
         inside = next(iter(sorted(path.glob("*ckpt.pt"), reverse=True)), None)
         hint = f"; use {inside}" if inside else ""
         raise UserError(f"{path}: a folder without {model_format.CONFIG_FILE}, so no model{hint}")

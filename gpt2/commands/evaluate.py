@@ -18,7 +18,7 @@ from ..config.command_line import read_toml
 from ..config.commands import EvalConfig
 from ..config.run_paths import CONFIG_FILE, from_here
 from ..config.train import EvalOptions, SystemOptions
-from ..data.conversations import Conversations, check_eval_tokens, is_chat, open_conversations
+from ..data.conversations import check_eval_tokens, is_chat, open_conversations
 from ..data.datasets import (
     Dataset,
     identify,
@@ -91,11 +91,9 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         _check_sources(checkpoint, config)
         found = weights.load(checkpoint)
         found.tokenizer.check()
-        context = found.config.block_size
-        if config.block_size > context:
-            raise UserError(f"--block_size={config.block_size}: use at most the context, {context}")
-        config = replace(config, block_size=config.block_size or context)
-        measurements = list(_measurements(weights.locate(checkpoint), config, rt, found))
+        place = _place(checkpoint)
+        config = replace(config, block_size=_resolve_window(place, config.block_size, found))
+        measurements = list(_measurements(place, config, rt, found))
         model = GPT2.from_weights(found, str(rt.device))
         results = _describe(checkpoint, found.step, model, config.block_size, rt)
         for measure in measurements:
@@ -120,7 +118,7 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
     if config.data_dir and not is_chat(config.data_dir):
         open_datasets(config.data_dir, with_training=False)
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
-    data = str(_settings_of_run(weights.locate(checkpoint)).get("data_dir", ""))
+    data = str(_settings_of_run(_place(checkpoint)).get("data_dir", ""))
     # A clone brings box-chat with its config.toml, and without its conversations.
     if data and not asked and "," not in data and is_chat(data) and not Path(data).exists():
         data = ""
@@ -137,6 +135,29 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
                     f"--{name}={value}: for the losses of --data_dir= and --text=; HellaSwag and "
                     "LAMBADA take whole items; leave it out"
                 )
+
+
+def _place(checkpoint: str) -> Path:
+    """Where a checkpoint lies; for a file of a folder that is one model, that folder."""
+    return weights.folder_of(weights.locate(checkpoint))
+
+
+def _resolve_window(place: Path, asked: int, found: weights.Weights) -> int:
+    """Tokens of a window of data_dir and of text: `--block_size=`, or as the run had it.
+
+    Adapters bring the context of their base, which may be longer than their run's block_size.
+
+    Raises:
+        UserError: more than the model's context is asked for.
+    """
+    context = found.config.block_size
+    if asked > context:
+        raise UserError(f"--block_size={asked}: use at most the context, {context}")
+    settings = _settings_of_run(place)
+    of_run = settings.get("block_size") if settings.get("lora_rank") else 0
+    if isinstance(of_run, int) and 0 < of_run < context:
+        return asked or of_run
+    return asked or context
 
 
 def _check_text(text: str) -> None:
@@ -160,7 +181,7 @@ def _measurements(
     data_dir = config.data_dir or of_run.get("data_dir", "")
     eval_tokens = config.eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
     if data_dir:
-        datasets = _open(data_dir, settings, eval_tokens, found)
+        datasets = _open(data_dir, settings, replace(config, eval_tokens=eval_tokens), found)
         if not config.data_dir:
             rt.on_main(partial(_check_held_out, place, data_dir, datasets))
         counts = split_eval_tokens(datasets, eval_tokens)
@@ -179,7 +200,7 @@ def _measurements(
 
 
 def _open(
-    data_dir: str, settings: Results, eval_tokens: int, found: weights.Weights
+    data_dir: str, settings: Results, config: EvalConfig, found: weights.Weights
 ) -> list[Dataset]:
     """Folders of shards, or the conversations that the checkpoint's run held out."""
     if not is_chat(data_dir):
@@ -197,8 +218,15 @@ def _open(
             "checkpoint of `gpt2 finetune`, and there is none; use --text= or shards"
         )
     length, share = settings["block_size"], settings["val_share"]
+    if config.block_size != length:  # rows would be cut elsewhere
+        fits = length <= found.config.block_size
+        advice = f"use --block_size={length}" if fits else "evaluate a checkpoint of that run"
+        raise UserError(
+            f"{data_dir} was packed for the run's block_size={length}, and this evaluation has "
+            f"{config.block_size}; {advice}"
+        )
     datasets, _ = open_conversations(data_dir, length, share, found.tokenizer)
-    check_eval_tokens(eval_tokens, datasets, settings["block_size"])
+    check_eval_tokens(config.eval_tokens, datasets, length)
     return datasets
 
 
@@ -259,12 +287,6 @@ def _loss(  # noqa: PLR0917
     """Loss over datasets (name, shards, tokens), computed like the validation loss of training."""
     found: dict[str, Evaluation] = {}
     for name, shards, tokens in parts:
-        packed = next((s.block_size for s in shards if isinstance(s, Conversations)), block_size)
-        if packed != block_size:  # --block_size, or adapters with a shorter context than their base
-            raise UserError(
-                f"{source} was packed for the run's block_size={packed}, and this evaluation has "
-                f"{block_size}; evaluate the out_ckpt.pt of the run, without --block_size"
-            )
         rows = BATCH_TOKENS[rt.device.type] // block_size
         # A short batch is padded, and padding takes time like text.
         needed = math.ceil(available_eval_tokens(shards, tokens) / block_size / rt.world_size)

@@ -270,7 +270,9 @@ class EvalConfig:
         0, "tokens of data_dir and of text to evaluate on; 0: as in the run, or 10,485,760"
     )
     block_size: int = option(
-        0, "tokens of a window of data_dir and of text; 0: the model's context, which is the most"
+        0,
+        "tokens of a window of data_dir and of text; 0: the model's context, which is the most, or "
+        "the block_size of the run that trained adapters",
     )
     hellaswag: str = option("", "HellaSwag's items: a .jsonl or .parquet file, or hub")
     lambada: str = option("", "LAMBADA's items: a .jsonl or .parquet file, or hub")

@@ -96,22 +96,27 @@ def test_a_run_leaves_frozen_weights_alone_and_exports_merged_ones(chats, base, 
 
 
 def test_adapters_are_evaluated_on_what_their_run_held_out(chats, base, tmp_path, capsys):  # noqa: F811
-    """With the context of their base; another one is refused, since rows would be cut elsewhere."""
-    assert finetune(base, chats, tmp_path, "--lora_rank=2", "--max_steps=1") == 0
-    options = [f"--data={chats}", "--device=cpu", "--dtype=float32"]
-    losses = []
-    for name in ("out_adapter", "out_ckpt.pt"):
-        result = tmp_path / "x.json"
-        assert main(["eval", str(tmp_path / name), *options, f"--json={result}"]) == 0
+    """In the rows of their run, which are shorter than the context of their base."""
+    shape = ("--lora_rank=2", "--max_steps=1", "--block_size=40")
+    assert finetune(base, chats, tmp_path, *shape) == 0
+    options, result = ["--device=cpu", "--dtype=float32"], tmp_path / "x.json"
+    adapters, losses = tmp_path / "out_adapter", []
+    sources = (tmp_path / "out_ckpt.pt", adapters, adapters / "adapter_model.safetensors", tmp_path)
+    for source in sources:
+        if source == tmp_path:  # the folder of the run, with its adapters alone
+            (tmp_path / "out_ckpt.pt").unlink()
+        assert main(["eval", str(source), *options, f"--json={result}"]) == 0
         losses.append(json.loads(result.read_text())["val_loss"])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    settings = tmp_path / "config.toml"
-    settings.write_text(settings.read_text().replace("block_size = 48", "block_size = 40"))
+    assert losses == pytest.approx(losses[:1] * len(sources), abs=1e-5)
     capsys.readouterr()
-    assert main(["eval", str(tmp_path / "out_adapter"), *options]) == 2
-    assert (
-        "packed for the run's block_size=40, and this evaluation has 48" in capsys.readouterr().err
-    )
+    assert main(["eval", str(adapters), *options, "--block_size=48"]) == 2
+    told = "packed for the run's block_size=40, and this evaluation has 48; use --block_size=40\n"
+    assert told in capsys.readouterr().err
+    assert main(["eval", str(adapters), *options, "--block_size=40"]) == 0
+    settings = tmp_path / "config.toml"
+    settings.write_text(settings.read_text().replace("block_size = 40", "block_size = 50"))
+    assert main(["eval", str(tmp_path), *options]) == 2
+    assert "this evaluation has 48; evaluate a checkpoint of that run" in capsys.readouterr().err
 
 
 def test_without_a_rank_nothing_is_adapted():

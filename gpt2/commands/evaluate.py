@@ -23,6 +23,7 @@ from ..data.datasets import (
     Dataset,
     identify,
     open_datasets,
+    parse_mix,
     split_eval_tokens,
     validation_fingerprint,
 )
@@ -118,11 +119,7 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
     if config.data_dir and not is_chat(config.data_dir):
         open_datasets(config.data_dir, with_training=False)
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
-    data = str(_settings_of_run(_place(checkpoint)).get("data_dir", ""))
-    # A clone brings box-chat with its config.toml, and without its conversations.
-    if data and not asked and "," not in data and is_chat(data) and not Path(data).exists():
-        data = ""
-    if not asked and not data:
+    if not asked and not _data_of_run(checkpoint):
         weights.check_there(checkpoint)
         raise UserError(
             "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text=FILE, "
@@ -135,6 +132,26 @@ def _check_sources(checkpoint: str, config: EvalConfig) -> None:
                     f"--{name}={value}: for the losses of --data_dir= and --text=; HellaSwag and "
                     "LAMBADA take whole items; leave it out"
                 )
+
+
+def _data_of_run(checkpoint: str) -> str:
+    """The `--data_dir=` of a checkpoint's run, which is there; "" if nothing tells it.
+
+    Raises:
+        UserError: a file or folder of the run's data is missing.
+    """
+    place = _place(checkpoint)
+    data = str(_settings_of_run(place).get("data_dir", ""))
+    missing = [name for name, _ in parse_mix(data) if not Path(name).exists()] if data else []
+    # A clone brings box-chat, adapters with their config.toml, and without their conversations.
+    passed_on = weights.is_adapter(place) and (place / CONFIG_FILE).is_file()
+    if missing and not passed_on:
+        weights.check_there(checkpoint)
+        raise UserError(
+            f"{missing[0]} is not here, and the run in {_folder_of_run(place)} was trained on it; "
+            "put it back, name its new place by --data_dir=, or evaluate on --text=FILE"
+        )
+    return "" if missing else data
 
 
 def _place(checkpoint: str) -> Path:

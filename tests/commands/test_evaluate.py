@@ -216,6 +216,26 @@ def test_a_folder_without_a_run_has_nothing_to_evaluate_on(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("data", "missing"),
+    [("oa.jsonl", "oa.jsonl"), ("there:0.5,gone:0.5", "gone"), ("fineweb", "fineweb")],
+)
+def test_a_run_whose_data_are_gone_says_which(tmp_path, monkeypatch, capsys, data, missing):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "ad").mkdir()
+    (tmp_path / "ad/config.toml").write_text(f'data_dir = "{data}"\nout_dir = "ad"\n')
+    (tmp_path / "ad/out_ckpt.pt").touch()
+    for source in ("ad", "ad/out_ckpt.pt"):
+        assert cli.main(["eval", source]) == 2
+        said = capsys.readouterr().err
+        assert f"{missing} is not here, and the run in " in said
+        assert "name its new place by --data_dir=" in said
+        assert said.count("\n") == 1
+    assert cli.main(["eval", "ad", "--text=nowhere.txt"]) == 2  # other data need none of the run's
+    assert "--text=nowhere.txt: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["models"], "nothing to evaluate on; give one or more of --data_dir=FOLDER, --text="),

@@ -295,7 +295,10 @@ def serve(argv: list[str]) -> int:
 
 def inspect(argv: list[str]) -> int:
     """`gpt2 inspect`."""
-    names = {"checkpoint": MODEL_SOURCES, "text": "text to look at; - reads it from stdin"}
+    names = {
+        "checkpoint": MODEL_SOURCES,
+        "text": "text to look at; - reads it from stdin, without its last line break",
+    }
     config, (path, text) = parse_with_positional(
         InspectConfig, argv, "gpt2 inspect", names, optional=("text",)
     )

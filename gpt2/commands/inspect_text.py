@@ -27,7 +27,7 @@ def run(checkpoint: str, text: str, config: InspectConfig) -> int:
 
     Args:
         checkpoint: what `weights.load` takes.
-        text: the text; "-" reads it from stdin.
+        text: the text; "-" reads it from stdin, without a line break at its end.
 
     Raises:
         UserError: no text, too much text, no such model, another file at `--out`, or a place where
@@ -187,6 +187,7 @@ def _quoted(token: int, tokenizer: Tokenizer | None) -> str:
 
 
 def _read(text: str, file: str) -> str:
+    """The text of the argument, or of a file or stdin without a line break at its end."""
     if bool(text) and bool(file):
         raise UserError("give a text or --file=, not both")
     if file and Path(file).exists() and not Path(file).is_file():  # a pipe, or a folder
@@ -196,7 +197,9 @@ def _read(text: str, file: str) -> str:
             return text
         raw = Path(file).read_bytes() if file else sys.stdin.buffer.read()
         # Windows' editors begin a file with a byte order mark
-        return in_utf8(io.BufferedReader(io.BytesIO(raw))).read().decode("utf-8-sig")
+        text = in_utf8(io.BufferedReader(io.BytesIO(raw))).read().decode("utf-8-sig")
+        # Editors and `echo` add one, and what may follow it is another question.
+        return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
     except OSError as error:
         raise UserError(f"--file={file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

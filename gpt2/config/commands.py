@@ -209,7 +209,10 @@ class ServeConfig:
 class InspectConfig:
     """All options of `gpt2 inspect`."""
 
-    file: str = option("", "a file with the text, instead of an argument; UTF-8")
+    file: str = option(
+        "",
+        "a file with the text, instead of an argument; UTF-8; one line break at its end is no text",
+    )
     out: str = option("inspect.html", "HTML page to write; empty (--out=): only print the table")
     top: int = option(10, "likeliest tokens to show at each position")
     special: bool = option(

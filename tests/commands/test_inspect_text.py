@@ -102,6 +102,19 @@ def test_a_byte_order_mark_is_no_text(checkpoint, tmp_path, monkeypatch, capsys)
     assert tables[0] == tables[1] == capsys.readouterr().out
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("text", ["one\ntwo", "one\r\n two ", "one\n"])
+def test_the_last_line_break_of_a_file_is_no_text(tmp_path, monkeypatch, text, end):
+    """Nor that of `echo`; an earlier one is, and so is each of an argument."""
+    whole = text + end
+    wanted = text if end else text.removesuffix("\n")
+    (tmp_path / "t.txt").write_bytes(whole.encode())
+    assert inspect_text._read("", f"{tmp_path / 't.txt'}") == wanted
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(whole.encode())))
+    assert inspect_text._read("-", "") == wanted
+    assert inspect_text._read(whole, "") == whole
+
+
 def test_endoftext_is_text_unless_it_is_special(tmp_path, capsys):
     assert END_OF_TEXT not in encode("a<|endoftext|>b", special=False)
     assert encode("<|endoftext|>a<|endoftext|>b", True) == [50256, 64, 50256, 65]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..data.no_shards import why_no_shards
 from ..data.shards import (
     REDO,
     SHARD_MANIFEST,
@@ -236,7 +237,8 @@ def _open_folder(folder: Path) -> tuple[list[Path], dict | None]:
     if not paths:
         check_joined(folder)
     if not paths and not (manifest and manifest["shards"]):
-        raise UserError(f"{folder} holds no shards; make them with `{make}`")
+        none = f"{folder} holds no shards; make them with `{make}`"
+        raise UserError(why_no_shards(folder) or none)
     return paths, manifest
 
 

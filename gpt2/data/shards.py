@@ -20,6 +20,7 @@ from ..files import write_atomically
 from ..paths import is_below
 from ..untrusted.parsing import to_json
 from .manifest_kinds import has_right_kinds
+from .no_shards import why_no_shards
 from .vocabulary import GPT2_VOCABULARY, Vocabulary, manifest_value, of_shards
 
 MAGIC, VERSION = 20240520, 1
@@ -174,14 +175,8 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
     paths = [path for path in shard_paths(folder) if _split_of(path) == split]
     if not paths:
         check_joined(folder)
-        if (folder / f"{split}.bin").is_file():
-            raise UserError(
-                f"{folder} holds {split}.bin, as nanoGPT writes it: token ids without a header, "
-                "which shards have; run `gpt2 prepare --source=TEXT` on the text it was made of"
-            )
-        texts = any(folder.glob("*.txt")) or any(folder.glob("*.jsonl"))  # people bring these
-        source = f"--source={folder} --out_dir=data/mine" if texts else f"--out_dir={folder}"
-        raise UserError(f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare {source}`")
+        none = f"{folder} holds no *_{split}_*.bin shards; run `gpt2 prepare --out_dir={folder}`"
+        raise UserError(why_no_shards(folder, split) or none)
     vocabulary = of_shards(folder / SHARD_MANIFEST)
     return [open_shard(path, vocabulary) for path in paths]
 

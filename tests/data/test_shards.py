@@ -3,14 +3,18 @@
 import hashlib
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gpt2 import files
+from gpt2.commands.inspect_shards import info
 from gpt2.data import shards
 from gpt2.data.shards import find_shards, open_shard, read_manifest, write_manifest, write_shard
 from gpt2.errors import UserError
+
+from ..conftest import ROOT
 
 
 def shard_bytes(tokens, magic=20240520, version=1, count=None):
@@ -199,3 +203,32 @@ def test_a_folder_of_texts_is_led_to_prepare(name, tmp_path):
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=r"run `gpt2 prepare --out_dir=.*`"):
         find_shards(tmp_path, "train")
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_arrays_of_build_nanogpt_are_named_and_become_shards(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("edu_fineweb10B")
+    folder.mkdir()
+    tokens = {name: np.array([50256, n, 7], kind) for n, name in enumerate(("train", "val"))}
+    for split, ids in tokens.items():
+        np.save(folder / f"edufineweb_{split}_000001.npy", ids)
+    for told in (lambda: find_shards(folder, "train"), lambda: info(folder)):
+        with pytest.raises(UserError, match=r"_000001.npy, as build-nanogpt writes it") as caught:
+            told()
+        assert "gpt2 prepare" not in str(caught.value)
+        assert "docs/data.md#other-programs" in str(caught.value)
+    page = (ROOT / "docs/data.md").read_text("utf-8").partition("## Other programs")[2]
+    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    for split, ids in tokens.items():
+        (shard,) = find_shards(folder, split)
+        assert shard.read(0, shard.tokens).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "notes.md", "x_val_000000.bin", "manifest.json"])
+def test_beside_other_files_nothing_is_downloaded(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"holds no \*_train_\*.bin shards") as caught:
+        find_shards(tmp_path, "train")
+    advice = str(caught.value)
+    assert "prepare --source=" in advice or "run the `gpt2 prepare` again that made it" in advice

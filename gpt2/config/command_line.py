@@ -22,40 +22,11 @@ from ..untrusted.display import shown
 from ..untrusted.parsing import read_toml
 from .model import OLD_SIZES
 from .options import choices_of, type_of
+from .other_names import CHECKPOINTS, meaning
 from .registry import load_plugin
 from .run_paths import from_here
 
 Config = TypeVar("Config")
-# What people call an option elsewhere -> its names here; the first that a command has is meant.
-SYNONYMS = {
-    "lr": ("learning_rate",),
-    "model": ("size", "init"),
-    "model_size": ("size",),
-    "checkpoint": ("init",),
-    "epochs": ("max_steps",),
-    "num_epochs": ("epochs", "max_steps"),
-    "context": ("block_size",),
-    "context_length": ("block_size",),
-    "seq_len": ("block_size",),
-    "sequence_length": ("block_size",),
-    "max_length": ("block_size", "max_new_tokens"),
-    "steps": ("max_steps",),
-    "iters": ("max_steps",),
-    "max_iters": ("max_steps",),
-    "accum": ("grad_accum_steps",),
-    "gradient_accumulation_steps": ("grad_accum_steps",),
-    "bs": ("batch_size",),
-    "output": ("out_dir", "out"),
-    "output_dir": ("out_dir",),
-    "dataset": ("data_dir",),
-    "layers": ("n_layer",),
-    "heads": ("n_head",),
-    "precision": ("dtype",),
-    "compile": ("compile_model",),
-    "temp": ("temperature",),
-    "max_tokens": ("max_new_tokens",),
-    "length": ("max_new_tokens",),
-}
 WITHOUT_EFFECT = {"schedule": "cosine", "cooldown": 0.4}  # of earlier versions, see `earlier`
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
@@ -119,9 +90,8 @@ def parse_with_positional(
     everything = "--help=all" in arguments
     arguments = ["--help" if argument == "--help=all" else argument for argument in arguments]
     for argument in arguments:
-        name, _, value = argument.partition("=")
-        if "checkpoint" in positional and name in ("--model", "--checkpoint", "--init"):
-            raise UserError(f"unknown option {name}; write: {prog} {value or 'CHECKPOINT'} …")
+        if "checkpoint" in positional:
+            _check_no_checkpoint(argument, settings, prog, to_folder="folder" in positional)
         _check_name(argument, settings | {"-h", "--help", "--config"})
     parser = _build_parser(cls, prog, everything)
     for name, text in positional.items():
@@ -163,8 +133,8 @@ def check_keywords(options: Iterable[str], names: Collection[str], prog: str) ->
     """Raises UserError for a keyword that is none of `names`, with the closest of them."""
     for name in options:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(sorted(names))}"
+            close = _closest(name, names)[0]
+            hint = f"did you mean {close}?" if close else f"use {', '.join(sorted(names))}"
             raise UserError(f"{prog}({shown(name)}=…): unknown option; {hint}")
 
 
@@ -382,11 +352,30 @@ def _check_name(argument: str, names: set[str], where: str = "") -> None:
     name = argument.partition("=")[0]
     if not name.startswith("--") or name in names or name == "--":
         return
-    plain = [ours.removeprefix("--") for ours in names]  # equal dashes would bring names closer
-    meant = [ours for ours in SYNONYMS.get(name[2:], ()) if ours in plain]
-    close = meant[:1] or difflib.get_close_matches(name[2:], plain, n=1, cutoff=0.6)
-    hint = f"did you mean --{close[0]}?" if close else "see --help for the list"
+    # equal dashes would bring names closer
+    close, note = _closest(name[2:], {ours.removeprefix("--") for ours in names})
+    hint = note or "see --help for the list"
+    if close:
+        hint = f"did you mean --{close}?{f' ({note})' * bool(note)}"
     raise UserError(f"{where}unknown option {name}; {hint}")
+
+
+def _check_no_checkpoint(argument: str, settings: set[str], prog: str, *, to_folder: bool) -> None:
+    """Raises UserError for an option that names what stands without dashes here."""
+    name, _, value = argument.partition("=")
+    if name in CHECKPOINTS and name not in settings:
+        place = value if value not in ("", "resume", "scratch") else "CHECKPOINT"  # of nanoGPT
+        if to_folder and name == "--out_dir":
+            place = f"CHECKPOINT {value or 'FOLDER'}"
+        raise UserError(f"unknown option {name}; write: {prog} {place} …")
+
+
+def _closest(name: str, names: Collection[str]) -> tuple[str, str]:
+    """(the option that is probably meant or "", a note), for a name that is none of `names`."""
+    if found := meaning(name, set(names)):
+        return found
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return (close[0] if close else ""), ""
 
 
 def _instantiate(cls: type, given: dict[str, Any]) -> Any:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from gpt2.config.command_line import (
     FILES,
-    SYNONYMS,
     fields_of,
     parse,
     parse_keywords,
@@ -39,6 +38,7 @@ from gpt2.config.earlier import current_names
 from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.model import SIZES, GPT2Config, sizes_table
 from gpt2.config.options import flatten
+from gpt2.config.other_names import CHECKPOINTS, INSTEAD, NOTES, SYNONYMS
 from gpt2.config.train import ModelOptions, TrainConfig
 from gpt2.errors import UserError
 from gpt2.untrusted.parsing import SURROGATES, read_toml
@@ -345,16 +345,85 @@ def test_words_of_other_programs_are_understood(cls, given, meant):
         parse(cls, [given], "gpt2 x")
 
 
+NANOGPT = [  # its options that have another name here, and those of its children
+    (TrainConfig, "eval_interval", "did you mean --eval_every?"),
+    (TrainConfig, "log_interval", "did you mean --log_every?"),
+    (TrainConfig, "eval_iters", "did you mean --eval_tokens? (tokens in place of batches)"),
+    (TrainConfig, "eval_only", "write: gpt2 eval CHECKPOINT"),
+    (TrainConfig, "always_save_checkpoint", "did you mean --save_every?"),
+    (TrainConfig, "init_from", "did you mean --init?"),
+    (TrainConfig, "wandb_log", "did you mean --log_to? (--log_to=wandb)"),
+    (TrainConfig, "wandb_project", "did you mean --log_to? (--log_to=wandb, with"),
+    (TrainConfig, "wandb_run_name", "did you mean --run_name?"),
+    (TrainConfig, "dataset", "did you mean --data_dir?"),
+    (TrainConfig, "gradient_accumulation_steps", "did you mean --grad_accum_steps?"),
+    (TrainConfig, "max_iters", "did you mean --max_steps?"),
+    (TrainConfig, "decay_lr", "did you mean --schedule? (how it decays; --min_lr_ratio=1"),
+    (TrainConfig, "warmup_iters", "did you mean --warmup_steps?"),
+    (TrainConfig, "lr_decay_iters", "did you mean --max_steps? (the learning rate decays until"),
+    (TrainConfig, "min_lr", "did you mean --min_lr_ratio? (a share of learning_rate, as 0.1)"),
+    (TrainConfig, "max_lr", "did you mean --learning_rate?"),
+    (TrainConfig, "total_batch_size", "did you mean --total_batch_tokens?"),
+    (TrainConfig, "input_bin", "did you mean --data_dir?"),
+    (TrainConfig, "backend", "leave it out"),
+    (TrainConfig, "compile", "did you mean --compile_model?"),
+    (FinetuneConfig, "init_from", "did you mean --init?"),
+    (FinetuneConfig, "eval_only", "write: gpt2 eval CHECKPOINT"),
+    (EvalConfig, "eval_iters", "did you mean --eval_tokens?"),
+    (EvalConfig, "dataset", "did you mean --data_dir?"),
+    (EvalConfig, "out_dir", "write: gpt2 x VALUE …"),
+    (ExportConfig, "out_dir", "write: gpt2 x CHECKPOINT VALUE …"),
+    (SampleConfig, "start", "did you mean --prompt?"),
+    (SampleConfig, "out_dir", "write: gpt2 x VALUE …"),
+    (SampleConfig, "init_from", "write: gpt2 x VALUE …"),
+    (SampleConfig, "compile", "leave it out"),
+    (SampleConfig, "min_lr", "see --help"),  # not --min_p
+    (SampleConfig, "dataset", "see --help"),
+]
+
+
+@pytest.mark.parametrize(("cls", "word", "hint"), NANOGPT)
+def test_options_of_nanogpt_are_led_to_ours(cls, word, hint):
+    names = {ExportConfig: ("checkpoint", "folder")}.get(cls, ("checkpoint",))
+    places = {} if cls in (TrainConfig, FinetuneConfig) else dict.fromkeys(names, "a file")
+    with pytest.raises(UserError) as caught:
+        parse_with_positional(cls, [f"--{word}=VALUE"], "gpt2 x", places)
+    assert f"unknown option --{word}; {hint}" in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["batch_size", "block_size", "dropout", "bias", "grad_clip"])
+def test_options_of_nanogpt_that_have_their_names_here(word):
+    assert word in flatten(TrainConfig())
+
+
 def test_every_synonym_leads_to_an_option():
     known = {name for cls in CONFIGS for name in flatten(cls())}
     for word, names in SYNONYMS.items():
         assert set(names) <= known, word
+    assert set(NOTES) <= set(SYNONYMS)
+    noted = re.findall(r"--(\w+)=", "".join([*NOTES.values(), *INSTEAD.values()]))
+    assert set(noted) <= known
 
 
-@pytest.mark.parametrize("given", [["--model=m.pt"], ["--model", "m.pt"], ["--checkpoint=m.pt"]])
-def test_a_checkpoint_needs_no_option(given):
-    with pytest.raises(UserError, match=r"write: gpt2 sample (m.pt|CHECKPOINT)"):
-        parse_with_positional(SampleConfig, given, "gpt2 sample", {"checkpoint": "a file"})
+def test_keywords_of_python_know_the_names_of_other_programs():
+    with pytest.raises(UserError, match=r"train\(min_lr=…\): unknown option; did you mean min_lr_"):
+        parse_keywords(TrainConfig, {"min_lr": 6e-5}, "train")
+
+
+def test_a_value_that_is_called_as_an_option_is_a_value():
+    given = ["--prompt", "model", "m.pt"]
+    config, places = parse_with_positional(SampleConfig, given, "gpt2 x", {"checkpoint": "a file"})
+    assert (config.prompt, places) == ("model", ["m.pt"])
+
+
+@pytest.mark.parametrize("word", CHECKPOINTS)
+@pytest.mark.parametrize("value", ["=m.pt", "", "=resume"])
+def test_a_checkpoint_needs_no_option(word, value):
+    wanted = r"m\.pt" if value == "=m.pt" else "CHECKPOINT"
+    with pytest.raises(UserError, match=f"write: gpt2 sample {wanted} …"):
+        parse_with_positional(
+            SampleConfig, [f"{word}{value}", "m.pt"], "gpt2 sample", {"checkpoint": "a file"}
+        )
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

@@ -395,13 +395,13 @@ def average(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """`gpt2 export`: a model for other programs."""
-    names = {"checkpoint": MODEL_SOURCES, "folder": "what to make; for gguf the name of a file"}
+    names = {"checkpoint": MODEL_SOURCES, "folder": "what to make: a folder, or for gguf a file"}
     config, (source, folder) = parse_with_positional(ExportConfig, argv, "gpt2 export", names)
     from .checkpoint.weights import load, locate
     from .commands.export import check_export_file, check_export_folder, export_gguf, export_hf
     from .data.conversations import was_chat
 
-    if config.to == "gguf":
+    if config.to == "gguf" or folder.lower().endswith(".gguf"):
         check_export_file(Path(folder))
         chat = was_chat(locate(source))
         export_gguf(load(source), Path(folder), config.dtype, chat=chat)

@@ -41,6 +41,7 @@ from ..report import console
 from ..untrusted.parsing import load_json
 from .gguf_file import settings_of, write_gguf
 
+FILE_SUFFIXES = (".safetensors", ".pt", ".bin")  # of models in one file
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
 FILES = {
     model_format.CONFIG_FILE,
@@ -91,6 +92,11 @@ def check_export_folder(folder: Path) -> None:
         raise UserError(f"{folder} is a symbolic link; name the folder itself")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name a new folder, or delete it first")
+    if folder.suffix.lower() in FILE_SUFFIXES:
+        raise UserError(
+            f"{folder} is the name of a file, and --to=hf makes a folder; name it "
+            f"{folder.with_suffix('')}, or {folder.with_suffix('.gguf')} for one file"
+        )
 
 
 def export_hf(

@@ -77,7 +77,7 @@ class ExportConfig:
     to: str = option(
         "hf",
         "hf: a folder in Hugging Face's format, which vLLM reads too; gguf: a file for llama.cpp "
-        "and Ollama",
+        "and Ollama, which a name that ends in .gguf means in any case",
         ("hf", "gguf"),
         alias="format",
     )

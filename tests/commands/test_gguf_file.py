@@ -165,6 +165,19 @@ def test_a_tokenizer_of_its_own(tmp_path, capsys):
     assert "its tokenizer cuts words unlike GPT-2's" in capsys.readouterr().err
 
 
+def test_a_name_of_a_file_makes_no_folder(tmp_path, capsys):
+    a_model().save(tmp_path / "m.pt")
+    assert main(["export", str(tmp_path / "m.pt"), str(tmp_path / "full.gguf")]) == 0
+    assert (tmp_path / "full.gguf").read_bytes()[:4] == b"GGUF"
+    for name in ("x.safetensors", "x.bin"):
+        assert main(["export", str(tmp_path / "m.pt"), str(tmp_path / name)]) == 2
+        told = f"is the name of a file, and --to=hf makes a folder; name it {tmp_path / 'x'}, or"
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+    assert main(["export", str(tmp_path / "m.pt"), str(tmp_path / "v1.5")]) == 0
+    assert (tmp_path / "v1.5/config.json").is_file()
+
+
 def test_what_cannot_be_is_one_line(tmp_path, capsys):
     a_model(vocab_size=20).save(tmp_path / "m.pt")
     path = tmp_path / "m.gguf"

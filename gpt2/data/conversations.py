@@ -263,9 +263,29 @@ def _open(
         f"{path.name}: {len(encoded) - held:,} conversations in {len(train.packed):,} rows of "
         f"{block_size:,} tokens ({full:.0%} full, {learned:.0%} of the tokens learned), {held:,} "
         f"for validation; {counts.truncated:,} truncated, {counts.left_out:,} left out because "
-        f"nothing in them is the assistant's{_unread(counts)}"
+        f"nothing in them is the assistant's"
+        f"{_twice([encoded[i] for i in order[:held]], [encoded[i] for i in order[held:]])}"
+        f"{_unread(counts)}"
     )
     return Dataset(folder=path, share=share, train=[train], val=[val]), line
+
+
+def _twice(
+    val: list[tuple[list[int], list[bool]]], train: list[tuple[list[int], list[bool]]]
+) -> str:
+    """How many held-out conversations are trained on as well, for the line about a file.
+
+    They stay where they are: an earlier run with duplicates would not resume with another split.
+    """
+    held = [(tuple(ids), tuple(learned)) for ids, learned in val]
+    both = set(held).intersection((tuple(ids), tuple(learned)) for ids, learned in train)
+    count = sum(one in both for one in held)
+    if not count:
+        return ""
+    return (
+        f"; {count:,} of those for validation are trained on as well, so its loss is too low: "
+        "leave duplicates out of the file"
+    )
 
 
 def _unread(counts: ConversationCounts) -> str:

@@ -201,6 +201,23 @@ def test_alpacas_list_is_read_like_lines(tmp_path):
     assert one.train[0].fingerprint() == two.train[0].fingerprint()
 
 
+def test_held_out_conversations_that_are_trained_on_are_counted(tmp_path):
+    """They stay where they are: the split of a file goes by places, and old runs resume."""
+    several = [talk(n) for n in range(20)]
+    path = write(tmp_path / "a.jsonl", several)
+    (dataset,), (line,) = open_conversations(str(path), T, 0.2)
+    assert "trained on" not in line
+    split = dataset.val[0].fingerprint()
+    (_,), (line,) = open_conversations(str(write(tmp_path / "b.jsonl", [talk(7)] * 40)), T, 0.05)
+    told = "; 2 of those for validation are trained on as well, so its loss is too low: leave dup"
+    assert told in line
+    order = np.argsort(np.random.Philox(key=[0, 0]).random_raw(20), kind="stable")
+    several[order[-1]] = several[order[0]]  # one of the four that are held out
+    (dataset,), (line,) = open_conversations(str(write(path, several)), T, 0.2)
+    assert "; 1 of those for validation are trained on as well" in line
+    assert dataset.val[0].fingerprint() == split
+
+
 def test_files_folders_and_texts_are_told_apart(tmp_path):
     assert is_chat("a.jsonl.xz:0.5,b.parquet:0.5")
     assert not is_chat(str(tmp_path))

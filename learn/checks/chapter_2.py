@@ -13,10 +13,13 @@ def bigram_table(function: Callable) -> None:
     assert tuple(found.shape) == (3, 3), f"the shape is {tuple(found.shape)}, not (3, 3)"
     expected = torch.tensor([[1, 3, 2], [3, 1, 1], [1, 1, 1]]) / torch.tensor([[6], [5], [3]])
     assert torch.allclose(found.sum(1), torch.ones(3)), "rows do not sum to 1"
-    assert torch.allclose(found, expected), f"0 1 0 1 0 2 with add=1 gives {expected.tolist()}"
+    assert torch.allclose(found, expected), (
+        f"0 1 0 1 0 2 with add=1 gives {expected.tolist()}, not {found.tolist()}"
+    )
     found = function(torch.tensor([0, 1, 0, 1]), 2, 0.5)
     expected = torch.tensor([[0.5, 2.5], [1.5, 0.5]]) / torch.tensor([[3.0], [2.0]])
-    assert torch.allclose(found, expected), "add=0.5 is wrong"
+    told = f"0 1 0 1 with add=0.5 gives {expected.tolist()}, not {found.tolist()}"
+    assert torch.allclose(found, expected), told
 
 
 def loss_in_nats(function: Callable) -> None:
@@ -41,4 +44,6 @@ def gradient_of_logits(function: Callable) -> None:
     F.cross_entropy(leaf[None], torch.tensor([2])).backward()
     found = function(logits.clone(), 2)
     assert abs(float(found.sum())) < 1e-6, "its sum is not 0"
-    assert torch.allclose(found, leaf.grad, atol=1e-6), f"autograd has {leaf.grad.tolist()}"
+    assert torch.allclose(found, leaf.grad, atol=1e-6), (
+        f"autograd has {leaf.grad.tolist()}, not {found.tolist()}"
+    )

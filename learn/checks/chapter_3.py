@@ -8,12 +8,7 @@ from torch import Tensor
 
 from learn.solutions import chapter_3 as solutions
 
-
-def _same(found: Tensor, expected: Tensor, what: str) -> None:
-    assert isinstance(found, Tensor), f"{what}: the result is no tensor"
-    shapes = tuple(found.shape), tuple(expected.shape)
-    assert shapes[0] == shapes[1], f"{what}: the shape is {shapes[0]}, not {shapes[1]}"
-    assert torch.allclose(found, expected, atol=1e-5), f"{what}: the numbers differ"
+from .compare import compare
 
 
 def _random(*shape: int) -> Tensor:
@@ -25,8 +20,10 @@ def causal_mask(function: Callable) -> None:
     found = function(3, 3)
     assert found.dtype == torch.bool, f"its dtype is {found.dtype}, not torch.bool"
     expected = [[True, False, False], [True, True, False], [True, True, True]]
-    assert found.tolist() == expected, f"causal_mask(3, 3) is {expected}"
-    assert torch.equal(function(7, 2), solutions.causal_mask(7, 2)), "a window of 2 is wrong"
+    assert found.tolist() == expected, f"causal_mask(3, 3) is {expected}, not {found.tolist()}"
+    rows = zip(function(7, 2).tolist(), solutions.causal_mask(7, 2).tolist(), strict=True)
+    for t, (row, right) in enumerate(rows):
+        assert row == right, f"causal_mask(7, 2), row {t}, is {right}, not {row}"
 
 
 def attention(function: Callable) -> None:
@@ -35,7 +32,18 @@ def attention(function: Callable) -> None:
         q, k, v = _random(3, *shape)
         many = (t if t.ndim > 2 else t[None] for t in (q, k, v))
         expected = F.scaled_dot_product_attention(*many, is_causal=True).view(shape)
-        _same(function(q, k, v), expected, f"shape {shape}")
+        scores = q @ k.mT
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        masked, root = scores.masked_fill(hidden, -torch.inf), shape[-1] ** 0.5
+        mistakes = {
+            "the scores are not scaled": masked.softmax(-1) @ v,
+            "the scores are divided by D, not by its root": (masked / root**2).softmax(-1) @ v,
+            "positions see the future": (scores / root).softmax(-1) @ v,
+            "what is hidden has the score 0": (masked.masked_fill(hidden, 0) / root).softmax(-1)
+            @ v,
+            "the softmax is over the queries": (masked / root).softmax(-2) @ v,
+        }
+        compare(function(q, k, v), expected, f"for q of shape {shape}, the result", mistakes)
 
 
 def split_heads(function: Callable) -> None:
@@ -49,7 +57,9 @@ def split_heads(function: Callable) -> None:
 def join_heads(function: Callable) -> None:
     """The inverse."""
     x = torch.arange(2 * 3 * 8.0).view(2, 3, 8)
-    _same(function(solutions.split_heads(x, 4)), x, "join_heads(split_heads(x))")
+    heads = solutions.split_heads(x, 4)
+    mistakes = {"positions and heads are not exchanged first": heads.reshape(x.shape)}
+    compare(function(heads), x, "join_heads(split_heads(x))", mistakes)
 
 
 def multi_head(function: Callable) -> None:
@@ -57,4 +67,4 @@ def multi_head(function: Callable) -> None:
     x, w_qkv, w_out = _random(2, 5, 12), _random(12, 36), _random(12, 12)
     for heads in (1, 3):
         expected = solutions.multi_head(x, w_qkv, w_out, heads)
-        _same(function(x, w_qkv, w_out, heads), expected, f"{heads} heads")
+        compare(function(x, w_qkv, w_out, heads), expected, f"with {heads} heads, the result")

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compare import compare
+
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -26,18 +28,21 @@ def count_parameters(function: Callable) -> None:
 def embed(function: Callable) -> None:
     """The table of positions is longer than the text."""
     ids, wte, wpe = torch.tensor([[3, 1, 3], [0, 2, 1]]), _random(5, 4), _random(9, 4)
-    found = function(ids, wte, wpe)
-    assert tuple(found.shape) == (2, 3, 4), f"the shape is {tuple(found.shape)}, not (2, 3, 4)"
-    expected = F.embedding(ids, wte) + wpe[torch.arange(3)]
-    assert torch.allclose(found, expected), "the numbers differ"
+    tokens = F.embedding(ids, wte)
+    mistakes = {
+        "the positions are missing": tokens,
+        "the table of positions is asked for the ids": tokens + wpe[ids],
+        "the positions begin at 1": tokens + wpe[1:4],
+    }
+    compare(function(ids, wte, wpe), tokens + wpe[:3], "the embedding", mistakes)
 
 
 def head(function: Callable) -> None:
     """A linear layer without bias."""
     hidden, wte = _random(2, 3, 4), _random(7, 4)
-    found = function(hidden, wte)
-    assert tuple(found.shape) == (2, 3, 7), f"the shape is {tuple(found.shape)}, not (2, 3, 7)"
-    assert torch.allclose(found, F.linear(hidden, wte), atol=1e-5), "the numbers differ"
+    expected = F.linear(hidden, wte)
+    mistakes = {"these are probabilities, not logits": expected.softmax(-1)}
+    compare(function(hidden, wte), expected, "the logits", mistakes)
 
 
 def next_token_loss(function: Callable) -> None:

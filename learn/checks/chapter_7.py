@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .compare import compare
+
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -36,7 +38,13 @@ def online_softmax(function: Callable) -> None:
 
     found, expected = function(blocks()), scores.softmax(0) @ values
     assert torch.isfinite(found).all(), "it overflows: subtract the largest score so far"
-    assert torch.allclose(found, expected, atol=1e-5), "the mean differs"
+    each = [s.softmax(0) @ v for s, v in blocks()]
+    mistakes = {
+        "this is the last block alone": each[-1],
+        "this is the mean of the blocks' means, and not each weighs the same": sum(each) / 3,
+        "this is the sum of the blocks' means": sum(each),
+    }
+    compare(found, expected, "the mean", mistakes)
 
 
 def head_loss(function: Callable) -> None:
@@ -45,7 +53,14 @@ def head_loss(function: Callable) -> None:
     with _Largest() as seen:
         found = function(hidden, weight, targets, 5)
     expected = F.cross_entropy(hidden @ weight.T, targets).item()
-    assert abs(float(found) - expected) < 1e-4, f"the loss is {expected:.4f}, not {found}"
+    chunks = zip(hidden.split(5), targets.split(5), strict=True)
+    each = [F.cross_entropy(h @ weight.T, t) for h, t in chunks]
+    mistakes = {
+        "this is the mean of the chunks' means, and the last chunk is shorter": sum(each) / 5,
+        "this is the sum over all tokens, not the mean": 23 * expected,
+    }
+    why = next((f"; {why}" for why, n in mistakes.items() if abs(found - n) < 1e-4), "")
+    assert abs(float(found) - expected) < 1e-4, f"the loss is {expected:.4f}, not {found}{why}"
     assert seen.numbers <= 5 * 300, f"it held {seen.numbers} numbers at once, not {5 * 300}"
 
 
@@ -58,7 +73,20 @@ def attend(function: Callable) -> None:
         found = function(q[part], k[part], v[part], cache)
         assert set(cache) == {"k", "v"}, "the cache does not hold k and v"
         assert len(cache["k"]) == part.stop, f"the cache holds {len(cache['k'])} positions"
-        assert torch.allclose(found, expected[part], atol=1e-5), f"positions {part} differ"
+        scores, n = q[part] @ k[: part.stop].T, part.stop - part.start
+        later = torch.ones(n, part.stop, dtype=torch.bool).triu(1 + part.start)
+        from_0 = torch.ones(n, part.stop, dtype=torch.bool).triu(1)
+        right, values = scores.masked_fill(later, -torch.inf), v[: part.stop]
+        mistakes = {
+            "the scores are not scaled": right.softmax(-1) @ values,
+            "positions see the future": (scores / 8**0.5).softmax(-1) @ values,
+            "the mask counts the queries from 0, not from the length of the cache": (
+                scores.masked_fill(from_0, -torch.inf) / 8**0.5
+            ).softmax(-1)
+            @ values,
+        }
+        what = f"for positions {part.start} to {part.stop - 1}, the result"
+        compare(found, expected[part], what, mistakes)
 
 
 def mfu(function: Callable) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from learn.solutions import chapter_8 as solutions
 
+from .compare import compare
+
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -22,7 +24,9 @@ def logit_lens(function: Callable) -> None:
     found = function(stream, _norm, wte)
     assert tuple(found.shape) == (3, 5), f"the shape is {tuple(found.shape)}, not (3, 5)"
     expected = solutions.logit_lens(stream, _norm, wte)
-    assert torch.equal(found, expected), "the tokens differ; is the norm applied?"
+    without = (stream @ wte.T).argmax(-1)
+    why = "the norm is not applied" if torch.equal(found, without) else "is the norm applied?"
+    assert torch.equal(found, expected), f"{expected.tolist()}, not {found.tolist()}; {why}"
 
 
 def induction_score(function: Callable) -> None:
@@ -38,7 +42,7 @@ def induction_score(function: Callable) -> None:
     assert found[0, 0] == 1, f"an induction head has the score 1, not {found[0, 0]:.2f}"
     assert found[0, 1] == 0, "a head that looks at the equal token, not behind it, has the score 0"
     expected = solutions.induction_score(weights, period)
-    assert torch.allclose(found, expected), "the score of a random head differs"
+    compare(found, expected, "the score of an induction head, of another and a random one, at")
 
 
 def silence_head(function: Callable) -> None:
@@ -49,7 +53,9 @@ def silence_head(function: Callable) -> None:
     assert torch.equal(matrix, before), "the matrix itself was changed"
     x_without = x.clone()
     x_without[:, 2:4] = 0
-    assert torch.allclose(x @ found.T, x_without @ matrix.T, atol=1e-5), "another head is silent"
+    wrong = {f"head {n} is silent": torch.cat((x[:, : 2 * n], 0 * x[:, 2 * n : 2 * n + 2],
+             x[:, 2 * n + 2 :]), 1) @ matrix.T for n in (0, 2)}  # fmt: skip
+    compare(x @ found.T, x_without @ matrix.T, "without head 1, the output", wrong)
 
 
 def patch(function: Callable) -> None:

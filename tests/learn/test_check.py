@@ -2,8 +2,11 @@
 
 import ast
 import importlib
+import re
+from functools import partial
 
 import pytest
+import torch
 
 from learn import check
 
@@ -62,6 +65,59 @@ def test_wrong_answers_are_seen(chapter):
         for wrong in (lambda *_, **__: None, lambda first, *_, **__: first, lambda *_, **__: 1.0):
             assert check.verdict(test, wrong).startswith("wrong"), name
         assert check.verdict(test, answers[name]) == "right"
+
+
+def adamw(state, g, t, lr, decay, *, corrected=True, l2=False):
+    """An AdamW with mistakes."""
+    p, m, v = state
+    g = g + decay * p if l2 else g
+    m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+    size = 1 - 0.9**t if corrected else 1.0
+    squares = v / (1 - 0.95**t) if corrected else v
+    return (p if l2 else p - lr * decay * p) - lr * m / size / (squares.sqrt() + 1e-8), m, v
+
+
+def layer_norm(x, gain, bias, eps, correction=0):
+    """A LayerNorm whose eps is outside of the root."""
+    std = x.std(-1, keepdim=True, correction=correction)
+    return gain * (x - x.mean(-1, keepdim=True)) / (std + eps) + bias
+
+
+def unscaled(q, k, v):
+    """A causal attention without 1/√D."""
+    future = torch.ones(q.shape[-2], q.shape[-2]).triu(1) > 0
+    return (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1) @ v
+
+
+MISTAKES = [  # of chapter, exercise, the reader's function, what is said
+    (4, "rms_norm", lambda x, eps: x / (x**2).sum(-1, True).add(eps).sqrt(), "summed, not averag"),
+    (4, "rms_norm", lambda x, eps: x / (x**2).mean(-1, True).sqrt().add(eps), "eps is outside of"),
+    (4, "rms_norm", lambda x, eps: x / (x**2).mean(-1, True).add(eps), "the root is missing"),
+    (4, "rms_norm", lambda x, eps: x, "the result[2, 0] is 1.467"),
+    (4, "layer_norm", partial(layer_norm, correction=1), "unbiased one, which divides by C - 1"),
+    (4, "layer_norm", layer_norm, "for x of deviation 0.001, the result"),
+    (4, "layer_norm", layer_norm, "eps is outside of the root"),
+    (4, "gelu", torch.nn.functional.gelu, "this is the exact form"),
+    (4, "gelu", lambda x: x.relu(), "this is ReLU"),
+    (4, "block", lambda x, a, f, b, g: x + f(a(x)) + g(b(x)), "reads x as it was before"),
+    (4, "init_std", lambda name, layers: 0.02, "not 0.02; it writes into the stream"),
+    (6, "adamw_step", partial(adamw, corrected=False), "m and v are not corrected"),
+    (6, "adamw_step", partial(adamw, l2=True), "is part of the gradient, which is Adam with L2"),
+    (6, "adamw_step", lambda s, *_: s, "in step 1, p["),
+    (6, "accumulate", lambda f, x, n: sum(f(part) for part in x.chunk(n)), "the pieces are summed"),
+    (6, "clip", lambda gs, limit: [g / g.norm() * limit for g in gs], "not 1.414"),
+    (3, "attention", unscaled, "the scores are not scaled"),
+    (3, "attention", lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v,
+     "positions see the future"),
+    (5, "embed", lambda ids, wte, wpe: wte[ids] + wpe[ids], "is asked for the ids"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("chapter", "name", "function", "told"), MISTAKES)
+def test_usual_mistakes_are_named(chapter, name, function, told):
+    said = check.verdict(check.tests_of(chapter)[name], function)
+    assert told in said
+    assert re.search(r"\bis -?[\d.]+, not -?[\d.]+|\bnot -?[\d.]+|: -?[\d.]+, not", said), said
 
 
 def test_command(capsys):

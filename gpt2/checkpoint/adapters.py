@@ -32,6 +32,7 @@ ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors
 PART = re.compile(r"\.(lora_[AB])\.weight$")
 MAX_RANK = 2**16
 ROUNDED = 2.0**-8  # relative difference of weights and their bf16
+TINY = 2.0**-24  # difference of small weights and their float16
 # Fields of adapter_config.json that change the merged weights; each may only be absent, empty or
 # of one of these values.
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -119,7 +120,7 @@ def merged(
 
 
 def _is_base(sample: str, found: list[float]) -> bool:
-    """Whether the sample is of these weights, up to rounding to half of the bits.
+    """Whether the sample is of these weights, up to rounding to 16 bits.
 
     A sample that cannot be compared is of no weights.
     """
@@ -128,7 +129,10 @@ def _is_base(sample: str, found: list[float]) -> bool:
     except (ValueError, TypeError):  # UserError is a ValueError
         return False
     now = torch.tensor(found, dtype=torch.float64)
-    return kept.shape == now.shape and bool((kept - now).norm() <= ROUNDED * now.norm())
+    if kept.shape != now.shape:
+        return False
+    # One by one: in a norm over all, the large weights would hide a change of the small ones.
+    return bool(((kept - now).abs() <= ROUNDED * now.abs() + TINY).all())
 
 
 def _our_part(name: str) -> str:

@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint.model_file import load_into
-from ..checkpoint.weights import HUB_ID, Weights, load, load_local, locate
+from ..checkpoint.weights import (
+    CHECKPOINT_SUFFIXES,
+    HUB_ID,
+    Weights,
+    load,
+    load_local,
+    locate,
+)
 from ..config.model import GPT2_VOCAB_SIZE, ModernConfig, to_dict
 from ..config.switches import switched
 from ..data.chat_template import jinja_template
@@ -41,7 +48,7 @@ from ..report import console
 from ..untrusted.parsing import load_json
 from .gguf_file import settings_of, write_gguf
 
-FILE_SUFFIXES = (".safetensors", ".pt", ".bin")  # of models in one file
+FILE_SUFFIXES = (".safetensors", *CHECKPOINT_SUFFIXES)  # of models in one file
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
 FILES = {
     model_format.CONFIG_FILE,
@@ -90,9 +97,11 @@ def check_export_folder(folder: Path) -> None:
     check_utf8(folder)
     if folder.is_symlink():
         raise UserError(f"{folder} is a symbolic link; name the folder itself")
+    of_a_file = folder.suffix.lower() in FILE_SUFFIXES  # which may be somebody's model
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; name a new folder, or delete it first")
-    if folder.suffix.lower() in FILE_SUFFIXES:
+        way = "" if of_a_file else ", or delete it first"
+        raise UserError(f"{folder} is there already; name a new folder{way}")
+    if of_a_file:
         raise UserError(
             f"{folder} is the name of a file, and --to=hf makes a folder; name it "
             f"{folder.with_suffix('')}, or {folder.with_suffix('.gguf')} for one file"

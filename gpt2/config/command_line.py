@@ -91,7 +91,8 @@ def parse_with_positional(
     arguments = ["--help" if argument == "--help=all" else argument for argument in arguments]
     for argument in arguments:
         if "checkpoint" in positional:
-            _check_no_checkpoint(argument, settings, prog, to_folder="folder" in positional)
+            to_folder = "folder" in positional
+            _check_no_checkpoint(argument, arguments, settings, prog, to_folder=to_folder)
         _check_name(argument, settings | {"-h", "--help", "--config"})
     parser = _build_parser(cls, prog, everything)
     for name, text in positional.items():
@@ -133,8 +134,10 @@ def check_keywords(options: Iterable[str], names: Collection[str], prog: str) ->
     """Raises UserError for a keyword that is none of `names`, with the closest of them."""
     for name in options:
         if name not in names:
-            close = _closest(name, names)[0]
-            hint = f"did you mean {close}?" if close else f"use {', '.join(sorted(names))}"
+            close, note = _closest(name, names)
+            hint = note or f"use {', '.join(sorted(names))}"
+            if close:
+                hint = f"did you mean {close}?{f' ({note})' * bool(note)}"
             raise UserError(f"{prog}({shown(name)}=…): unknown option; {hint}")
 
 
@@ -360,14 +363,21 @@ def _check_name(argument: str, names: set[str], where: str = "") -> None:
     raise UserError(f"{where}unknown option {name}; {hint}")
 
 
-def _check_no_checkpoint(argument: str, settings: set[str], prog: str, *, to_folder: bool) -> None:
+def _check_no_checkpoint(
+    argument: str, others: list[str], settings: set[str], prog: str, *, to_folder: bool
+) -> None:
     """Raises UserError for an option that names what stands without dashes here."""
     name, _, value = argument.partition("=")
-    if name in CHECKPOINTS and name not in settings:
-        place = value if value not in ("", "resume", "scratch") else "CHECKPOINT"  # of nanoGPT
-        if to_folder and name == "--out_dir":
-            place = f"CHECKPOINT {value or 'FOLDER'}"
-        raise UserError(f"unknown option {name}; write: {prog} {place} …")
+    if name not in CHECKPOINTS or name in settings or (name == "--out_dir" and "--out" in settings):
+        return
+    places = [other for other in others if not other.startswith("-")]  # or values of options
+    if value in ("", "resume", "scratch") or (places and value not in places):
+        place = "CHECKPOINT"  # nanoGPT's words, or the checkpoint is there already
+    else:
+        place = value
+    if to_folder and name == "--out_dir":
+        place = f"CHECKPOINT {value or 'FOLDER'}"
+    raise UserError(f"unknown option {name}; write: {prog} {place} …")
 
 
 def _closest(name: str, names: Collection[str]) -> tuple[str, str]:

@@ -19,10 +19,11 @@ SYNONYMS = {
     "context_length": ("block_size",),
     "seq_len": ("block_size",),
     "sequence_length": ("block_size",),
-    "max_length": ("block_size", "max_new_tokens"),
+    "max_length": ("block_size", "max_new_tokens", "max_tokens"),
     "steps": ("max_steps",),
     "iters": ("max_steps",),
     "max_iters": ("max_steps",),
+    "out_dir": ("out",),
     "num_iterations": ("max_steps",),
     "accum": ("grad_accum_steps",),
     "gradient_accumulation_steps": ("grad_accum_steps",),
@@ -49,7 +50,7 @@ SYNONYMS = {
     "use_compile": ("compile_model",),
     "start": ("prompt",),
     "temp": ("temperature",),
-    "max_tokens": ("max_new_tokens",),
+    "max_tokens": ("max_new_tokens", "eval_tokens"),
     "length": ("max_new_tokens",),
 }
 NOTES = {  # word of SYNONYMS -> where its value here is another

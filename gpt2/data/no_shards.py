@@ -7,7 +7,7 @@ beside it.
 import re
 from pathlib import Path
 
-TEXTS = re.compile(r".+\.(txt|jsonl|parquet)(\.(gz|xz|zst))?", re.IGNORECASE)
+TEXTS = re.compile(r".+\.((txt|jsonl)(\.(gz|xz|zst))?|parquet)", re.IGNORECASE)
 NUMPY_SHARD = re.compile(r".+_(train|val)(_\d+)?\.npy")
 
 
@@ -19,7 +19,7 @@ def why_no_shards(folder: Path, split: str = "") -> str:
         split: the split that is missing, "train" or "val"; empty: both.
     """
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if bins := {f"{split or 'train'}.bin", f"{split or 'val'}.bin"}.intersection(names):
+    if bins := {"train.bin", "val.bin"}.intersection(names):
         return (
             f"{folder} holds {max(bins)}, as nanoGPT writes it: token ids without a header, "
             "which shards have; run `gpt2 prepare --source=TEXT` on the text it was made of"
@@ -31,6 +31,8 @@ def why_no_shards(folder: Path, split: str = "") -> str:
             "such files"
         )
     missing = f"{folder} holds no {f'*_{split}_*.bin ' * bool(split)}shards"
+    if below := next((n for n in names if any((folder / n).glob("*_train_*.bin"))), ""):
+        return f"{missing}; did you mean {folder / below}?"
     if any(map(TEXTS.fullmatch, names)):
         return f"{missing}; run `gpt2 prepare --source={folder} --out_dir=data/mine`"
     if "manifest.json" in names:

@@ -1,5 +1,6 @@
 """Evaluation mode for a while: no dropout, in the middle of training; and logits that are none."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -26,9 +27,10 @@ def check_logits(logits: Tensor) -> None:
     """Weights may be finite and still be too large to compute with.
 
     Raises:
-        UserError: one is NaN or infinite; every choice among such would be the first token.
+        UserError: one is NaN or +inf: the choice among such would be the first token. A plugin may
+            rule tokens out by -inf.
     """
-    if not logits.isfinite().all():
+    if (logits.isnan() | (logits == math.inf)).any():
         raise UserError(
             "the network's logits are not finite: its training has diverged, or its numbers are "
             "too large for this dtype; use an earlier checkpoint, or float32"

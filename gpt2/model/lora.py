@@ -64,6 +64,21 @@ def adapt(model: Any, tuning: TuningOptions | None) -> None:
                 setattr(parent, name, LoRALinear(layer, tuning.lora_rank, tuning.lora_alpha))
 
 
+def notes_on_base(tuning: TuningOptions | None, origin: str) -> list[str]:
+    """What to know about adapters on these weights, for the log.
+
+    Args:
+        tuning: as for `adapt`.
+        origin: of the weights, as `Weights.origin`.
+    """
+    if tuning is None or not tuning.lora_rank or "(adapters on " not in origin:
+        return []
+    return [
+        "the adapters of this run will have adapters as their base, which no program reads: keep "
+        "out_ckpt.pt, the whole model, or begin with that of the earlier run"
+    ]
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether a model has adapters."""
     return any(isinstance(module, LoRALinear) for module in model.modules())

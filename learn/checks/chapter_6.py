@@ -40,26 +40,35 @@ def _wrong_steps(state: tuple, g: Tensor, t: int, lr: float, decay: float) -> di
 
 
 def adamw_step(function: Callable) -> None:
-    """Five steps, equal to PyTorch's."""
-    leaf = _random(4, 3).requires_grad_()
-    optimizer = torch.optim.AdamW([leaf], lr=0.1, betas=(0.9, 0.95), weight_decay=0.3)
-    state = leaf.detach().clone(), torch.zeros(4, 3), torch.zeros(4, 3)
-    for t in range(1, 6):
-        leaf.grad = _random(t, 4, 3)[0]
-        optimizer.step()
-        g, (m, v) = leaf.grad.clone(), state[1:]
-        mistakes = _wrong_steps(state, g, t, 0.1, 0.3)
-        state = function(state, g.clone(), t, 0.1, 0.3)
-        assert isinstance(state, tuple | list), f"the result is {state!r:.60}, not (p, m, v)"
-        assert len(state) == 3, f"the result has {len(state)} parts, not the three p, m, v"
-        compare(state[0], leaf.detach(), f"in step {t}, p", mistakes)
-        moments = optimizer.state[leaf]
-        exchanged, corrected = "the betas are exchanged", "the correction is for the update alone"
-        after = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
-        wrong = {exchanged: 0.95 * m + 0.05 * g, corrected: after[0] / (1 - 0.9**t)}
-        compare(state[1], moments["exp_avg"], f"in step {t}, m", wrong)
-        wrong = {exchanged: 0.9 * v + 0.1 * g**2, corrected: after[1] / (1 - 0.95**t)}
-        compare(state[2], moments["exp_avg_sq"], f"in step {t}, v", wrong)
+    """Five steps, equal to PyTorch's; also with gradients so small that eps matters."""
+    for size in (1.0, 1e-4):
+        leaf = _random(4, 3).requires_grad_()
+        optimizer = torch.optim.AdamW([leaf], lr=0.1, betas=(0.9, 0.95), weight_decay=0.3)
+        state = leaf.detach().clone(), torch.zeros(4, 3), torch.zeros(4, 3)
+        for t in range(1, 6):
+            leaf.grad = size * _random(t, 4, 3)[0]
+            optimizer.step()
+            state = _compare_step(function, state, leaf, t, optimizer.state[leaf])
+
+
+def _compare_step(
+    function: Callable, state: tuple, leaf: torch.Tensor, t: int, moments: dict
+) -> tuple:
+    """The reader's (p, m, v) after step t, equal to those of PyTorch."""
+    assert leaf.grad is not None
+    g, (m, v) = leaf.grad.clone(), state[1:]
+    mistakes = _wrong_steps(state, g, t, 0.1, 0.3)
+    state = function(state, g.clone(), t, 0.1, 0.3)
+    assert isinstance(state, tuple | list), f"the result is {state!r:.60}, not (p, m, v)"
+    assert len(state) == 3, f"the result has {len(state)} parts, not the three p, m, v"
+    compare(state[0], leaf.detach(), f"in step {t}, p", mistakes)
+    exchanged, corrected = "the betas are exchanged", "the correction is for the update alone"
+    after = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+    wrong = {exchanged: 0.95 * m + 0.05 * g, corrected: after[0] / (1 - 0.9**t)}
+    compare(state[1], moments["exp_avg"], f"in step {t}, m", wrong)
+    wrong = {exchanged: 0.9 * v + 0.1 * g**2, corrected: after[1] / (1 - 0.95**t)}
+    compare(state[2], moments["exp_avg_sq"], f"in step {t}, v", wrong)
+    return tuple(state)
 
 
 def decays(function: Callable) -> None:

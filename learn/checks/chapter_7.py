@@ -59,8 +59,10 @@ def head_loss(function: Callable) -> None:
         "this is the mean of the chunks' means, and the last chunk is shorter": sum(each) / 5,
         "this is the sum over all tokens, not the mean": 23 * expected,
     }
-    why = next((f"; {why}" for why, n in mistakes.items() if abs(found - n) < 1e-4), "")
-    assert abs(float(found) - expected) < 1e-4, f"the loss is {expected:.4f}, not {found}{why}"
+    assert found is not None, "the result is None, not the loss"
+    loss = float(found)
+    why = next((f"; {why}" for why, n in mistakes.items() if abs(loss - n) < 1e-4), "")
+    assert abs(loss - expected) < 1e-4, f"the loss is {expected:.4f}, not {loss:.4f}{why}"
     assert seen.numbers <= 5 * 300, f"it held {seen.numbers} numbers at once, not {5 * 300}"
 
 

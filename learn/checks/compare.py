@@ -26,7 +26,10 @@ def compare(
         AssertionError: expected and found value where they differ most, and the mistake that gives
             the found numbers.
     """
-    assert isinstance(found, Tensor), f"{what}: the result is {found!r:.60}, not a tensor"
+    kind = "None" if found is None else f"a {type(found).__name__}"
+    assert isinstance(found, Tensor), f"{what} is {kind}, not a tensor"
+    assert found.is_floating_point(), f"{what} has dtype {found.dtype}, not {expected.dtype}"
+    found = found.detach().to(expected.dtype)
     shapes = tuple(found.shape), tuple(expected.shape)
     assert shapes[0] == shapes[1], f"{what}: the shape is {shapes[0]}, not {shapes[1]}"
     if torch.allclose(found, expected, atol=atol):

@@ -426,6 +426,24 @@ def test_a_checkpoint_needs_no_option(word, value):
         )
 
 
+def test_a_checkpoint_that_is_there_is_not_asked_for_again():
+    names = {"checkpoint": "a file"}
+    with pytest.raises(UserError, match="write: gpt2 eval CHECKPOINT …"):
+        parse_with_positional(EvalConfig, ["box", "--out_dir=results"], "gpt2 eval", names)
+    with pytest.raises(UserError, match=r"did you mean --out\?"):
+        parse_with_positional(InspectConfig, ["box", "--out_dir=page"], "gpt2 inspect", names)
+
+
+@pytest.mark.parametrize(("word", "said"), [
+    ("eval_only", "write: gpt2 eval CHECKPOINT"),
+    ("backend", "leave it out: GPUs talk by nccl"),
+    ("min_lr", r"did you mean min_lr_ratio\? \(a share of learning_rate"),
+])  # fmt: skip
+def test_python_gets_the_same_advice(word, said):
+    with pytest.raises(UserError, match=rf"^train\({word}=…\): unknown option; {said}"):
+        parse_keywords(TrainConfig, {word: 1}, "train")
+
+
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     """Bash and sh expand `--out_dir ~/x`, and not `--out_dir=~/x`."""
     home = str(tmp_path)

@@ -225,6 +225,19 @@ def test_arrays_of_build_nanogpt_are_named_and_become_shards(kind, tmp_path, mon
         assert shard.read(0, shard.tokens).tolist() == ids.tolist()
 
 
+def test_a_folder_above_the_shards_leads_to_them(tmp_path):
+    (tmp_path / "fineweb").mkdir()
+    write_shard(tmp_path / "fineweb/x_train_000001.bin", np.array([1, 2, 3], np.uint16))
+    with pytest.raises(UserError, match=rf"did you mean {tmp_path}/fineweb\?$"):
+        find_shards(tmp_path, "train")
+
+
+def test_what_prepare_does_not_read_is_not_given_to_it(tmp_path):
+    (tmp_path / "a.parquet.gz").touch()
+    with pytest.raises(UserError, match=r"but a\.parquet\.gz; make some of a text"):
+        find_shards(tmp_path, "train")
+
+
 @pytest.mark.parametrize("name", ["train.parquet", "notes.md", "x_val_000000.bin", "manifest.json"])
 def test_beside_other_files_nothing_is_downloaded(name, tmp_path):
     (tmp_path / name).touch()

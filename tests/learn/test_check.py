@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import math
 import re
 from functools import partial
 
@@ -118,6 +119,41 @@ def test_usual_mistakes_are_named(chapter, name, function, told):
     said = check.verdict(check.tests_of(chapter)[name], function)
     assert told in said
     assert re.search(r"\bis -?[\d.]+, not -?[\d.]+|\bnot -?[\d.]+|: -?[\d.]+, not", said), said
+
+
+def in_place(x):
+    """GELU that overwrites its argument."""
+    x *= 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x
+
+
+def test_right_answers_in_another_style_are_right():
+    """In place, or in float64."""
+    verdict = check.verdict(check.tests_of(4)["gelu"], in_place)
+    assert verdict == "right"
+    exact = solutions(4)["rms_norm"]
+    verdict = check.verdict(check.tests_of(4)["rms_norm"], lambda x, eps: exact(x.double(), eps))
+    assert verdict == "right"
+
+
+@pytest.mark.parametrize(("chapter", "name", "function", "told"), [
+    (4, "gelu", lambda x: None, "the result is None, not a tensor"),
+    (4, "gelu", lambda x: (x, x), "the result is a tuple, not a tensor"),
+    (4, "gelu", lambda x: x.long(), "the result has dtype torch.int64, not torch.float32"),
+    (7, "head_loss", lambda *_: None, "wrong: the result is None, not the loss"),
+])  # fmt: skip
+def test_what_is_no_tensor_of_numbers_is_named(chapter, name, function, told):
+    assert told in check.verdict(check.tests_of(chapter)[name], function)
+
+
+def test_eps_belongs_outside_of_the_root_of_adamw():
+    def inside(state, g, t, lr, decay):
+        p, m, v = state
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        root = (v / (1 - 0.95**t) + 1e-8).sqrt()
+        return p - lr * decay * p - lr * m / (1 - 0.9**t) / root, m, v
+
+    assert check.verdict(check.tests_of(6)["adamw_step"], inside).startswith("wrong: in step 1, p[")
 
 
 def test_command(capsys):

@@ -119,6 +119,16 @@ def test_adapters_are_evaluated_on_what_their_run_held_out(chats, base, tmp_path
     assert "this evaluation has 48; evaluate a checkpoint of that run" in capsys.readouterr().err
 
 
+def test_adapters_on_adapters_are_warned_of(chats, base, tmp_path, capsys):  # noqa: F811
+    """Their base would be no whole model; out_ckpt.pt is one."""
+    shape = ("--lora_rank=2", "--max_steps=1", "--block_size=40")
+    assert finetune(base, chats, tmp_path / "a", *shape) == 0
+    assert "will have adapters as their base" not in capsys.readouterr().out
+    assert finetune(tmp_path / "a/out_adapter", chats, tmp_path / "b", *shape) == 0
+    assert "will have adapters as their base" in capsys.readouterr().out
+    assert GPT2.from_checkpoint(tmp_path / "b/out_ckpt.pt", "cpu")
+
+
 def test_without_a_rank_nothing_is_adapted():
     model = GPT2(**SHAPE)
     adapt(model, TuningOptions())

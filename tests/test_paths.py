@@ -61,7 +61,7 @@ OUR_NAMES = {
     "config/run_paths.py: start / name": "a folder to read, which --config= could name as well",
     "config/run_paths.py: start / settings['out_dir']": "the folder of the config.toml itself",
     "data/datasets.py: dataset.folder / shown(name)": "only shown",
-    "data/shards.py: folder / f'{split}.bin'": "train or val",
+    "data/no_shards.py: folder / n": "listed from this folder",
     "distributed/part_files.py: folder / f'shard-{rank + 1:05}-model-00001-of-00001.safetensors'": (
         "a number"
     ),

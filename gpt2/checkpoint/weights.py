@@ -55,6 +55,7 @@ class Weights:
     own_tokenizer: Tokenizer | None = None  # None: GPT-2's, if its vocabulary fits
     folder: Path | None = None  # in Hugging Face's layout
     special_ids: dict[str, Any] = field(default_factory=dict)  # of its config.json
+    adapted: bool = False  # adapters are merged into the weights of their base
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -254,7 +255,7 @@ def _load_adapter(folder: Path) -> Weights:
         raise UserError(f"{folder}: its base is {shown(base)}: {reason}") from None
     state = adapters.merged(folder, settings, found.config, found.state, found.origin)
     origin = f"{folder} (adapters on {found.origin})"
-    return replace(found, state=state, origin=origin, step=None, val_loss=None)
+    return replace(found, state=state, origin=origin, step=None, val_loss=None, adapted=True)
 
 
 def resolve_options(options: ModelOptions, found: GPT2Config) -> ModelOptions:

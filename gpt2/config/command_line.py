@@ -134,10 +134,7 @@ def check_keywords(options: Iterable[str], names: Collection[str], prog: str) ->
     """Raises UserError for a keyword that is none of `names`, with the closest of them."""
     for name in options:
         if name not in names:
-            close, note = _closest(name, names)
-            hint = note or f"use {', '.join(sorted(names))}"
-            if close:
-                hint = f"did you mean {close}?{f' ({note})' * bool(note)}"
+            hint = _hint(name, names) or f"use {', '.join(sorted(names))}"
             raise UserError(f"{prog}({shown(name)}=…): unknown option; {hint}")
 
 
@@ -356,11 +353,8 @@ def _check_name(argument: str, names: set[str], where: str = "") -> None:
     if not name.startswith("--") or name in names or name == "--":
         return
     # equal dashes would bring names closer
-    close, note = _closest(name[2:], {ours.removeprefix("--") for ours in names})
-    hint = note or "see --help for the list"
-    if close:
-        hint = f"did you mean --{close}?{f' ({note})' * bool(note)}"
-    raise UserError(f"{where}unknown option {name}; {hint}")
+    hint = _hint(name[2:], {ours.removeprefix("--") for ours in names}, dashes="--")
+    raise UserError(f"{where}unknown option {name}; {hint or 'see --help for the list'}")
 
 
 def _check_no_checkpoint(
@@ -380,12 +374,15 @@ def _check_no_checkpoint(
     raise UserError(f"unknown option {name}; write: {prog} {place} …")
 
 
-def _closest(name: str, names: Collection[str]) -> tuple[str, str]:
-    """(the option that is probably meant or "", a note), for a name that is none of `names`."""
+def _hint(name: str, names: Collection[str], dashes: str = "") -> str:
+    """What is probably meant by a name that is none of `names`, or advice; "" for neither."""
     if found := meaning(name, set(names)):
-        return found
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return (close[0] if close else ""), ""
+        close, note = found
+    else:
+        close, note = next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), ""), ""
+    if not close:
+        return note
+    return f"did you mean {dashes}{close}?{f' ({note})' * bool(note)}"
 
 
 def _instantiate(cls: type, given: dict[str, Any]) -> Any:

@@ -19,9 +19,9 @@ def why_no_shards(folder: Path, split: str = "") -> str:
         split: the split that is missing, "train" or "val"; empty: both.
     """
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if bins := {"train.bin", "val.bin"}.intersection(names):
+    if bins := [n for n in (f"{split}.bin", "train.bin", "val.bin") if n in names]:
         return (
-            f"{folder} holds {max(bins)}, as nanoGPT writes it: token ids without a header, "
+            f"{folder} holds {bins[0]}, as nanoGPT writes it: token ids without a header, "
             "which shards have; run `gpt2 prepare --source=TEXT` on the text it was made of"
         )
     if arrays := list(filter(NUMPY_SHARD.fullmatch, names)):

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while: no dropout, in the middle of training; and logits that are none."""
+"""Evaluation: no dropout and no compiled code for a while, and logits that must be finite."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Weights may be finite and still be too large to compute with.
+    """Looks whether a choice among logits means anything; finite weights may still be too large.
 
     Raises:
         UserError: one is NaN or +inf: the choice among such would be the first token. A plugin may

@@ -64,14 +64,14 @@ def adapt(model: Any, tuning: TuningOptions | None) -> None:
                 setattr(parent, name, LoRALinear(layer, tuning.lora_rank, tuning.lora_alpha))
 
 
-def notes_on_base(tuning: TuningOptions | None, origin: str) -> list[str]:
+def notes_on_base(tuning: TuningOptions | None, adapted: bool) -> list[str]:
     """What to know about adapters on these weights, for the log.
 
     Args:
         tuning: as for `adapt`.
-        origin: of the weights, as `Weights.origin`.
+        adapted: whether the weights are those of adapters on another base.
     """
-    if tuning is None or not tuning.lora_rank or "(adapters on " not in origin:
+    if tuning is None or not tuning.lora_rank or not adapted:
         return []
     return [
         "the adapters of this run will have adapters as their base, which no program reads: keep "

@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..evaluate.tasks import HELLASWAG, MultipleChoice, load_items
 from ..report import console
 from ..tokenizer import Tokenizer
+from .second_token import SUFFIX
 
 
 def order_data(
@@ -92,10 +93,10 @@ def _open_data(
         return datasets, [f"the shards' own tokenizer has {tokenizer.vocab_size:,} tokens"]
     if config.data.sequence_start != "anywhere":
         raise UserError("--sequence_start=document is for text; conversations are always whole")
-    if config.optim.loss.endswith("+second"):
+    if config.optim.loss.endswith(SUFFIX):
         raise UserError(
             f"--loss={config.optim.loss} is for text, whose next tokens go on; conversations take "
-            f"--loss={config.optim.loss.removesuffix('+second')}"
+            f"--loss={config.optim.loss.removesuffix(SUFFIX)}"
         )
     if config.model.document_mask:
         raise UserError(

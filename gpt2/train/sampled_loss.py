@@ -12,6 +12,7 @@ from ..config.train import BatchPlan, OptimOptions
 from ..data.sequence_order import Mixture
 from ..errors import UserError
 from ..kernels.sampled_softmax import sampled_size
+from .second_token import SUFFIX
 from .state import TrainState
 
 WHOLE = 0.1  # share of the steps, the last ones, that take the whole softmax
@@ -19,7 +20,7 @@ WHOLE = 0.1  # share of the steps, the last ones, that take the whole softmax
 
 def begin(options: OptimOptions, vocab: int) -> Tensor | None:
     """`LanguageModel.sampled_ids` of a run: () int64, or None without a sampled softmax."""
-    sampled = options.loss.partition("+")[0] == "sampled_softmax"
+    sampled = options.loss.removesuffix(SUFFIX) == "sampled_softmax"
     return torch.tensor(sampled_size(vocab)) if sampled else None
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..config.train import OptimOptions
 
+SUFFIX = "+second"  # of `--loss=`
 SHARE = 0.5  # of the token after the next, at first (modded-nanogpt)
 UNTIL = 0.6  # share of the steps in which it falls to 0, linearly
 
 
 def begin(options: OptimOptions, device: torch.device) -> Tensor | None:
     """`LanguageModel.second_share` of a run: () float32, or None without a second token."""
-    return torch.zeros((), device=device) if options.loss.endswith("+second") else None
+    return torch.zeros((), device=device) if options.loss.endswith(SUFFIX) else None
 
 
 def share_at(step: int, options: OptimOptions) -> float:

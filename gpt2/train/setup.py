@@ -62,7 +62,7 @@ def resolve_init(
         check_init_tokenizer(found, config)
         found = weights.for_training(found, resolved.block_size)
         console.log(f"beginning with {found.origin}")
-        for note in (*found.notes, *lora.notes_on_base(tuning_options(config), found.origin)):
+        for note in (*found.notes, *lora.notes_on_base(tuning_options(config), found.adapted)):
             console.log(note)
         loaded.append(found)
         return found.config

@@ -232,6 +232,14 @@ def test_a_folder_above_the_shards_leads_to_them(tmp_path):
         find_shards(tmp_path, "train")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_split_that_is_asked_for_is_named(split, tmp_path):
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"holds {split}\.bin, as nanoGPT writes it"):
+        find_shards(tmp_path, split)
+
+
 def test_what_prepare_does_not_read_is_not_given_to_it(tmp_path):
     (tmp_path / "a.parquet.gz").touch()
     with pytest.raises(UserError, match=r"but a\.parquet\.gz; make some of a text"):

@@ -14,7 +14,7 @@ from gpt2.kernels.logits_loss import Later, loss_and_gradient_fp8, second_target
 from gpt2.kernels.precision import GRADIENT_SCALE
 
 from ..conftest import ROOT
-from .machine_code import machine_code
+from .test_triton_one_sequence import machine_code
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
 

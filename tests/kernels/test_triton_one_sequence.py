@@ -75,12 +75,15 @@ def test_the_pass_equals_the_plain_one_in_the_interpreter():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
-def machine_code(kernel, types: dict[str, str], constants: dict, warps: int, **options) -> str:
+def machine_code(name: str, types: dict[str, str], constants: dict[str, int], warps: int) -> str:
     """What a kernel becomes for compute capability 9.0; compiling needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    kernel = getattr(kernels, name)
     names = kernel.arg_names
     aligned = [["tt.divisibility", 16]]
     source = ASTSource(
@@ -89,7 +92,7 @@ def machine_code(kernel, types: dict[str, str], constants: dict, warps: int, **o
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): aligned for i, n in enumerate(names) if types.get(n, "").startswith("*")},
     )
-    options |= {"num_warps": warps}
+    options = {"num_warps": warps, "launch_pdl": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["sass"]
 
 
@@ -97,8 +100,6 @@ def machine_code(kernel, types: dict[str, str], constants: dict, warps: int, **o
 @pytest.mark.parametrize("name", ["_linear", "_attend", "_project"])
 def test_kernels_signal_and_load_their_weights_before_they_wait(name):
     """A compiler that moved the loads behind the wait would cost the speed, and no result."""
-    from gpt2.kernels import triton_one_sequence as kernels
-
     width, half, full = 768, "*bf16", "*fp32"
     tile = {"width": width, "block": 1024, "early": 3}
     types, constants, loads = {
@@ -121,7 +122,7 @@ def test_kernels_signal_and_load_their_weights_before_they_wait(name):
         ),
     }[name]
     warps = {"_linear": 1, "_attend": 4, "_project": 8}[name]
-    code = machine_code(getattr(kernels, name), types, constants, warps, launch_pdl=True)
+    code = machine_code(name, types, constants, warps)
     order = re.findall(r"\b(PREEXIT|ACQBULK|LDG|STG|LDL|STL)\b", code)
     before = order[: order.index("ACQBULK")]
     assert "PREEXIT" in before

@@ -1,6 +1,7 @@
 """Files around the code agree with pyproject.toml and with one another."""
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -122,20 +123,22 @@ def test_issue_forms_are_as_github_reads_them(name):
     assert any(item.get("validations", {}).get("required") for item in asked)
 
 
+@functools.cache
 def packages_behind(path: Path, skipped: bool) -> set[str]:
     """Packages without which this file cannot be imported, through modules of ours as well.
 
     Those that it names to `pytest.importorskip` before are left out if `skipped`.
     """
-    found, named = set(), set()
-    for node in ast.parse(path.read_text("utf-8")).body:
+    found, named, text = set(), set(), path.read_text("utf-8")
+    for node in ast.parse(text).body:
         if isinstance(node, ast.Import):
             modules = [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             modules = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
         else:
             modules = []
-            named |= set(re.findall(r"importorskip\(['\"](\w+)", ast.unparse(node)))
+            statement = ast.get_source_segment(text, node) if "importorskip" in text else ""
+            named |= set(re.findall(r"importorskip\(['\"](\w+)", statement))
         for module in modules:
             top, file = module.partition(".")[0], ROOT / f"{module.replace('.', '/')}.py"
             lacking = {top} - OURS - EVERYWHERE - sys.stdlib_module_names

@@ -50,9 +50,13 @@ class CachedForward:
         if per_row_lengths:
             self.cache.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
         autocast = torch.is_autocast_enabled(self.device.type)
-        own = per_row_lengths and not autocast and few_token_pass.supports(model)
-        self.few = own and few_rows and rows <= few_token_pass.FEW_ROWS
-        self.fused = own and not self.few and few_token_pass.fuses(model)
+        self.few = (
+            few_rows
+            and per_row_lengths
+            and not autocast
+            and rows <= few_token_pass.FEW_ROWS
+            and few_token_pass.supports(model)
+        )
         self.early: Any = None
         if self.few and few_token_pass.begins_early(model, rows):
             self.early = few_token_pass.early_pass(model, self.cache)
@@ -120,17 +124,8 @@ class CachedForward:
                 return self.early.next_logits(tokens)
             if self.few:
                 return few_token_pass.next_logits(self.model, tokens[:, None], cache)
-            if self.fused:
-                given = self.model, tokens[:, None], cache, self._fused_layer
-                return few_token_pass.next_logits(*given)
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
         return self.logits(hidden)
-
-    def _fused_layer(self, x: Tensor, layer: Any, **given: Any) -> Tensor:
-        """A `linear` for `few_token_pass.next_logits`."""
-        if layer is self.model.transformer.wte:
-            return self.logits(given["norm"](x))
-        return few_token_pass.fused_linear(x, layer, **given)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, C) output of the last norm -> (B, V)."""

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import cublaslt
 from ..kernels.precision import HAS_TRITON
 from ..model.gpt import Block, LanguageModel
 from ..model.kv_cache import KVCache
@@ -66,44 +65,6 @@ def apply_linear(
     y = linear(norm(x) if norm else x)
     y = F.gelu(y, approximate="tanh") if gelu else y
     return y if residual is None else residual + y
-
-
-def fused_linear(
-    x: Tensor,
-    layer: nn.Linear,
-    *,
-    norm: nn.Module | None = None,
-    gelu: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """`apply_linear` by one matmul of cuBLASLt, for many rows on a GPU in bf16.
-
-    Args:
-        x: (B, K).
-        layer: with a weight (N, K) and a bias.
-        norm: of width K, or None.
-        gelu: apply GELU in its tanh form.
-        residual: (B, N) to add, or None; without GELU.
-    """
-    assert residual is None or not gelu
-    x = norm(x) if norm else x
-    out = x.new_empty(len(x), len(layer.weight))
-    epilogue = cublaslt.GELU_BIAS if gelu else cublaslt.BIAS
-    factors = x, layer.weight, out
-    given = {"transpose_b": True, "epilogue": epilogue, "bias": layer.bias, "add": residual}
-    cublaslt.matmul(*factors, **given, timed=False)
-    return out
-
-
-def fuses(model: LanguageModel) -> bool:
-    """Whether `fused_linear` takes all layers of a model that `supports` accepts."""
-    weight = model.transformer.wte.weight
-    return (
-        weight.is_cuda
-        and weight.dtype is torch.bfloat16
-        and weight.shape[1] % 64 == 0
-        and cublaslt.library() is not None
-    )
 
 
 def half_linear(layer: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,5 @@
 """The pass of few kernels against the network, and its kernels against their plain forms."""
 
-import copy
 import importlib.util
 import os
 import subprocess
@@ -12,7 +11,6 @@ from torch import nn
 
 from gpt2.config.model import GPT2Config, ModernConfig
 from gpt2.generate import few_token_pass
-from gpt2.generate.cached_forward import CachedForward
 from gpt2.generate.few_token_pass import small_linear
 from gpt2.kernels.attention import cached_attention
 from gpt2.model.gpt import GPT
@@ -63,37 +61,6 @@ def test_the_pass_equals_the_network():
 def test_the_pass_equals_the_network_on_a_gpu(dtype, error):
     found, wanted = logits_of_six_tokens(some_model().to(dtype), "cuda")
     assert (found - wanted).float().norm() < error * wanted.float().norm()
-
-
-@pytest.mark.gpu
-@torch.inference_mode()
-def test_matmuls_with_all_around_them_equal_the_network_on_a_gpu():
-    """Rows of different lengths, recorded as a CUDA graph and not."""
-    torch.manual_seed(0)
-    model = GPT(GPT2Config(**SHAPE | {"n_embd": 128})).eval()
-    for p in model.parameters():
-        p.add_(0.1 * torch.randn_like(p))
-    model = model.to("cuda", torch.bfloat16)
-    rows = torch.randint(300, (6, 16), device="cuda")
-    wanted = copy.deepcopy(model).float()(rows)
-    forward = CachedForward(model, 6, 32, per_row_lengths=True)
-    assert forward.fused
-    tokens, found = rows[:, 0].clone(), []
-    forward.copy_head()
-    graph = forward.record(lambda: found.append(forward.next_logits(tokens)))
-    lengths = [3, 4, 5, 6, 7, 8]
-    forward.prefill(range(6), [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)])
-    at, forward.cache.length = torch.tensor(lengths), 8
-    for step in range(6):
-        tokens.copy_(rows[range(6), at])
-        if step % 2:
-            logits = forward.next_logits(tokens)
-        else:
-            graph.replay()
-            logits = found[-1]
-        exact = wanted[range(6), at]
-        assert (logits - exact).norm() < 3e-2 * exact.norm()
-        at += 1
 
 
 def test_it_is_for_the_network_of_gpt2_alone():

@@ -36,6 +36,7 @@ from .config.commands import (
 from .config.finetune import FinetuneConfig
 from .config.sweep import SweepConfig, jobs, split_arguments
 from .config.train import TrainConfig
+from .distributed.signals import ending_imports
 from .errors import UserError, install_command
 from .paths import for_shell
 from .report.console import closed_pipes, one_line
@@ -130,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         try:
-            return _run(arguments[0], arguments[1:])
+            with ending_imports():
+                return _run(arguments[0], arguments[1:])
         finally:
             if sys.stdout:  # None where the console gave none
                 sys.stdout.flush()  # Python's own flush, at its end, would print a traceback

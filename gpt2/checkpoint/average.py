@@ -33,6 +33,7 @@ from .training_state import (
     state_folders,
 )
 
+OF_THE_RUN = "out_ckpt.pt", "best_ckpt.pt"
 ZIP_BEGIN = b"PK\x03\x04"  # of a file that torch.save wrote
 
 
@@ -49,11 +50,16 @@ def average_states(out_dir: Path, last: int, out: str = "") -> str:
 
     Raises:
         UserError: fewer states than that, damage, FSDP parts, LoRA adapters, states of different
-            networks, or a file in the way that is no checkpoint.
+            networks, a file in the way that is no checkpoint, or a model of the run itself.
     """
     path = Path(out) if out else out_dir / "mean.pt"
     check_utf8(path)
     check_utf8(out_dir)
+    if path.name in OF_THE_RUN and path.absolute().parent == out_dir.absolute():
+        raise UserError(
+            f"{path}: the run wrote this file itself, with its loss; use another --out=, as "
+            f"{out_dir / 'mean.pt'}"
+        )
     check_replaceable(path, ZIP_BEGIN, "checkpoint of this project")
     folders = state_folders(out_dir)
     if not folders:

@@ -134,6 +134,10 @@ def _entries(path: Path) -> int:
         zipfile.BadZipFile: the file does not end like an archive of `torch.save`.
     """
     with open(path, "rb") as file:
+        if file.read(4) == b"GGUF":
+            raise zipfile.BadZipFile(
+                "a file for llama.cpp and Ollama; give the checkpoint that it was made from"
+            )
         file.seek(max(0, path.stat().st_size - ZIP64_END_BYTES))
         end = file.read()
     if not end.startswith(b"PK\x05\x06", max(0, len(end) - ZIP_END_BYTES)):

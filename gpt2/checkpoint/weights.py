@@ -148,6 +148,11 @@ def load_local(path: str | Path) -> Weights:
         UserError: the source is missing, damaged, or not a GPT-2.
     """
     check_utf8(Path(path))
+    if str(path) in IN_CLONE and not Path(path).exists():
+        raise UserError(
+            f"{path}: no such checkpoint; the model of that name is loaded by "
+            f'GPT2.from_pretrained("{path}")'
+        )
     path = folder_of(Path(path))
     if path.is_dir():
         return _load_folder(path)
@@ -199,6 +204,12 @@ def _load_folder(path: Path) -> Weights:
             return load_local(path / "out_ckpt.pt")
         if is_adapter(path / OUT_ADAPTER):  # of a run whose merged model was deleted
             return load_local(path / OUT_ADAPTER)
+        if (path / "train_state.pt").is_file():
+            run = path.parent.parent
+            raise UserError(
+                f"{path}: a saved state, to resume from; use {run / 'out_ckpt.pt'}, or a model of "
+                f"saved states by gpt2 average {run} --last=1"
+            )
         inside = next(iter(sorted(path.glob("*ckpt.pt"), reverse=True)), None)
         hint = f"; use {inside}" if inside else ""
         raise UserError(f"{path}: a folder without {model_format.CONFIG_FILE}, so no model{hint}")

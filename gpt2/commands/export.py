@@ -48,7 +48,8 @@ from ..report import console
 from ..untrusted.parsing import load_json
 from .gguf_file import settings_of, write_gguf
 
-FILE_SUFFIXES = (".safetensors", *CHECKPOINT_SUFFIXES)  # of models in one file
+# Of models in one file; `gpt2 export` writes none of them.
+FILE_SUFFIXES = (".safetensors", *CHECKPOINT_SUFFIXES, ".onnx", ".h5", ".msgpack", ".tflite")
 CARD_FILE, GENERATION_FILE = "README.md", "generation_config.json"
 FILES = {
     model_format.CONFIG_FILE,

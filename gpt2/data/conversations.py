@@ -7,6 +7,7 @@ order, loader and checkpoints need no special case.
 Shapes: `T` block_size.
 """
 
+import contextlib
 import hashlib
 import re
 from bisect import bisect_left, insort
@@ -25,6 +26,7 @@ from ..config.options import at_least
 from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
+from ..untrusted.parsing import load_json
 from .chat_formats import messages_of, unread_keys
 from .chat_template import encode_conversation
 from .datasets import Dataset, parse_mix
@@ -175,8 +177,16 @@ def _check_kind(name: str) -> None:
 
 
 def was_chat(source: Path) -> bool:
-    """Whether the config.toml in a folder, or beside a checkpoint, names conversations as data."""
+    """Whether a model has learned conversations.
+
+    That is what the config.toml in its folder, or beside its checkpoint, names as data; or the
+    folder has a chat template, as `gpt2 export` writes for such a model.
+    """
     inside = source / "config.toml"
+    tokenizer = source / "tokenizer_config.json"
+    with contextlib.suppress(OSError, UserError):
+        if load_json(tokenizer.read_bytes(), str(tokenizer), dict).get("chat_template"):
+            return True
     beside = inside if inside.is_file() else source.absolute().parent / "config.toml"
     try:
         settings = read_toml(beside) if beside.is_file() else {}

@@ -4,9 +4,11 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm is often told to send the last
@@ -21,6 +23,39 @@ class StopNow(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
+
+
+@contextlib.contextmanager
+def ending_imports() -> Iterator[None]:
+    """Ctrl-C during an import ends the process at once: one line, exit code 130.
+
+    An import may swallow a KeyboardInterrupt, and the program would go on with half of a module.
+    Elsewhere it is raised as ever, and where other processes work for this one, whom it must end.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        while frame:
+            if frame.f_code.co_filename.startswith("<frozen importlib") and not _has_workers():
+                os.write(2, b"interrupted\n")
+                os._exit(128 + number)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is handle:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _has_workers() -> bool:
+    multiprocessing = sys.modules.get("multiprocessing")
+    return bool(multiprocessing and multiprocessing.active_children())
 
 
 @contextlib.contextmanager

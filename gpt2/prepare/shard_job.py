@@ -210,6 +210,23 @@ def _keep_intact(job: ShardJob) -> None:
         job.shards.clear()  # a small source is split as a whole
 
 
+def check_unchanged(source: Source) -> None:
+    """Raises UserError for a local file that has grown or shrunk since it was listed.
+
+    Its shards have a part of it that the manifest does not describe.
+    """
+    for part in source.parts:
+        if part.path is None:
+            continue
+        now = part.path.stat().st_size if part.path.exists() else 0
+        if now != part.size_bytes:
+            raise UserError(
+                f"{shown(str(part.path))} was changed while it was read: {part.size_bytes:,} bytes "
+                f"at the start, {now:,} now; prepare it again with another --out_dir=, when "
+                "nothing writes to it any more"
+            )
+
+
 def _check_same(old: dict, new: dict, out_dir: Path) -> None:
     """Raises UserError when the settings or source files of the folder's shards have changed.
 
@@ -229,9 +246,16 @@ def _check_same(old: dict, new: dict, out_dir: Path) -> None:
         if before != now:
             differs = f"{key}={shown(repr(before))}, not {shown(repr(now))}"
             if key == "files":
-                names = sorted(dict(before.items() ^ now.items()))
-                differs = f"another {shown(names[0])} (and {len(names) - 1} more changed files)"
+                differs = _other_files(before, now)
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
+
+
+def _other_files(before: dict, now: dict) -> str:
+    """What is different of two lists of files and their sizes."""
+    name, *others = sorted(dict(before.items() ^ now.items()))
+    changed = "has another size" if name in before and name in now else "is new"
+    more = f" and {len(others)} more changed files" if others else ""
+    return f"another {shown(name)} (it {changed if name in now else 'is gone'}){more}"
 
 
 def _check_contents(old: dict, samples: dict[str, str], out_dir: Path) -> None:

@@ -97,6 +97,8 @@ def plot_lengths(
 
 def save_figure(figure: Figure, target: Path) -> Path:
     """Writes a figure as PNG; raises UserError where it cannot, or something else is there."""
+    if target.suffix.lower() not in ("", ".png"):
+        raise UserError(f"{shown(str(target))}: pictures are PNG files; name it .png")
     check_replaceable(target, PNG, "picture")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=DPI)

@@ -113,3 +113,14 @@ def test_only_a_checkpoint_is_replaced(run, capsys):
     assert (out / "notes.txt").read_text() == "mine"
     for _ in range(2):
         assert main(["average", str(out), "--last=2"]) == 0
+
+
+@pytest.mark.parametrize("name", ["out_ckpt.pt", "best_ckpt.pt"])
+def test_the_models_of_the_run_are_not_replaced(run, capsys, name):
+    out, models = run
+    model_file.write_model(out / name, SHAPE, models[0].state_dict(), 1, 2.5)
+    before = (out / name).read_bytes()
+    assert "the run wrote this file itself" in complaint(
+        capsys, out, "--last=2", f"--out={out / name}"
+    )
+    assert (out / name).read_bytes() == before

@@ -305,3 +305,20 @@ def test_a_checkpoint_of_a_run_that_has_diverged_says_so(tmp_path, capsys):
         capsys.readouterr()
         GPT2.from_checkpoint(tmp_path / "m.pt", device="cpu")
         assert capsys.readouterr().err.count("its validation loss is NaN: training has") == said
+
+
+def test_other_files_of_a_run_say_what_they_are(tmp_path):
+    state = tmp_path / "run" / "state" / "step_00000003"
+    state.mkdir(parents=True)
+    (state / "train_state.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a saved state, to resume from; use .*out_ckpt\.pt, or"):
+        load(str(state))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(200))
+    with pytest.raises(UserError, match="and Ollama; give the checkpoint"):
+        load(str(tmp_path / "model.gguf"))
+
+
+def test_a_model_of_the_clone_is_named_where_only_a_path_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r'is loaded by GPT2\.from_pretrained\("box"\)'):
+        GPT2.from_checkpoint("box")

@@ -169,7 +169,7 @@ def test_a_name_of_a_file_makes_no_folder(tmp_path, capsys):
     a_model().save(tmp_path / "m.pt")
     assert main(["export", str(tmp_path / "m.pt"), str(tmp_path / "full.gguf")]) == 0
     assert (tmp_path / "full.gguf").read_bytes()[:4] == b"GGUF"
-    for name in ("x.safetensors", "x.bin", "x.pth", "x.ckpt"):
+    for name in ("x.safetensors", "x.bin", "x.pth", "x.ckpt", "x.onnx", "x.h5"):
         assert main(["export", str(tmp_path / "m.pt"), str(tmp_path / name)]) == 2
         told = f"is the name of a file, and --to=hf makes a folder; name it {tmp_path / 'x'}, or"
         assert told in capsys.readouterr().err

@@ -16,13 +16,14 @@ from gpt2.config.command_line import parse
 from gpt2.config.finetune import FinetuneConfig
 from gpt2.config.model import IGNORE
 from gpt2.data.chat_formats import messages_of
-from gpt2.data.chat_template import encode_conversation
+from gpt2.data.chat_template import encode_conversation, jinja_template
 from gpt2.data.conversations import Conversations, is_chat, open_conversations, pack, was_chat
 from gpt2.data.loader import eval_batches
 from gpt2.errors import UserError
 from gpt2.huggingface.model_format import to_hf
 from gpt2.model.packed_documents import packed
 from gpt2.report import metrics
+from gpt2.tokenizer import gpt2_tokenizer
 from gpt2.train import loop
 
 from ..conftest import TORCHRUN, run_python
@@ -346,3 +347,14 @@ def test_the_current_folder_is_a_model(tmp_path, monkeypatch):
     assert not was_chat(Path())
     (tmp_path / "run/config.toml").write_text('data_dir = "chats.jsonl"')
     assert was_chat(Path())
+
+
+def test_an_exported_folder_says_by_its_template_that_it_learned_conversations(tmp_path):
+    assert not was_chat(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 8}')
+    assert not was_chat(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert not was_chat(tmp_path)
+    template = {"chat_template": jinja_template(gpt2_tokenizer())}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(template))
+    assert was_chat(tmp_path)

@@ -840,3 +840,35 @@ def test_disk_without_room_and_dry_run(tmp_path, hub_files):
     assert "to download  3.0 GB, 4 minutes at 100 Mbit/s" in dry.stdout
     assert "tokens       about 1,052,631,578" in dry.stdout
     assert "disk         about 4.1 GB needed at once" in dry.stdout
+
+
+def test_a_file_that_is_gone_or_new_or_changed_is_called_so(tmp_path):
+    source, out = tmp_path / "c", tmp_path / "out"
+    for name in "ab":
+        write_jsonl(source / f"{name}.jsonl", make_texts(30))
+    run(source, out)
+    (source / "b.jsonl").rename(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match=r"another b\.jsonl \(it is gone\); use"):
+        run(source, out)
+    write_jsonl(source / "a.jsonl", make_texts(31))
+    with pytest.raises(
+        UserError, match=r"another a\.jsonl \(it has another size\) and 1 more changed"
+    ):
+        run(source, out)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """The manifest would describe another file than the shards are made of."""
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    write_jsonl(source, make_texts(30))
+    size, finish = source.stat().st_size, run_module._Cutter.finish
+
+    def grown(self):
+        with source.open("a") as file:
+            file.write('{"text": "more"}\n')
+        finish(self)
+
+    monkeypatch.setattr(run_module._Cutter, "finish", grown)
+    with pytest.raises(UserError, match=rf"a\.jsonl was changed while it was read: {size:,} bytes"):
+        run(source, out)
+    assert not json.loads((out / "manifest.json").read_text())["complete"]

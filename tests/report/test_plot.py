@@ -154,3 +154,10 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
     before = "matplotlib.pyplot" in sys.modules
     plot_run(tmp_path)
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_a_picture_of_another_kind_is_refused(tmp_path):
+    write(tmp_path, make_rows(5))
+    with pytest.raises(UserError, match=r"c\.pdf: pictures are PNG files; name it \.png"):
+        plot_run(tmp_path, tmp_path / "c.pdf")
+    assert not (tmp_path / "c.pdf").exists()

@@ -57,10 +57,9 @@ class CachedForward:
             and rows <= few_token_pass.FEW_ROWS
             and few_token_pass.supports(model)
         )
-        self.one_kernel: Any = None
-        if self.few and few_token_pass.fits_one_kernel(model, rows):
-            with self.on_device():
-                self.one_kernel = few_token_pass.one_kernel(model, self.cache)
+        self.early: Any = None
+        if self.few and few_token_pass.begins_early(model, rows):
+            self.early = few_token_pass.early_pass(model, self.cache)
         self.packed: Callable[..., Tensor] | None = None
         if packed:
             layers = few_token_pass.linear_layers(model)
@@ -121,8 +120,8 @@ class CachedForward:
         if self.packed:
             return few_token_pass.next_logits(self.model, tokens[:, None], cache, self.packed)
         with self.on_device():  # where Triton launches its kernels
-            if self.one_kernel and cache is self.cache:
-                return self.one_kernel.next_logits(tokens)
+            if self.early and cache is self.cache:
+                return self.early.next_logits(tokens)
             if self.few:
                 return few_token_pass.next_logits(self.model, tokens[:, None], cache)
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]

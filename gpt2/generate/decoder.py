@@ -170,8 +170,8 @@ class Decoder:
 
     def _recorded_step(self) -> None:
         assert self.forward is not None
-        if self.forward.one_kernel and self.greedy:  # it chooses the token too
-            self.forward.one_kernel.next_logits(self.tokens, choose=True)
+        if self.forward.early and self.greedy:  # it chooses the token too
+            self.forward.early.next_logits(self.tokens, choose=True)
         else:
             self._choose(self.forward.next_logits(self.tokens))
 

@@ -55,7 +55,7 @@ def average_states(out_dir: Path, last: int, out: str = "") -> str:
     path = Path(out) if out else out_dir / "mean.pt"
     check_utf8(path)
     check_utf8(out_dir)
-    if path.name in OF_THE_RUN and path.absolute().parent == out_dir.absolute():
+    if path.exists() and path.resolve() in [(out_dir / of_run).resolve() for of_run in OF_THE_RUN]:
         raise UserError(
             f"{path}: the run wrote this file itself, with its loss; use another --out=, as "
             f"{out_dir / 'mean.pt'}"

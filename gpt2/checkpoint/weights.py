@@ -17,7 +17,7 @@ from ..huggingface import model_format
 from ..huggingface.kept_tokenizer import stored_tokenizer
 from ..huggingface.model_download import download
 from ..huggingface.own_tokenizer import SPECIAL_IDS, NoTokenizer, OwnTokenizer, tokenizer_of
-from ..paths import check_utf8
+from ..paths import check_utf8, for_shell
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from ..untrusted.parsing import read_json
@@ -205,10 +205,12 @@ def _load_folder(path: Path) -> Weights:
         if is_adapter(path / OUT_ADAPTER):  # of a run whose merged model was deleted
             return load_local(path / OUT_ADAPTER)
         if (path / "train_state.pt").is_file():
-            run = path.parent.parent
+            run = path.absolute().parent.parent
+            model = run / "out_ckpt.pt"
             raise UserError(
-                f"{path}: a saved state, to resume from; use {run / 'out_ckpt.pt'}, or a model of "
-                f"saved states by gpt2 average {run} --last=1"
+                f"{path}: a saved state, to resume from; use "
+                + (f"{for_shell(model)}, or " if model.is_file() else "")
+                + f"a model of it by `gpt2 average {for_shell(run)} --last=1`"
             )
         inside = next(iter(sorted(path.glob("*ckpt.pt"), reverse=True)), None)
         hint = f"; use {inside}" if inside else ""

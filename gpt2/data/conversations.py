@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from ..untrusted.parsing import load_json
+from ..untrusted.templates import OURS
 from .chat_formats import messages_of, unread_keys
 from .chat_template import encode_conversation
 from .datasets import Dataset, parse_mix
@@ -179,20 +180,28 @@ def _check_kind(name: str) -> None:
 def was_chat(source: Path) -> bool:
     """Whether a model has learned conversations.
 
-    That is what the config.toml in its folder, or beside its checkpoint, names as data; or the
-    folder has a chat template, as `gpt2 export` writes for such a model.
+    That is what the config.toml in its folder, or beside its checkpoint, names as data; or there is
+    the chat template that `gpt2 export` writes for such a model.
     """
     inside = source / "config.toml"
-    tokenizer = source / "tokenizer_config.json"
-    with contextlib.suppress(OSError, UserError):
-        if load_json(tokenizer.read_bytes(), str(tokenizer), dict).get("chat_template"):
-            return True
+    if OURS.fullmatch(_template_in(source if source.is_dir() else source.absolute().parent)):
+        return True
     beside = inside if inside.is_file() else source.absolute().parent / "config.toml"
     try:
         settings = read_toml(beside) if beside.is_file() else {}
         return is_chat(str(settings["data_dir"]))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _template_in(folder: Path) -> str:
+    """The chat template in a folder of Hugging Face's layout; "" without one."""
+    with contextlib.suppress(OSError, UserError, UnicodeDecodeError):
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    path, template = folder / "tokenizer_config.json", None
+    with contextlib.suppress(OSError, UserError):
+        template = load_json(path.read_bytes(), str(path), dict).get("chat_template")
+    return template if isinstance(template, str) else ""
 
 
 def chat_kind(source: Path, network: Any, tokenizer: Tokenizer) -> str:

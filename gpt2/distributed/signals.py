@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm is often told to send the last
+SWALLOWED_SECONDS = 2.0  # what may be left of an import and the clean-up after Ctrl-C
 _asked: list[int] = []  # the signal that came inside of `caught`, until its end
 _last: list[int] = []  # the first signal of the latest `caught`, also after its end
 _waiting = threading.local()  # .depth: how often this thread is inside of `interruptible`
@@ -27,35 +28,42 @@ class StopNow(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def ending_imports() -> Iterator[None]:
-    """Ctrl-C during an import ends the process at once: one line, exit code 130.
+    """Ctrl-C during an import of the code inside ends it, also where the import swallows it.
 
-    An import may swallow a KeyboardInterrupt, and the program would go on with half of a module.
-    Elsewhere it is raised as ever, and where other processes work for this one, whom it must end.
+    Imports of large packages do, and the program would go on with half of a module. Here it ends
+    with one line and exit code 130 if the code inside has not been left `SWALLOWED_SECONDS` later.
     """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        while frame:
-            if frame.f_code.co_filename.startswith("<frozen importlib") and not _has_workers():
-                os.write(2, b"interrupted\n")
-                os._exit(128 + number)
-            frame = frame.f_back
-        raise KeyboardInterrupt
-
-    ours = threading.current_thread() is threading.main_thread()
+    prompt = hasattr(sys, "ps1") or "ipykernel" in sys.modules  # a person's session is never ended
+    ours = threading.current_thread() is threading.main_thread() and not prompt
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
+    outside, timers = sys._getframe(), []
+
+    def handle(_number: int, frame: FrameType | None) -> None:
+        while frame and frame is not outside:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                timers.append(threading.Timer(SWALLOWED_SECONDS, _end))
+                timers[-1].daemon = True
+                timers[-1].start()
+                break
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
+        for timer in timers:
+            timer.cancel()
         if signal.getsignal(signal.SIGINT) is handle:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _has_workers() -> bool:
-    multiprocessing = sys.modules.get("multiprocessing")
-    return bool(multiprocessing and multiprocessing.active_children())
+def _end() -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 A template that `gpt2 export` wrote is left out, because `data/chat_template.py` makes its ids.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,10 @@ from typing import Any
 from ..errors import UserError
 from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, Tokenizer, gpt2_tokenizer
 from ..untrusted.parsing import load_json
-from ..untrusted.templates import ModelTemplate
+from ..untrusted.templates import OURS, ModelTemplate
 
 SETTINGS_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-# What `data.chat_template.jinja_template` writes, whichever token ends a text.
-OURS = re.compile(
-    r"\{% for message in messages %\}\{\{ '[^']+' \+ message\['role'\] \+ '\\n' \+ "
-    r"message\['content'\] \}\}\{% endfor %\}\{% if add_generation_prompt %\}.*"
-)
 
 
 class TemplatedTokenizer(Tokenizer):

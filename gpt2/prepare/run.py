@@ -22,7 +22,7 @@ from ..untrusted.long_text import PIECE
 from .estimate import forecast, limit_name, limit_text, rounded_text
 from .fast_tokenizer import tokenizer_class
 from .first_run import command, device_here
-from .shard_job import ShardJob, check_unchanged, open_job, started
+from .shard_job import ShardJob, open_job, started
 from .tokenize_rows import WHY_UNUSABLE, Position, RowBatch, encode_rows
 
 VAL_EVERY = 20  # in a small source every 20th document (5 %) is for validation
@@ -138,7 +138,6 @@ class _Cutter:
         elif self._filled:
             total += 1
             job.add_shard(self._take(), Position(len(job.source.parts), 0, 0, *self._odd.tolist()))
-        check_unchanged(job.source)
         job.manifest["complete"] = len(job.shards) == total
         job.save(self._odd.tolist())
 

@@ -210,23 +210,6 @@ def _keep_intact(job: ShardJob) -> None:
         job.shards.clear()  # a small source is split as a whole
 
 
-def check_unchanged(source: Source) -> None:
-    """Raises UserError for a local file that has grown or shrunk since it was listed.
-
-    Its shards have a part of it that the manifest does not describe.
-    """
-    for part in source.parts:
-        if part.path is None:
-            continue
-        now = part.path.stat().st_size if part.path.exists() else 0
-        if now != part.size_bytes:
-            raise UserError(
-                f"{shown(str(part.path))} was changed while it was read: {part.size_bytes:,} bytes "
-                f"at the start, {now:,} now; prepare it again with another --out_dir=, when "
-                "nothing writes to it any more"
-            )
-
-
 def _check_same(old: dict, new: dict, out_dir: Path) -> None:
     """Raises UserError when the settings or source files of the folder's shards have changed.
 
@@ -241,21 +224,30 @@ def _check_same(old: dict, new: dict, out_dir: Path) -> None:
                 raise UserError(
                     f"{out_dir}: the source has other files now; use another --out_dir="
                 )
-            used = _files_used(old)
+            used, listed = _files_used(old), now
             before, now = (dict([*files.items()][used]) for files in (before, now))
         if before != now:
             differs = f"{key}={shown(repr(before))}, not {shown(repr(now))}"
             if key == "files":
-                differs = _other_files(before, now)
+                differs = _other_files(before, now, listed)
             raise UserError(f"{out_dir} holds shards made with {differs}; use another --out_dir=")
 
 
-def _other_files(before: dict, now: dict) -> str:
-    """What is different of two lists of files and their sizes."""
-    name, *others = sorted(dict(before.items() ^ now.items()))
-    changed = "has another size" if name in before and name in now else "is new"
-    more = f" and {len(others)} more changed files" if others else ""
-    return f"another {shown(name)} (it {changed if name in now else 'is gone'}){more}"
+def _other_files(before: dict, now: dict, listed: dict) -> str:
+    """What is different of the files that shards were made of and those in their place now.
+
+    Args:
+        before: their names and sizes.
+        now: names and sizes at the same places of the list.
+        listed: all names and sizes of today.
+    """
+    gone = sorted(before.keys() - listed.keys())
+    new = sorted(now.keys() - before.keys())
+    changed = sorted(n for n, size in before.items() if n in listed and listed[n] != size)
+    told = [f"another {shown(n)} (it has another size)" for n in changed]
+    told += [f"{shown(n)}, which is gone" for n in gone]
+    told = told or [f"another {shown(n)} (it is new)" for n in new]
+    return told[0] + (f" and {len(told) - 1} more changed files" if len(told) > 1 else "")
 
 
 def _check_contents(old: dict, samples: dict[str, str], out_dir: Path) -> None:

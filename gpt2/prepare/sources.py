@@ -7,6 +7,7 @@ row; a .jsonl or .ndjson file has a row per line.
 import glob
 import importlib
 import inspect
+import os
 import platform
 import re
 import sys
@@ -111,6 +112,7 @@ class Source:
             except DamagedFile as error:
                 error.name = part.name
                 raise
+            _check_unchanged(part)
         else:
             assert self.downloads is not None
             ahead = self.parts[index + 1 : self.needed_parts][:1]
@@ -121,6 +123,23 @@ class Source:
         """Ends running downloads."""
         if self.downloads:
             self.downloads.close()
+
+
+def _check_unchanged(part: Part) -> None:
+    """Raises UserError for a local file that has another size since it was listed.
+
+    Its rows are not those of the file that the manifest describes. A deleted file was read whole.
+    """
+    try:
+        now = os.stat(part.path or "").st_size
+    except OSError:
+        return
+    if now != part.size_bytes:
+        raise UserError(
+            f"{shown(str(part.path))} was changed while it was read: {part.size_bytes:,} bytes at "
+            f"the start, {now:,} now; prepare it again with another --out_dir=, when nothing "
+            "writes to it any more"
+        )
 
 
 def normal_name(spec: str) -> str:

@@ -21,6 +21,7 @@ from .metrics import METRICS, measured, read_metrics
 # Colours that colour-blind people can tell apart (Okabe and Ito, 2008).
 BLUE, SKY, ORANGE, GREEN, PURPLE = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7"
 WIDTH, HEIGHT, DPI = 1500, 1000, 125  # pixels
+OTHER_PICTURES = ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".eps", ".gif", ".tif", ".tiff"
 PNG = b"\x89PNG"  # the first bytes of such a file
 LARGEST = 1e30  # of a value that is drawn
 BLOCK_SIZE = GPT2Config.block_size  # GPT-2's context, marked among the lengths of documents
@@ -97,7 +98,7 @@ def plot_lengths(
 
 def save_figure(figure: Figure, target: Path) -> Path:
     """Writes a figure as PNG; raises UserError where it cannot, or something else is there."""
-    if target.suffix.lower() not in ("", ".png"):
+    if target.suffix.lower() in OTHER_PICTURES:
         raise UserError(f"{shown(str(target))}: pictures are PNG files; name it .png")
     check_replaceable(target, PNG, "picture")
     image = io.BytesIO()

@@ -6,6 +6,7 @@ A template of a model is Jinja, and turns messages into text (transformers' `app
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,11 @@ from .template_worker import receive, send
 MAX_TEMPLATE = 2**17  # characters of a template
 MAX_TEXT_BYTES = 2**26  # of a rendered conversation
 SECONDS = 10  # for one conversation, the start of the process included
+# What `data.chat_template.jinja_template` writes, whichever token ends a text.
+OURS = re.compile(
+    r"\{% for message in messages %\}\{\{ '[^']+' \+ message\['role'\] \+ '\\n' \+ "
+    r"message\['content'\] \}\}\{% endfor %\}\{% if add_generation_prompt %\}.*"
+)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -307,12 +308,18 @@ def test_a_checkpoint_of_a_run_that_has_diverged_says_so(tmp_path, capsys):
         assert capsys.readouterr().err.count("its validation loss is NaN: training has") == said
 
 
-def test_other_files_of_a_run_say_what_they_are(tmp_path):
-    state = tmp_path / "run" / "state" / "step_00000003"
+def test_other_files_of_a_run_say_what_they_are(tmp_path, monkeypatch):
+    run = tmp_path / "my run"
+    state = run / "state" / "step_00000003"
     state.mkdir(parents=True)
     (state / "train_state.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a saved state, to resume from; use .*out_ckpt\.pt, or"):
+    told = f"a saved state, to resume from; use a model of it by `gpt2 average '{run}' --last=1`"
+    with pytest.raises(UserError, match=re.escape(told)):
         load(str(state))
+    (run / "out_ckpt.pt").write_bytes(b"x")
+    monkeypatch.chdir(state)
+    with pytest.raises(UserError, match=re.escape(f"use '{run / 'out_ckpt.pt'}', or a model")):
+        load(".")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(200))
     with pytest.raises(UserError, match="and Ollama; give the checkpoint"):
         load(str(tmp_path / "model.gguf"))

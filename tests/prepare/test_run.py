@@ -24,7 +24,7 @@ from gpt2.config.commands import PrepareConfig
 from gpt2.data.shards import find_shards, read_manifest
 from gpt2.errors import UserError
 from gpt2.prepare import run as run_module
-from gpt2.prepare import shard_job, tokenize_rows
+from gpt2.prepare import shard_job, sources, tokenize_rows
 from gpt2.prepare.sources import FINEWEB_FOLDER
 from gpt2.tokenizer import gpt2_tokenizer
 
@@ -842,33 +842,38 @@ def test_disk_without_room_and_dry_run(tmp_path, hub_files):
     assert "disk         about 4.1 GB needed at once" in dry.stdout
 
 
-def test_a_file_that_is_gone_or_new_or_changed_is_called_so(tmp_path):
+def test_a_file_that_is_gone_or_changed_is_called_so(tmp_path):
     source, out = tmp_path / "c", tmp_path / "out"
-    for name in "ab":
+    for name in "abc":
         write_jsonl(source / f"{name}.jsonl", make_texts(30))
     run(source, out)
-    (source / "b.jsonl").rename(tmp_path / "b.jsonl")
-    with pytest.raises(UserError, match=r"another b\.jsonl \(it is gone\); use"):
+    (source / "a.jsonl").rename(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"shards made with a\.jsonl, which is gone; use"):
         run(source, out)
-    write_jsonl(source / "a.jsonl", make_texts(31))
-    with pytest.raises(
-        UserError, match=r"another a\.jsonl \(it has another size\) and 1 more changed"
-    ):
+    write_jsonl(source / "b.jsonl", make_texts(31))
+    with pytest.raises(UserError, match=r"another b\.jsonl \(it has another size\) and 1 more"):
         run(source, out)
 
 
-def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
-    """The manifest would describe another file than the shards are made of."""
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch, deleted):
+    """The manifest would describe another file; one that was deleted was read whole."""
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
     write_jsonl(source, make_texts(30))
-    size, finish = source.stat().st_size, run_module._Cutter.finish
+    size, read = source.stat().st_size, sources.read_marked_rows
 
-    def grown(self):
-        with source.open("a") as file:
-            file.write('{"text": "more"}\n')
-        finish(self)
+    def grown(path, *given):
+        yield from read(path, *given)
+        if deleted:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes() + b'{"text": "more"}\n')
 
-    monkeypatch.setattr(run_module._Cutter, "finish", grown)
-    with pytest.raises(UserError, match=rf"a\.jsonl was changed while it was read: {size:,} bytes"):
+    monkeypatch.setattr(sources, "read_marked_rows", grown)
+    if deleted:
         run(source, out)
-    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    else:
+        told = rf"a\.jsonl was changed while it was read: {size:,} bytes"
+        with pytest.raises(UserError, match=told):
+            run(source, out)
+    assert json.loads((out / "manifest.json").read_text())["complete"] is deleted

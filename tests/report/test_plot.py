@@ -161,3 +161,6 @@ def test_a_picture_of_another_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"c\.pdf: pictures are PNG files; name it \.png"):
         plot_run(tmp_path, tmp_path / "c.pdf")
     assert not (tmp_path / "c.pdf").exists()
+    for name in ("lr_0.001", "c.PNG", "plain"):
+        plot_run(tmp_path, tmp_path / name)
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"

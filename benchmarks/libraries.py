@@ -277,8 +277,8 @@ def first_steps(subject: Subject, rt: Runtime) -> tuple[dict[str, Step], dict[st
             row["result"] = "right" if row["error"] < subject.limit else "wrong"
         except Exception as error:  # noqa: BLE001 - one contender must not cost the others
             row["result"] = first_line(error)
-        gc.collect()
         if rt.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
     return steps, rows
 

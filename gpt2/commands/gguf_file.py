@@ -17,9 +17,11 @@ from ..config.model import GPT2_VOCAB_SIZE
 from ..data.chat_template import jinja_template
 from ..errors import UserError
 from ..files import replacing_file
+from ..huggingface.own_template import TEMPLATE_FILE
 from ..huggingface.own_tokenizer import SETTINGS_FILE, OwnTokenizer, files_of
 from ..huggingface.tokenizer_files import tokenizer_json
 from ..untrusted.parsing import load_json
+from ..untrusted.templates import template_source
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # types of a setting
@@ -39,7 +41,6 @@ NAMES = {
     ".mlp.c_fc.": ".ffn_up.",
     ".mlp.c_proj.": ".ffn_down.",
 }
-TEMPLATE_FILE = "chat_template.jinja"
 MAX_TOKENIZER_VALUES = 800_000
 Setting = tuple[str, int, Any]  # name, type, value; for ARRAY: (type of the items, items)
 
@@ -105,11 +106,8 @@ def settings_of(weights: Weights, title: str, dtype: torch.dtype, chat: bool) ->
 def _own_template(weights: Weights) -> str:
     """The chat template of the model's folder; empty if there is none."""
     files = files_of(weights.folder) if weights.folder else {}
-    if TEMPLATE_FILE in files:
-        return files[TEMPLATE_FILE].decode("utf-8", errors="replace")
     told = load_json(files[SETTINGS_FILE], SETTINGS_FILE, dict) if SETTINGS_FILE in files else {}
-    template = told.get("chat_template")
-    return template if isinstance(template, str) else ""
+    return template_source(told, files.get(TEMPLATE_FILE))
 
 
 def _tokenizer(weights: Weights) -> Iterator[Setting]:

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from ..untrusted.display import shown
 from ..untrusted.parsing import load_json
-from ..untrusted.templates import OURS
+from ..untrusted.templates import OURS, template_source
 from .chat_formats import messages_of, unread_keys
 from .chat_template import encode_conversation
 from .datasets import Dataset, parse_mix
@@ -196,12 +196,12 @@ def was_chat(source: Path) -> bool:
 
 def _template_in(folder: Path) -> str:
     """The chat template in a folder of Hugging Face's layout; "" without one."""
-    with contextlib.suppress(OSError, UserError, UnicodeDecodeError):
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    path, template = folder / "tokenizer_config.json", None
+    path, settings, jinja = folder / "tokenizer_config.json", {}, None
     with contextlib.suppress(OSError, UserError):
-        template = load_json(path.read_bytes(), str(path), dict).get("chat_template")
-    return template if isinstance(template, str) else ""
+        settings = load_json(path.read_bytes(), str(path), dict)
+    with contextlib.suppress(OSError):
+        jinja = (folder / "chat_template.jinja").read_bytes()
+    return template_source(settings, jinja)
 
 
 def chat_kind(source: Path, network: Any, tokenizer: Tokenizer) -> str:

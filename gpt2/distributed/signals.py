@@ -28,10 +28,11 @@ class StopNow(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def ending_imports() -> Iterator[None]:
-    """Ctrl-C during an import of the code inside ends it, also where the import swallows it.
+    """Ctrl-C during an import ends the program, even if the import swallows the KeyboardInterrupt.
 
-    Imports of large packages do, and the program would go on with half of a module. Here it ends
-    with one line and exit code 130 if the code inside has not been left `SWALLOWED_SECONDS` later.
+    Imports of large packages do so, and the program would go on with half of a module. If the code
+    inside is still running `SWALLOWED_SECONDS` later, the process ends with one line and exit code
+    130. Elsewhere Ctrl-C raises KeyboardInterrupt as usual.
     """
     prompt = hasattr(sys, "ps1") or "ipykernel" in sys.modules  # a person's session is never ended
     ours = threading.current_thread() is threading.main_thread() and not prompt

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, Tokenizer, gpt2_tokenizer
 from ..untrusted.parsing import load_json
-from ..untrusted.templates import OURS, ModelTemplate
+from ..untrusted.templates import OURS, ModelTemplate, template_source
 
 SETTINGS_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -54,14 +54,8 @@ def template_in(
             settings = load_json(files[SETTINGS_FILE], f"{where}: {SETTINGS_FILE}", dict)
         except UserError as reason:
             error = str(reason)
-    source = settings.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        found = [t.get("template") for t in source if isinstance(t, dict)
-                 and t.get("name") == "default"]  # fmt: skip
-        source = found[0] if found else None
-    if TEMPLATE_FILE in files:
-        source = files[TEMPLATE_FILE].decode("utf-8", "replace")
-    if not isinstance(source, str) or not source.strip() or OURS.fullmatch(source):
+    source = template_source(settings, files.get(TEMPLATE_FILE))
+    if not source.strip() or OURS.fullmatch(source):
         return None
     texts = {name: _text(settings.get(name)) for name in NAMES}
     ends = special.get(texts["eos_token"], end_of_text)

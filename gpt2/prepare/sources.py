@@ -7,7 +7,6 @@ row; a .jsonl or .ndjson file has a row per line.
 import glob
 import importlib
 import inspect
-import os
 import platform
 import re
 import sys
@@ -112,7 +111,7 @@ class Source:
             except DamagedFile as error:
                 error.name = part.name
                 raise
-            _check_unchanged(part)
+            _check_unchanged(part.path, part.size_bytes)
         else:
             assert self.downloads is not None
             ahead = self.parts[index + 1 : self.needed_parts][:1]
@@ -125,20 +124,20 @@ class Source:
             self.downloads.close()
 
 
-def _check_unchanged(part: Part) -> None:
-    """Raises UserError for a local file that has another size since it was listed.
+def _check_unchanged(path: Path, size: int) -> None:
+    """Raises UserError for a file whose size is no longer the one that the manifest records.
 
-    Its rows are not those of the file that the manifest describes. A deleted file was read whole.
+    A file that was deleted meanwhile has been read whole.
     """
     try:
-        now = os.stat(part.path or "").st_size
+        now = path.stat().st_size
     except OSError:
         return
-    if now != part.size_bytes:
+    if now != size:
         raise UserError(
-            f"{shown(str(part.path))} was changed while it was read: {part.size_bytes:,} bytes at "
-            f"the start, {now:,} now; prepare it again with another --out_dir=, when nothing "
-            "writes to it any more"
+            f"{shown(str(path))} was changed while it was read: {size:,} bytes at the start, "
+            f"{now:,} now; prepare it again with another --out_dir=, when nothing writes to it any "
+            "more"
         )
 
 

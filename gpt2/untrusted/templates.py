@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError, first_line
 from .display import shown
@@ -26,6 +27,23 @@ OURS = re.compile(
     r"\{% for message in messages %\}\{\{ '[^']+' \+ message\['role'\] \+ '\\n' \+ "
     r"message\['content'\] \}\}\{% endfor %\}\{% if add_generation_prompt %\}.*"
 )
+
+
+def template_source(settings: dict[str, Any], jinja: bytes | None) -> str:
+    """The default chat template in a model's files, in Jinja; "" without one.
+
+    Args:
+        settings: of tokenizer_config.json.
+        jinja: content of chat_template.jinja, which comes first; None without the file.
+    """
+    if jinja is not None:
+        return jinja.decode("utf-8", "replace")
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        found = [t.get("template") for t in source if isinstance(t, dict)
+                 and t.get("name") == "default"]  # fmt: skip
+        source = found[0] if found else None
+    return source if isinstance(source, str) else ""
 
 
 @dataclass(frozen=True)

@@ -362,5 +362,9 @@ def test_an_exported_folder_says_by_its_template_that_it_learned_conversations(t
     for other in ("[]", '"{{ messages }}"'):  # of strangers: the tokenizer has it
         (tmp_path / "tokenizer_config.json").write_text(f'{{"chat_template": {other}}}')
         assert not was_chat(tmp_path)
+    several = [{"name": "default", "template": template["chat_template"]}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert was_chat(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_text(template["chat_template"])  # transformers 5
     assert was_chat(tmp_path)

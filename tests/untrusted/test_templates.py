@@ -6,7 +6,7 @@ import pytest
 
 from gpt2.errors import UserError
 from gpt2.untrusted import templates
-from gpt2.untrusted.templates import ModelTemplate
+from gpt2.untrusted.templates import ModelTemplate, template_source
 
 TALK = [{"role": "user", "content": "Olá\n"}, {"role": "assistant", "content": " oi "}]
 
@@ -82,3 +82,11 @@ def test_threads_take_turns():
 def test_a_known_error_is_told():
     with pytest.raises(UserError, match="it is damaged"):
         template("{{ 1 }}", error="it is damaged").render(TALK, ask=True)
+
+
+def test_of_several_templates_the_default_is_taken_and_the_file_comes_first():
+    several = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    assert template_source({"chat_template": several}, None) == "b"
+    assert template_source({"chat_template": several[:1]}, None) == ""
+    assert template_source({"chat_template": several}, b"c") == "c"
+    assert template_source({}, None) == ""

@@ -13,27 +13,84 @@ from .precision import GRADIENT_SCALE, e4m3_scale
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x · log2 e); GPUs have 2^x in hardware
 BLOCK, WARPS = 2048, 4  # columns at a time, and warps per row: the fastest on an H200
-TALL, WIDE = 32, 128  # of a tile of `_gradient_fp8`: the fastest on an H100
+TALL, WIDE, TILE_WARPS = 64, 64, 4  # of a tile of `_gradient_fp8`: the fastest on an H200
+
+
+@triton.jit
+def _floats(x, fast: tl.constexpr):
+    """x in float32.
+
+    fast: two numbers in bf16 at a time, by an instruction that Triton does not look into. Of
+    `x.to(tl.float32)` it would compute all that follows once more for each layout of the result.
+    """
+    if fast:
+        x = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r",
+            [x],
+            tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _e5m2(x, nvidia: tl.constexpr):
+    """x rounded to e5m2.
+
+    nvidia: four numbers at a time, which come as one word. What Triton emits, ptxas of CUDA 12.6 to
+    13.0 gets wrong where a number is needed twice (findings/ptxas_loses_a_pair_of_fp8.sh).
+    """
+    if nvidia:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; cvt.rn.satfinite.e5m2x2.f32 a, $2, $1;"
+            " cvt.rn.satfinite.e5m2x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }",
+            "=r,f,f,f,f",
+            [x],
+            tl.float8e5,
+            is_pure=True,
+            pack=4,
+        )
+    return x.to(tl.float8e5)
+
+
+@triton.jit
+def _e4m3(x, nvidia: tl.constexpr):
+    """x rounded to e4m3, as `_e5m2`."""
+    if nvidia:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1;"
+            " cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }",
+            "=r,f,f,f,f",
+            [x],
+            tl.float8e4nv,
+            is_pure=True,
+            pack=4,
+        )
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _tanh(x, fast: tl.constexpr):
+    """tanh x = 1 - 2 / (1 + e^(2x)).
+
+    fast: NVIDIA's one instruction, 2^-11 off at most, where numbers in bf16 are 2^-9 off.
+    """
+    if fast:
+        x = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        x = 1 - 2 / (1.0 + tl.exp2(x * (2 * LOG2_E)))
+    return x
 
 
 @triton.jit
 def _capped(x, cap: tl.constexpr, fast: tl.constexpr):
-    """cap · tanh(x / cap), by tanh u = 1 - 2 / (1 + e^(2u)); x where cap is 0.
-
-    fast: NVIDIA's one instruction, 2^-11 off at most, where numbers in bf16 are 2^-9 off.
-    """
+    """cap · tanh(x / cap); x where cap is 0."""
     if cap > 0:
-        if fast:
-            x = cap * tl.inline_asm_elementwise(
-                "tanh.approx.f32 $0, $1;",
-                "=f,f",
-                [x * (1.0 / cap)],
-                tl.float32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            x = cap - 2 * cap / (1.0 + tl.exp2(x * (2 * LOG2_E / cap)))
+        x = cap * _tanh(x * (1.0 / cap), fast)
     return x
 
 
@@ -196,6 +253,10 @@ def _launch_cross_entropy(  # noqa: PLR0917
     return losses.sum(), log_sums
 
 
+def _nvidia(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
+
+
 def _fast(logits: Tensor) -> bool:
     return logits.dtype == torch.bfloat16 and torch.version.hip is None
 
@@ -246,55 +307,62 @@ def cross_entropy_fp8(  # noqa: PLR0917
         GRADIENT_SCALE,
         float(softcap),
         _fast(logits),
+        _nvidia(logits),
         raised is not None,
         later is not None,
         TALL,
         WIDE,
-        num_warps=WARPS,
+        num_warps=TILE_WARPS,
     )
     return loss, gradient, transposed
 
 
 @triton.jit
 def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
-    logits,
-    targets,
-    log_sums,
-    raised,
-    later,
-    shares,
-    gradient,
-    transposed,
-    rows,
-    vocab: tl.constexpr,
-    padded: tl.constexpr,
-    scale: tl.constexpr,
-    cap: tl.constexpr,
-    fast: tl.constexpr,
-    raises: tl.constexpr,
-    two: tl.constexpr,
-    tall: tl.constexpr,
-    wide: tl.constexpr,
-):
-    """One program per tile of (tall, wide)."""
+    logits, targets, log_sums, raised, later, shares, gradient, transposed, rows,
+    vocab: tl.constexpr, padded: tl.constexpr, scale: tl.constexpr, cap: tl.constexpr,
+    fast: tl.constexpr, nvidia: tl.constexpr, raises: tl.constexpr, two: tl.constexpr,
+    tall: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of (tall, wide).
+
+    What depends on the row or the column alone is added to the logit, and the targets are only
+    looked for in tiles that have some: most have none.
+    """
     tiles = rows // tall
-    top = (tl.program_id(0) % tiles).to(tl.int64) * tall  # row · padded does not fit into 32 bits
-    left = (tl.program_id(0) // tiles).to(tl.int64) * wide
+    top, left = tl.program_id(0) % tiles * tall, tl.program_id(0) // tiles * wide
     row, column = tl.arange(0, tall)[:, None], tl.arange(0, wide)[None, :]
-    at = row * padded + column  # within the tile, where 32 bits do, and are faster
-    y = _capped(tl.load(logits + top * padded + left + at).to(tl.float32), cap, fast)
-    target = tl.load(targets + top + row)
-    x = y + tl.load(raised + left + column, mask=left + column < vocab, other=0.0) if raises else y
-    value = tl.exp2(x * LOG2_E - tl.load(log_sums + top + row) + scale)
-    value = tl.where(left + column < vocab, value, 0.0)
-    after = tl.load(later + top + row) if two else target
-    value = _minus_targets(value, left + column, target, after, shares, 2.0**scale, two)
+    # row · padded does not fit into 32 bits, but within the tile, where 32 bits are faster
+    at, corner = row * padded + column, top.to(tl.int64) * padded + left
+    logit = _floats(tl.load(logits + corner + at), fast)
+    target = tl.load(targets + top + row).to(tl.int32)
+    here = (target >= left) & (target < left + wide)
+    of_row = scale - tl.load(log_sums + top + row)
+    if two:
+        after = tl.load(later + top + row).to(tl.int32)
+        share = tl.where(after >= 0, tl.load(shares), 0.0)
+        of_row += tl.log2(1.0 + share)
+        here |= (target >= 0) & (after >= left) & (after < left + wide)
+    of_row = tl.where(target >= 0, of_row, -float("inf"))
+    real = left + column < vocab
+    of_column = tl.where(real, 0.0, -float("inf"))
+    if raises:
+        of_column = tl.load(raised + left + column, mask=real, other=-float("inf")) * LOG2_E
     if cap > 0:
-        value *= 1.0 - (y * (1.0 / cap)) * (y * (1.0 / cap))
-    value = tl.where(target >= 0, value, 0.0).to(tl.float8e5)
-    tl.store(gradient + top * padded + left + at, value)
-    at = tl.trans(column) * rows + tl.trans(row)
-    tl.store(transposed + left * rows + top + at, tl.trans(value))
+        u = _tanh(logit * (1.0 / cap), fast)
+        logit = u * cap
+    value = tl.exp2(logit * LOG2_E + (of_row + of_column))
+    if tl.max(here.to(tl.int32)) > 0:
+        one: tl.constexpr = 2.0**scale
+        value -= tl.where(left + column == target, one, 0.0)
+        if two:
+            value -= tl.where((left + column == after) & (target >= 0), share * one, 0.0)
+    if cap > 0:
+        value *= 1.0 - u * u
+    value = _e5m2(value, nvidia)
+    tl.store(gradient + corner + at, value)
+    corner = left.to(tl.int64) * rows + top
+    tl.store(transposed + corner + tl.trans(column) * rows + tl.trans(row), tl.trans(value))
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,19 +372,22 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = x.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
     transposed = x.new_empty(columns, rows, dtype=torch.float8_e4m3fn)
     grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))
-    _quantize[grid](x, scale, out, transposed, rows, columns, 64, num_warps=4)
+    given = rows, columns, 64, _nvidia(x)
+    _quantize[grid](x, scale, out, transposed, *given, num_warps=4)
     return out, transposed, scale
 
 
 @triton.jit
-def _quantize(x, scale, out, transposed, rows, columns, side: tl.constexpr):  # noqa: PLR0917
+def _quantize(  # noqa: PLR0917
+    x, scale, out, transposed, rows, columns, side: tl.constexpr, nvidia: tl.constexpr
+):
     """One program per square of (side, side)."""
     row = tl.program_id(0) * side + tl.arange(0, side)
     column = tl.program_id(1) * side + tl.arange(0, side)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / tl.load(scale)
-    value = tl.clamp(value, -448.0, 448.0).to(tl.float8e4nv)  # the quotient may round upwards
+    value = _e4m3(tl.clamp(value, -448.0, 448.0), nvidia)  # the quotient may round upwards
     tl.store(out + at, value, mask=inside)
     at = column.to(tl.int64)[:, None] * rows + row[None, :]
     tl.store(transposed + at, tl.trans(value), mask=tl.trans(inside))

@@ -16,6 +16,7 @@ from gpt2.generate.stream import decoder_for, generate
 from gpt2.model.gpt import GPT
 
 from ..conftest import ROOT
+from .machine_code import machine_code
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -75,27 +76,6 @@ def test_the_pass_equals_the_plain_one_in_the_interpreter():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
-def machine_code(name: str, types: dict[str, str], constants: dict[str, int], warps: int) -> str:
-    """What a kernel becomes for compute capability 9.0; compiling needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from gpt2.kernels import triton_one_sequence as kernels
-
-    kernel = getattr(kernels, name)
-    names = kernel.arg_names
-    aligned = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=kernel,
-        signature={n: types.get(n, "constexpr") for n in names},
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(i,): aligned for i, n in enumerate(names) if types.get(n, "").startswith("*")},
-    )
-    options = {"num_warps": warps, "launch_pdl": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["sass"]
-
-
 @needs_triton
 @pytest.mark.parametrize("name", ["_linear", "_attend", "_project"])
 def test_kernels_signal_and_load_their_weights_before_they_wait(name):
@@ -122,7 +102,10 @@ def test_kernels_signal_and_load_their_weights_before_they_wait(name):
         ),
     }[name]
     warps = {"_linear": 1, "_attend": 4, "_project": 8}[name]
-    code = machine_code(name, types, constants, warps)
+    from gpt2.kernels import triton_one_sequence as kernels
+
+    kernel = getattr(kernels, name)
+    code = machine_code(kernel, types, constants, warps, launch_pdl=True)
     order = re.findall(r"\b(PREEXIT|ACQBULK|LDG|STG|LDL|STL)\b", code)
     before = order[: order.index("ACQBULK")]
     assert "PREEXIT" in before

@@ -63,10 +63,9 @@ class CachedForward:
         self.records_prompts = False  # `record` decides
         self._may_record = own and self.device.type == "cuda"
         self._prompts: dict[int, _Prompt] = {}  # by padded length
-        self.one_kernel: Any = None
-        if self.few and few_token_pass.fits_one_kernel(model, rows):
-            with self.on_device():
-                self.one_kernel = few_token_pass.one_kernel(model, self.cache)
+        self.early: Any = None
+        if self.few and few_token_pass.begins_early(model, rows):
+            self.early = few_token_pass.early_pass(model, self.cache)
         self.packed: Callable[..., Tensor] | None = None
         if packed:
             layers = few_token_pass.linear_layers(model)
@@ -129,8 +128,8 @@ class CachedForward:
         if self.packed:
             return few_token_pass.next_logits(self.model, tokens[:, None], cache, self.packed)
         with self.on_device():  # where Triton launches its kernels
-            if self.one_kernel and cache is self.cache:
-                return self.one_kernel.next_logits(tokens)
+            if self.early and cache is self.cache:
+                return self.early.next_logits(tokens)
             if self.few:
                 return few_token_pass.next_logits(self.model, tokens[:, None], cache)
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
@@ -231,20 +230,16 @@ class HostCopy:
     Args:
         values: on any device.
         wait: False starts an asynchronous copy to pinned memory, for which `get` waits.
-        written_by: a GPU that writes `values`, which are in pinned memory already; nothing is
-            copied then.
     """
 
-    def __init__(self, values: Tensor, *, wait: bool, written_by: torch.device | None = None):
+    def __init__(self, values: Tensor, *, wait: bool):
         self._event: torch.cuda.Event | None = None
         if wait:
             self._values = values.clone()
             return
-        with torch.cuda.device(written_by or values.device):
-            self._values = values
-            if written_by is None:
-                self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-                self._values.copy_(values, non_blocking=True)
+        with torch.cuda.device(values.device):
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 

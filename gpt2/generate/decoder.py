@@ -118,7 +118,7 @@ class Decoder:
                     yield [token]
             else:
                 self._step(numbers[done], rows)
-                sent.append(self._send())
+                sent.append(HostCopy(self.tokens, wait=not self.graph))
                 done += 1
                 if len(sent) > (LAG if self.graph else 0):
                     yield _receive(sent, rows)
@@ -168,24 +168,10 @@ class Decoder:
         if self.speculative:
             self.speculative.single_step_seconds = time.perf_counter() - began
 
-    def _send(self) -> HostCopy:
-        """Starts to copy the newest tokens to the CPU."""
-        if self.graph and self.kernel_chooses:
-            assert self.forward is not None
-            at = self.filled[0] - 1
-            told = self.forward.one_kernel.told[at : at + 1]
-            return HostCopy(told, wait=False, written_by=self.device)
-        return HostCopy(self.tokens, wait=not self.graph)
-
-    @property
-    def kernel_chooses(self) -> bool:
-        """Whether one kernel computes the logits and chooses the token."""
-        return self.greedy and self.forward is not None and self.forward.one_kernel is not None
-
     def _recorded_step(self) -> None:
         assert self.forward is not None
-        if self.kernel_chooses:
-            self.forward.one_kernel.next_logits(self.tokens, choose=True)
+        if self.forward.early and self.greedy:  # it chooses the token too
+            self.forward.early.next_logits(self.tokens, choose=True)
         else:
             self._choose(self.forward.next_logits(self.tokens))
 

@@ -544,6 +544,7 @@ def kernels() -> int:
 
     from .generate.test_few_token_pass import compare_kernels
     from .kernels.test_triton_one_sequence import compare_in_float32, hopper
+    from .kernels.test_triton_training import compare_gradients
 
     compare_kernels("cuda")
     if hopper():
@@ -567,8 +568,10 @@ def kernels() -> int:
         found.append(cross_entropy_(logits, targets, 300, True, cap))
         for loss in found:
             assert abs(loss.item() / exact.item() - 1) < 0.02, (cap, loss, exact)
-    quantized, _, scale = quantize(x := torch.randn(64, 128, device="cuda").bfloat16())
+    compare_gradients("cuda", torch.bfloat16)
+    quantized, transposed, scale = quantize(x := torch.randn(64, 128, device="cuda").bfloat16())
     assert (quantized.float() * scale - x.float()).abs().max() < 0.1 * x.abs().max()
+    assert torch.equal(transposed.float().t(), quantized.float())
     return 0
 
 

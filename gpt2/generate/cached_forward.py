@@ -15,17 +15,9 @@ from ..model.gpt import LanguageModel
 from ..model.kv_cache import KVCache
 from . import few_token_pass
 
-# Tokens: prompts are padded to multiples of the one, and recorded up to the other. Longer ones keep
-# a GPU busy while their kernels are launched.
-PROMPT_STEP, PROMPT_LONGEST = 64, 512
-
 
 class CachedForward:
     """A model's forward pass for generation: `prefill` reads prompts, `next_logits` one token each.
-
-    Where steps are recorded as a CUDA graph, reading a prompt of GPT-2 is recorded too, once a
-    prompt of about its length came before. Launching its kernels one by one takes 6 ms for 124M,
-    running them 1 ms. A graph for each of eight lengths keeps its activations.
 
     Args:
         model: in evaluation mode, on its device.
@@ -58,11 +50,13 @@ class CachedForward:
         if per_row_lengths:
             self.cache.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
         autocast = torch.is_autocast_enabled(self.device.type)
-        own = per_row_lengths and not autocast and few_token_pass.supports(model)
-        self.few = own and few_rows and rows <= few_token_pass.FEW_ROWS
-        self.records_prompts = False  # `record` decides
-        self._may_record = own and self.device.type == "cuda"
-        self._prompts: dict[int, _Prompt] = {}  # by padded length
+        self.few = (
+            few_rows
+            and per_row_lengths
+            and not autocast
+            and rows <= few_token_pass.FEW_ROWS
+            and few_token_pass.supports(model)
+        )
         self.early: Any = None
         if self.few and few_token_pass.begins_early(model, rows):
             self.early = few_token_pass.early_pass(model, self.cache)
@@ -105,8 +99,6 @@ class CachedForward:
         lengths = [len(prompt) for prompt in prompts]
         cache, longest = self.cache, max(lengths)
         cache.length = 0
-        if self.records_prompts and len(prompts) == 1 and 0 < longest <= PROMPT_LONGEST:
-            return self._read_prompt(numbers[0], prompts[0])
         if cache.lengths is not None:
             cache.rows = torch.tensor(numbers, device=self.device)
             cache.lengths[cache.rows] = torch.tensor(lengths, device=self.device)
@@ -135,15 +127,6 @@ class CachedForward:
             hidden = self.model.hidden(tokens[:, None], cache)[:, -1]
         return self.logits(hidden)
 
-    def _read_prompt(self, row: int, prompt: Sequence[int]) -> Tensor:
-        """`prefill` of one prompt, padded to a length that other prompts have too."""
-        length = min(-(-len(prompt) // PROMPT_STEP) * PROMPT_STEP, self.capacity)
-        if length not in self._prompts:
-            self._prompts[length] = _Prompt(self, length)
-        assert self.cache.lengths is not None
-        self.cache.lengths[row].fill_(len(prompt))
-        return self._prompts[length].read(row, prompt)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, C) output of the last norm -> (B, V)."""
         if self.head is None:
@@ -158,23 +141,16 @@ class CachedForward:
             self.cache.length = length
             steps()
 
-        self.records_prompts = self._may_record
-        return self.graph_of(lambda: run(0), lambda: run(self.capacity - 1))
-
-    def graph_of(
-        self, warm_up: Callable[[], object], work: Callable[[], object]
-    ) -> torch.cuda.CUDAGraph:
-        """`work` as a CUDA graph, after `warm_up`, in which libraries allocate their workspaces."""
         with self.on_device():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side):  # warm-up: libraries allocate their workspaces
                 for _ in range(2):
-                    warm_up()
+                    run(0)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                work()
+                run(self.capacity - 1)
         return graph
 
     def on_device(self) -> contextlib.AbstractContextManager[object]:
@@ -182,46 +158,6 @@ class CachedForward:
         if self.device.type == "cuda":
             return torch.cuda.device(self.device)
         return contextlib.nullcontext()
-
-
-class _Prompt:
-    """Reads prompts of one padded length; from the second on by a CUDA graph.
-
-    The first is padded too: a text must not depend on how many were written before.
-    """
-
-    def __init__(self, forward: CachedForward, length: int):
-        self.forward, self.length = forward, length
-        self.ids = torch.zeros(1, length, dtype=torch.int64, device=forward.device)
-        self.row = torch.zeros(1, dtype=torch.int64, device=forward.device)
-        self.hidden: Tensor | None = None  # (1, length, C), written by the graph
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.came_before = False
-
-    def read(self, row: int, prompt: Sequence[int]) -> Tensor:
-        """See `CachedForward.prefill`."""
-        self.ids.copy_(pad([prompt], self.length))
-        self.row.fill_(row)
-        if not self.came_before:
-            self.came_before = True
-            return self._hidden()[:, : len(prompt)]
-        if self.graph is None:
-            self.graph = self.forward.graph_of(self._hidden, self._keep_hidden)
-        self.graph.replay()
-        assert self.hidden is not None
-        return self.hidden[:, : len(prompt)]
-
-    def _keep_hidden(self) -> None:
-        self.hidden = self._hidden()
-
-    def _hidden(self) -> Tensor:
-        cache = self.forward.cache
-        cache.rows, cache.length = self.row, 0
-        try:
-            # attention is causal: padding after the prompt has no effect on it
-            return self.forward.model.hidden(self.ids, cache)
-        finally:
-            cache.rows = None
 
 
 class HostCopy:

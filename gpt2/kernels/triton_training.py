@@ -258,7 +258,7 @@ def _nvidia(x: Tensor) -> bool:
 
 
 def _fast(logits: Tensor) -> bool:
-    return logits.dtype == torch.bfloat16 and torch.version.hip is None
+    return logits.dtype == torch.bfloat16 and _nvidia(logits)
 
 
 def cross_entropy_fp8(  # noqa: PLR0917
@@ -288,6 +288,8 @@ def cross_entropy_fp8(  # noqa: PLR0917
         (), (N, P), (P, N).
     """
     rows, padded = logits.shape
+    assert rows % TALL == 0
+    assert padded % WIDE == 0
     loss, log_sums = _launch_cross_entropy(logits, targets, vocab, False, softcap, raised)
     gradient = logits.new_empty(rows, padded, dtype=torch.float8_e5m2)
     transposed = logits.new_empty(padded, rows, dtype=torch.float8_e5m2)
@@ -326,8 +328,9 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
 ):  # fmt: skip
     """One program per tile of (tall, wide).
 
-    What depends on the row or the column alone is added to the logit, and the targets are only
-    looked for in tiles that have some: most have none.
+    What depends on the row or the column alone is added to the logit: -inf where nothing is
+    predicted or no id is, which makes 0 of finite logits. The targets are only looked for in tiles
+    that have some: most have none.
     """
     tiles = rows // tall
     top, left = tl.program_id(0) % tiles * tall, tl.program_id(0) // tiles * wide

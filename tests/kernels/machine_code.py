@@ -1,4 +1,4 @@
-"""The machine code of Triton's kernels, for tests; compiling needs no GPU."""
+"""The machine code of Triton's kernels, for tests."""
 
 
 def machine_code(kernel, types: dict[str, str], constants: dict, warps: int, **options) -> str:

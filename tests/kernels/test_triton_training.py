@@ -39,7 +39,7 @@ def compare_gradients(device: str = "cpu", dtype: torch.dtype = torch.float32) -
         torch.testing.assert_close(loss.cpu(), wanted[0], rtol=1e-4, atol=0)
         one, plain = 2.0**GRADIENT_SCALE, wanted[1].float()
         # e5m2 has steps of a quarter at most; tanh of bf16 logits is 2^-11 off
-        error = 1e-5 if dtype == torch.float32 else 1e-3
+        error = 1e-3 if cap and dtype == torch.bfloat16 else 1e-5
         for gradient in (found[0].float().cpu(), found[1].float().cpu().t()):
             near = (gradient - plain).abs() <= 0.26 * plain.abs() + error * one
             # findings/triton_interpreter_halves_numbers_in_fp8.sh

@@ -70,6 +70,22 @@ def test_a_plugin_trains_resumes_and_writes(plugin, data_dir, capsys):
     )
 
 
+def changed_plugin(folder, capsys):
+    """Every command that reads a checkpoint says that its plugin is another one by now."""
+    command = ["eval", "o", "--plugin=my_idea.py", "--device=cpu", "--eval_tokens=100"]
+    path = folder / "my_idea.py"
+    text = path.read_text()
+    for text_now, changed in ((text, False), (text + "# changed\n", True)):
+        gpt2.config.registry.forget()
+        path.write_text(text_now)
+        capsys.readouterr()
+        assert cli.main(command) == 0
+        told = "my_idea.py has changed since o/out_ckpt.pt was saved" in capsys.readouterr().err
+        assert told == changed
+    gpt2.config.registry.forget()
+    path.write_text(text)
+
+
 def test_a_recipe_does_not_run_code_by_itself(plugin, data_dir, capsys, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text('plugin = "my_idea.py"\nmlp = "silu"\n')
@@ -77,6 +93,7 @@ def test_a_recipe_does_not_run_code_by_itself(plugin, data_dir, capsys, tmp_path
     assert "this recipe needs my_idea.py, which is code: read it" in capsys.readouterr().err
     assert not gpt2.config.registry.plugins()
     assert train(data_dir, f"--config={path}", plugin, "--max_steps=1", "--out_dir=o") == 0
+    changed_plugin(tmp_path, capsys)
     path = tmp_path / "my_idea.py"
     path.write_text(path.read_text() + "# changed\n")
     capsys.readouterr()

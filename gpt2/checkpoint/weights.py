@@ -261,7 +261,10 @@ def _load_adapter(folder: Path) -> Weights:
         if len(Path(base).parts) > 1 and (above.is_file() or (above / "config.json").is_file()):
             base = above
         if is_adapter(locate(base)):
-            raise UserError(f"{base} holds adapters as well, not whole weights")
+            raise UserError(
+                f"{base} holds adapters as well, not whole weights; use the run's out_ckpt.pt, or "
+                "train adapters on the merged model (gpt2 export) of the first ones"
+            )
         found = load(base)
     except (OSError, ValueError) as error:  # also a name that no file can have
         reason = str(error) if isinstance(error, UserError) else first_line(error)

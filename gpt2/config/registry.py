@@ -234,6 +234,17 @@ def check_known(settings: dict[str, Any], found: Any) -> None:
             )
 
 
+def changed_since(found: Any) -> list[str]:
+    """The loaded plugins that a checkpoint knows with another content.
+
+    Args:
+        found: plugins of the checkpoint, path -> sha256, as it claims; None: it names none.
+    """
+    if not isinstance(found, dict):
+        return []
+    return [path for path, digest in _loaded.items() if found.get(path, digest) != digest]
+
+
 def forget() -> None:
     """Forgets all plugins; for tests."""
     _loaded.clear()

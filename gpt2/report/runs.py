@@ -83,12 +83,15 @@ class Run:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """Options that were changed on the way, in words."""
+        """Options that were changed on the way, in words.
+
+        The seed is one: what follows is no run of that seed, as it began with another's.
+        """
         found = [
             f"{name} {old} -> {new} from step {start['step']}"
             for start in self.starts
             for name, (old, new) in _pairs(start.get("changed"))
-            if name not in SAME_RESULT
+            if name not in SAME_RESULT or name == "seed"
         ]
         return tuple(dict.fromkeys(found))
 

@@ -11,10 +11,10 @@ from ..checkpoint.training_state import Resumed
 from ..config.earlier import comparable, current_names
 from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
-from ..config.registry import plugins, registered
+from ..config.registry import changed_since, plugins, registered
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, warmup_steps
 from ..data.conversations import is_chat
-from ..data.datasets import split_eval_tokens, validation_fingerprint
+from ..data.datasets import Dataset, split_eval_tokens, validation_fingerprint
 from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -29,6 +29,7 @@ from .tuning_plan import note_few_steps
 from .weight_average import EVERY
 
 MANY_EPOCHS = 50
+ODD_SHARE = 0.02  # by which a dataset may count more or less than the mix says
 PLOT_SECONDS = 30  # a run that trained for so long draws its curves at the end
 SHORTEST_FOR_EMA = 5  # times the steps of an average: so long a run should be
 TOO_LONG = 2 * 86400  # seconds of a run that is warned of
@@ -132,9 +133,9 @@ def announce(
     for line in describe_data(state, config.optim):
         console.log(line)
     asked = config.eval.eval_tokens
-    have = sum(split_eval_tokens(state.datasets, asked))
-    fewer = "" if have >= asked else f" (all there are; {asked:,} were asked for)"
-    console.log(f"validation on {have:,} tokens{fewer}")
+    have = split_eval_tokens(state.datasets, asked)
+    missing = _what_is_missing(state.datasets, have, asked)
+    console.log(f"validation on {sum(have):,} tokens{missing}")
     note_schedule(config.optim)
     epochs = most_epochs(state, config.optim)
     if few := note_few_steps(config, state.plan, epochs):
@@ -148,12 +149,27 @@ def announce(
         note_resumed(resumed, changed)
 
 
+def _what_is_missing(datasets: list[Dataset], have: list[int], asked: int) -> str:
+    """Why there are fewer validation tokens than asked for, and what that does to a mix."""
+    if sum(have) >= asked:
+        return ""
+    few = [d for d, n in zip(datasets, have, strict=True) if n < round(asked * d.share)]
+    if len(few) == len(datasets):
+        few = []
+    counted = [
+        f"{d.name} counts {n / sum(have):.0%} of it where the mix has {d.share:.0%}"
+        for d, n in zip(datasets, have, strict=True)
+        if abs(n / sum(have) - d.share) > ODD_SHARE
+    ]
+    of = f" of {', '.join(d.name for d in few)}" if few else ""
+    return f" (all there are{of}; {asked:,} were asked for)" + "".join(f"; {c}" for c in counted)
+
+
 def note_resumed(resumed: Resumed, changed: dict[str, tuple[Any, Any]]) -> None:
     """Logs the checkpoint, and what has changed since."""
     console.log(f"continuing from {resumed.path}")
-    for path, digest in plugins().items():
-        if resumed.plugins.get(path, digest) != digest:
-            console.warn(f"{path} has changed since {resumed.path} was saved")
+    for path in changed_since(resumed.plugins):
+        console.warn(f"{path} has changed since {resumed.path} was saved")
     for name, (before, now) in changed.items():
         console.log(f"changed since then: {name} {before} -> {now}")
 

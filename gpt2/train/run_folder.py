@@ -26,9 +26,11 @@ from ..report import metrics
 from ..untrusted.parsing import SURROGATES
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
+MEAN_NAME = "mean.pt"  # of `gpt2 average`, over saved states
 BUSY = "run folder {folder} is in use by {holder}"
 RUN_FILES = (  # and folders, of a run, besides its states
     *("metrics.jsonl", "history.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png"),
+    MEAN_NAME,
     *("tensorboard", "wandb", "wandb_id.txt", "out_adapter", "best_adapter", "nonfinite.json"),
 )
 BEST_FILES = (BEST_NAME, "best_adapter")
@@ -57,7 +59,12 @@ def archive(
     """
     moved = [p for p in state_folders(out_dir) if int(p.name[5:]) > after_step]
     files = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
-    moved += [path for path in files if after_step < 0 or (best and path.name in BEST_FILES)]
+    lost = moved and going_back  # states that a mean may be over
+    moved += [
+        path
+        for path in files
+        if after_step < 0 or (best and path.name in BEST_FILES) or (lost and path.name == MEAN_NAME)
+    ]
     if not moved:
         return None
     number = 1

@@ -188,6 +188,14 @@ def test_options_changed_on_the_way_make_another_recipe(tmp_path):
     }
 
 
+def test_a_run_that_went_on_with_another_seed_is_no_run_of_that_seed(tmp_path):
+    write_run(tmp_path / "a", seed=1)
+    write_run(tmp_path / "b", seed=5, changed={"seed": [1, 5]})
+    groups = found(tmp_path).groups
+    assert [len(group.runs) for group in groups] == [1, 1]
+    assert differences(groups) == {"changed on the way": [None, "seed 1 -> 5 from step 0"]}
+
+
 def test_runs_of_older_versions_are_compared_by_their_data_dir(tmp_path):
     write_run(tmp_path / "a", validation="", learning_rate=0.1, data_dir="x")
     write_run(tmp_path / "b", validation="", learning_rate=0.2, data_dir="x")

@@ -28,7 +28,7 @@ from gpt2.evaluate import loss as loss_module
 from gpt2.report import metrics as metrics_module
 from gpt2.report.compare import find_groups
 from gpt2.report.runs import find_runs
-from gpt2.train import loop, resume, setup, validation
+from gpt2.train import loop, resume, run_folder, setup, validation
 from gpt2.train import step as step_module
 from gpt2.train.messages import out_of_memory
 
@@ -243,10 +243,24 @@ def test_an_option_that_was_renamed_since_then_has_not_changed(
 def test_resume_never_keeps_the_old_run_aside(data_dir, tmp_path):
     loop.run(config(data_dir, tmp_path, "--max_steps=3"))
     old = weights(tmp_path / "out_ckpt.pt")
+    (tmp_path / "mean.pt").touch()
     loop.run(config(data_dir, tmp_path, "--max_steps=2", "--resume=never", "--seed=5"))
     assert list(metrics(tmp_path)) == [1, 2]
+    assert (tmp_path / "archive_1/mean.pt").exists()
+    assert not (tmp_path / "mean.pt").exists()
     assert same(weights(tmp_path / "archive_1/out_ckpt.pt"), old)
     assert (tmp_path / "archive_1/state/step_00000003/manifest.json").exists()
+
+
+def test_a_mean_over_states_that_a_run_goes_back_behind_is_moved(tmp_path):
+    (tmp_path / "state/step_00000003").mkdir(parents=True)
+    for name in ("mean.pt", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    assert run_folder.archive(tmp_path, 3, going_back=True) is None
+    assert (tmp_path / "mean.pt").exists()
+    folder = run_folder.archive(tmp_path, 2, going_back=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["mean.pt", "metrics.jsonl", "state"]
+    assert not (tmp_path / "mean.pt").exists()
 
 
 def test_resume_from_a_named_state(data_dir, tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,3 +182,22 @@ def test_what_is_next_can_be_pasted(data_dir, tmp_path, capsys):
     assert shlex.split(plot) == ["gpt2", "plot", str(folder)]
     assert shlex.split(sample) == ["gpt2", "sample", model, "--prompt=Hello world,"]
     assert shlex.split(evaluate) == ["gpt2", "eval", model]
+
+
+@pytest.mark.parametrize(
+    ("have", "asked", "said"),
+    [
+        ([750, 250], 1000, ""),
+        ([1000, 333], 2000, " (all there are; 2,000 were asked for)"),
+        (
+            [200, 500],
+            2000,
+            " (all there are of a; 2,000 were asked for)"
+            "; a counts 29% of it where the mix has 75%; b counts 71% of it where the mix has 25%",
+        ),
+        ([1450, 500], 2000, " (all there are of a; 2,000 were asked for)"),
+    ],
+)
+def test_what_a_mix_lacks_in_validation_is_said(have, asked, said):
+    datasets = [SimpleNamespace(name=n, share=share) for n, share in (("a", 0.75), ("b", 0.25))]
+    assert messages._what_is_missing(datasets, have, asked) == said

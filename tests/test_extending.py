@@ -70,8 +70,8 @@ def test_a_plugin_trains_resumes_and_writes(plugin, data_dir, capsys):
     )
 
 
-def changed_plugin(folder, capsys):
-    """Every command that reads a checkpoint says that its plugin is another one by now."""
+def check_that_eval_warns_of_a_changed_plugin(folder, capsys):
+    """So does every command that loads a model."""
     command = ["eval", "o", "--plugin=my_idea.py", "--device=cpu", "--eval_tokens=100"]
     path = folder / "my_idea.py"
     text = path.read_text()
@@ -93,7 +93,7 @@ def test_a_recipe_does_not_run_code_by_itself(plugin, data_dir, capsys, tmp_path
     assert "this recipe needs my_idea.py, which is code: read it" in capsys.readouterr().err
     assert not gpt2.config.registry.plugins()
     assert train(data_dir, f"--config={path}", plugin, "--max_steps=1", "--out_dir=o") == 0
-    changed_plugin(tmp_path, capsys)
+    check_that_eval_warns_of_a_changed_plugin(tmp_path, capsys)
     path = tmp_path / "my_idea.py"
     path.write_text(path.read_text() + "# changed\n")
     capsys.readouterr()

@@ -33,6 +33,7 @@ from .training_state import (
     state_folders,
 )
 
+MEAN_NAME = "mean.pt"  # the default of --out=, in the folder of the run
 OF_THE_RUN = "out_ckpt.pt", "best_ckpt.pt"
 ZIP_BEGIN = b"PK\x03\x04"  # of a file that torch.save wrote
 
@@ -52,13 +53,13 @@ def average_states(out_dir: Path, last: int, out: str = "") -> str:
         UserError: fewer states than that, damage, FSDP parts, LoRA adapters, states of different
             networks, a file in the way that is no checkpoint, or a model of the run itself.
     """
-    path = Path(out) if out else out_dir / "mean.pt"
+    path = Path(out) if out else out_dir / MEAN_NAME
     check_utf8(path)
     check_utf8(out_dir)
     if path.exists() and path.resolve() in [(out_dir / of_run).resolve() for of_run in OF_THE_RUN]:
         raise UserError(
             f"{path}: the run wrote this file itself, with its loss; use another --out=, as "
-            f"{out_dir / 'mean.pt'}"
+            f"{out_dir / MEAN_NAME}"
         )
     check_replaceable(path, ZIP_BEGIN, "checkpoint of this project")
     folders = state_folders(out_dir)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config.model import GPT2Config, to_dict
 from ..config.parameter_shapes import check_fit, check_size, parameter_shapes
-from ..config.registry import changed_since, check_known, plugins
+from ..config.registry import check_known, plugins, warnings_of_changes
 from ..config.switches import SWITCH_NAMES
 from ..distributed import fsdp
 from ..errors import UserError
@@ -161,8 +161,8 @@ def load_model(path: str | Path) -> tuple[GPT2Config, dict[str, Tensor], dict[st
         if number_of(rest.get("format")) == FORMAT:
             check_sums(path)
         config = config_of(rest["config"], path, rest.get("plugins"))
-        for plugin in changed_since(rest.get("plugins")):
-            console.warn(f"{plugin} has changed since {path} was saved")
+        for warning in warnings_of_changes(rest.get("plugins"), path):
+            console.warn(warning)
         check_size(config, path.stat().st_size, path)
         theirs = {n: t for n, t in state.items() if n != "lm_head.weight"}
         check_fit(parameter_shapes(config), shapes(theirs), path)

@@ -234,15 +234,16 @@ def check_known(settings: dict[str, Any], found: Any) -> None:
             )
 
 
-def changed_since(found: Any) -> list[str]:
-    """The loaded plugins that a checkpoint knows with another content.
+def warnings_of_changes(found: Any, checkpoint: Path) -> list[str]:
+    """A warning for each loaded plugin that has changed since a checkpoint was saved.
 
     Args:
         found: plugins of the checkpoint, path -> sha256, as it claims; None: it names none.
+        checkpoint: its file or folder.
     """
-    if not isinstance(found, dict):
-        return []
-    return [path for path, digest in _loaded.items() if found.get(path, digest) != digest]
+    known = found if isinstance(found, dict) else {}
+    changed = [path for path, digest in _loaded.items() if known.get(path, digest) != digest]
+    return [f"{path} has changed since {checkpoint} was saved" for path in changed]
 
 
 def forget() -> None:

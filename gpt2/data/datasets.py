@@ -126,9 +126,14 @@ def build_mixture(
 
 def split_eval_tokens(datasets: list[Dataset], eval_tokens: int) -> list[int]:
     """Validation tokens per dataset: the dataset's share, or all of a small dataset."""
-    ends = [0, *(round(eval_tokens * upto) for upto in accumulate(d.share for d in datasets))]
-    asked = [max(1, end - begin) for begin, end in pairwise(ends)]
+    asked = asked_eval_tokens(datasets, eval_tokens)
     return [available_eval_tokens(d.val, n) for d, n in zip(datasets, asked, strict=True)]
+
+
+def asked_eval_tokens(datasets: list[Dataset], eval_tokens: int) -> list[int]:
+    """The share of each dataset in the validation tokens that are asked for; at least one token."""
+    ends = [0, *(round(eval_tokens * upto) for upto in accumulate(d.share for d in datasets))]
+    return [max(1, end - begin) for begin, end in pairwise(ends)]
 
 
 def validation_fingerprint(parts: Iterable[tuple[float, Identity]]) -> str:

@@ -14,14 +14,20 @@ from .precision import GRADIENT_SCALE, e4m3_scale
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x · log2 e); GPUs have 2^x in hardware
 BLOCK, WARPS = 2048, 4  # columns at a time, and warps per row: the fastest on an H200
 TALL, WIDE, TILE_WARPS = 64, 64, 4  # of a tile of `_gradient_fp8`: the fastest on an H200
+FOUR_TO_FP8 = (  # PTX: four float32 become one word of four fp8 numbers
+    "{{ .reg .b16 a, b; cvt.rn.satfinite.{0}x2.f32 a, $2, $1;"
+    " cvt.rn.satfinite.{0}x2.f32 b, $4, $3; mov.b32 $0, {{a, b}}; }}"
+)
+TO_E5M2 = tl.constexpr(FOUR_TO_FP8.format("e5m2"))
+TO_E4M3 = tl.constexpr(FOUR_TO_FP8.format("e4m3"))
 
 
 @triton.jit
 def _floats(x, fast: tl.constexpr):
     """x in float32.
 
-    fast: two numbers in bf16 at a time, by an instruction that Triton does not look into. Of
-    `x.to(tl.float32)` it would compute all that follows once more for each layout of the result.
+    fast: inline PTX, for two bf16 numbers at a time. After `x.to(tl.float32)` Triton would repeat
+    the whole computation for each layout of the result.
     """
     if fast:
         x = tl.inline_asm_elementwise(
@@ -36,39 +42,22 @@ def _floats(x, fast: tl.constexpr):
 
 
 @triton.jit
-def _e5m2(x, nvidia: tl.constexpr):
-    """x rounded to e5m2.
+def _fp8(x, dtype: tl.constexpr, conversion: tl.constexpr, nvidia: tl.constexpr):
+    """x rounded to an fp8 format.
 
-    nvidia: four numbers at a time, which come as one word. What Triton emits, ptxas of CUDA 12.6 to
-    13.0 gets wrong where a number is needed twice (findings/ptxas_loses_a_pair_of_fp8.sh).
+    Args:
+        dtype: the format.
+        conversion: inline PTX for it, `TO_E5M2` or `TO_E4M3`.
+        nvidia: use the PTX, which puts four numbers into one word. ptxas 12.6 to 13.0.48 can
+            miscompile Triton's own conversion where the result is stored twice
+            (findings/ptxas_loses_a_pair_of_fp8.sh).
     """
     if nvidia:
-        x = tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; cvt.rn.satfinite.e5m2x2.f32 a, $2, $1;"
-            " cvt.rn.satfinite.e5m2x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }",
-            "=r,f,f,f,f",
-            [x],
-            tl.float8e5,
-            is_pure=True,
-            pack=4,
+        bits = tl.inline_asm_elementwise(
+            conversion, "=r,f,f,f,f", [x], tl.uint8, is_pure=True, pack=4
         )
-    return x.to(tl.float8e5)
-
-
-@triton.jit
-def _e4m3(x, nvidia: tl.constexpr):
-    """x rounded to e4m3, as `_e5m2`."""
-    if nvidia:
-        x = tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1;"
-            " cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }",
-            "=r,f,f,f,f",
-            [x],
-            tl.float8e4nv,
-            is_pure=True,
-            pack=4,
-        )
-    return x.to(tl.float8e4nv)
+        x = bits.to(dtype, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -362,7 +351,7 @@ def _gradient_fp8(  # noqa: PLR0917 - Triton launches by position
             value -= tl.where((left + column == after) & (target >= 0), share * one, 0.0)
     if cap > 0:
         value *= 1.0 - u * u
-    value = _e5m2(value, nvidia)
+    value = _fp8(value, tl.float8e5, TO_E5M2, nvidia)
     tl.store(gradient + corner + at, value)
     corner = left.to(tl.int64) * rows + top
     tl.store(transposed + corner + tl.trans(column) * rows + tl.trans(row), tl.trans(value))
@@ -390,7 +379,8 @@ def _quantize(  # noqa: PLR0917
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) / tl.load(scale)
-    value = _e4m3(tl.clamp(value, -448.0, 448.0), nvidia)  # the quotient may round upwards
+    value = tl.clamp(value, -448.0, 448.0)  # the quotient may round upwards
+    value = _fp8(value, tl.float8e4nv, TO_E4M3, nvidia)
     tl.store(out + at, value, mask=inside)
     at = column.to(tl.int64)[:, None] * rows + row[None, :]
     tl.store(transposed + at, tl.trans(value), mask=tl.trans(inside))

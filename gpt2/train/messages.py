@@ -11,10 +11,15 @@ from ..checkpoint.training_state import Resumed
 from ..config.earlier import comparable, current_names
 from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
-from ..config.registry import changed_since, plugins, registered
+from ..config.registry import plugins, registered, warnings_of_changes
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, warmup_steps
 from ..data.conversations import is_chat
-from ..data.datasets import Dataset, split_eval_tokens, validation_fingerprint
+from ..data.datasets import (
+    Dataset,
+    asked_eval_tokens,
+    split_eval_tokens,
+    validation_fingerprint,
+)
 from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -153,23 +158,22 @@ def _what_is_missing(datasets: list[Dataset], have: list[int], asked: int) -> st
     """Why there are fewer validation tokens than asked for, and what that does to a mix."""
     if sum(have) >= asked:
         return ""
-    few = [d for d, n in zip(datasets, have, strict=True) if n < round(asked * d.share)]
-    if len(few) == len(datasets):
-        few = []
+    parts = list(zip(datasets, have, asked_eval_tokens(datasets, asked), strict=True))
+    short = [d.name for d, n, wanted in parts if n < wanted]
+    of = f" of {', '.join(short)}" if len(short) < len(datasets) else ""
     counted = [
         f"{d.name} counts {n / sum(have):.0%} of it where the mix has {d.share:.0%}"
-        for d, n in zip(datasets, have, strict=True)
+        for d, n, _ in parts
         if abs(n / sum(have) - d.share) > ODD_SHARE
     ]
-    of = f" of {', '.join(d.name for d in few)}" if few else ""
     return f" (all there are{of}; {asked:,} were asked for)" + "".join(f"; {c}" for c in counted)
 
 
 def note_resumed(resumed: Resumed, changed: dict[str, tuple[Any, Any]]) -> None:
     """Logs the checkpoint, and what has changed since."""
     console.log(f"continuing from {resumed.path}")
-    for path in changed_since(resumed.plugins):
-        console.warn(f"{path} has changed since {resumed.path} was saved")
+    for warning in warnings_of_changes(resumed.plugins, resumed.path):
+        console.warn(warning)
     for name, (before, now) in changed.items():
         console.log(f"changed since then: {name} {before} -> {now}")
 

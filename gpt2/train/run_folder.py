@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.average import MEAN_NAME
 from ..checkpoint.state_schema import whole
 from ..checkpoint.training_state import STATE_FILE, Resumed, state_folders
 from ..config import command_line
@@ -26,7 +27,6 @@ from ..report import metrics
 from ..untrusted.parsing import SURROGATES
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
-MEAN_NAME = "mean.pt"  # of `gpt2 average`, over saved states
 BUSY = "run folder {folder} is in use by {holder}"
 RUN_FILES = (  # and folders, of a run, besides its states
     *("metrics.jsonl", "history.jsonl", "out_ckpt.pt", "best_ckpt.pt", "config.toml", "loss.png"),
@@ -51,7 +51,8 @@ def archive(
     Args:
         out_dir: the run's folder.
         after_step: later checkpoints are moved; -1: every checkpoint, and the run's files.
-        going_back: also copy the files that a run from an earlier checkpoint will overwrite.
+        going_back: also copy the files that a run from an earlier checkpoint will overwrite, and
+            move a mean over states, which may be over those that are moved.
         best: also move the model with the lowest validation loss so far.
 
     Returns:
@@ -59,12 +60,8 @@ def archive(
     """
     moved = [p for p in state_folders(out_dir) if int(p.name[5:]) > after_step]
     files = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
-    lost = moved and going_back  # states that a mean may be over
-    moved += [
-        path
-        for path in files
-        if after_step < 0 or (best and path.name in BEST_FILES) or (lost and path.name == MEAN_NAME)
-    ]
+    names = (BEST_FILES if best else ()) + ((MEAN_NAME,) if going_back and moved else ())
+    moved += [path for path in files if after_step < 0 or path.name in names]
     if not moved:
         return None
     number = 1

@@ -1,10 +1,5 @@
 """The pass of few kernels against the network, and its kernels against their plain forms."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -17,7 +12,7 @@ from gpt2.model.gpt import GPT
 from gpt2.model.lora import LoRALinear
 from gpt2.train.setup import network
 
-from ..conftest import ROOT
+from ..kernels.triton_without_gpu import needs_triton, run_in_interpreter
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 40, "block_size": 32, "vocab_size": 300}
 
@@ -137,9 +132,8 @@ def count_in_the_interpreter() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
+@needs_triton
 def test_kernels_equal_their_plain_forms_in_the_interpreter():
     code = "import torch; from tests.generate.test_few_token_pass import *\n"
     code += "count_in_the_interpreter()\nwith torch.no_grad(): compare_kernels('cpu')"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    run_in_interpreter(code)

@@ -1,10 +1,6 @@
 """The pass whose kernels begin early: against the plain pass, and its machine code."""
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,11 +11,7 @@ from gpt2.generate.sampling import Sampling
 from gpt2.generate.stream import decoder_for, generate
 from gpt2.model.gpt import GPT
 
-from ..conftest import ROOT
-from .machine_code import machine_code
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+from .triton_without_gpu import machine_code, needs_triton, run_in_interpreter
 
 
 def some_model(std: float = 0.3, **shape: int) -> GPT:
@@ -72,14 +64,15 @@ def test_the_pass_equals_the_plain_one_in_the_interpreter():
     code = "from tests.kernels.test_triton_one_sequence import *\n"
     code += "from gpt2.kernels import triton_one_sequence as kernels\n"
     code += "kernels.SPAN = 16\ncompare_in_float32()"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    run_in_interpreter(code)
 
 
 @needs_triton
 @pytest.mark.parametrize("name", ["_linear", "_attend", "_project"])
 def test_kernels_signal_and_load_their_weights_before_they_wait(name):
     """A compiler that moved the loads behind the wait would cost the speed, and no result."""
+    from gpt2.kernels import triton_one_sequence as kernels
+
     width, half, full = 768, "*bf16", "*fp32"
     tile = {"width": width, "block": 1024, "early": 3}
     types, constants, loads = {
@@ -102,8 +95,6 @@ def test_kernels_signal_and_load_their_weights_before_they_wait(name):
         ),
     }[name]
     warps = {"_linear": 1, "_attend": 4, "_project": 8}[name]
-    from gpt2.kernels import triton_one_sequence as kernels
-
     kernel = getattr(kernels, name)
     code = machine_code(kernel, types, constants, warps, launch_pdl=True)
     order = re.findall(r"\b(PREEXIT|ACQBULK|LDG|STG|LDL|STL)\b", code)

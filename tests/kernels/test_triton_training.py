@@ -1,10 +1,6 @@
 """Triton's kernels of the head: in Triton's interpreter, and their machine code."""
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,10 +9,7 @@ from gpt2.config.model import IGNORE
 from gpt2.kernels.logits_loss import Later, loss_and_gradient_fp8, second_targets
 from gpt2.kernels.precision import GRADIENT_SCALE
 
-from ..conftest import ROOT
-from .machine_code import machine_code
-
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
+from .triton_without_gpu import machine_code, needs_triton, run_in_interpreter
 
 
 def compare_gradients(device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -49,8 +42,7 @@ def compare_gradients(device: str = "cpu", dtype: torch.dtype = torch.float32) -
 @needs_triton
 def test_the_gradient_in_fp8_equals_the_plain_one_in_the_interpreter():
     code = "from tests.kernels.test_triton_training import *\ncompare_gradients()"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    run_in_interpreter(code)
 
 
 @pytest.mark.gpu

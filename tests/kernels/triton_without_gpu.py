@@ -1,4 +1,21 @@
-"""The machine code of Triton's kernels, for tests."""
+"""What of Triton's kernels can be tested without a GPU: the interpreter, and the machine code."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ..conftest import ROOT
+
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
+
+
+def run_in_interpreter(code: str) -> None:
+    """Runs Python in a process in which Triton interprets kernels; it must succeed."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def machine_code(kernel, types: dict[str, str], constants: dict, warps: int, **options) -> str:

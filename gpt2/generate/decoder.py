@@ -109,7 +109,7 @@ class Decoder:
             if to_read:
                 while sent:  # the tokens to read again must have arrived
                     yield _receive(sent, rows)
-                self._read(to_read, rows)
+                self._read(to_read, rows, begins=done == 0)
             limit = min(DRAFT_TOKENS, max_new_tokens - done, self.block_size - self.filled[0])
             if self.speculative and self.speculative.pays() and limit > 1:
                 for token in self._speculate(numbers[done : done + limit]):
@@ -118,7 +118,7 @@ class Decoder:
                     yield [token]
             else:
                 self._step(numbers[done], rows)
-                sent.append(HostCopy(self.tokens, wait=not self.graph))
+                sent.append(self._send())
                 done += 1
                 if len(sent) > (LAG if self.graph else 0):
                     yield _receive(sent, rows)
@@ -143,14 +143,15 @@ class Decoder:
             for i, row in enumerate(rows):
                 self.seen[i, torch.tensor(row, device=self.device)] = True
 
-    def _read(self, numbers: list[int], rows: list[list[int]]) -> None:
+    def _read(self, numbers: list[int], rows: list[list[int]], *, begins: bool) -> None:
         """Fills the cache of some rows with all tokens of their context but the newest."""
         half = max(1, self.block_size // 2)
         for i in numbers:
             length = len(rows[i]) if len(rows[i]) <= self.block_size else half
             self.starts[i], self.filled[i] = len(rows[i]) - length, length - 1
         if self.forward is not None:
-            self.forward.prefill(numbers, [rows[i][self.starts[i] : -1] for i in numbers])
+            prompts = [rows[i][self.starts[i] : -1] for i in numbers]
+            self.forward.prefill(numbers, prompts, may_record=begins)
 
     def _step(self, uniform: Tensor, rows: list[list[int]]) -> None:
         """Reads the newest token of every row and chooses the next; `uniform` is (B,)."""
@@ -168,10 +169,24 @@ class Decoder:
         if self.speculative:
             self.speculative.single_step_seconds = time.perf_counter() - began
 
+    def _send(self) -> HostCopy:
+        """Starts to copy the newest tokens to the CPU."""
+        if self.graph and self.kernel_chooses:
+            assert self.forward is not None
+            at = self.filled[0] - 1
+            told = self.forward.one_kernel.told[at : at + 1]
+            return HostCopy(told, wait=False, written_by=self.device)
+        return HostCopy(self.tokens, wait=not self.graph)
+
+    @property
+    def kernel_chooses(self) -> bool:
+        """Whether one kernel computes the logits and chooses the token."""
+        return self.greedy and self.forward is not None and self.forward.one_kernel is not None
+
     def _recorded_step(self) -> None:
         assert self.forward is not None
-        if self.forward.early and self.greedy:  # it chooses the token too
-            self.forward.early.next_logits(self.tokens, choose=True)
+        if self.kernel_chooses:
+            self.forward.one_kernel.next_logits(self.tokens, choose=True)
         else:
             self._choose(self.forward.next_logits(self.tokens))
 

@@ -142,28 +142,28 @@ def supports(model: LanguageModel) -> bool:
     )
 
 
-def begins_early(model: LanguageModel, rows: int) -> bool:
-    """Whether `early_pass` is made for a model that `supports` accepts, and so many rows."""
-    if model.transformer.wte.weight.is_cuda and HAS_TRITON:
-        from ..kernels import triton_one_sequence
+def fits_one_kernel(model: LanguageModel, rows: int) -> bool:
+    """Whether `one_kernel` is made for a model that `supports` accepts, and so many rows."""
+    if model.transformer.wte.weight.is_cuda:
+        from ..kernels import one_token
 
-        return triton_one_sequence.fits(model, rows)
+        return one_token.fits(model, rows)
     return False
 
 
-def early_pass(model: LanguageModel, cache: KVCache) -> Any:
-    """`next_logits` of one sequence, in kernels that begin before their predecessors end.
+def one_kernel(model: LanguageModel, cache: KVCache) -> Any:
+    """`next_logits` of one sequence in one kernel.
 
     Args:
-        model: one that `begins_early` accepts.
+        model: one that `fits_one_kernel` accepts.
         cache: of one row, with `lengths`.
 
     Returns:
-        A `triton_one_sequence.OneSequence`.
+        A `one_token.OneToken`.
     """
-    from ..kernels import triton_one_sequence
+    from ..kernels import one_token
 
-    return triton_one_sequence.OneSequence(model, cache)
+    return one_token.OneToken(model, cache)
 
 
 def small_layer(x: Tensor, layer: nn.Module, **given: Any) -> Tensor:

@@ -2,8 +2,8 @@
 
 Such a pass is bound by reading the weights and the KV cache, and with few sequences by the number
 of kernels. Imported on CUDA devices only. `pytest -m gpu` tests each kernel against its plain form
-in `attention` or `generate.few_token_pass`; so does Triton's interpreter, if Triton is installed
-without a GPU.
+in `attention`, `generate.few_token_pass` or `generate.many_row_pass`; so does Triton's interpreter,
+if Triton is installed without a GPU.
 """
 
 import torch
@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-FEW_PROGRAMS = 256  # one program per row and head, if that many at most, does not fill a GPU
-SHARE = 64  # positions of the cache that each program reads in that case
+# Positions of the cache that a program reads, by the most pairs of rows and heads: with few pairs,
+# one program for each does not fill a GPU.
+SHARES = {256: 64, 1024: 128}
 
 
 @triton.jit
@@ -109,6 +110,37 @@ def small_linear_(  # noqa: PLR0917 - what is fused with a matmul
         num_warps=4,
     )
     return out
+
+
+@triton.jit
+def _add_layer_norm(  # noqa: PLR0917 - Triton launches by position
+    x, y, gain, shift, total, normed, eps, width: tl.constexpr, block: tl.constexpr
+):
+    """One program per row."""
+    k = tl.arange(0, block)
+    inside = k < width
+    at = tl.program_id(0) * width + k
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    v += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    v = v.to(total.dtype.element_ty)  # the norm sees what is stored
+    tl.store(total + at, v, mask=inside)
+    v = v.to(tl.float32)
+    v = tl.where(inside, v - tl.sum(v, 0) / width, 0.0)
+    v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps)
+    v *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+    v += tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + at, v, mask=inside)
+
+
+def add_layer_norm_(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """`many_row_pass.add_layer_norm` in one kernel; x and y are contiguous (B, C)."""
+    assert x.is_contiguous()
+    assert y.is_contiguous()
+    (rows, width), total, normed = x.shape, torch.empty_like(x), torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    values = x, y, norm.weight, norm.bias, total, normed
+    _add_layer_norm[(rows,)](*values, norm.eps, width, block, num_warps=4)
+    return total, normed
 
 
 @triton.jit
@@ -226,9 +258,11 @@ def cached_attention_(  # noqa: PLR0917 - what attention has
     assert all(t.is_contiguous() for t in (keys, values))
     out = torch.empty(B, 1, heads, width, device=q.device, dtype=q.dtype)
     capacity, lanes = keys.shape[2], triton.next_power_of_2(width)
-    few = B * heads <= FEW_PROGRAMS  # then several programs share the cache of a head
-    share = SHARE if few else capacity
+    share = next((share for pairs, share in SHARES.items() if B * heads <= pairs), capacity)
     shares = triton.cdiv(capacity, share)
+    # bytes of keys in registers; with less, more programs have room, which is enough with no shares
+    held = 8192 if shares > 1 else 4096
+    block = min(64, held // (lanes * keys.element_size()))  # positions
     parts = q.new_empty(B * heads * shares * (lanes + 2) if shares > 1 else 0, dtype=torch.float32)
     _cached_attention[(B * heads, shares)](
         q,
@@ -247,10 +281,10 @@ def cached_attention_(  # noqa: PLR0917 - what attention has
         heads,
         width,
         lanes,
-        64,
+        block,
         share,
         shares,
-        num_warps=4,
+        num_warps=1,  # a warp alone needs no barriers
         # Several threads compute each number and store it at one address of shared memory. With
         # fused multiply-adds their values would differ: of a·b + c·d, each rounds its own product.
         enable_fp_fusion=False,

@@ -90,8 +90,8 @@ def compare_kernels(device: str):
             found = small_linear_(x, layer.weight, bias, normed, gelu, added)
             torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=1e-5)
     lengths = torch.tensor([0, 5, 127])
-    # in two shares, in three of which the last is short, and in one since there are many heads
-    for width, heads, capacity in ((16, 2, 128), (20, 2, 160), (16, 90, 128)):
+    # in two shares, in three of which the last is short, in longer ones, and in one for many heads
+    for width, heads, capacity in ((16, 2, 128), (20, 2, 160), (16, 90, 160), (64, 350, 128)):
         q, k, v = torch.randn(3, 3, 1, heads, width).transpose(2, 3)
         caches = torch.randn(2, 3, heads, capacity, width)
         copies = caches.clone().to(device)

@@ -17,7 +17,6 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..kernels.attention import describe_kernel
 from ..kernels.linear import describe_path
-from ..kernels.window_attention import describe_windows
 from ..model import lora
 from ..model.checkpointing import checkpoint_activations
 from ..model.gpt import GPT, LanguageModel
@@ -140,10 +139,7 @@ def build(
 def kernel_notes(model: LanguageModel, plan: BatchPlan, rt: Runtime) -> list[str]:
     """By which kernels a GPU computes the linear layers and attention."""
     shape, on, tokens = model.config, (rt.device, rt.dtype), plan.batch_size * plan.block_size
-    notes = [describe_path(model, *on, tokens, shape.dropout), describe_kernel(shape, *on)]
-    if getattr(shape, "window_pattern", ""):
-        notes.append(describe_windows(rt.device, shape.n_embd // shape.n_head, rt.dtype))
-    return notes
+    return [describe_path(model, *on, tokens, shape.dropout), describe_kernel(shape, *on)]
 
 
 def network(config: GPT2Config) -> LanguageModel:

@@ -1,6 +1,7 @@
 // Runs one_token.cu on a CPU, for tests: every thread of every block is a fiber of one thread of the
 // operating system, which gives way to the others where it waits for them.
 #include <math.h>
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,15 +47,23 @@ float rsqrtf(float y) { return 1 / sqrtf(y); }
 
 constexpr int IN_BLOCK = THREADS + 32;
 struct Meeting { int arrived = 0; long round = 0; };
-struct Fiber { ucontext_t context; std::vector<char> stack; int thread, block; bool ended = false; };
+struct Fiber {
+  ucontext_t context;  // of its beginning; to return to it would take a call of the system
+  jmp_buf place;
+  std::vector<char> stack;
+  int thread, block;
+  bool begun = false, ended = false;
+};
 std::vector<Fiber> fibers;
 Fiber* now;
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::vector<Meeting> of_block, of_computing, of_warp;
 std::vector<u64> given;  // by the lanes of all warps to one another
 std::vector<std::vector<unsigned char>> memories;
 
-void give_way() { swapcontext(&now->context, &scheduler); }
+void give_way() {
+  if (!_setjmp(now->place)) _longjmp(scheduler, 1);
+}
 void __trap() {
   fprintf(stderr, "block %d, thread %d waited in vain\n", now->block, now->thread);
   abort();

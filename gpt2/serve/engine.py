@@ -9,12 +9,11 @@ the new text of each step, sent to the loop by `call_soon_threadsafe`.
 """
 
 import asyncio
-import itertools
 import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 
 from ..errors import UserError
 from ..generate.continuous_batch import BatchDecoder, Generation
@@ -60,36 +59,18 @@ class TextRequest:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yields text as it is generated, until all texts have ended or the request is cancelled.
 
-        Pieces that have come before the last was sent are joined: with many clients, sending takes
-        longer than writing.
-
         Raises:
             Failed: the server is stopping, or generation has failed.
         """
         open_texts = len(self.choices)
         while open_texts:
-            come = [await self.queue.get()]
-            while not self.queue.empty():
-                come.append(self.queue.get_nowait())
-            for piece in joined(come):
-                if piece is None:
-                    return
-                if isinstance(piece, Failed):
-                    raise piece
-                open_texts -= piece.finish is not None
-                yield piece
-
-
-def joined(pieces: Sequence[Piece | Failed | None]) -> Iterator[Piece | Failed | None]:
-    """The pieces with those of one text made one; what ends a request comes after them."""
-    texts: dict[Choice, list[Piece]] = {}
-    for piece in pieces:
-        if isinstance(piece, Piece):
-            texts.setdefault(piece.choice, []).append(piece)
-    for choice, parts in texts.items():
-        text, scored = "".join(part.text for part in parts), [part.scored for part in parts]
-        yield Piece(choice, text, parts[-1].finish, tuple(itertools.chain(*scored)))
-    yield from (piece for piece in pieces if not isinstance(piece, Piece))
+            piece = await self.queue.get()
+            if piece is None:
+                return
+            if isinstance(piece, Failed):
+                raise piece
+            open_texts -= piece.finish is not None
+            yield piece
 
 
 class Engine:

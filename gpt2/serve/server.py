@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -45,8 +44,6 @@ from .security import Guard, check_key, page_policy
 from .served_model import MAX_TEXTS, ServedModel
 
 GET = ["GET", "HEAD"]
-# Python's own 0.005 is what the thread that writes text would wait for the one that sends it.
-SWITCH_SECONDS = 0.0005
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection
 
 
@@ -57,7 +54,6 @@ def run(path: str, config: ServeConfig) -> int:
     listener = _listen(config.host, config.port)
     model = _load(path, config)
     served = describe(path, config, model)
-    sys.setswitchinterval(SWITCH_SECONDS)
     engine = Engine(model, config.slots, config.max_queue)
     hosts = {h.strip().lower() for h in (config.host, *config.allowed_hosts.split(","))} - {""}
     app = Guard(make_app(engine, served), hosts, key)

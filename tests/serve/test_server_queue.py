@@ -1,18 +1,14 @@
 """Requests in the queue of an application in this process: each one ends, whatever happens."""
 
-import asyncio
 import json
 
 import pytest
 
 from gpt2.api import GPT2
 from gpt2.config.model import GPT2Config
-from gpt2.generate.continuous_batch import Generation
-from gpt2.generate.logprobs import TokenLogprobs
 from gpt2.serve import log as log_module
 from gpt2.serve import server
-from gpt2.serve.choice import Choice, Piece, ScoredToken
-from gpt2.serve.engine import Engine, Failed, TextRequest
+from gpt2.serve.engine import Engine, TextRequest
 from gpt2.serve.responses import Answer
 from gpt2.serve.served_model import ServedModel
 
@@ -113,50 +109,3 @@ def test_a_prompt_that_fills_the_context_is_scored(client):
     assert complete(client, prompt=whole, max_tokens=1).status_code == 400
     assert complete(client, prompt=[*whole, 1], max_tokens=0, echo=True).status_code == 400
     assert complete(client, prompt=whole, max_tokens=0).json()["error"]["param"] == "max_tokens"
-
-
-def sent(request: TextRequest) -> list[Piece]:
-    """The pieces of a request, as a stream sends them."""
-
-    async def collect() -> list[Piece]:
-        return [piece async for piece in request.pieces()]
-
-    return asyncio.run(collect())
-
-
-def test_pieces_that_wait_are_joined_by_text():
-    """All come before the first is sent; each text is one piece, with all its scored tokens."""
-    first, second = (Choice(Generation(tokens=[1], limit=9), i) for i in range(2))
-    scores = [ScoredToken(at, TokenLogprobs(at, -0.5, ())) for at in range(3)]
-    request = TextRequest([first, second], 1)
-    for piece in (
-        Piece(first, "a", None, (scores[0],)),
-        Piece(second, "x", None),
-        Piece(first, "b", None, (scores[1], scores[2])),
-        Piece(second, "y", "length"),
-        Piece(first, "", "stop"),
-    ):
-        request.queue.put_nowait(piece)
-    assert sent(request) == [
-        Piece(first, "ab", "stop", tuple(scores)),
-        Piece(second, "xy", "length"),
-    ]
-
-
-@pytest.mark.parametrize("end", [None, Failed("stopping")])
-def test_text_that_waits_is_sent_before_the_end(end):
-    choice = Choice(Generation(tokens=[1], limit=9), 0)
-    request, seen = TextRequest([choice], 1), []
-
-    async def collect() -> None:
-        async for piece in request.pieces():
-            seen.append(piece.text)
-
-    for piece in (Piece(choice, "a", None), Piece(choice, "b", None), end):
-        request.queue.put_nowait(piece)
-    if end is None:
-        asyncio.run(collect())
-    else:
-        with pytest.raises(Failed):
-            asyncio.run(collect())
-    assert seen == ["ab"]

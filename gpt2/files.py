@@ -142,6 +142,8 @@ def leftovers(folder: Path, name: str) -> list[Path]:
 
 def _temporary(path: Path) -> Path:
     """A name beside a path that nothing has: 2**32 of them leave no room for chance."""
+    if not path.name:  # "." or "/"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return path.with_name(f"{path.name}.{secrets.token_hex(TEMPORARY_DIGITS // 2)}.tmp")
 
 

@@ -144,8 +144,9 @@ def test_home_and_what_is_no_path(model, tmp_path, monkeypatch):
             GPT2.from_checkpoint(wrong)
     with pytest.raises(UserError, match="device=None: use auto, cpu, cuda"):
         GPT2.from_checkpoint("~/kept.pt", device=None)
-    with pytest.raises(UserError, match=r"not written: it is a folder; name a file$"):
-        model.save(tmp_path)
+    for folder in (tmp_path, "", ".", "/"):
+        with pytest.raises(UserError, match=r"not written: it is a folder; name a file$"):
+            model.save(folder)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -39,7 +39,11 @@ def complain(capsys, *argv) -> str:
         (["train", "--data_dir=/nowhere"], "no data folder /nowhere; make one with"),
         (["train", "--grad_acum_steps=8"], "did you mean --grad_accum_steps"),
         (["sample", "missing.pt", "--prompt=a"], "missing.pt: no such checkpoint"),
-        (["sample", "missing.pt", "--prompt=a", "--top_p=2"], "top_p=2.0: use a number above 0"),
+        (
+            ["sample", "missing.pt", "--prompt=a", "--top_p=2"],
+            "top_p=2.0: use a number from 0 (the",
+        ),
+        (["sample", "missing.pt", "--prompt=a", "--seed=-2"], "seed=-2: use a whole number from 0"),
         (["sample", "missing.pt", "--prompt=a", "--min_p=2"], "min_p=2.0: use a number from 0"),
         (
             ["sample", "missing.pt", "--repetition_penalty=0"],

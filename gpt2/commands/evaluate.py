@@ -98,7 +98,7 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         model = GPT2.from_weights(found, str(rt.device))
         results = _describe(checkpoint, found.step, model, config.block_size, rt)
         for measure in measurements:
-            part = measure(model, rt)
+            part = None if rt.stop_requested() else measure(model, rt)
             if part is None:
                 return 128 + (rt.stop_signal or signal.SIGTERM)
             results |= part
@@ -180,7 +180,10 @@ def _resolve_window(place: Path, asked: int, found: weights.Weights) -> int:
 def _check_text(text: str) -> None:
     """Raises UserError for a `--text=` that is missing, or a table whose text it is not."""
     if not Path(text).is_file():
-        raise UserError(f"--text={text}: no such file")
+        is_folder = Path(text).is_dir()
+        raise UserError(
+            f"--text={text}: {'a folder; name a file' if is_folder else 'no such file'}"
+        )
     if TABLE.search(text):
         raise UserError(
             f"--text={text}: a table, whose text is in a column; give plain text or a "

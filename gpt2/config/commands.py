@@ -140,7 +140,8 @@ class WritingConfig:
     plugin: str = option("", PLUGIN_HELP)
 
     def __post_init__(self) -> None:
-        check_seed(max(0, self.seed))
+        if self.seed != -1:
+            check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from ..model.gpt import LanguageModel
 from ..model.packed_documents import packed
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 
-SIGNAL_CHECK_BATCHES = 8  # batches between two checks for a signal
+SIGNAL_CHECK_BATCHES = 8  # of a GPU, between two checks for a signal; a CPU takes seconds for one
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def evaluate(
     # integers: float32 is exact only up to 2**24
     nats = torch.zeros((), device=rt.device)
     counts = torch.zeros(2, dtype=torch.int64, device=rt.device)
+    check_every = 1 if rt.device.type == "cpu" else SIGNAL_CHECK_BATCHES
     with in_evaluation_mode(model):
         for number, (x, y, *begins) in enumerate(batches):
-            if number % SIGNAL_CHECK_BATCHES == 0 and rt.stop_requested():
+            if number % check_every == 0 and rt.stop_requested():
                 return None
             with rt.autocast():
                 nats += model(x, y, reduction="sum", cache=packed(*begins))

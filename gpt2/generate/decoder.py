@@ -84,7 +84,6 @@ class Decoder:
             assert self.forward is not None  # a graph needs a cache
             self.graph = self.forward.record(self._recorded_step)
 
-    @torch.inference_mode()
     def write(
         self, prompts: list[list[int]], max_new_tokens: int, seed: int | None = None
     ) -> Iterator[list[int]]:
@@ -99,6 +98,18 @@ class Decoder:
         Raises:
             UserError: the network's first logits are not finite. A CUDA graph does not look.
         """
+        steps = self._write(prompts, max_new_tokens, seed)
+        # Not as a decorator: PyTorch's fails for a text that is still open when Python ends.
+        while True:
+            with torch.inference_mode():
+                tokens = next(steps, None)
+            if tokens is None:
+                return
+            yield tokens
+
+    def _write(
+        self, prompts: list[list[int]], max_new_tokens: int, seed: int | None
+    ) -> Iterator[list[int]]:
         rows = [list(prompt) for prompt in prompts]
         self._check_room(rows, max_new_tokens)
         numbers = uniforms(seed, len(rows), max_new_tokens).to(self.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
+MOST_TOKENS = 10_000_000  # of a text: a random number for each is drawn before the first
 MIN_PENALTY, MAX_PENALTY = 0.01, 100  # beyond them float32 logits become infinite, and then NaN
 
 
@@ -49,7 +50,7 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k}: use 0 (all tokens) or more")
         if not 0 <= self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: use a number above 0, up to 1")
+            raise UserError(f"top_p={self.top_p}: use a number from 0 (the likeliest token) to 1")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p={self.min_p}: use a number from 0 (all tokens) to 1")
         if not MIN_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
@@ -69,6 +70,8 @@ def check_sampling(max_new_tokens: int, **settings: Any) -> Sampling:
     """
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens}: use 0 or more")
+    if max_new_tokens > MOST_TOKENS:
+        raise UserError(f"max_new_tokens={max_new_tokens}: use at most {MOST_TOKENS:,}")
     return Sampling(**settings)
 
 

@@ -247,6 +247,7 @@ def test_a_run_whose_data_are_gone_says_which(tmp_path, monkeypatch, capsys, dat
         (["nothing.pt", "--data_dir=/nowhere"], "no data folder /nowhere"),
         (["nothing.pt", "--hellaswag=/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
         (["nothing.pt", "--text=/nowhere.txt"], "--text=/nowhere.txt: no such file"),
+        (["nothing.pt", "--text=."], "--text=.: a folder; name a file"),
         (["nothing.pt", "--text=README.md", "--json=/nowhere/x"], "--json=/nowhere/x: no such fol"),
         (["nothing.pt", "--text=README.md", "--json=/proc/x"], "--json="),  # root cannot either
         (["nothing.pt", "--helaswag=x"], "did you mean --hellaswag?"),

@@ -49,3 +49,18 @@ def test_against_plain_arithmetic(model, tmp_path):
         assert result.loss == pytest.approx(nats / 45, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(nats / 45), rel=1e-4)
         assert result.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+
+
+def test_a_signal_ends_it_before_the_next_batch_of_a_cpu(model, tmp_path):
+    write_shard(tmp_path / "t_val_000000.bin", np.arange(100, dtype=np.uint16))
+    rt, seen = Runtime(torch.device("cpu"), torch.float32), []
+
+    def batches():
+        shards = find_shards(tmp_path, "val")
+        for batch in eval_batches(shards, block_size=16, batch_size=1, eval_tokens=90):
+            seen.append(batch)
+            rt.stop_signal = 2 if len(seen) == 2 else 0
+            yield batch
+
+    assert evaluate(model, batches(), rt) is None
+    assert len(seen) == 2

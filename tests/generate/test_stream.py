@@ -1,6 +1,8 @@
 """Sampling, the cache, and the GPT2 class."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -339,3 +341,21 @@ def test_default_is_gpt2():
         assert GPT2("gpt2-medium").config.n_layer == 24
     with pytest.raises(UserError, match="gpt2-xl"):
         GPT2("gpt3")
+
+
+def test_a_text_that_is_open_when_python_ends_says_nothing():
+    code = (
+        "from gpt2 import GPT2\n"
+        "open_text = GPT2(n_layer=1, n_head=1, n_embd=8, block_size=16).stream('a', 9, seed=1)\n"
+        "next(open_text)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_more_tokens_than_memory_holds_numbers_for_are_refused(gpt2):
+    for count in (10**7 + 1, 10**12):
+        with pytest.raises(UserError, match=f"max_new_tokens={count}: use at most 10,000,000"):
+            gpt2.generate("a", count)
+        with pytest.raises(UserError, match="use at most 10,000,000"):
+            next(gpt2.stream("a", count))

@@ -41,7 +41,7 @@ def complain(capsys, *argv) -> str:
         (["sample", "missing.pt", "--prompt=a"], "missing.pt: no such checkpoint"),
         (
             ["sample", "missing.pt", "--prompt=a", "--top_p=2"],
-            "top_p=2.0: use a number from 0 (the",
+            "top_p=2.0: use a number above 0",
         ),
         (["sample", "missing.pt", "--prompt=a", "--seed=-2"], "seed=-2: use a whole number from 0"),
         (["sample", "missing.pt", "--prompt=a", "--min_p=2"], "min_p=2.0: use a number from 0"),

@@ -50,7 +50,7 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k}: use 0 (all tokens) or more")
         if not 0 <= self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: use a number from 0 (the likeliest token) to 1")
+            raise UserError(f"top_p={self.top_p}: use a number above 0, up to 1")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p={self.min_p}: use a number from 0 (all tokens) to 1")
         if not MIN_PENALTY <= self.repetition_penalty <= MAX_PENALTY:

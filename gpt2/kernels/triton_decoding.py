@@ -260,7 +260,7 @@ def cached_attention_(  # noqa: PLR0917 - what attention has
     capacity, lanes = keys.shape[2], triton.next_power_of_2(width)
     share = next((share for pairs, share in SHARES.items() if B * heads <= pairs), capacity)
     shares = triton.cdiv(capacity, share)
-    # bytes of keys in registers; with less, more programs have room, which is enough with no shares
+    # bytes of keys that a program holds; fewer let more programs run at once, if all have one share
     held = 8192 if shares > 1 else 4096
     block = min(64, held // (lanes * keys.element_size()))  # positions
     parts = q.new_empty(B * heads * shares * (lanes + 2) if shares > 1 else 0, dtype=torch.float32)

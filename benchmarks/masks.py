@@ -4,10 +4,10 @@
     python -m benchmarks.masks --batch_size=8 --block_size=8192 --window=1024
 
 The attention of all layers of a network, forward and backward, with the mask made once for all of
-them as `Modern` makes it: all earlier positions, a window, documents, or both. `blocks` is
-FlexAttention, `table` PyTorch's attention with the mask as a tensor. Milliseconds per layer, the
-median of --repeats after --warmup; documents begin at random, one in --document tokens. Without a
-GPU there are only tables.
+them as `Modern` makes it: all earlier positions, a window, documents, or both. `number` is a window
+by cuDNN, where nvidia-cudnn-frontend is installed, `blocks` FlexAttention, and `table` PyTorch's
+attention with the mask as a tensor. Milliseconds per layer, the median of --repeats after --warmup;
+documents begin at random, one in --document tokens. Without a GPU there are only tables.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from gpt2.distributed.devices import wait_for
 from gpt2.distributed.runtime import Runtime
-from gpt2.model.attention_masks import document_ids, mask_for, masked_attention
+from gpt2.kernels.window_attention import takes_windows
+from gpt2.model.attention_masks import Mask, document_ids, mask_for, masked_attention
 
 KINDS = {  # name: (window, documents)
     "all earlier": (False, False),
@@ -33,13 +34,16 @@ KINDS = {  # name: (window, documents)
 
 
 def attention_of(
-    options: argparse.Namespace, rt: Runtime, window: bool, documents: bool, blocks: bool
+    options: argparse.Namespace, rt: Runtime, window: bool, documents: bool, way: str
 ) -> Callable[..., Tensor]:
     """(q, k, v, begins) -> what all layers make of them; the first three (B, H, T, D)."""
     width = torch.tensor(options.window, device=rt.device) if window else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, begins: Tensor) -> Tensor:
-        mask = mask_for(q.shape[2], width, document_ids(begins) if documents else None, blocks)
+        mask: Mask = options.window
+        if way != "number":
+            kept = document_ids(begins) if documents else None
+            mask = mask_for(q.shape[2], width, kept, way == "blocks")
         for _ in range(options.n_layer):
             q = masked_attention(q, k, v, mask)
         return q
@@ -76,9 +80,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     inputs.append(torch.rand(B, T, device=device) < 1 / options.document)
     for name, (window, documents) in KINDS.items():
         ways = ("blocks", "table") if on_gpu else ("table",)
+        if window and not documents and takes_windows(device, D, on_gpu):
+            ways = ("number", *ways)
         for way in ways if window or documents else ("causal",):
             torch.compiler.reset()
-            attend = attention_of(options, rt, window, documents, way == "blocks")
+            attend = attention_of(options, rt, window, documents, way)
             yield {"mask": name, "way": way, "ms": milliseconds(attend, inputs, options, rt)}
 
 

@@ -24,7 +24,7 @@ from ..report.versions import NEWEST_TORCH, newer_torch
 PACKAGES = (  # those without which nothing works, then those of extras
     *("numpy", "tiktoken", "safetensors", "pyarrow", "huggingface_hub", "filelock", "matplotlib"),
     *("triton", "tokenizers", "gigatoken", "transformers", "peft", "lm_eval", "fastapi", "uvicorn"),
-    *("wandb", "tensorboard", "trackio"),
+    *("wandb", "tensorboard", "trackio", "nvidia-cudnn-frontend"),
 )
 
 

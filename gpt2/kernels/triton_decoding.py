@@ -17,6 +17,15 @@ SHARES = {256: 64, 1024: 128}
 
 
 @triton.jit
+def _layer_norm(v, gain, shift, k, inside, width, eps):  # noqa: PLR0917 - as below
+    """LayerNorm of a row v in float32, 0 where it is not `inside`; gain and shift at k."""
+    v = tl.where(inside, v - tl.sum(v, 0) / width, 0.0)
+    v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps)
+    v *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+    return v + tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _small_linear(  # noqa: PLR0917 - Triton launches by position
     x,
     gain,
@@ -52,10 +61,7 @@ def _small_linear(  # noqa: PLR0917 - Triton launches by position
         )
         v = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
         if normed:
-            v = tl.where(inside, v - tl.sum(v, 0) / width, 0.0)
-            v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps)
-            v *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
-            v += tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+            v = _layer_norm(v, gain, shift, k, inside, width, eps)
         y += tl.sum(w.to(tl.float32) * v[None, :], 1)
     if biased:
         y += tl.load(bias + n, mask=exists, other=0.0).to(tl.float32)
@@ -124,11 +130,7 @@ def _add_layer_norm(  # noqa: PLR0917 - Triton launches by position
     v += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     v = v.to(total.dtype.element_ty)  # the norm sees what is stored
     tl.store(total + at, v, mask=inside)
-    v = v.to(tl.float32)
-    v = tl.where(inside, v - tl.sum(v, 0) / width, 0.0)
-    v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps)
-    v *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
-    v += tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+    v = _layer_norm(v.to(tl.float32), gain, shift, k, inside, width, eps)
     tl.store(normed + at, v, mask=inside)
 
 

@@ -1,8 +1,9 @@
-"""Attention masks of attention windows and documents, dense or for FlexAttention.
+"""Attention masks of attention windows and documents: a number, for FlexAttention, or dense.
 
-Compiled on a GPU, FlexAttention (Dong et al. 2024, arXiv:2412.05496) skips blocks of 128 by 128
-positions that the mask hides entirely. Elsewhere PyTorch's attention takes the mask as a dense
-tensor.
+cuDNN takes a window that never changes as a number (`kernels.window_attention`). Compiled on a GPU,
+FlexAttention (Dong et al. 2024, arXiv:2412.05496) takes any window and documents, and skips blocks
+of 128 by 128 positions that the mask hides entirely. Elsewhere PyTorch's attention takes the mask
+as a dense tensor.
 
 Shapes: `B` batch, `H` heads, `T` queries, `S` keys, `D` head width, `N` = T / 128 blocks.
 """
@@ -14,12 +15,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..kernels.attention import causal_attention, visible_attention
+from ..kernels.window_attention import window_attention
 from .kv_cache import KVCache
 
 BLOCK = 128  # positions; FlexAttention's default
 MIN_HEAD_WIDTH = 16  # FlexAttention takes no narrower heads on a GPU
 SHARED_MEMORY = {128: 99, 256: 160}  # KiB that its kernels take, for heads up to that width
-Mask = Tensor | BlockMask | None  # None: plain causal attention
+Mask = Tensor | BlockMask | int | None  # int: a window; None: plain causal attention
 
 
 def document_ids(begins: Tensor) -> Tensor:
@@ -154,10 +156,13 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √D) v over the visible keys; all (B, H, T, D).
 
-    FlexAttention has no dropout of attention weights.
+    A window as a number and FlexAttention have no dropout of attention weights.
     """
     if mask is None:
         return causal_attention(q, k, v, dropout)
+    if isinstance(mask, int):
+        assert not dropout
+        return window_attention(q, k, v, mask)
     if isinstance(mask, BlockMask):
         assert not dropout
         return flex_attention(q, k, v, block_mask=mask)

@@ -18,7 +18,8 @@ from ..config.model import ModernConfig
 from ..config.parameter_shapes import GATE_CHANNELS
 from ..config.registry import has_own_parts, registered
 from ..kernels.linear import add_linear, add_mlp, linear, qkv
-from ..kernels.precision import to_residual_stream
+from ..kernels.precision import matmuls_in_bf16, to_residual_stream
+from ..kernels.window_attention import takes_windows
 from .attention_cache import AttentionCache, MaskedAttentionCache
 from .attention_masks import (
     Mask,
@@ -321,12 +322,18 @@ class Modern(LanguageModel):
             rotated = round(pairs * config.rope_fraction)
             context.cos_sin = rope_cos_sin(positions, pairs, rotated, float(config.rope_base))
         compiled = self.compiled_apart or torch.compiler.is_compiling()
-        fits = takes_blocks(idx.device, config.n_embd // config.n_head)
-        flex = compiled and fits and not dropout
+        width = config.n_embd // config.n_head
+        flex = compiled and takes_blocks(idx.device, width) and not dropout
+        fixed = documents is None and self.widest is None and not dropout
+        in_bf16 = matmuls_in_bf16(idx.device.type)
+        shorter = config.window < idx.shape[1]
+        as_number = fixed and shorter and takes_windows(idx.device, width, in_bf16)
         for letter in sorted(set(config.window_pattern or "L")):
             window = self._window(letter, idx.device)
             context.windows[letter] = window
-            if masked is None:
+            if masked is None and letter == "S" and as_number:
+                context.masks[letter] = config.window
+            elif masked is None:
                 context.masks[letter] = mask_for(idx.shape[1], window, documents, flex)
         return context
 

@@ -9,14 +9,12 @@ from ..config.earlier import as_begun
 from ..config.finetune import tuning_options
 from ..config.model import GPT2Config, ModernConfig
 from ..config.registry import registered
-from ..config.train import BatchPlan, TrainConfig, check_of_switches, plan_batch
+from ..config.train import TrainConfig, check_of_switches, plan_batch
 from ..data.loader import TrainLoader
 from ..distributed import devices
 from ..distributed.random_state import seed
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..kernels.attention import describe_kernel
-from ..kernels.linear import describe_path
 from ..model import lora
 from ..model.checkpointing import checkpoint_activations
 from ..model.gpt import GPT, LanguageModel
@@ -25,6 +23,7 @@ from ..report.trackers import check_names
 from . import sampled_loss, second_token
 from .compilation import compile_network
 from .cuda_graph import MicroBatchGraph
+from .kernel_notes import kernel_notes
 from .optimizer import build_optimizer
 from .plugin_parts import check_parts
 from .run_data import check_data, order_data, read_hellaswag
@@ -88,33 +87,32 @@ def build(
         UserError: everything about data, batch, network and device that can be found before the
             first step.
     """
-    shape = config.model.shape()
+    shape, optim = config.model.shape(), config.optim
     if config.data.batch_size:  # a mistake is said before data are read
         plan_batch(config.data, shape.block_size, rt.world_size)
     tokenizer = run_tokenizer(config, rt, resumed, init)
     datasets, mixture, data_notes = order_data(config, rt, resumed, tokenizer)
     data_options = fit_batch(config.data, mixture, rt.world_size, resumed)
     plan = plan_batch(data_options, shape.block_size, rt.world_size)
-    check_plan(resumed.step if resumed else 0, config.optim, plan)
+    check_plan(resumed.step if resumed else 0, optim, plan)
     check_names(config.output.log_to)
     hellaswag = read_hellaswag(config, rt, tokenizer)
     model = build_network(config, rt, init)
     model.end_of_text = tokenizer.end_of_text if tokenizer else None
-    loss = config.optim.loss
-    data_notes += sampled_loss.check(mixture, plan, model.sampled_ids, shape.vocab_size, loss)
+    data_notes += sampled_loss.check(mixture, plan, model.sampled_ids, shape.vocab_size, optim.loss)
     compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         compile_network(model, rt.sharded)
     recorded, graph_note = devices.choose_graph(rt.device, compiled, rt.sharded)
     notes = [*data_notes, f"compile_model {compiled}: {compile_note}"]
     if rt.device.type == "cuda":
-        notes += [*kernel_notes(model, plan, rt), f"CUDA graph {recorded}: {graph_note}"]
+        notes += [*kernel_notes(model, plan, optim, rt), f"CUDA graph {recorded}: {graph_note}"]
     position = resumed.state["position"] if resumed else 0
     seed(config.system.seed + rt.rank)  # from here on only dropout draws
     state = TrainState(
         model=model,
         wrapped_model=model,
-        optimizer=build_optimizer(model, config.optim, rt),
+        optimizer=build_optimizer(model, optim, rt),
         scaler=rt.grad_scaler(),
         loader=TrainLoader(mixture, plan, rank=rt.rank, position=position, device=rt.device),
         datasets=datasets,
@@ -134,12 +132,6 @@ def build(
     # after `restore`: every rank gets the weights of rank 0
     state.wrapped_model = rt.wrap(model, recorded)
     return state
-
-
-def kernel_notes(model: LanguageModel, plan: BatchPlan, rt: Runtime) -> list[str]:
-    """By which kernels a GPU computes the linear layers and attention."""
-    shape, on, tokens = model.config, (rt.device, rt.dtype), plan.batch_size * plan.block_size
-    return [describe_path(model, *on, tokens, shape.dropout), describe_kernel(shape, *on)]
 
 
 def network(config: GPT2Config) -> LanguageModel:

@@ -305,6 +305,29 @@ def test_windows_grow_in_training_alone_and_end_with_the_warmup():
     assert torch.equal(model.eval()(idx), whole)
 
 
+def test_a_window_is_a_number_where_cudnn_takes_it(monkeypatch):
+    """It is without documents, warm-up and dropout; the logits are those of a mask."""
+    seen = []
+    attend = modern.masked_attention
+
+    def watched(q, k, v, mask, dropout):
+        seen.append(mask)
+        return attend(q, k, v, mask, dropout)
+
+    idx = torch.randint(0, 100, (2, 32))
+    models = [disturbed(window_pattern="SL", window=5, document_mask=m) for m in (False, True)]
+    wanted = [model(idx) for model in models]
+    monkeypatch.setattr(modern, "masked_attention", watched)
+    monkeypatch.setattr(modern, "takes_windows", lambda *_: True)
+    torch.testing.assert_close(models[0](idx), wanted[0])
+    assert seen == [5, None] * (len(seen) // 2)
+    torch.testing.assert_close(models[1](idx), wanted[1])
+    models[0](idx[:, :5])  # a window of all
+    models[0].train().limit_attention_window(3)
+    models[0](idx)
+    assert not any(isinstance(mask, int) for mask in seen[len(models[0].transformer.h) :])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [False, True])
 def test_compiled_masks_need_no_second_graph_for_other_windows_and_documents(apart, monkeypatch):

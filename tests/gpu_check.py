@@ -47,8 +47,9 @@ class Check:
     after: str = ""  # the check whose output it needs
     alone: bool = False  # whether it wants a card for itself
     gib: int = 12  # of memory that it takes on a card at most, estimated
+    disk: int = 3  # GiB that it writes at most, estimated; 16 bytes a parameter
     seconds: int = 300  # limit; eight at once are slower than one
-    keeps_state: bool = False  # else a run's training state is deleted: gigabytes, of every check
+    keeps_state: bool = False  # else a run's training state is deleted when it is over
 
 
 def train(name: str, *arguments: str, steps: list[str] = STEPS, **more: Any) -> Check:
@@ -63,9 +64,9 @@ def ranks(name: str, *arguments: str, **more: Any) -> Check:
     return Check(name, [*TORCHRUN, *single.command], ranks=True, **more)
 
 
-def gpt2(name: str, *arguments: str, after: str = "train", gib: int = 5) -> Check:
+def gpt2(name: str, *arguments: str, after: str = "train", gib: int = 5, disk: int = 3) -> Check:
     """Another command of the package."""
-    return Check(name, ["-m", "gpt2", *arguments], after=after, gib=gib)
+    return Check(name, ["-m", "gpt2", *arguments], after=after, gib=gib, disk=disk)
 
 
 def benchmark(name: str, *arguments: str) -> Check:
@@ -87,7 +88,9 @@ MLP_AGAIN = "--activation_checkpointing=mlp"
 MODERN, FP8 = "--config=configs/speedrun.toml", "--fp8=head"
 XL = ["--size=gpt2-xl", AGAIN, LARGE]
 CHECKS = [
-    pytest("pytest -m gpu -n 4", "gpu and not alone", *ONE_GPU, "-n", "4", gib=20, seconds=600),
+    pytest(
+        "pytest -m gpu -n 4", "gpu and not alone", *ONE_GPU, "-n", "4", gib=20, disk=6, seconds=600
+    ),
     train(
         "train",
         "--compile_model=True",
@@ -95,7 +98,7 @@ CHECKS = [
         "--grad_accum_steps=8",
         keeps_state=True,
     ),
-    train("xl, activation checkpointing", *XL, "--batch_size=4", gib=36),
+    train("xl, activation checkpointing", *XL, "--batch_size=4", gib=36, disk=26),
     train(
         "xl, activation_checkpointing=mlp",
         "--size=gpt2-xl",
@@ -103,8 +106,9 @@ CHECKS = [
         LARGE,
         "--batch_size=4",
         gib=40,
+        disk=26,
     ),
-    train("large", "--size=gpt2-large", LARGE, "--batch_size=4", gib=26),
+    train("large", "--size=gpt2-large", LARGE, "--batch_size=4", gib=26, disk=13),
     train(
         "large, uncompiled",
         "--size=gpt2-large",
@@ -113,6 +117,7 @@ CHECKS = [
         AGAIN,
         "--compile_model=False",
         gib=26,
+        disk=13,
     ),
     train("speedrun.toml, fp8 head", MODERN, FP8, gib=28),
     train(
@@ -170,6 +175,7 @@ CHECKS = [
         "--out_dir={work}/full",
         after="large",
         gib=20,
+        disk=13,
     ),
     gpt2("sample", "sample", MODEL, "--prompt=Hello world,", "--max_new_tokens=200"),
     gpt2("sample in bf16", "sample", MODEL, "--prompt=Hello world,", "--dtype=bfloat16"),
@@ -229,6 +235,7 @@ CHECKS = [
         "--parallel=fsdp",
         "--batch_size=16",
         gib=60,
+        disk=26,
     ),
     ranks(
         "ranks: fsdp, large",
@@ -237,6 +244,7 @@ CHECKS = [
         "--parallel=fsdp",
         "--batch_size=4",
         gib=26,
+        disk=13,
     ),
     ranks(
         "ranks: fsdp, large, activation_checkpointing=mlp",
@@ -246,6 +254,7 @@ CHECKS = [
         "--batch_size=4",
         MLP_AGAIN,
         gib=26,
+        disk=13,
     ),
     ranks(
         "ranks: fsdp, large, uncompiled",
@@ -255,6 +264,7 @@ CHECKS = [
         "--batch_size=4",
         "--compile_model=False",
         gib=26,
+        disk=13,
     ),
     ranks(
         "ranks: fsdp, medium, muon, fp8 head",
@@ -330,10 +340,7 @@ def run(check: Check, work: Path, cards: list[str]) -> str:
             os.killpg(process.pid, 9)
             process.wait()
             return f"FAILED: not over after {check.seconds} s"
-    if not check.keeps_state:
-        for state in work.glob("*/state"):
-            if state.parent.name in {word.rpartition("/")[2] for word in command}:
-                shutil.rmtree(state)
+    tidy(check, work, {word.rpartition("/")[2] for word in command})
     text = log.read_text("utf-8", errors="replace")
     seconds = time.monotonic() - started
     if code:
@@ -345,6 +352,18 @@ def run(check: Check, work: Path, cards: list[str]) -> str:
     problem = problem_of_training(text) if "train_gpt2.py" in command else ""
     passed = f"passed in {seconds:.0f} s{result_of(text)}{peak_of(command)}"
     return f"FAILED: {problem}" if problem else passed
+
+
+def tidy(check: Check, work: Path, folders: set[str]) -> None:
+    """Deletes what a check left in folders and no other check reads: gigabytes, of every run."""
+    if not check.keeps_state:
+        for state in work.glob("*/state"):
+            if state.parent.name in folders:
+                shutil.rmtree(state)
+    if check.name not in {other.after for other in CHECKS}:
+        for model in work.glob("*/*.pt"):
+            if model.parent.name in folders:
+                model.unlink()
 
 
 def problem_of_training(text: str) -> str:
@@ -394,22 +413,24 @@ def peak_of(command: list[str]) -> str:
 class Waiting:
     """Checks that have not begun, for threads that run them.
 
-    Those that run at once fit into `room`, the free memory of a card in GiB; one that is larger
-    runs when no other does.
+    Those that run at once fit into `room`, the free memory of a card in GiB, and into `disk`, the
+    free GiB there; one that is larger runs when no other does.
     """
 
-    def __init__(self, checks: list[Check], room: float, done: "Results"):
+    def __init__(self, checks: list[Check], room: float, disk: float, done: "Results"):
         self.checks = longest_first(checks, done.rows)
         self.names = {check.name for check in checks}
         self.running: list[Check] = []
-        self.room, self.done = room, done
+        self.room, self.disk, self.done = room, disk, done
         self.lock = threading.Condition()
 
     def _next(self) -> Check | None:
         free = self.room - sum(check.gib for check in self.running)
+        on_disk = self.disk - sum(check.disk for check in self.running)
         for check in self.checks:
             ready = check.after not in self.names or check.after in self.done.found
-            if ready and (check.gib <= free or not self.running):
+            fits = check.gib <= free and check.disk <= on_disk
+            if ready and (fits or not self.running):
                 return check
         return None
 
@@ -435,7 +456,8 @@ class Waiting:
 def run_all(checks: list[Check], work: Path, jobs: int, room: float, done: "Results") -> None:
     """Runs the checks, each on all cards if it has ranks: several at once, then those alone."""
     cards = visible_cards()
-    waiting = Waiting([check for check in checks if not check.alone], room, done)
+    disk = shutil.disk_usage(work).free / 2**30
+    waiting = Waiting([check for check in checks if not check.alone], room, disk, done)
 
     def worker() -> None:
         while check := waiting.take():

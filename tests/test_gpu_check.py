@@ -5,6 +5,7 @@ import re
 import shlex
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -137,6 +138,13 @@ def test_a_failure_is_told_with_its_reason(tmp_path):
     assert result(f"print({summary!r}); exit(1)") == f"FAILED: exit code 1: {expected}"
 
 
+@dataclass
+class Free:
+    """What `shutil.disk_usage` answers."""
+
+    free: int
+
+
 class Done:
     """Results without a page."""
 
@@ -167,6 +175,46 @@ def test_checks_at_once_fit_into_the_card(tmp_path, monkeypatch):
     assert len(done.found) == len(checks)
     assert max(most) == 90  # which ran when no other did
     assert max(m for m in most if m != 90) == 70
+
+
+def test_checks_at_once_fit_onto_the_disk(tmp_path, monkeypatch):
+    running, most, lock = [], [], threading.Lock()
+
+    def run(check, work, cards):
+        with lock:
+            running.append(check.disk)
+            most.append(sum(running))
+        time.sleep(0.02)
+        with lock:
+            running.remove(check.disk)
+        return "passed"
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check.shutil, "disk_usage", lambda path: Free(50 * 2**30))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    checks = [Check(str(n), [], gib=1, disk=gib) for n, gib in enumerate([26, 26, 13, 3, 3, 60])]
+    done = Done()
+    gpu_check.run_all(checks, tmp_path, 8, 140, done)
+    assert len(done.found) == len(checks)
+    assert max(most) == 60  # which ran when no other did
+    assert max(m for m in most if m != 60) <= 50
+
+
+def test_only_what_another_check_reads_stays_on_the_disk(tmp_path):
+    folders = [tmp_path / name for name in ("train", "large", "muon", "other")]
+    for folder in folders:
+        (folder / "state").mkdir(parents=True)
+        (folder / "out_ckpt.pt").touch()
+    for check in CHECKS:
+        gpu_check.tidy(check, tmp_path, {check.name} - {"other"})
+    left = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.glob("*/*"))]
+    assert left == [
+        "large/out_ckpt.pt",
+        "other/out_ckpt.pt",
+        "other/state",
+        "train/out_ckpt.pt",
+        "train/state",
+    ]
 
 
 def test_an_error_of_ours_is_a_failure_and_the_others_go_on(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from gpt2.distributed.devices import wait_for
 from gpt2.distributed.runtime import Runtime
 from gpt2.errors import UserError
 
+from .arguments import counts
 from .scaling import BUCKET, parameters, ring_bytes
 
 WARMUP, TOGETHER, REPEATS = 5, 10, 5  # all-reduces, all-reduces of a measurement, measurements
@@ -66,18 +67,14 @@ def main() -> int:
         allow_abbrev=False,
     )
     made.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    default = ",".join(map(str, SIZES))
-    made.add_argument("--bytes", default=default, help=f"sizes, with commas; {default}")
+    said = ",".join(map(str, SIZES))
+    made.add_argument("--bytes", type=counts, default=SIZES, help=f"sizes, with commas; {said}")
     options = made.parse_args()
-    try:
-        sizes = [int(word) for word in options.bytes.split(",")]
-    except ValueError:
-        made.error(f"--bytes={options.bytes}: use whole numbers with commas between them")
     try:
         with runtime.start(SystemOptions(device=options.device)) as rt:
             if rt.world_size == 1:
                 raise UserError("one rank reduces nothing; start several: torchrun, as in --help")
-            for row in measure(sizes, rt):
+            for row in measure(options.bytes, rt):
                 if rt.is_main:
                     print(json.dumps(row), flush=True)
     except UserError as error:

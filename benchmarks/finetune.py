@@ -38,7 +38,8 @@ from gpt2.train import setup, step
 from gpt2.train.optimizer import build_optimizer
 from gpt2.train.state import TrainState
 
-from .memory import GIB, names, numbers, peaks, write
+from .arguments import count, counts, whole
+from .memory import GIB, names, peaks, write
 
 
 def make_conversations(path: Path, count: int = 1500):
@@ -167,11 +168,11 @@ def parser() -> argparse.ArgumentParser:
     )
 
     made.add_argument("--sizes", type=names, default=["gpt2", "gpt2-xl"], help=", ".join(SIZES))
-    made.add_argument("--batch_sizes", type=numbers, default=[32, 8], help="one for each size")
-    made.add_argument("--block_size", type=int, default=1024)
-    made.add_argument("--rank", type=int, default=8, help="of the adapters")
-    made.add_argument("--steps", type=int, default=8, help="steps that are timed")
-    made.add_argument("--warmup", type=int, default=3, help="steps before them")
+    made.add_argument("--batch_sizes", type=counts, default=[32, 8], help="one for each size")
+    made.add_argument("--block_size", type=count, default=1024)
+    made.add_argument("--rank", type=count, default=8, help="of the adapters")
+    made.add_argument("--steps", type=count, default=8, help="steps that are timed")
+    made.add_argument("--warmup", type=whole, default=3, help="steps before them")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--only", choices=SIZES, help="one size, in this process")
     made.add_argument(

@@ -42,6 +42,8 @@ from gpt2.generate.stream import decoder_for, generate
 from gpt2.huggingface.model_format import to_hf
 from gpt2.model.gpt import GPT
 
+from .arguments import count, counts_as_text
+
 LONG_SECONDS = 60  # a call that is not repeated
 Write = Callable[[list[list[int]]], list[list[int]]]  # prompts to new tokens
 
@@ -219,14 +221,14 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--nanogpt", type=Path, help="a clone of github.com/karpathy/nanoGPT")
     made.add_argument("--size", default="gpt2", choices=SIZES)
-    made.add_argument("--batch_sizes", help="1,256 on a GPU, 1 on a CPU")
-    made.add_argument("--prompt_tokens", type=int, default=128)
-    made.add_argument("--new_tokens", type=int, default=256)
-    made.add_argument("--calls", type=int, default=3, help="calls to measure")
+    made.add_argument("--batch_sizes", type=counts_as_text, help="1,256 on a GPU, 1 on a CPU")
+    made.add_argument("--prompt_tokens", type=count, default=128)
+    made.add_argument("--new_tokens", type=count, default=256)
+    made.add_argument("--calls", type=count, default=3, help="calls to measure")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", help="bfloat16 on a GPU, float32 on a CPU")
     made.add_argument("--only", help="one contender, in this process")
-    made.add_argument("--batch_size", type=int, help="with --only")
+    made.add_argument("--batch_size", type=count, help="with --only")
     add_options(made)
     made.add_argument("--out_dir", type=Path, help="also write generate.jsonl and .png there")
     return made

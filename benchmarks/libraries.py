@@ -52,6 +52,7 @@ from gpt2.kernels.linear import add_mlp
 from gpt2.model.gpt import GPT
 from gpt2.train.optimizer import build_optimizer
 
+from .arguments import count, whole
 from .nvmath_mlp import NvmathMatmuls, NvmathMLP
 
 LIMIT = 2e-2  # relative error; of bf16 in a sum it is about 4e-3
@@ -342,8 +343,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     sizes = {"tokens": 65536, "width": 768, "vocab": 50257, "layers": 12, "heads": 12}
-    for name, value in (sizes | {"warmup": 3, "repeats": 20}).items():
-        made.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (sizes | {"repeats": 20}).items():
+        made.add_argument(f"--{name}", type=count, default=value)
+    made.add_argument("--warmup", type=whole, default=3)
     made.add_argument("--only", default=",".join(SUBJECTS), help="subjects, with commas")
     made.add_argument("--device", default="cuda", help="cpu: only what runs there, in float32")
     made.add_argument("--json", default="", help="a file for a JSON line of each row")

@@ -28,6 +28,8 @@ from gpt2.data.loader import TrainLoader
 from gpt2.data.sequence_order import Mixture, SequenceOrder
 from gpt2.data.shards import Shard, find_shards, write_shard
 
+from .arguments import amount, count
+
 
 def forget(shards: list[Shard]) -> bool:
     """Asks the system to drop the files from its cache; False where it cannot be asked."""
@@ -77,11 +79,11 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("--data_dir", type=Path, help="a folder of shards")
-    made.add_argument("--shard_tokens", type=int, default=100_000_000, help="of those made here")
-    made.add_argument("--batch_size", type=int, default=64, help="sequences")
-    made.add_argument("--block_size", type=int, default=1024)
-    made.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
-    made.add_argument("--tokens_per_second", type=float, default=600_000, help="of the training")
+    made.add_argument("--shard_tokens", type=count, default=100_000_000, help="of those made here")
+    made.add_argument("--batch_size", type=count, default=64, help="sequences")
+    made.add_argument("--block_size", type=count, default=1024)
+    made.add_argument("--seconds", type=amount, default=3.0, help="for each measurement")
+    made.add_argument("--tokens_per_second", type=amount, default=600_000, help="of the training")
     return made
 
 

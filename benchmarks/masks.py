@@ -25,6 +25,8 @@ from gpt2.distributed.runtime import Runtime
 from gpt2.kernels.window_attention import takes_windows
 from gpt2.model.attention_masks import Mask, document_ids, mask_for, masked_attention
 
+from .arguments import count, whole
+
 KINDS = {  # name: (window, documents)
     "all earlier": (False, False),
     "window": (True, False),
@@ -97,9 +99,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sizes = {"batch_size": 64, "block_size": 1024, "n_layer": 8, "n_head": 6, "head_width": 128}
     for name, value in (sizes | {"window": 256, "document": 500}).items():
-        made.add_argument(f"--{name}", type=int, default=value)
-    for name, value in {"warmup": 3, "repeats": 10}.items():
-        made.add_argument(f"--{name}", type=int, default=value)
+        made.add_argument(f"--{name}", type=count, default=value)
+    made.add_argument("--warmup", type=whole, default=3)
+    made.add_argument("--repeats", type=count, default=10)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
 

@@ -35,6 +35,7 @@ from gpt2.distributed.runtime import Runtime
 from gpt2.train import setup, step
 from gpt2.train.state import TrainState
 
+from .arguments import amount, count, counts
 from .throughput import make_data
 
 GIB = 2**30
@@ -178,11 +179,6 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def numbers(text: str) -> list[int]:
-    """The same, as numbers."""
-    return [int(part) for part in text.split(",")]
-
-
 def write(out_dir: Path, name: str, rows: list[dict], table: str):
     """Writes name.jsonl and name.md."""
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -200,9 +196,9 @@ def parser() -> argparse.ArgumentParser:
     )
 
     made.add_argument("--sizes", type=names, default=RELEASED, help=f"of {', '.join(SIZES)}")
-    made.add_argument("--batch_sizes", type=numbers, default=[1, 2, 4, 8, 16, 32, 64])
-    made.add_argument("--block_size", type=int, default=1024)
-    made.add_argument("--limit_gib", type=float, help="GiB of the GPU that may be taken")
+    made.add_argument("--batch_sizes", type=counts, default=[1, 2, 4, 8, 16, 32, 64])
+    made.add_argument("--block_size", type=count, default=1024)
+    made.add_argument("--limit_gib", type=amount, help="GiB of the GPU that may be taken")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--only", choices=SIZES, help="one size, in this process")
     made.add_argument("--out_dir", type=Path, help="also write memory.jsonl and memory.md there")

@@ -34,6 +34,8 @@ import pyarrow.parquet as pq
 from gpt2.data.shards import HEADER_BYTES
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
+from .arguments import count
+
 ROOT = Path(__file__).parent.parent
 FAST, FALLBACK, LOOP = "gpt2 prepare, gigatoken", "gpt2 prepare, tiktoken", "plain loop, tiktoken"
 COLOURS = {FAST: "#0072B2", FALLBACK: "#56B4E9", LOOP: "#D55E00"}
@@ -46,10 +48,10 @@ def main():
     parser.add_argument("--source", type=Path, help="folder of .parquet files; default: made")
     parser.add_argument("--out_dir", type=Path, default=Path("out/benchmark-prepare"))
     parser.add_argument("--label", default="the standard library's sources", help="of the text")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--shard_tokens", type=int, default=10_000_000)
-    parser.add_argument("--megabytes", type=int, default=200, help="of text to make")
+    parser.add_argument("--repeats", type=count, default=3)
+    parser.add_argument("--num_workers", type=count, default=2)
+    parser.add_argument("--shard_tokens", type=count, default=10_000_000)
+    parser.add_argument("--megabytes", type=count, default=200, help="of text to make")
     parser.add_argument("--plain_loop", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain_loop:

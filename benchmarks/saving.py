@@ -31,6 +31,7 @@ from gpt2.train import step as step_module
 from gpt2.train.run_folder import MODEL_NAME
 from gpt2.train.state import TrainState
 
+from .arguments import count, whole
 from .throughput import _late, make_data
 
 KINDS = ("none", "later", "at once")
@@ -137,10 +138,12 @@ def parser() -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found.add_argument("--device", default=device)
     found.add_argument("--size", default="gpt2")
-    found.add_argument("--batch_size", type=int, default=32 if device == "cuda" else 1)
-    found.add_argument("--steps", type=int, default=60 if device == "cuda" else 4, help="in a row")
-    found.add_argument("--rows", type=int, default=3, help="of each kind")
-    found.add_argument("--warmup", type=int, default=5 if device == "cuda" else 1)
+    found.add_argument("--batch_size", type=count, default=32 if device == "cuda" else 1)
+    found.add_argument(
+        "--steps", type=count, default=60 if device == "cuda" else 4, help="in a row"
+    )
+    found.add_argument("--rows", type=count, default=3, help="of each kind")
+    found.add_argument("--warmup", type=whole, default=5 if device == "cuda" else 1)
     found.add_argument("--out_dir", default="", help="a folder on the disk to write to")
     return found
 

@@ -26,6 +26,8 @@ import torch
 from gpt2.api import GPT2
 from gpt2.config.model import SIZES
 
+from .arguments import count, counts
+
 WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be"]
 
 
@@ -105,13 +107,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("checkpoint", nargs="?", help="empty: random weights of --size")
     made.add_argument("--size", default="gpt2", choices=SIZES)
-    made.add_argument("--clients", default="32", help="several by commas: 1,32")
-    made.add_argument("--requests", type=int, default=2, help="of each client")
-    made.add_argument("--prompt_words", type=int, default=32)
-    made.add_argument("--new_tokens", type=int, default=64)
+    made.add_argument("--clients", type=counts, default=[32], help="several by commas: 1,32")
+    made.add_argument("--requests", type=count, default=2, help="of each client")
+    made.add_argument("--prompt_words", type=count, default=32)
+    made.add_argument("--new_tokens", type=count, default=64)
     made.add_argument("--temperature", type=float, default=1.0)
     made.add_argument("--device", default="auto")
-    made.add_argument("--slots", type=int, default=32)
+    made.add_argument("--slots", type=count, default=32)
     made.add_argument(
         "--same_as_alone",
         action="store_true",
@@ -123,7 +125,6 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Starts the server, measures, ends it."""
     options = parser().parse_args()
-    counts = [int(c) for c in options.clients.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         path = options.checkpoint
         if not path:
@@ -139,7 +140,7 @@ def main() -> int:
             "--port=0",
             f"--device={options.device}",
             f"--slots={options.slots}",
-            f"--max_queue={max(counts)}",
+            f"--max_queue={max(options.clients)}",
         ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             said, log = "", None
@@ -151,17 +152,17 @@ def main() -> int:
                     said += line
                 print(said.splitlines()[0], file=sys.stderr)
                 log = ThreadPoolExecutor(1).submit(server.stdout.read)  # or the pipe fills up
-                return run(int(found[1]), said.splitlines()[0], counts, options)
+                return run(int(found[1]), said.splitlines()[0], options)
             finally:
                 server.terminate()
                 if log:
                     log.result()
 
 
-def run(port: int, machine: str, counts: list[int], options: argparse.Namespace) -> int:
+def run(port: int, machine: str, options: argparse.Namespace) -> int:
     """Measures each number of clients; 1 if a text is another than alone."""
     ask(port, 0, options)  # warms up
-    for clients in counts:
+    for clients in options.clients:
         result, rows = measure(port, clients, options)
         if options.same_as_alone:
             alone = [ask(port, n, options)["text"] for n in range(len(rows))]

@@ -58,6 +58,7 @@ from gpt2.train.state import TrainState
 from gpt2.train.time_budget import FAR, STRETCH_SECONDS, calibrate, recalibrate
 from gpt2.train.weight_average import averaged
 
+from .arguments import amount, count, whole
 from .sprint_report import draw, report
 from .throughput import _late
 
@@ -321,7 +322,7 @@ def run_one(job: Job, device: str, options: argparse.Namespace, rows: queue.Queu
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Of a list with commas."""
-    return tuple(int(part) for part in text.split(","))
+    return tuple(whole(part) for part in text.split(","))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -334,10 +335,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("recipes", nargs="*", help="files of configs/, see above")
     made.add_argument("--ablate", type=Path, help="a file of configs/: also without each switch")
     made.add_argument("--data_dir", required=True, help="folder of shards")
-    made.add_argument("--seconds", type=float, default=200.0, help="of training")
+    made.add_argument("--seconds", type=amount, default=200.0, help="of training")
     made.add_argument("--seeds", type=whole_numbers, default=(1337,), help="comma-separated")
     made.add_argument("--evaluations", type=int, default=8, help="on the way, the last included")
-    made.add_argument("--val_tokens", type=int, default=FAR, help="at most; as a rule all")
+    made.add_argument("--val_tokens", type=count, default=FAR, help="at most; as a rule all")
     also = "at the end, the loss in windows of so many tokens too; 0: in the recipe's alone"
     made.add_argument("--val_block_size", type=int, default=0, help=also)
     default = "cuda:0" if torch.cuda.is_available() else "cpu"

@@ -60,6 +60,8 @@ from gpt2.train import setup
 from gpt2.train import step as step_module
 from gpt2.train.setup import resolve_init
 
+from .arguments import count, counts_as_text, whole
+
 SHARD_TOKENS = 4_000_000
 STEPS_TIMED = 10  # together
 Step = Callable[[], Callable[[], float]]  # launches an optimizer step; what reads its loss
@@ -286,17 +288,23 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--nanogpt", type=Path, help="a clone of github.com/karpathy/nanoGPT")
     made.add_argument("--build_nanogpt", type=Path, help="a clone of karpathy/build-nanogpt")
     made.add_argument("--size", default="gpt2", choices=SIZES)
-    made.add_argument("--batch_size", type=int, help="sequences; 64 on a GPU, 2 on a CPU")
-    made.add_argument("--batch_sizes", help="several, ascending: 8,16,32; up to what memory holds")
-    made.add_argument("--block_size", type=int, help="tokens; 1024 on a GPU, 512 on a CPU")
-    made.add_argument("--grad_accum_steps", type=int, default=1)
-    made.add_argument("--steps", type=int, default=50, help="steps to measure, by tens")
-    made.add_argument("--warmup", type=int, default=10, help="steps before, not counting the first")
+    made.add_argument("--batch_size", type=count, help="sequences; 64 on a GPU, 2 on a CPU")
+    made.add_argument(
+        "--batch_sizes",
+        type=counts_as_text,
+        help="several, ascending: 8,16,32; up to what memory holds",
+    )
+    made.add_argument("--block_size", type=count, help="tokens; 1024 on a GPU, 512 on a CPU")
+    made.add_argument("--grad_accum_steps", type=count, default=1)
+    made.add_argument("--steps", type=count, default=50, help="steps to measure, by tens")
+    made.add_argument(
+        "--warmup", type=whole, default=10, help="steps before, not counting the first"
+    )
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", help="of matmuls: bfloat16, or float32 on a CPU without its units")
     made.add_argument("--only", help="one contender, in this process")
     add_options(made)
-    made.add_argument("--parity_steps", type=int, default=20, help="to compare losses; 0: none")
+    made.add_argument("--parity_steps", type=whole, default=20, help="to compare losses; 0: none")
     made.add_argument("--out_dir", type=Path, help="also write throughput.jsonl and .png there")
     return made
 

@@ -64,8 +64,9 @@ def evaluate(
         The sums, or None if a signal asked any rank to stop.
     """
     token_bytes = _bytes_per_token(tokenizer or gpt2_tokenizer()).to(rt.device)
-    # integers: float32 is exact only up to 2**24
-    nats = torch.zeros((), device=rt.device)
+    # float32 is exact only up to 2**24; a million tokens have that many nats
+    wide = torch.float32 if rt.device.type == "mps" else torch.float64  # which MPS lacks
+    nats = torch.zeros((), dtype=wide, device=rt.device)
     counts = torch.zeros(2, dtype=torch.int64, device=rt.device)
     check_every = 1 if rt.device.type == "cpu" else SIGNAL_CHECK_BATCHES
     with in_evaluation_mode(model):

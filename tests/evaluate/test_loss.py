@@ -51,6 +51,19 @@ def test_against_plain_arithmetic(model, tmp_path):
         assert result.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
 
 
+def test_many_batches_lose_no_digits(model):
+    """In float32 a sum of 30 million nats would move by 2 with each batch."""
+    x = torch.zeros(1, 16, dtype=torch.int64)
+
+    def large(*given, **more):
+        return torch.tensor(30_000.1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward", large)
+        found = evaluate(model, [(x, x)] * 1000, RT)
+    assert found.nats == pytest.approx(1000 * float(np.float32(30_000.1)), rel=1e-12)
+
+
 def test_a_signal_ends_it_before_the_next_batch_of_a_cpu(model, tmp_path):
     write_shard(tmp_path / "t_val_000000.bin", np.arange(100, dtype=np.uint16))
     rt, seen = Runtime(torch.device("cpu"), torch.float32), []

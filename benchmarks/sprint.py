@@ -274,7 +274,7 @@ def validate(state: TrainState, rt: Runtime, tokens: int, block_size: int = 0) -
         eval_tokens=available_eval_tokens(shards, tokens),
         device=rt.device,
     )
-    with averaged(state.optimizer):
+    with averaged(state.model, state.optimizer):
         found = evaluate(state.model, batches, rt)
     if found is None:
         raise Stopped

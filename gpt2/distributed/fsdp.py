@@ -54,6 +54,16 @@ def is_sharded(model: nn.Module) -> bool:
     return module is not None and isinstance(model, module.FSDPModule)
 
 
+def free_gathered(model: Any) -> None:
+    """Lets the next forward gather the weights anew; to be called when they were changed.
+
+    FSDP keeps what a forward without a backward has gathered of the outermost unit.
+    """
+    if is_sharded(model):
+        for unit in (*model.transformer.h, model):
+            unit.reshard()
+
+
 def set_gradient_sync(model: Any, on: bool) -> None:
     """Whether the next backward pass reduces gradients over ranks, or only accumulates them."""
     model.set_requires_gradient_sync(on)

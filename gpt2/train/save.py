@@ -151,7 +151,7 @@ def export_model(
             folder = path.with_name(path.stem.replace("ckpt", "adapter"))
             write_adapter(folder, t["adapter"], settings, sample)
 
-    with averaged(state.optimizer):
+    with averaged(state.model, state.optimizer):
         whole = fsdp.whole_state(state.model, keep=rt.is_main)
         tensors = {weights: lora.merged_state(state.model, whole)}
         if adapted:

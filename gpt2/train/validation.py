@@ -41,7 +41,7 @@ def validate(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics.R
         sequences = -(-eval_tokens // state.plan.block_size)
         total = -(-sequences // (state.plan.batch_size * rt.world_size))
         shown = state.progress.over(batches, total, "validation: batch")
-        with averaged(state.optimizer):
+        with averaged(state.model, state.optimizer):
             result = evaluate(state.model, shown, rt, state.own_tokenizer)
         if result is None:
             state.stop = True
@@ -70,7 +70,7 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
     try:
         others_wait = contextlib.nullcontext() if rt.sharded else rt.alone()
         eager, mode = without_compiled_code(model), in_evaluation_mode(model)
-        with averaged(state.optimizer), eager, rt.autocast(), others_wait, mode:
+        with averaged(state.model, state.optimizer), eager, rt.autocast(), others_wait, mode:
             if rt.sharded:  # generation calls parts of the network, not the whole that gathers them
                 model.unshard()  # type: ignore[operator] # of FSDPModule
             for (token,) in stream(
@@ -95,7 +95,7 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
 
 def evaluate_hellaswag(state: TrainState, rt: Runtime, log: metrics.RunLog) -> None:
     """Evaluates on HellaSwag and logs; after a signal the next run evaluates instead."""
-    with averaged(state.optimizer):
+    with averaged(state.model, state.optimizer):
         results = HELLASWAG.ask(state.model, state.hellaswag, rt)
     if results is None:
         state.stop = True

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..distributed.fsdp import local
+from ..distributed.fsdp import free_gathered, local
 
 EVERY = 5  # steps between updates, which read and write the EMA once
 SHARE = 0.5  # of the EMA in the mean. Of the EMA alone the loss was higher: it lags behind
@@ -39,17 +39,21 @@ def update_average(optimizer: torch.optim.Optimizer, step: int, horizon: int) ->
 
 
 @contextlib.contextmanager
-def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def averaged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """While it lasts, the parameters are the mean of weights and EMA, if there is one."""
     pairs = [(local(p.detach()), local(s[NAME])) for p, s in _trained(optimizer) if NAME in s]
     weights = [p.clone() for p, _ in pairs]
     try:
         for p, mean in pairs:
             p.lerp_(mean, SHARE)
+        if pairs:
+            free_gathered(model)
         yield
     finally:
         for (p, _), own in zip(pairs, weights, strict=True):
             p.copy_(own)
+        if pairs:
+            free_gathered(model)
 
 
 def forget_average(optimizer: torch.optim.Optimizer) -> None:

@@ -34,7 +34,7 @@ from gpt2.config.command_line import parse
 from gpt2.config.train import TrainConfig
 from gpt2.distributed import fsdp, random_state, runtime
 from gpt2.evaluate.scoring import score
-from gpt2.train import setup, step
+from gpt2.train import setup, step, weight_average
 
 ROWS = [([1, 2, 3], [4, 5]), ([7] * 20, [3]), ([9, 8], [1, 2, 3])]  # three batches of one row
 
@@ -45,6 +45,22 @@ def go(config, world):
     state = setup.build(config, rt, None)
     steps = [step.train_step(state, config, rt).read()[:2] for _ in range(3)]
     scores = score(state.model, ROWS, rt, batch_tokens=16)
+    weight_average.update_average(state.optimizer, weight_average.EVERY, 10)
+    step.train_step(state, config, rt)
+    def own():
+        return score(state.model, ROWS, rt, batch_tokens=16)
+
+    def mean():
+        with weight_average.averaged(state.model, state.optimizer):
+            return own()
+
+    orders = []
+    for order in ((own, mean, own), (mean, own, mean)):
+        state.model.state_dict()  # frees what a forward has gathered
+        orders += [[function() for function in order]]
+    (a, b, a2), (b2, a3, b3) = orders
+    assert a == a2 == a3 != b == b2 == b3
+    weight_average.forget_average(state.optimizer)
     found = {n: fsdp.whole(p).clone() for n, p in state.model.state_dict().items()}
     for p in state.model.parameters():
         p.grad = torch.full_like(p, torch.nan)

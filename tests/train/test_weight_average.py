@@ -40,7 +40,7 @@ def test_the_mean_follows_its_formula():
             now, keep = model.weight.detach().clone(), math.exp(-5 / 10)
             wanted = now if wanted is None else keep * wanted + (1 - keep) * now
     before = [p.detach().clone() for p in model.parameters()]
-    with averaged(optimizer):
+    with averaged(model, optimizer):
         torch.testing.assert_close(model.weight.detach(), (before[0] + wanted) / 2)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -51,7 +51,7 @@ def test_the_weights_come_back_after_an_error():
     before = model.weight.detach().clone()
     with torch.no_grad():
         model.weight += 1
-    with contextlib.suppress(KeyError), averaged(optimizer):
+    with contextlib.suppress(KeyError), averaged(model, optimizer):
         assert not torch.equal(model.weight, before + 1)
         raise KeyError
     assert torch.equal(model.weight, before + 1)

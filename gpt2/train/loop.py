@@ -59,7 +59,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
         resumed = find_checkpoint(config, rt)
         config, init = resolve_init(config, rt, resumed)
         state = build(config, rt, resumed, init)
-        config = resolve_steps(config, state)
+        config = resolve_steps(config, state, resumed)
         try:
             archive_previous_run(state, config, rt, resumed)
             with state.saver, open_log(config, rt, resumed) as log, watched(state, config, rt):

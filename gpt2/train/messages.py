@@ -335,9 +335,15 @@ def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Ru
 
 def most_epochs(state: TrainState, options: OptimOptions) -> float:
     """How often the whole run reads the dataset that it reads most often."""
-    planned = sequences_left(0, options, state.plan)
+    planned = planned_sequences(state, options)
     orders = zip(state.datasets, state.loader.order.orders, strict=True)
     return max(planned * dataset.share / order.per_epoch for dataset, order in orders)
+
+
+def planned_sequences(state: TrainState, options: OptimOptions) -> int:
+    """Sequences that the whole run reads; a step before a resume may have had more or fewer."""
+    left = sequences_left(state.step, options, state.plan)
+    return state.loader.position + max(0, left)
 
 
 def answer_signal(number: int) -> None:
@@ -349,7 +355,7 @@ def answer_signal(number: int) -> None:
 def describe_data(state: TrainState, options: OptimOptions) -> list[str]:
     """One line for each dataset: its share, its tokens, and how many epochs the run makes."""
     lines = []
-    planned = sequences_left(0, options, state.plan)
+    planned = planned_sequences(state, options)
     for dataset, order in zip(state.datasets, state.loader.order.orders, strict=True):
         share = f"{dataset.name}: {dataset.share:.1%} of the tokens; " if dataset.share < 1 else ""
         held = sum(shard.tokens for shard in dataset.train)

@@ -39,26 +39,36 @@ def fit_batch(
     return replace(data, batch_size=stored or size)
 
 
-def resolve_steps(config: TrainConfig, state: TrainState) -> TrainConfig:
+def resolve_steps(
+    config: TrainConfig, state: TrainState, resumed: Resumed | None = None
+) -> TrainConfig:
     """The settings with the numbers that the data decide: batch, epochs, and steps for these.
 
-    `max_steps` is lowered to the steps that the epochs take. Warns of fewer than `FEW_STEPS`.
+    `max_steps` is lowered to the steps that the epochs take. A resumed run keeps its epochs, and
+    the steps that follow read what is left of them, also where a step reads more or fewer rows now.
     """
     if not isinstance(config, FinetuneConfig):
         return config
     rows = sum(order.per_epoch for order in state.loader.order.orders)
-    epochs = config.tuning.epochs or min(
-        MOST_EPOCHS,
-        max(LEAST_EPOCHS, math.ceil(ENOUGH_STEPS * state.plan.sequences_per_step / rows)),
+    stored = resumed.state.get("settings", {}).get("epochs") if resumed else None
+    epochs = (
+        config.tuning.epochs
+        or stored
+        or min(
+            MOST_EPOCHS,
+            max(LEAST_EPOCHS, math.ceil(ENOUGH_STEPS * state.plan.sequences_per_step / rows)),
+        )
     )
-    wanted = epochs * rows
-    steps = max(1, math.ceil(wanted / state.plan.sequences_per_step))
+    left = max(0, math.ceil(epochs * rows) - state.loader.position)
+    more = math.ceil(left / state.plan.sequences_per_step)
+    steps = max(1, state.step + more)
     if config.optim.batch_warmup:  # steps are smaller at first, by no more than half on average
 
         def sequences(max_steps: int) -> int:
-            return sequences_left(0, replace(config.optim, max_steps=max_steps), state.plan)
+            of_so_many = replace(config.optim, max_steps=max_steps)
+            return sequences_left(state.step, of_so_many, state.plan)
 
-        steps = bisect.bisect_left(range(2 * steps), wanted, lo=steps, key=sequences)
+        steps = bisect.bisect_left(range(steps + more), left, lo=steps, key=sequences)
     max_steps = min(config.optim.max_steps, steps)
     return replace(
         config,

@@ -16,16 +16,34 @@ from gpt2.train import loop
 from gpt2.train.tuning_plan import fit_batch, note_few_steps, resolve_steps
 
 
-def planned(rows: int, *arguments: str, world: int = 1, stored: int = 0) -> FinetuneConfig:
-    """The settings that a file of so many rows leads to."""
+def planned(
+    rows: int,
+    *arguments: str,
+    world: int = 1,
+    stored: int = 0,
+    epochs: float = 0,
+    done: tuple[int, int] = (0, 0),
+) -> FinetuneConfig:
+    """The settings that a file of so many rows leads to.
+
+    Args:
+        rows: of the file.
+        arguments: of the command.
+        world: ranks.
+        stored: batch size of the run that is continued; 0: a new run.
+        epochs: that it was to make.
+        done: its steps, and the sequences that it has read.
+    """
     given = ["--init=gpt2", "--data=x.jsonl", *arguments]
     config = parse(FinetuneConfig, given, "gpt2 finetune")
     order = SimpleNamespace(orders=[SimpleNamespace(per_epoch=rows)])
-    resumed = SimpleNamespace(state={"settings": {"batch_size": stored}}) if stored else None
+    settings = {"batch_size": stored, **({"epochs": epochs} if epochs else {})}
+    resumed = SimpleNamespace(state={"settings": settings}) if stored else None
     data = fit_batch(config.data, order, world, resumed)
     plan = plan_batch(data, 1024, world)
-    state = SimpleNamespace(loader=SimpleNamespace(order=order), plan=plan)
-    return resolve_steps(config, state)
+    step, position = done
+    loader = SimpleNamespace(order=order, position=position)
+    return resolve_steps(config, SimpleNamespace(loader=loader, plan=plan, step=step), resumed)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +70,27 @@ def test_what_is_given_is_kept():
     assert planned(1000, stored=2).data.batch_size == 2  # as when the run began
     assert planned(128, world=8).data.batch_size == 1  # 16 steps an epoch of all ranks
     assert fit_batch(TuningData(batch_size=3), None, 1, None).batch_size == 3
+
+
+@pytest.mark.parametrize("warmup", [0, 0.5])
+def test_a_resumed_run_reads_what_is_left_of_its_epochs(warmup):
+    """41 rows four times by steps of four, of which 10 are done; then by two or eight ranks."""
+    asked = ["--epochs=4", "--batch_size=2", "--grad_accum_steps=2", f"--batch_warmup={warmup}"]
+    whole = planned(41, *asked).optim.max_steps
+    assert whole == 41 if not warmup else 41 < whole < 82
+    for world, a_step in (1, 4), (2, 8), (8, 32):
+        found = planned(41, *asked, world=world, stored=2, epochs=4, done=(60, 100)).optim
+        assert found.max_steps == 60 + -(-64 // a_step)
+    assert planned(41, *asked, stored=2, epochs=4, done=(41, 164)).optim.max_steps == 41
+    assert planned(41, *asked, world=2, stored=2, epochs=4, done=(41, 164)).optim.max_steps == 41
+
+
+def test_a_resumed_run_keeps_its_epochs():
+    fresh = planned(40)
+    assert (fresh.tuning.epochs, fresh.optim.max_steps) == (5, 100)
+    more = planned(40, world=4, stored=2, epochs=5, done=(50, 100))
+    assert (more.tuning.epochs, more.optim.max_steps) == (5, 50 + 13)
+    assert planned(40, "--epochs=7", stored=2, epochs=5, done=(100, 200)).optim.max_steps == 140
 
 
 def test_few_steps_are_said_with_what_to_change():

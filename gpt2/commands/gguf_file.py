@@ -17,7 +17,7 @@ from ..config.model import GPT2_VOCAB_SIZE
 from ..data.chat_template import jinja_template
 from ..errors import UserError
 from ..files import replacing_file
-from ..huggingface.own_template import TEMPLATE_FILE
+from ..huggingface.own_template import TEMPLATE_FILE, TemplatedTokenizer
 from ..huggingface.own_tokenizer import SETTINGS_FILE, OwnTokenizer, files_of
 from ..huggingface.tokenizer_files import tokenizer_json
 from ..untrusted.parsing import load_json
@@ -80,8 +80,8 @@ def settings_of(weights: Weights, title: str, dtype: torch.dtype, chat: bool) ->
         weights: of a GPT-2.
         title: name of the model.
         dtype: of the matrices.
-        chat: whether it was trained on conversations here; then the file holds their template,
-            else that of the model's folder.
+        chat: whether it was trained on conversations here. The file holds the template that the
+            model brings, by which it was trained then; a model without one gets ours.
 
     Raises:
         UserError: a tokenizer that llama.cpp does not know as GPT-2's.
@@ -99,7 +99,10 @@ def settings_of(weights: Weights, title: str, dtype: torch.dtype, chat: bool) ->
         ("gpt2.attention.layer_norm_epsilon", FLOAT32, 1e-5),
         *_tokenizer(weights),
     ]
-    template = jinja_template(weights.tokenizer) if chat else _own_template(weights)
+    brought = weights.tokenizer.template
+    template = brought.source if brought else _own_template(weights)
+    if chat and not brought:
+        template = jinja_template(weights.tokenizer)
     return found + ([("tokenizer.chat_template", STRING, template)] if template else [])
 
 
@@ -123,6 +126,12 @@ def _tokenizer(weights: Weights) -> Iterator[Setting]:
     pairs = values["model"]["merges"]
     end = weights.tokenizer.end_of_text
     ids = {"bos_token_id": end, "eos_token_id": end} | weights.special_ids
+    if brought := weights.tokenizer.template:  # llama.cpp shows it the texts of these ids
+        by_text = {name: i for i, name in enumerate(names) if kinds[i] == CONTROL}
+        for name in ("bos_token", "eos_token"):
+            if (text := brought.variables.get(name)) in by_text:
+                ids[f"{name}_id"] = by_text[text]
+        ids["eos_token_id"] = brought.turn_end
     yield "tokenizer.ggml.model", STRING, "gpt2"
     yield "tokenizer.ggml.pre", STRING, "gpt-2"
     yield "tokenizer.ggml.tokens", ARRAY, (STRING, names)
@@ -149,6 +158,8 @@ def _tokenizer_values(weights: Weights) -> dict[str, Any]:
         if not as_gpt2 or not cut.get("use_regex", True) or values.get("normalizer"):
             raise UserError(f"{own.origin}: its tokenizer cuts words unlike GPT-2's{other}")
         return values
+    if isinstance(own, TemplatedTokenizer):  # GPT-2's
+        own = None
     if own or weights.config.vocab_size < GPT2_VOCAB_SIZE:
         raise UserError(
             f"{weights.origin}: GGUF needs a tokenizer, and its {weights.config.vocab_size:,} "

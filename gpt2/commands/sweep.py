@@ -22,6 +22,7 @@ from ..checkpoint import weights
 from ..checkpoint.training_state import state_folders
 from ..config.earlier import comparable
 from ..config.options import flatten
+from ..config.run_paths import shortest
 from ..config.sweep import Job, SweepConfig
 from ..config.train import plan_batch
 from ..data.datasets import open_datasets
@@ -252,7 +253,7 @@ def _is_finished(job: Job) -> bool:
     if not _has_begun(job):
         return False
     found = read_run(job.folder)
-    asked, theirs = comparable(flatten(job.config)), found.settings
+    asked, theirs = comparable(shortest(flatten(job.config))), found.settings
     model = job.config.model
     filled_in = [*flatten(model)] if model.init else [] if model.vocab_size else ["vocab_size"]
     differ = [

@@ -85,6 +85,15 @@ def as_written(settings: dict[str, Any], written: dict[str, Any]) -> dict[str, A
     return settings | found
 
 
+def shortest(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with paths as one would type them here: relative inside of the current folder.
+
+    So two ways to write one path become one. The paths of the settings begin in this folder.
+    """
+    here, there = Path.cwd(), {name: settings[name] for name in PATHS if name in settings}
+    return settings | {name: _inside(_moved(path, here), here) for name, path in there.items()}
+
+
 def find_beside(name: str, file: Path) -> str:
     """A relative path that is not here, looked for in the folders above the file that names it."""
     if os.path.isabs(name) or os.path.exists(name) or not _plain(name):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config.earlier import comparable, current_names
 from ..config.options import flatten
+from ..config.run_paths import from_here, shortest
 from ..config.train import TrainConfig
 from ..errors import UserError
 from ..untrusted.display import shown
@@ -176,7 +177,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{path} is missing, so the options of this run are not known; leave it out"
         )
-    settings = flatten(TrainConfig()) | current_names(read_toml(path))
+    stored = shortest(from_here(path, current_names(read_toml(path))))
+    settings = flatten(TrainConfig()) | stored
     for name in ("seed", "max_steps", "early_stop_evals"):
         if type(settings[name]) is not int:
             raise UserError(f"{path}: {name}={shown(settings[name])} is no whole number")

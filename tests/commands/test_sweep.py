@@ -13,6 +13,7 @@ from gpt2.commands import sweep
 from gpt2.commands.on_devices import on_devices
 from gpt2.config.command_line import parse, to_toml
 from gpt2.config.options import flatten
+from gpt2.config.run_paths import from_anywhere
 from gpt2.config.train import TrainConfig
 from gpt2.train import time_budget
 
@@ -52,7 +53,7 @@ class Trainer:
             output.write(b"a\nerror: no data\n")
             return code
         folder.mkdir(exist_ok=True)
-        settings = {n: v for n, v in flatten(config).items() if n != "resume"}
+        settings = from_anywhere({n: v for n, v in flatten(config).items() if n != "resume"})
         (folder / "config.toml").write_text(to_toml(settings))
         row = {"step": config.optim.max_steps, "val_loss": 3 + seed / 10, "val_tokens": 7}
         if folder.name in self.diverge:
@@ -114,6 +115,16 @@ def test_what_is_finished_is_not_run_again(call, trainer, tmp_path, capsys):
     assert call("--learning_rate=7") == 2
     line = capsys.readouterr().err
     assert "is of a run with other options: learning_rate 0.001 instead of 7.0; use" in line
+
+
+def test_a_relative_path_of_the_data_is_that_of_a_run_with_an_absolute_folder(
+    call, trainer, data_dir, monkeypatch
+):
+    """Such a run writes absolute paths into its config.toml."""
+    monkeypatch.chdir(data_dir.parent)
+    for _ in range(2):
+        assert call(f"--data_dir={data_dir.name}") == 0
+    assert len(trainer.calls) == 2
 
 
 GAVE_UP = {"step": 3, "diverged_since": 1}

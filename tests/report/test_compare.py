@@ -56,6 +56,19 @@ def test_recipes_have_their_seeds_and_means(sweep):
     assert row in said
 
 
+def test_one_path_of_the_data_may_be_written_in_several_ways(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    ways = "data", "./data", str(tmp_path / "data"), f"{tmp_path}/data:0.5,data:0.5"
+    for seed, way in enumerate(ways):
+        write_run(tmp_path / f"runs/{seed}", seed=seed, data_dir=way)
+    groups = found(tmp_path / "runs").groups
+    assert [(len(g.runs), g.runs[0].settings["data_dir"]) for g in groups] == [
+        (3, "data"),
+        (1, "data:0.5,data:0.5"),
+    ]
+
+
 def test_a_run_that_the_clock_ended_counts_and_is_named(tmp_path):
     folder = write_run(tmp_path / "a", (4, 3.0), steps=120, max_seconds=9.0)
     assert found(folder).left_out[0][1] == "at step 100 of 120"

@@ -32,7 +32,7 @@ class Run:
     folder: Path
     settings: dict[str, Any]  # every option of training
     rows: list[dict]  # of metrics.jsonl
-    starts: list[dict]  # of history.jsonl; empty for runs of older versions
+    starts: list[dict]  # of history.jsonl, see `lasting`; empty for runs of older versions
 
     @property
     def seed(self) -> int:
@@ -189,7 +189,27 @@ def read_run(folder: Path) -> Run:
             raise UserError(f"{path}: {name}={shown(settings[name])} is no number")
     history = folder / HISTORY
     starts = read_metrics(history) if history.is_file() else []
-    return Run(folder, comparable(settings), read_metrics(folder / METRICS), starts)
+    rows = read_metrics(folder / METRICS)
+    return Run(folder, comparable(settings), rows, lasting(starts, rows))
+
+
+def lasting(starts: list[dict], rows: list[dict]) -> list[dict]:
+    """The starts that a run's steps come from.
+
+    No step is from a start that a later one went back on, or that failed before its first step, or
+    that found the run at its end.
+
+    Args:
+        starts: lines of history.jsonl.
+        rows: lines of metrics.jsonl.
+    """
+    kept: list[dict] = []
+    last = max((row["step"] for row in rows), default=0)
+    for start in starts:
+        while kept and kept[-1]["step"] >= start["step"]:
+            kept.pop()
+        kept.append(start)
+    return [start for start in kept if start["step"] < max(1, last)]
 
 
 def _pairs(changed: Any) -> list[tuple[str, tuple[Any, Any]]]:

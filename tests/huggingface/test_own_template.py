@@ -158,9 +158,9 @@ def test_it_is_taught_kept_and_exported(name, request, tmp_path):
     ends = json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"]
     assert turn_end(before) in (ends if isinstance(ends, list) else [ends])
     assert "apply_chat_template" in (tmp_path / "hf/README.md").read_text("utf-8")
-    for source, name in (tmp_path / "out", "a.gguf"), (path, "b.gguf"):
-        assert cli.main(["export", str(source), str(tmp_path / name)]) == 0
-        values = gguf_settings(tmp_path / name)
+    for source, made in (tmp_path / "out", tmp_path / "a.gguf"), (path, tmp_path / "b.gguf"):
+        assert cli.main(["export", str(source), str(made)]) == 0
+        values = gguf_settings(made)
         assert values["tokenizer.chat_template"] == before.template.source
         assert values["tokenizer.ggml.eos_token_id"] == turn_end(before)
         eos = values["tokenizer.ggml.tokens"][values["tokenizer.ggml.eos_token_id"]]

@@ -201,6 +201,23 @@ def test_options_changed_on_the_way_make_another_recipe(tmp_path):
     }
 
 
+@pytest.mark.parametrize("step", [50, 100])
+def test_a_start_without_steps_changed_nothing(step, tmp_path):
+    """It failed, and the next one went on from the same step; or the run was at its end."""
+    folder = write_run(tmp_path / "a", (2, 2.1, 4, 3.5))
+    changed = {"batch_size": [2, 64], "seed": [1, 2]}
+    tried = {"step": step, "validation": "def", "vocab_size": 50257, "changed": changed}
+    again = {"step": 50, "validation": "abc", "vocab_size": 50257, "changed": {}}
+    with open(folder / "history.jsonl", "a") as file:
+        for start in [tried, again] if step == 50 else [again, tried]:
+            file.write(json.dumps(start) + "\n")
+    (run,) = find_runs([folder])
+    assert not run.changes
+    assert run.comparable_losses == [2, 2.1, 4, 3.5]
+    assert run.validation()[0] == "abc"
+    assert [start["step"] for start in run.starts] == [0, 50]
+
+
 def test_a_run_that_went_on_with_another_seed_is_no_run_of_that_seed(tmp_path):
     write_run(tmp_path / "a", seed=1)
     write_run(tmp_path / "b", seed=5, changed={"seed": [1, 5]})

@@ -28,7 +28,7 @@ from .messages import (
     watched,
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
-from .run_folder import MODEL_NAME, open_log, run_folder_lock
+from .run_folder import BEST_NAME, MODEL_NAME, open_log, run_folder_lock
 from .run_tokenizer import resolve_vocabulary
 from .save import export_model, save_checkpoint
 from .setup import build, resolve_init
@@ -66,7 +66,8 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
                 if watch:
                     log.attach("watch", watch)
                 announce(state, config, rt, resumed, log)
-                restore_logged_evaluation(state, config, rt, log, resumed)
+                if restore_logged_evaluation(state, config, rt, log, resumed):
+                    export_model(state, config, rt, BEST_NAME, final=False)
                 loop(state, config, rt, log)
         finally:
             state.loader.close()

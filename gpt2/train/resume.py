@@ -204,20 +204,21 @@ def restore_logged_evaluation(
     rt: Runtime,
     log: metrics.RunLog,
     resumed: Resumed | None,
-) -> None:
-    """Takes over an evaluation of this step from the log, made after the checkpoint was saved."""
+) -> bool:
+    """Takes over an evaluation of this step from the log, made after the checkpoint was saved.
+
+    Returns whether its loss is the lowest of the run. The process may have ended before it had
+    written the model, so this one has to.
+    """
     known = rt.broadcast(log.recorded(state.step))
     if known.get("hellaswag_items") == len(state.hellaswag):
         state.hellaswag_at = state.step
     asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
     val_loss = metrics.measured(known, "val_loss")
-    if not resumed or val_loss is None:
-        return
-    if state.evaluated_at == state.step:
-        return
+    if not resumed or val_loss is None or state.evaluated_at == state.step:
+        return False
     if _validates_otherwise(state, config, resumed):
         state.evaluated_at = state.step  # one loss a step in metrics.jsonl, as it was measured
-        return
+        return False
     same_data = resumed.state["settings"].get("data_dir") == config.data.data_dir
-    if same_data and known.get("val_tokens") == asked:
-        state.note_evaluation(val_loss)
+    return same_data and known.get("val_tokens") == asked and state.note_evaluation(val_loss)

@@ -28,7 +28,7 @@ from gpt2.evaluate import loss as loss_module
 from gpt2.report import metrics as metrics_module
 from gpt2.report.compare import find_groups
 from gpt2.report.runs import find_runs
-from gpt2.train import loop, resume, run_folder, setup, validation
+from gpt2.train import loop, resume, run_folder, save, setup, validation
 from gpt2.train import step as step_module
 from gpt2.train.messages import out_of_memory
 
@@ -434,6 +434,29 @@ def test_early_stop_and_best_model(data_dir, tmp_path, monkeypatch, capsys):
     assert (rest["step"], rest["val_loss"]) == (4, pytest.approx(4.0))
     assert model_file.load_model(tmp_path / "out_ckpt.pt")[2]["step"] == 10
     assert [p.name for p in training_state.state_folders(tmp_path)] == ["step_00000010"]
+
+
+def test_a_process_that_ends_while_the_best_model_is_written_does_not_lose_it(
+    data_dir, tmp_path, monkeypatch
+):
+    """Its loss is in the log already, and no later evaluation may be as good."""
+    arguments = ["--eval_every=2", "--save_every=2", "--ema_steps=10"]
+    written = save.write_model
+
+    def killed(path, shape, state, step, *more, **given):
+        if path.name != "best_ckpt.pt" or step == 2:
+            written(path, shape, state, step, *more, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "write_model", killed)
+        loop.run(config(data_dir, tmp_path, *arguments, "--max_steps=6"))
+    best = tmp_path / "best_ckpt.pt"
+    assert min(metrics(tmp_path, "val_loss").items(), key=lambda found: found[1])[0] == 6
+    assert model_file.load_model(best)[2]["step"] == 2
+    loop.run(config(data_dir, tmp_path, *arguments, "--max_steps=6"))
+    rest = model_file.load_model(best)[2]
+    assert (rest["step"], rest["val_loss"]) == (6, metrics(tmp_path, "val_loss")[6])
+    assert same(weights(best), weights(tmp_path / "out_ckpt.pt"))
 
 
 def test_fewer_validation_tokens_than_asked_for(data_dir, tmp_path, capsys):

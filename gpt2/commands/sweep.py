@@ -6,12 +6,14 @@ and a run that was cut off continues from its last checkpoint.
 """
 
 import bisect
+import contextlib
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -80,14 +82,15 @@ def run(jobs: list[Job], config: SweepConfig) -> int:
                 console.log(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
             done = len(jobs) - len(waiting)
             failed = []
-            for job, code in on_devices(waiting, devices, processes.train):
-                diverged = _divergence(job)
-                done += not code or bool(diverged)
-                if code and not diverged and not processes.signal:
-                    failed.append(job)
-                if not processes.signal:
-                    result = f"diverged: {diverged}" if diverged else _result(job, code)
-                    console.log(f"{job.folder.name}: {result} ({done} of {len(jobs)})")
+            with processes.ended():
+                for job, code in on_devices(waiting, devices, processes.train):
+                    diverged = _divergence(job)
+                    done += not code or bool(diverged)
+                    if code and not diverged and not processes.signal:
+                        failed.append(job)
+                    if not processes.signal:
+                        result = f"diverged: {diverged}" if diverged else _result(job, code)
+                        console.log(f"{job.folder.name}: {result} ({done} of {len(jobs)})")
         if processes.signal:
             console.log(f"stopped with {done} of {len(jobs)} runs finished; run it again to go on")
             return 128 + processes.signal
@@ -129,6 +132,19 @@ class _Processes:
         console.log("stopping: the runs are saving")
         for process in list(self._running):
             process.terminate()
+
+    @contextlib.contextmanager
+    def ended(self) -> Iterator[None]:
+        """Around their results: an error of the sweep ends the other runs, which save."""
+        try:
+            yield
+        except BaseException:
+            self.stop(signal.SIGTERM)
+            with self._lock:  # none is about to start
+                running = list(self._running)
+            for process in running:
+                process.wait()
+            raise
 
     def train(self, job: Job, device: str, results: queue.Queue) -> None:
         """Runs a job to its end; puts (job, exit code) into the queue."""

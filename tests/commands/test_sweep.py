@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from gpt2.config.command_line import parse, to_toml
 from gpt2.config.options import flatten
 from gpt2.config.run_paths import from_anywhere
 from gpt2.config.train import TrainConfig
+from gpt2.errors import UserError
 from gpt2.train import time_budget
 
 from ..conftest import TINY, run_python
@@ -287,6 +289,20 @@ def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(call, trainer, mon
 
 def _stop(processes, number):
     processes.signal = number
+
+
+def test_an_error_of_the_sweep_leaves_no_run_behind():
+    processes, codes = sweep._Processes(), []
+    wait = ["-c", "import time; time.sleep(600)"]
+    thread = threading.Thread(target=lambda: codes.append(processes.call(wait, None)))
+    with pytest.raises(UserError, match="a log"), processes.ended():  # noqa: PT012
+        thread.start()
+        while not processes._running:
+            time.sleep(0.01)
+        raise UserError("a log that cannot be written")
+    thread.join(60)
+    assert codes[0] != 0
+    assert processes.call(wait, None) == 128 + signal.SIGTERM
 
 
 class _Now:

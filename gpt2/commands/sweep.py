@@ -210,17 +210,20 @@ def _steps(job: Job, tokens: int) -> int:
 
 
 def _is_measured(entry: Any) -> bool:
-    """Whether an entry of a budgets.json has what was asked for, and `max_steps`."""
+    """Whether an entry of a budgets.json has what was asked for, and `max_steps`.
+
+    Earlier versions stored the arguments, which do not tell what a recipe's file said.
+    """
     return (
         isinstance(entry, dict)
-        and isinstance(entry.get("asked"), list)
+        and isinstance(entry.get("asked"), dict)
         and isinstance(entry.get("max_steps"), int)
     )
 
 
-def _speed(asked: list) -> list:
+def _speed(asked: dict) -> dict:
     """What was asked for a recipe, without what takes no time."""
-    return [a for a in asked if str(a).partition("=")[0].removeprefix("--") not in NO_TIME]
+    return {name: value for name, value in asked.items() if name not in NO_TIME}
 
 
 def _with_equal_seconds(
@@ -235,7 +238,9 @@ def _with_equal_seconds(
     found = read_json(path) if path.is_file() else {}
     known = {recipe: entry for recipe, entry in found.items() if _is_measured(entry)}
     for job in {job.recipe: job for job in reversed(jobs)}.values():
-        asked = [seconds, *(a for a in job.argv if not a.startswith(("--seed=", "--out_dir=")))]
+        settings = comparable(shortest(flatten(job.config)))
+        asked = {n: value for n, value in settings.items() if n not in SAME_RESULT}
+        asked["seconds"] = seconds
         if job.recipe in known and known[job.recipe]["asked"] == asked:
             continue
         alike = [entry for entry in known.values() if _speed(entry["asked"]) == _speed(asked)]

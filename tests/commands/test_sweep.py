@@ -203,9 +203,20 @@ def test_equal_seconds_are_measured_once_for_each_speed(swept, measurements, cal
     assert len(trainer.calls) == 4 + measurements
 
 
+def test_a_recipe_that_has_changed_is_measured_again(call, trainer, recipe, tmp_path):
+    for layers, measurements in (1, 1), (2, 2), (2, 2):
+        recipe.write_text(re.sub("n_layer = .*", f"n_layer = {layers}", recipe.read_text()))
+        assert call("--seconds=9") == 0
+        calls = [argv for argv in trainer.calls if "gpt2.train.time_budget" in argv]
+        assert len(calls) == measurements
+        for seed in (1, 2):
+            shutil.rmtree(tmp_path / f"o/seed={seed}")
+
+
 def test_a_budget_that_lacks_something_is_measured_again(call, trainer, tmp_path):
     (tmp_path / "o").mkdir()
-    kept = {"a": 3, "b": {"asked": 5}, "c": {"asked": [9.0], "max_steps": "x"}, "seed": {}}
+    kept = {"a": 3, "b": {"asked": 5}, "c": {"asked": {}, "max_steps": "x"}, "seed": {}}
+    kept["d"] = {"asked": [9.0], "max_steps": 5}  # of an earlier version
     (tmp_path / "o/budgets.json").write_text(json.dumps(kept))
     assert call("--seconds=9") == 0
     assert len([argv for argv in trainer.calls if "gpt2.train.time_budget" in argv]) == 1

@@ -275,7 +275,7 @@ def validate(state: TrainState, rt: Runtime, tokens: int, block_size: int = 0) -
         device=rt.device,
     )
     with averaged(state.model, state.optimizer):
-        found = evaluate(state.model, batches, rt)
+        found = evaluate(state.model, batches, rt, state.own_tokenizer)
     if found is None:
         raise Stopped
     return found

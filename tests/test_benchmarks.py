@@ -268,6 +268,12 @@ def test_sprint(tmp_path, data_dir):
         assert row["step"] == row["max_steps"] or row["seconds"] >= 0.4
         assert row["val_tokens"] == 500
         assert (tmp_path / f"{row['name']}-1337" / "out_ckpt.pt").exists()
+    model, found = tmp_path / "hot-1337/out_ckpt.pt", tmp_path / "eval.json"
+    asked = [f"--data_dir={data_dir}", "--eval_tokens=500", "--device=cpu", "--dtype=float32"]
+    assert main(["eval", str(model), *asked, f"--json={found}"]) == 0
+    told, hot = json.loads(found.read_text()), ends["hot"]
+    assert told["val_loss"] == pytest.approx(hot["val_loss"], rel=1e-4)
+    assert told["val_bpb"] == pytest.approx(hot["bits_per_byte"], rel=1e-3)  # of this tokenizer
     assert "| hot |" in done.stdout
     difference = ends["hot"]["val_loss"] - ends["sprint_gpt2_adamw"]["val_loss"]
     first, second, _, said = (tmp_path / "sprint.md").read_text().splitlines()[2:]

@@ -47,9 +47,13 @@ class Throughput:
             self.first_steps += self._finished - self._lap_started
         self._steps += 1
 
+    def seconds(self) -> float:
+        """Seconds of training until the last step's end."""
+        return self._seconds_before + self._finished - self._lap_started
+
     def counted(self) -> float:
         """Seconds of training without the first step of each process, which compiles."""
-        return self._seconds_before + self._finished - self._lap_started - self.first_steps
+        return self.seconds() - self.first_steps
 
     def next_is_last(self, max_seconds: float) -> bool:
         """Whether a step after the next, at the mean pace, would end after `max_seconds`."""

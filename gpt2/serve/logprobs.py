@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.chat_template import turn_end
 from ..tokenizer import Tokenizer, gpt2_tokenizer
 from .choice import ScoredToken
 
@@ -32,13 +33,14 @@ def of_completion(
 
 
 def of_chat(scored: Sequence[ScoredToken], tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """`logprobs` of a chat: an entry for each token but the end-of-text token."""
+    """`logprobs` of a chat: an entry for each token but those that end a text or an answer."""
     tokenizer = tokenizer or gpt2_tokenizer()
+    ends = tokenizer.end_of_text, turn_end(tokenizer)
     content = [
         _entry(token, logprob or 0.0, tokenizer)
         | {"top_logprobs": [_entry(other, number, tokenizer) for other, number in top]}
         for _, (token, logprob, top) in scored
-        if token != tokenizer.end_of_text
+        if token not in ends
     ]
     return {"content": content, "refusal": None}
 

@@ -173,6 +173,7 @@ def log_step(
     state.stop = state.stop or stops > 0
     state.time_was_up = config.optim.max_seconds if no_time else state.time_was_up
     state.clock.step(launched.own_tokens, launched.numbers.finished_at())
+    state.seconds, state.first_steps = state.clock.seconds(), state.clock.first_steps
     if launched.step == 1:
         check_first_loss(loss, launched.own_tokens, state, rt, config.model.init)
     last = launched.step == config.optim.max_steps or state.stop or no_time > 0

@@ -86,7 +86,7 @@ def log_training_step(  # noqa: PLR0917
     log: metrics.RunLog,
 ) -> None:
     """One line, one object in metrics.jsonl, for a step; with the tokens/s since the last line."""
-    rate, state.seconds = state.clock.lap()
+    rate, _ = state.clock.lap()
     peak = throughput.peak_flops(rt.device_name, str(rt.dtype).removeprefix("torch."))
     achieved = rate * state.model.flops_per_token()
     values |= {
@@ -95,7 +95,6 @@ def log_training_step(  # noqa: PLR0917
         "seconds": state.seconds,
         "peak_gib": rt.peak_gib(),
     }
-    state.first_steps = state.clock.first_steps
     if limit := config.optim.max_seconds:
         values |= {"counted_seconds": state.clock.counted(), "time_was_up": state.time_was_up}
     log.record(step, **values)

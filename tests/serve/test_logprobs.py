@@ -2,6 +2,9 @@
 
 import json
 import math
+from types import SimpleNamespace
+
+import pytest
 
 from gpt2.generate.logprobs import TokenLogprobs
 from gpt2.serve.choice import ScoredToken
@@ -36,6 +39,16 @@ def test_chat():
     half = {"token": "".join(f"\\x{b:02x}" for b in raw), "bytes": raw, "logprob": -1.0}
     end = {"token": "<|endoftext|>", "bytes": None, "logprob": -2.0}
     assert found == {"content": [{**half, "top_logprobs": [half, end]}], "refusal": None}
+
+
+def test_chat_of_a_model_whose_answers_end_by_another_token():
+    """It is no part of the answer, as the end of text is none."""
+    tokenizer = gpt2_tokenizer()
+    brought = SimpleNamespace(turn_end=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tokenizer), "template", brought)
+        found = of_chat([ScoredToken(i, TokenLogprobs(i + 6, -1.0, ())) for i in range(2)])
+    assert [entry["token"] for entry in found["content"]] == [tokenizer.decode([6])]
 
 
 def test_every_id_has_a_name_of_its_own():

@@ -459,6 +459,15 @@ def test_a_process_that_ends_while_the_best_model_is_written_does_not_lose_it(
     assert same(weights(best), weights(tmp_path / "out_ckpt.pt"))
 
 
+def test_a_checkpoint_between_two_lines_of_the_log_knows_its_seconds(data_dir, tmp_path):
+    loop.run(config(data_dir, tmp_path, "--max_steps=4", "--save_every=1", "--log_every=4"))
+    states = [training_state.load_state(f).state for f in training_state.state_folders(tmp_path)]
+    seconds = [state["seconds"] for state in states]
+    assert seconds == sorted(set(seconds))
+    assert seconds[-1] == metrics(tmp_path, "seconds")[4]
+    assert all(0 < state["first_steps"] <= seconds[0] for state in states)
+
+
 def test_fewer_validation_tokens_than_asked_for(data_dir, tmp_path, capsys):
     loop.run(config(data_dir, tmp_path, "--max_steps=1", "--eval_tokens=1000000"))
     out = capsys.readouterr().out

@@ -7,13 +7,14 @@ and a run that was cut off continues from its last checkpoint.
 
 import bisect
 import contextlib
+import functools
 import json
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -22,12 +23,13 @@ import torch
 
 from ..checkpoint import weights
 from ..checkpoint.training_state import state_folders
+from ..config import registry
 from ..config.earlier import comparable
 from ..config.options import flatten
 from ..config.run_paths import shortest
 from ..config.sweep import Job, SweepConfig
 from ..config.train import plan_batch
-from ..data.datasets import open_datasets
+from ..data.datasets import identify, open_datasets, training_fingerprint
 from ..distributed import signals
 from ..distributed.devices import choose_device
 from ..errors import UserError
@@ -77,7 +79,8 @@ def run(jobs: list[Job], config: SweepConfig) -> int:
                 jobs = _with_equal_seconds(jobs, config.seconds, devices[0], out, processes)
             else:
                 jobs = _with_equal_tokens(jobs, config.tokens)
-            waiting = [job for job in jobs if not _is_finished(job)]
+            training = functools.cache(_training_of)
+            waiting = [job for job in jobs if not _is_finished(job, training)]
             if len(waiting) < len(jobs):
                 console.log(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
             done = len(jobs) - len(waiting)
@@ -265,11 +268,15 @@ def _with_equal_seconds(
 # ---- the state of a run -------------------------------------------------------------------------
 
 
-def _is_finished(job: Job) -> bool:
+def _is_finished(job: Job, training: Callable[[str], str]) -> bool:
     """Whether the run of a job is at its end.
 
+    Args:
+        job: a run of the sweep.
+        training: `_training_of`.
+
     Raises:
-        UserError: the folder holds a run with other options.
+        UserError: the folder holds a run with other options, another plugin or other data.
     """
     if not _has_begun(job):
         return False
@@ -287,7 +294,28 @@ def _is_finished(job: Job) -> bool:
             f"{job.folder} is of a run with other options: {', '.join(differ)}; use another "
             "--out_dir= for this sweep"
         )
+    now = training(job.config.data.data_dir) if found.training else ""
+    changed = [
+        path
+        for path, digest in registry.plugins().items()
+        if found.plugins.get(path, digest) != digest
+    ]
+    if now and now != found.training:
+        changed.append(f"the training tokens in {job.config.data.data_dir}")
+    if changed:
+        raise UserError(
+            f"{' and '.join(changed)} changed since the run in {job.folder} began, so the runs of "
+            "this sweep would not compare; use another --out_dir= for it"
+        )
     return _is_at_its_end(found)
+
+
+def _training_of(data_dir: str) -> str:
+    """Fingerprint of the training tokens; "" if they are not here, as finished runs allow."""
+    try:
+        return training_fingerprint((d.share, identify(d)) for d in open_datasets(data_dir))
+    except UserError:
+        return ""
 
 
 def _has_ended(job: Job) -> bool:

@@ -144,8 +144,20 @@ def validation_fingerprint(parts: Iterable[tuple[float, Identity]]) -> str:
     Args:
         parts: (share, identity) of each dataset.
     """
+    return _fingerprint(parts, of_validation=True)
+
+
+def training_fingerprint(parts: Iterable[tuple[float, Identity]]) -> str:
+    """As `validation_fingerprint`, a hash that is equal for runs on the same training tokens."""
+    return _fingerprint(parts, of_validation=False)
+
+
+def _fingerprint(parts: Iterable[tuple[float, Identity]], of_validation: bool) -> str:
     covered = [
-        [round(share, 6), *(shard[1:] for shard in identity if _is_validation(shard[0]))]
+        [
+            round(share, 6),
+            *(shard[1:] for shard in identity if _is_validation(shard[0]) == of_validation),
+        ]
         for share, identity in parts
     ]
     return hashlib.sha256(json.dumps(covered).encode()).hexdigest()

@@ -104,9 +104,8 @@ def _other_validation(first: Run, run: Run) -> str:
 
 def _settings(run: Run) -> dict[str, Any]:
     own = {name: value for name, value in run.settings.items() if name not in SAME_RESULT}
-    plugins = next((s["plugins"] for s in reversed(run.starts) if s.get("plugins")), None)
-    if plugins:
-        own["plugin_sha256"] = str(plugins)[:200]
+    if run.plugins:
+        own["plugin_sha256"] = str(run.plugins)[:200]
     return own | ({"changed on the way": "; ".join(run.changes)} if run.changes else {})
 
 
@@ -136,6 +135,7 @@ def _notes(groups: list[Group], runs: list[Run]) -> list[str]:
             "some runs are of an older version, which did not record its validation tokens: their "
             "data was compared by --data_dir= alone"
         )
+    notes += _other_training(runs)
     used = {shown(run.folder): share for run in runs if (share := run.share_of_seconds)}
     if short := [name for name, share in used.items() if share == math.inf]:
         notes.append(
@@ -151,6 +151,19 @@ def _notes(groups: list[Group], runs: list[Run]) -> list[str]:
     if trained and max(trained) > UNEQUAL * max(min(trained), 1):
         few, many = format_count(min(trained)), format_count(max(trained))
         notes.append(f"the runs trained on unequal numbers of tokens: {few} to {many}")
+    return notes
+
+
+def _other_training(runs: list[Run]) -> list[str]:
+    """A note for each `--data_dir=` whose training tokens changed between the runs."""
+    notes = []
+    for data_dir in dict.fromkeys(run.settings["data_dir"] for run in runs):
+        here = [run for run in runs if run.settings["data_dir"] == data_dir and run.training]
+        if others := [shown(r.folder) for r in here if r.training != here[0].training]:
+            notes.append(
+                f"{shown(data_dir)} held other training tokens than for {shown(here[0].folder)} "
+                f"when these runs read it: {', '.join(others)}"
+            )
     return notes
 
 

@@ -135,6 +135,21 @@ class Run:
             return f"at step {self.last_step:,} of {asked:,}"
         return ""
 
+    @property
+    def training(self) -> str:
+        """Fingerprint of the training tokens; "" for runs of older versions."""
+        return self._recorded("training", str) or ""
+
+    @property
+    def plugins(self) -> dict[str, str]:
+        """The plugins of the run, path as it was given -> sha256."""
+        return self._recorded("plugins", dict) or {}
+
+    def _recorded(self, name: str, kind: type) -> Any:
+        """What the last start says that says it; None if none does."""
+        found = (start.get(name) for start in reversed(self.starts))
+        return next((value for value in found if isinstance(value, kind) and value), None)
+
     def validation(self) -> tuple:
         """What a validation loss is about: the tokens, how many of them, and the vocabulary."""
         known: dict = next((s for s in reversed(self.starts) if s.get("validation")), {})

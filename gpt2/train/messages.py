@@ -18,6 +18,7 @@ from ..data.datasets import (
     Dataset,
     asked_eval_tokens,
     split_eval_tokens,
+    training_fingerprint,
     validation_fingerprint,
 )
 from ..distributed.devices import wait_for
@@ -181,10 +182,12 @@ def record_start(
     state: TrainState, rt: Runtime, changed: dict[str, tuple[Any, Any]], log: metrics.RunLog
 ) -> None:
     """A line of history.jsonl."""
+    parts = [(d.share, d.identity) for d in state.datasets]
     log.started(
         state.step,
         changed={name: [_for_json(value) for value in pair] for name, pair in changed.items()},
-        validation=validation_fingerprint((d.share, d.identity) for d in state.datasets),
+        validation=validation_fingerprint(parts),
+        training=training_fingerprint(parts),
         vocab_size=state.model.config.vocab_size,
         plugins=plugins() or None,
         device=rt.device_name,

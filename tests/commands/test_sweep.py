@@ -7,6 +7,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from gpt2 import cli
@@ -14,8 +15,10 @@ from gpt2.commands import sweep
 from gpt2.commands.on_devices import on_devices
 from gpt2.config.command_line import parse, to_toml
 from gpt2.config.options import flatten
+from gpt2.config.registry import forget, plugins
 from gpt2.config.run_paths import from_anywhere
 from gpt2.config.train import TrainConfig
+from gpt2.data.shards import write_shard
 from gpt2.errors import UserError
 from gpt2.train import time_budget
 
@@ -61,6 +64,12 @@ class Trainer:
         if folder.name in self.diverge:
             row = self.diverge[folder.name]
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        start = {
+            "step": 0,
+            "plugins": plugins(),
+            "training": sweep._training_of(config.data.data_dir),
+        }
+        (folder / "history.jsonl").write_text(json.dumps(start) + "\n")
         if row.get("val_tokens"):
             (folder / "out_ckpt.pt").write_text("")
         return 0 if "val_loss" in row else self.code_of_nan
@@ -126,6 +135,36 @@ def test_a_relative_path_of_the_data_is_that_of_a_run_with_an_absolute_folder(
     monkeypatch.chdir(data_dir.parent)
     for _ in range(2):
         assert call(f"--data_dir={data_dir.name}") == 0
+    assert len(trainer.calls) == 2
+
+
+def test_runs_on_other_training_tokens_are_refused(call, trainer, data_dir, tmp_path, capsys):
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    given = f"--data_dir={data}"
+    assert call(given) == 0
+    shard = sorted(data.glob("*_train_*.bin"))[-1]
+    renamed = shard.rename(shard.with_name(f"{shard.stem[:-6]}900000.bin"))  # the same tokens
+    assert call(given) == 0
+    write_shard(renamed, np.arange(5000, dtype=np.uint16) % 500)
+    assert call(given) == 2
+    line = capsys.readouterr().err
+    assert f"the training tokens in {data} changed since the run in {tmp_path}/o/seed=1" in line
+    assert len(trainer.calls) == 2
+
+
+def test_runs_with_another_version_of_a_plugin_are_refused(call, trainer, tmp_path, capsys):
+    idea = tmp_path / "idea.py"
+    idea.write_text(
+        "import gpt2\n@gpt2.register('mlp', 'mine')\ndef mine(x):\n    return x\n"
+    )
+    try:
+        for _ in range(2):
+            assert call(f"--plugin={idea}", "--mlp=mine") == 0
+        idea.write_text(idea.read_text() + "# better\n")
+        assert call(f"--plugin={idea}", "--mlp=mine") == 2
+    finally:
+        forget()
+    assert f"{idea} changed since the run in {tmp_path}/o/seed=1 began" in capsys.readouterr().err
     assert len(trainer.calls) == 2
 
 

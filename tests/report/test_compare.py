@@ -16,7 +16,8 @@ LAST = {0.01: (3.10, 3.12, 3.09), 0.02: (3.25, 3.27, 3.23), 0.03: (3.11, 3.13, 3
 def write_run(folder, losses=(4.0, 3.5), seed=1, steps=100, **given):
     """A run with evaluations at even distances; `given` are options, or `validation`, `changed`."""
     start = {"step": 0, "validation": "abc", "vocab_size": 50257, "changed": {}}
-    start |= {n: given.pop(n) for n in ("validation", "vocab_size", "changed") if n in given}
+    recorded = ("validation", "training", "vocab_size", "changed")
+    start |= {n: given.pop(n) for n in recorded if n in given}
     tokens = given.pop("val_tokens", 1000)
     folder.mkdir(parents=True)
     settings = {"seed": seed, "max_steps": steps, "out_dir": str(folder)} | given
@@ -188,6 +189,19 @@ def test_losses_of_other_validation_tokens_are_not_compared(tmp_path, then):
     settings = (folder / "config.toml").read_text().replace("max_steps = 400", "max_steps = 100")
     (folder / "config.toml").write_text(settings)
     assert found(folder).groups[0].best == [3.5]
+
+
+def test_a_folder_whose_training_tokens_changed_is_named(tmp_path):
+    for seed, training in enumerate(("abc", "abc", "def")):
+        write_run(tmp_path / f"{seed}", seed=seed, training=training, data_dir="x")
+    write_run(tmp_path / "other", training="ghi", data_dir="y")
+    write_run(tmp_path / "old", seed=9, data_dir="x")
+    findings = found(tmp_path)
+    assert [len(group.runs) for group in findings.groups] == [4, 1]
+    first, last = tmp_path / "0", tmp_path / "2"
+    assert findings.notes == [
+        f"x held other training tokens than for {first} when these runs read it: {last}"
+    ]
 
 
 def test_options_changed_on_the_way_make_another_recipe(tmp_path):

@@ -1,10 +1,11 @@
 """`gpt2 eval`: evaluates a checkpoint on validation shards, a text, HellaSwag and LAMBADA."""
 
+import contextlib
 import math
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..data.datasets import (
 from ..data.loader import available_eval_tokens, eval_batches
 from ..data.shards import SequenceReader
 from ..data.text_encodings import garbled
-from ..data.text_files import read_rows
+from ..data.text_files import DOCUMENT_BYTES, TooLong, Unusable, read_marked_rows
 from ..data.vocabulary import vocabulary_of
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
@@ -180,10 +181,9 @@ def _resolve_window(place: Path, asked: int, found: weights.Weights) -> int:
 def _check_text(text: str) -> None:
     """Raises UserError for a `--text=` that is missing, or a table whose text it is not."""
     if not Path(text).is_file():
-        is_folder = Path(text).is_dir()
-        raise UserError(
-            f"--text={text}: {'a folder; name a file' if is_folder else 'no such file'}"
-        )
+        what = "a folder; name a file" if Path(text).is_dir() else "no such file"
+        what += "; standard input is not read: write it into a file first" * (text == "-")
+        raise UserError(f"--text={text}: {what}")
     if TABLE.search(text):
         raise UserError(
             f"--text={text}: a table, whose text is in a column; give plain text or a "
@@ -282,15 +282,34 @@ def _check_held_out(place: Path, data_dir: str, datasets: list[Dataset]) -> None
         )
 
 
+def _texts(path: Path) -> Generator[str, None, None]:
+    """The texts of a file; says in the end how many of the rows that were read have none."""
+    left_out: list[str] = []
+    number = 0
+    try:
+        for number, (text, _) in enumerate(read_marked_rows(path), 1):
+            if isinstance(text, Unusable):
+                left_out.append(f"{text.place}: {text.why}")
+            elif isinstance(text, TooLong):
+                left_out.append(f"row {number}: over {DOCUMENT_BYTES // 10**6} MB")
+            elif text:
+                yield text
+    finally:
+        if left_out:
+            console.warn(
+                f"--text={path}: {len(left_out):,} of {number:,} rows are left out; {left_out[0]}"
+            )
+
+
 def _encode(path: Path, limit: int, tokenizer: Tokenizer) -> np.ndarray:
     """The first `limit` + 1 token ids of a file, joined like `gpt2 prepare` does."""
-    texts = (text for text, _ in read_rows(path) if text)
     parts, have = [], 0
-    while have < limit and (text := next(texts, None)):
-        if why := garbled(text):
-            raise UserError(f"--text={path}: {why}")
-        parts.append(tokenizer.encode_documents([text])[0])
-        have += len(parts[-1])
+    with contextlib.closing(_texts(path)) as texts:
+        while have < limit and (text := next(texts, None)):
+            if why := garbled(text):
+                raise UserError(f"--text={path}: {why}")
+            parts.append(tokenizer.encode_documents([text])[0])
+            have += len(parts[-1])
     if not parts:
         raise UserError(f"--text={path}: holds no text")
     return np.concatenate(parts)[: limit + 1]

@@ -49,14 +49,19 @@ class Unusable(str):
     """Stands for a row that was meant to have a text and has none; empty."""
 
     place = ""  # in its file: "line 3"
+    why = ""  # in words
 
 
 class NotJson(Unusable):
     """Stands for a line that is not JSON."""
 
+    why = "not JSON"
+
 
 class NoText(Unusable):
     """Stands for JSON that is no object with a `text`, or has one that is no string."""
+
+    why = "no `text` that is a string"
 
 
 TextRow = tuple[str | None, int]  # (document or None, bytes of the file read so far)

@@ -28,7 +28,7 @@ MOST_WORKERS = 16  # default limit: the one reading thread cannot feed more
 MOST_WARNINGS = 5  # of texts that are probably none
 # Kinds of rows that the manifest counts. `not_json` and `no_text` are among the skipped.
 ODD = ("skipped", "repaired", "literal", "too_long", "not_json", "no_text")
-WHY_UNUSABLE: dict[type, str] = {NotJson: "not JSON", NoText: "no `text` that is a string"}
+WHY_UNUSABLE: dict[type, str] = {kind: kind.why for kind in (NotJson, NoText)}
 CHECK_EVERY = 1000  # rows per document that is compared with tiktoken
 
 # (rows, their tokens as uint16, number of tokens of each row as int64)

@@ -150,6 +150,27 @@ def test_text_equals_its_shards(trained, text, tmp_path):
     assert json.loads(target.read_text())["text_tokens"] == 77
 
 
+def test_rows_without_a_text_are_counted(trained, text, tmp_path, capsys):
+    source, target = tmp_path / "t.jsonl", tmp_path / "r.json"
+    good = json.dumps({"text": text[:900]})
+    rows = [good, '{"content": "no"}', good[:50], '{"text": 5}', '{"text": null}', ""]
+    source.write_text("\n".join([*rows, good]), encoding="utf-8")
+    config = EvalConfig(text=str(source), json=str(target), device="cpu", eval_tokens=10**6)
+    run(str(trained), config)
+    said = f"--text={source}: 3 of 6 rows are left out; line 2: no `text` that is a string"
+    assert said in capsys.readouterr().err
+    tokens = json.loads(target.read_text())["text_tokens"]
+    source.write_text(f"{good}\n{good}\n", encoding="utf-8")
+    run(str(trained), config)
+    assert json.loads(target.read_text())["text_tokens"] == tokens
+    assert "left out" not in capsys.readouterr().err
+    source.write_text("\n".join([*rows, good]), encoding="utf-8")
+    run(str(trained), replace(config, eval_tokens=20))  # the first row is enough
+    assert "left out" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such file; standard input is not read"):
+        run(str(trained), replace(config, text="-"))
+
+
 def test_shorter_windows_see_less_text(trained, text, tmp_path):
     source, target = write_jsonl(tmp_path / "t.jsonl", [{"text": text[:900]}]), tmp_path / "r.json"
     config = EvalConfig(text=str(source), json=str(target), device="cpu", dtype="float32")

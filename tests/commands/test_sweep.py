@@ -154,9 +154,7 @@ def test_runs_on_other_training_tokens_are_refused(call, trainer, data_dir, tmp_
 
 def test_runs_with_another_version_of_a_plugin_are_refused(call, trainer, tmp_path, capsys):
     idea = tmp_path / "idea.py"
-    idea.write_text(
-        "import gpt2\n@gpt2.register('mlp', 'mine')\ndef mine(x):\n    return x\n"
-    )
+    idea.write_text("import gpt2\n@gpt2.register('mlp', 'mine')\ndef mine(x):\n    return x\n")
     try:
         for _ in range(2):
             assert call(f"--plugin={idea}", "--mlp=mine") == 0

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: Ctrl-C, and what schedulers send before they end a job."""
+"""Signals that ask a run to stop: Ctrl-C, what schedulers send, and that of a closed terminal."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Slurm is often told to send the last
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # of Slurm; of a terminal that closes
 SWALLOWED_SECONDS = 2.0  # what may be left of an import and the clean-up after Ctrl-C
 _asked: list[int] = []  # the signal that came inside of `caught`, until its end
 _last: list[int] = []  # the first signal of the latest `caught`, also after its end
@@ -123,6 +123,9 @@ def caught(
             raise KeyboardInterrupt
 
     numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up and signal.getsignal(hang_up) is signal.SIG_IGN:  # by nohup
+        numbers.remove(hang_up)
     try:
         before = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:  # not the main thread: signals belong to the program that embeds us

@@ -1,11 +1,12 @@
 """Lines on the console. `log`, `warn` and `error` are the package's only prints."""
 
+import errno
 import math
 import select
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -15,6 +16,8 @@ LONGEST = 2000  # characters of a warning or error, which may quote several name
 
 
 _muted: list[bool] = []  # an entry for each `muted` block around this point
+_when_unread: list[Callable[[], None]] = []  # what an `unread` block is to call
+_unread: list[TextIO] = []  # streams whose reader has gone, within such a block
 
 
 @contextmanager
@@ -25,6 +28,29 @@ def muted() -> Iterator[None]:
         yield
     finally:
         _muted.pop()
+
+
+@contextmanager
+def unread(stop: Callable[[], None]) -> Iterator[None]:
+    """Within the block, output that nobody reads any more ends nothing at once.
+
+    That is a pipe whose reader has ended, or a terminal that was closed. Later lines are dropped.
+
+    Args:
+        stop: is called when that is noticed, once.
+
+    Raises:
+        BrokenPipeError: at the end of the block, if it was noticed.
+    """
+    _when_unread.append(stop)
+    try:
+        yield
+    finally:
+        _when_unread.clear()
+        lost = bool(_unread)
+        _unread.clear()
+    if lost:
+        raise BrokenPipeError
 
 
 def log(text: str) -> None:
@@ -73,9 +99,20 @@ def _write(stream: TextIO, text: str) -> None:
     """Print; a character that the console's encoding lacks becomes "?" instead of a crash."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with _writing:
-        if _moving:
-            status("")
-        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+        if stream in _unread:
+            return
+        try:
+            if _moving:
+                status("")
+            print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal
+                raise
+            if not _when_unread:
+                raise BrokenPipeError from error
+            if not _unread:
+                _when_unread[0]()
+            _unread.append(stream)
 
 
 def console_line(values: dict, *, max_steps: int, seconds_left: float | None) -> str:

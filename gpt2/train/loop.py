@@ -37,6 +37,7 @@ from .step import Launched, train_step
 from .tuning_plan import resolve_steps
 from .validation import evaluate_hellaswag, validate
 
+SIGPIPE = getattr(signal, "SIGPIPE", 13)  # Windows has none
 MAX_SKIPPED_STEPS = 20  # in a row; fp16 needs a few at the start to find its scale
 
 
@@ -54,7 +55,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
         UserError: anything that a person can correct; whatever had been saved is still there.
     """
     started = runtime.start(config.system, console.error, answer_signal)
-    with started as rt, run_folder_lock(config, rt):
+    with started as rt, console.unread(lambda: rt.stop(SIGPIPE)), run_folder_lock(config, rt):
         config = resolve_vocabulary(config)  # which a checkpoint is compared with
         resumed = find_checkpoint(config, rt)
         config, init = resolve_init(config, rt, resumed)

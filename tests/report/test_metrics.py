@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -45,6 +46,33 @@ def test_a_poor_console_does_not_crash(monkeypatch, encoding, shown):
     monkeypatch.setattr(sys, "stdout", stream)
     console.log("8 × 2 \N{ALMOST EQUAL TO} 16")
     assert stream.buffer.getvalue().decode(encoding) == f"{shown} ? 16\n"
+
+
+def test_lines_that_nobody_reads_are_dropped_until_the_end(monkeypatch, capsys):
+    called = []
+
+    class Unread(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def work():
+        with console.unread(lambda: called.append(1)):
+            console.log("a")
+            console.log("b")
+            console.warn("c")
+            called.append(2)
+
+    work()
+    assert called == [2]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Unread())
+        with pytest.raises(BrokenPipeError):
+            work()
+        with pytest.raises(BrokenPipeError):  # outside of a block at once
+            console.log("d")
+    assert called == [2, 1, 2]
+    work()
+    assert capsys.readouterr() == ("a\nb\n" * 2, "warning: c\n" * 3)
 
 
 # metrics.jsonl

@@ -1,6 +1,8 @@
 """The loop: golden losses, exact resume, accumulation, faults, early stop."""
 
+import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -779,7 +781,7 @@ def test_second_run_in_the_same_folder_is_refused(data_dir, tmp_path, monkeypatc
     assert not (tmp_path / ".lock").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 @pytest.mark.fault(18)
 def test_signals_save_and_stop_with_their_exit_code(data_dir, tmp_path, monkeypatch, name):
     step = step_module.train_step
@@ -790,9 +792,48 @@ def test_signals_save_and_stop_with_their_exit_code(data_dir, tmp_path, monkeypa
         return step(state, config, rt)
 
     monkeypatch.setattr(loop, "train_step", interrupted)
-    code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}[name]
+    code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138, "SIGHUP": 129}[name]
     assert loop.run(config(data_dir, tmp_path, "--max_steps=9")) == code
     assert training_state.find_state(tmp_path, "auto")[0].step == 4
+
+
+def test_nohup_goes_on_when_its_terminal_closes(data_dir, tmp_path, monkeypatch):
+    step = step_module.train_step
+
+    def interrupted(state, config, rt):
+        signal.raise_signal(signal.SIGHUP)
+        return step(state, config, rt)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert loop.run(config(data_dir, tmp_path, "--max_steps=3")) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO], ids=["pipe", "terminal"])
+def test_output_that_nobody_reads_any_more_ends_the_run_with_all_saved(
+    number, data_dir, tmp_path, monkeypatch, capsys
+):
+    """As by `gpt2 train … | head`, and where the window of the terminal is closed."""
+
+    class Unread(io.StringIO):
+        def write(self, text):
+            if text.startswith("step 2/"):
+                raise OSError(number, os.strerror(number))
+            return super().write(text)
+
+    monkeypatch.setattr("sys.stdout", Unread())
+    with pytest.raises(BrokenPipeError):
+        loop.run(config(data_dir, tmp_path, "--max_steps=9", "--save_every=0"))
+    monkeypatch.undo()
+    (found,) = training_state.state_folders(tmp_path)
+    step = int(found.name[5:])
+    assert 2 <= step < 9
+    assert (tmp_path / "out_ckpt.pt").exists()
+    assert loop.run(config(data_dir, tmp_path, "--max_steps=9", "--save_every=0")) == 0
+    assert f"continuing from {found}" in capsys.readouterr().out
 
 
 def test_signal_before_the_first_step_ends_without_one(data_dir, tmp_path, monkeypatch, capsys):

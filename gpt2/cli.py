@@ -129,6 +129,10 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a console without "×" shows "?" and goes on
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    if argv is None:  # plots are files, so that a backend that is not there is no mistake
+        from .distributed.environment import unset
+
+        unset("MPLBACKEND")
     arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         try:

@@ -239,6 +239,13 @@ def test_nobody_reads_the_output(arguments, trained, data_dir, tmp_path):
         assert done.returncode == 1
 
 
+def test_a_backend_of_matplotlib_that_is_not_there_is_not_asked_for(trained):
+    """Notebooks and shells set it for windows; a plot is a file."""
+    env = {**os.environ, "MPLBACKEND": "nowhere"}
+    done = run_python("-m", "gpt2", "plot", trained, env=env, real=True)
+    assert done.stdout == f"{trained / 'loss.png'}\n"
+
+
 def test_sample(trained):
     arguments = ["-m", "gpt2", "sample", trained / "out_ckpt.pt", "--max_new_tokens=8", "--seed=1"]
     once = run_python(*arguments, "--prompt=Hello world,", "--num_samples=2").stdout

@@ -7,6 +7,9 @@ import os
 import sys
 from typing import NamedTuple
 
+from ..errors import UserError
+from ..untrusted.display import shown
+
 
 class Ranks(NamedTuple):
     """This process among those that torchrun started; alone without torchrun."""
@@ -18,9 +21,25 @@ class Ranks(NamedTuple):
 
 
 def ranks() -> Ranks:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE."""
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE.
+
+    Raises:
+        UserError: they are not as torchrun sets them, such as left over from another program.
+    """
     given = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
-    return Ranks(*(int(os.environ.get(name, default)) for name, default in given))
+    texts = {name: os.environ.get(name, default) for name, default in given}
+    wrong = [f"{name}={shown(text)}" for name, text in texts.items() if not text.isdecimal()]
+    if not wrong and int(texts["RANK"]) >= int(texts["WORLD_SIZE"]):
+        wrong = [f"RANK={texts['RANK']}, WORLD_SIZE={texts['WORLD_SIZE']}"]
+    if not wrong and int(texts["WORLD_SIZE"]) > 1:
+        lacking = " and ".join(n for n in ("MASTER_ADDR", "MASTER_PORT") if not variable(n))
+        wrong = [f"WORLD_SIZE={texts['WORLD_SIZE']} without {lacking}"] if lacking else []
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)} in the environment is not what torchrun sets; start by torchrun, "
+            "or unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
+        )
+    return Ranks(*map(int, texts.values()))
 
 
 def variable(name: str) -> str:
@@ -28,9 +47,16 @@ def variable(name: str) -> str:
     return os.environ.get(name, "")
 
 
+def unset(name: str) -> None:
+    """Takes a variable away, from this process and those that it starts."""
+    os.environ.pop(name, None)
+
+
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 under torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is rank 0 under torchrun, or there are no others."""
+    rank, world_size = variable("RANK"), variable("WORLD_SIZE")
+    numbers = rank.isdecimal() and world_size.isdecimal()
+    return not (numbers and 0 < int(rank) < int(world_size))
 
 
 def leave(code: int, at_once: bool = False) -> int:
@@ -40,7 +66,7 @@ def leave(code: int, at_once: bool = False) -> int:
     gloo thread that wants the GIL makes the process abort (seen once in hundreds of runs), and a
     finished run would be reported as failed.
     """
-    if at_once or ranks().world_size > 1:
+    if at_once or variable("WORLD_SIZE") not in ("", "1"):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

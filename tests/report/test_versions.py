@@ -54,5 +54,6 @@ def test_a_run_says_it_too_on_its_first_rank_alone(data_dir, tmp_path, capfd, mo
     assert capfd.readouterr().err.count("is newer") == 1
     versions.warn_of_newer_torch.cache_clear()
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     versions.warn_of_newer_torch()
     assert capfd.readouterr().err == ""

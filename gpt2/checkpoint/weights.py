@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config.model import GPT2_VOCAB_SIZE, GPT2Config
+from ..config.run_paths import CONFIG_FILE as RUN_FILE
 from ..config.run_paths import find_beside
 from ..config.switches import switched
 from ..config.train import ModelOptions
@@ -212,6 +213,10 @@ def _load_folder(path: Path) -> Weights:
                 + (f"{for_shell(model)}, or " if model.is_file() else "")
                 + f"a model of it by `gpt2 average {for_shell(run)} --last=1`"
             )
+        if (path / RUN_FILE).is_file() and not any(path.glob("*ckpt.pt")):
+            saved = any(path.glob("state/step_*"))
+            way = f"; make one by `gpt2 average {for_shell(path)} --last=1`" if saved else ""
+            raise UserError(f"{path}: the folder of a run that has written no model yet{way}")
         inside = next(iter(sorted(path.glob("*ckpt.pt"), reverse=True)), None)
         hint = f"; use {inside}" if inside else ""
         raise UserError(f"{path}: a folder without {model_format.CONFIG_FILE}, so no model{hint}")

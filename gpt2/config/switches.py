@@ -108,9 +108,10 @@ def check_switches(
             "--window_pattern= --window=0"
         )
     if s.window >= block_size:
+        smaller = f"a smaller one, as --window={max(1, block_size // 4)}, or " * (block_size > 1)
         raise UserError(
-            f"window={s.window} is the whole context of {block_size}; use a smaller one, as "
-            f"--window={max(1, block_size // 4)}, or none: --window_pattern= --window=0"
+            f"window={s.window} is the whole context of {block_size}; use {smaller}none: "
+            "--window_pattern= --window=0"
         )
     if dropout and (s.window_pattern or s.document_mask):
         raise UserError("dropout does not work with window_pattern or document_mask; leave it out")

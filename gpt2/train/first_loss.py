@@ -32,7 +32,9 @@ class StepTokens:
     spread: float  # √(Σ share²) over the different targets: 1 for a single one, 0 for ever more
 
 
-def check_first_loss(loss: float, tokens: int, state: TrainState, rt: Runtime, init: str) -> None:
+def check_first_loss(  # noqa: PLR0917
+    loss: float, tokens: int, state: TrainState, rt: Runtime, init: str, chat: bool = False
+) -> None:
     """Logs the first loss, or warns where no fresh network would have it.
 
     Given weights must only do better than guessing.
@@ -43,6 +45,7 @@ def check_first_loss(loss: float, tokens: int, state: TrainState, rt: Runtime, i
         state: of the run.
         rt: this process.
         init: the weights that the run began with; empty: fresh ones.
+        chat: whether it learns conversations, which the model's own tokenizer encodes.
     """
     if not rt.is_main:
         return
@@ -54,10 +57,17 @@ def check_first_loss(loss: float, tokens: int, state: TrainState, rt: Runtime, i
         console.log(f"first loss {loss:.4f}, of the weights of {init}")
         return
     if init:
+        cause = (
+            "the model knows nothing of such conversations yet"
+            if chat
+            else (
+                "are the shards and the model of one tokenizer? "
+                "(docs/troubleshooting.md#another-tokenizer)"
+            )
+        )
         console.warn(
             f"first loss {loss:.2f}, of the weights of {init}, is no better than guessing "
-            f"({expected:.2f}): are the shards and the model of one tokenizer? "
-            "(docs/troubleshooting.md#another-tokenizer)"
+            f"({expected:.2f}): {cause}"
         )
         return
     text = f"first loss {loss:.2f}; fresh weights should give {expected:.2f}"

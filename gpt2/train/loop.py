@@ -11,7 +11,9 @@ from collections import deque
 
 import torch
 
+from ..config.finetune import FinetuneConfig
 from ..config.train import TrainConfig
+from ..data.conversations import is_chat
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -176,7 +178,8 @@ def log_step(
     state.clock.step(launched.own_tokens, launched.numbers.finished_at())
     state.seconds, state.first_steps = state.clock.seconds(), state.clock.first_steps
     if launched.step == 1:
-        check_first_loss(loss, launched.own_tokens, state, rt, config.model.init)
+        chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+        check_first_loss(loss, launched.own_tokens, state, rt, config.model.init, chat)
     last = launched.step == config.optim.max_steps or state.stop or no_time > 0
     if due(launched.step, config.output.log_every) or last:
         values = {"loss": loss, "lr": launched.lr, "grad_norm": norm, "tokens": launched.tokens}

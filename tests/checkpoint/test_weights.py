@@ -186,8 +186,15 @@ def test_folder_of_a_run_stands_for_its_checkpoint(tmp_path):
     model.save(tmp_path / "out_ckpt.pt")
     found = weights.load(tmp_path).state["transformer.wte.weight"]
     assert torch.equal(found, model.state_dict()["transformer.wte.weight"])
+    (tmp_path / "config.toml").write_text("seed = 1\n")
     (tmp_path / "out_ckpt.pt").rename(tmp_path / "best_ckpt.pt")
     with pytest.raises(UserError, match=r"no model; use .*best_ckpt\.pt"):
+        weights.load(tmp_path)
+    (tmp_path / "best_ckpt.pt").unlink()
+    with pytest.raises(UserError, match=r"run that has written no model yet$"):
+        weights.load(tmp_path)
+    (tmp_path / "state/step_00000005").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"yet; make one by `gpt2 average .* --last=1`$"):
         weights.load(tmp_path)
 
 

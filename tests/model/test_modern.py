@@ -203,7 +203,8 @@ def test_config_round_trip(shape):
     [
         ({"window": 5}, "give both"),
         ({"window_pattern": "SX", "window": 5}, "letters S and L"),
-        ({"window_pattern": "S", "window": 32}, "whole context"),
+        ({"window_pattern": "S", "window": 32}, "whole context of 32; use a smaller one, as"),
+        ({"block_size": 1, "window_pattern": "S", "window": 1}, "of 1; use none: --window_pattern"),
         ({"document_mask": True, "dropout": 0.1}, "dropout does not work with"),
         ({"rope_base": 5.0}, "rope_base is for"),
         ({"mlp": "tanh"}, "use gelu or relu2 or swiglu"),
@@ -214,7 +215,7 @@ def test_config_round_trip(shape):
 )
 def test_what_does_not_fit_is_refused_by_name(switches, message):
     with pytest.raises(UserError, match=message):
-        ModernConfig(**BASE, **switches)
+        ModernConfig(**BASE | switches)
 
 
 @pytest.mark.slow

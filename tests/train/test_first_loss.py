@@ -101,7 +101,11 @@ def test_more_tokens_leave_less_to_chance():
 def test_given_weights_are_compared_with_guessing(code, capsys):
     state = state_of(GPT(GPT2Config(**SHAPE)), code, 0, 1)
     assert "of the weights of box\n" in check(3.0, state, capsys, "box").out
-    assert "is no better than guessing" in check(12.0, state, capsys, "box").err
+    said = check(12.0, state, capsys, "box").err
+    assert "is no better than guessing" in said and "of one tokenizer?" in said  # noqa: PT018
+    first_loss.check_first_loss(12.0, 32, state, SimpleNamespace(is_main=True), "box", chat=True)
+    said = capsys.readouterr().err
+    assert said.endswith("the model knows nothing of such conversations yet\n")
 
 
 @pytest.mark.parametrize("switches", [{}, {"mlp": "relu2"}, {"norm_embedding": True}])

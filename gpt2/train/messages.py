@@ -12,6 +12,7 @@ from ..config.earlier import comparable, current_names
 from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
 from ..config.registry import plugins, registered, warnings_of_changes
+from ..config.run_paths import shortest
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, warmup_steps
 from ..data.conversations import is_chat
 from ..data.datasets import (
@@ -224,8 +225,8 @@ def changed_options(config: TrainConfig, resumed: Resumed | None) -> dict[str, t
     if not resumed:
         return {}
     # an option that is younger than the checkpoint had its default
-    before = comparable(flatten(TrainConfig()) | current_names(resumed.state["settings"]))
-    now = comparable(flatten(config))
+    stored = flatten(TrainConfig()) | current_names(resumed.state["settings"])
+    before, now = (comparable(shortest(settings)) for settings in (stored, flatten(config)))
     names = [name for name in now if name not in MAY_DIFFER and before.get(name) != now[name]]
     return {name: (before.get(name), now[name]) for name in names}
 

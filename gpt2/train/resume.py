@@ -10,7 +10,7 @@ from ..checkpoint.state_schema import check_complete, whole
 from ..checkpoint.training_state import Resumed
 from ..config.finetune import targets_of, tuning_options
 from ..config.model import to_dict
-from ..config.run_paths import CONFIG_FILE, as_written, from_here
+from ..config.run_paths import CONFIG_FILE, as_written, from_here, shortest
 from ..config.switches import defaults, switched
 from ..config.train import ModelOptions, TrainConfig
 from ..data.conversations import is_chat
@@ -220,5 +220,6 @@ def restore_logged_evaluation(
     if _validates_otherwise(state, config, resumed):
         state.evaluated_at = state.step  # one loss a step in metrics.jsonl, as it was measured
         return False
-    same_data = resumed.state["settings"].get("data_dir") == config.data.data_dir
+    before, now = resumed.state["settings"].get("data_dir"), config.data.data_dir
+    same_data = shortest({"data_dir": before}) == shortest({"data_dir": now})
     return same_data and known.get("val_tokens") == asked and state.note_evaluation(val_loss)

@@ -124,6 +124,18 @@ def test_a_run_from_elsewhere_is_the_run_that_it_was(data_dir, tmp_path, monkeyp
     assert changed == [f"changed since then: max_steps {n} -> {n + 1}" for n in (1, 2)]
 
 
+def test_a_path_in_other_words_is_no_change(data_dir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data_dir, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    ways = "data", "./data", str(tmp_path / "data")
+    for steps, way in enumerate(ways, 1):
+        argv = ["train", *TINY, f"--data_dir={way}", "--out_dir=x", f"--max_steps={steps}"]
+        assert cli.main(argv) == 0
+    said = capsys.readouterr().out.splitlines()
+    changed = [line for line in said if line.startswith("changed since then")]
+    assert changed == [f"changed since then: max_steps {n} -> {n + 1}" for n in (1, 2)]
+
+
 def test_paths_that_differ_stay_as_they_were_given(project):
     """A checkpoint may hold any text: line breaks, other weights, more folders."""
     folder = f"{project}/data/mine"

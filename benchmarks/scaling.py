@@ -35,8 +35,6 @@ from pathlib import Path
 from gpt2.config.model import SIZES, GPT2Config
 from gpt2.errors import UserError
 
-from .arguments import amount
-
 BATCH_TOKENS, CONTEXT, STEPS = 524_288, 1024, 19_073
 LARGEST = 64  # sequences of a micro-batch
 BUCKET = 25 * 2**20  # bytes; DDP's default
@@ -218,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_mutually_exclusive_group()
     what.add_argument("--measure", action="store_true", help="train on the GPUs of this machine")
     what.add_argument("--report", nargs="+", type=Path, help="scaling.jsonl of earlier calls")
-    made.add_argument("--seconds", type=amount, help="for all of --measure; 480 unless given")
+    made.add_argument("--seconds", type=float, help="for all of --measure; 480 unless given")
     made.add_argument("--only", action="append", help="rows whose name has this part; repeatable")
     made.add_argument("--device", choices=("cuda", "cpu"), help="cuda unless given")
     made.add_argument("--out_dir", type=Path, help="of jsonl, table and plot; out/scaling")

@@ -3,8 +3,9 @@
 Each row (scaling_rows.py) is `train_gpt2.py`, under torchrun for several GPUs, in processes of its
 own on random tokens (Zipf). Rows that need fewer GPUs than there are run side by side. A row's
 tokens per second are the median over its steady steps, as its metrics.jsonl has them, so no step
-waits to be timed. The row is then ended by SIGHUP, which `gpt2 train` does not catch, so that it
-does not save gigabytes. All rows share one cache of compiled code, which is empty at the beginning.
+waits to be timed. The row is then ended by SIGQUIT, which torchrun passes on and `gpt2 train` does
+not catch, so that it does not save gigabytes. All rows share one cache of compiled code, which is
+empty at the beginning.
 
 A row that was measured, or failed, is a line of scaling.jsonl at once.
 """
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -39,7 +41,7 @@ STEADY_SECONDS = 3.0  # of steps that count, at least
 TINY_STEPS = (1, 3, 0.0)  # these three of tiny networks
 SECONDS, RESERVE = 480.0, 10.0  # of all, and of that for the table and the plot
 LONGEST = 150.0  # seconds of a row
-TO_END = 40.0  # seconds after SIGHUP; torchrun kills its ranks after 30
+TO_END = 40.0  # seconds after SIGQUIT; torchrun kills its ranks after 30
 POLL = 0.1  # seconds
 # What ends a row at once, and what says of one that ended why it did; a micro-batch that cannot be
 # recorded for want of memory does neither.
@@ -59,6 +61,8 @@ class Running:
         self._ending = 0.0  # when it was told to end
         self._first: float | None = None
         self._began = time.monotonic()
+        _, most = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, most))  # SIGQUIT would leave core files
         with open(self._log, "w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 command(row, work / "data", self._out),
@@ -83,7 +87,7 @@ class Running:
         """Tells the processes to end; after a while it kills them."""
         if not self._ending:
             self._ending = time.monotonic()
-            self._process.send_signal(signal.SIGHUP)
+            self._process.send_signal(signal.SIGQUIT)
         elif time.monotonic() > self._ending + TO_END:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -305,21 +309,22 @@ def measure(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does; and rows do not inherit that a signal is ignored.
+    """SIGTERM, SIGHUP and SIGQUIT do what Ctrl-C does; rows do not inherit that one is ignored.
 
-    A shell lets commands behind `&` ignore SIGINT, and nohup SIGHUP, by which rows are ended.
+    A shell lets commands behind `&` ignore SIGINT and SIGQUIT, by which rows are ended. Where nohup
+    has SIGHUP ignored, it stays so.
     """
-    hangs_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     with handled(signal.default_int_handler):
-        if not hangs_up:  # nohup: goes on, but a handler is not inherited
-            signal.signal(signal.SIGHUP, lambda *_: None)
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         yield
 
 
 @contextlib.contextmanager
 def handled(handler: Any) -> Iterator[None]:
     """Within, this handles the signals that ask to stop."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.signal(number, handler) for number in numbers]
     try:
         yield

@@ -122,7 +122,7 @@ def test_a_row_that_fails_costs_no_other(programs, tmp_path):
         ("trains", "measured"),
     ]
     ended = [-each._process.poll() for each in programs]
-    assert ended == [signal.SIGHUP, -1, -1, signal.SIGHUP]
+    assert ended == [signal.SIGQUIT, -1, -1, signal.SIGQUIT]
 
 
 def test_the_numbers_are_those_of_the_steady_steps(programs, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_rows_that_do_not_fit_are_named(programs, tmp_path, monkeypatch):
         ("trains", "skipped: does not fit in the time left"),
         ("waits", "out of time"),
     ]
-    assert programs[0]._process.poll() == -signal.SIGHUP
+    assert programs[0]._process.poll() == -signal.SIGQUIT
 
 
 def options(out_dir, *more):
@@ -177,7 +177,7 @@ def test_ctrl_c_keeps_what_is_there(programs, tmp_path, monkeypatch, capsys, num
     said = capsys.readouterr().out
     assert "| waits, 1 GPU, 8 tokens | skipped: stopped before |" in said
     assert said.strip() == (tmp_path / "scaling.md").read_text().strip()
-    assert all(each._process.poll() == -signal.SIGHUP for each in programs)
+    assert all(each._process.poll() == -signal.SIGQUIT for each in programs)
     for each in programs:
         with contextlib.suppress(ProcessLookupError):
             os.kill(each._process.pid, 0)
@@ -193,6 +193,7 @@ def test_mistakes_get_one_line(monkeypatch, tmp_path, capsys):
         ("--seconds=9",): "--seconds is for --measure",
         ("--out_dir=x",): "--out_dir is for --measure and --report",
         ("--measure", "--seconds=0"): "use a number above 0",
+        ("--measure", "--seconds=-1"): "--seconds=-1: use a number above 0",
         ("--measure", "--device=cpu", "--only=9 GPUs"): "no row has this in its name; rows: 124M,",
         ("--report", "nothing.jsonl"): "--measure writes such a file",
         ("--report", str(file)): "it is another file",

@@ -31,15 +31,22 @@ def ranks() -> Ranks:
     wrong = [f"{name}={shown(text)}" for name, text in texts.items() if not text.isdecimal()]
     if not wrong and int(texts["RANK"]) >= int(texts["WORLD_SIZE"]):
         wrong = [f"RANK={texts['RANK']}, WORLD_SIZE={texts['WORLD_SIZE']}"]
-    if not wrong and int(texts["WORLD_SIZE"]) > 1:
-        lacking = " and ".join(n for n in ("MASTER_ADDR", "MASTER_PORT") if not variable(n))
-        wrong = [f"WORLD_SIZE={texts['WORLD_SIZE']} without {lacking}"] if lacking else []
     if wrong:
-        raise UserError(
-            f"{', '.join(wrong)} in the environment is not what torchrun sets; start by torchrun, "
-            "or unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
-        )
+        raise _not_of_torchrun(", ".join(wrong))
     return Ranks(*map(int, texts.values()))
+
+
+def check_meeting_place() -> None:
+    """Raises UserError where there are other ranks, and nothing says where to meet them."""
+    if lacking := " and ".join(n for n in ("MASTER_ADDR", "MASTER_PORT") if not variable(n)):
+        raise _not_of_torchrun(f"WORLD_SIZE={variable('WORLD_SIZE')} without {lacking}")
+
+
+def _not_of_torchrun(what: str) -> UserError:
+    return UserError(
+        f"{what} in the environment is not what torchrun sets; start by torchrun, or unset RANK "
+        "LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
+    )
 
 
 def variable(name: str) -> str:

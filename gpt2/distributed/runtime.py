@@ -19,7 +19,7 @@ from ..config.train import SystemOptions
 from ..errors import UserError
 from . import fsdp
 from .devices import choose_device, choose_dtype, describe, keep_freed_memory
-from .environment import ranks
+from .environment import check_meeting_place, ranks
 from .random_state import seed
 from .rendezvous import meet
 from .signals import caught
@@ -242,6 +242,7 @@ def start(
     else:
         keep_freed_memory()
     if world_size > 1:
+        check_meeting_place()
         how, store = _join(rt)
         rt.choices += (how,)
         _watch(rt, store, options.hang_timeout_seconds, log)

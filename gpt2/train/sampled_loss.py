@@ -12,6 +12,7 @@ from ..config.train import BatchPlan, OptimOptions
 from ..data.sequence_order import Mixture
 from ..errors import UserError
 from ..kernels.sampled_softmax import sampled_size
+from ..model.gpt import LanguageModel
 from .second_token import SUFFIX
 from .state import TrainState
 
@@ -34,19 +35,27 @@ def choose(state: TrainState, sampled: Tensor, options: OptimOptions) -> None:
 
 
 def check(
-    order: Mixture, plan: BatchPlan, sampled: Tensor | None, vocab: int, loss: str
+    order: Mixture, plan: BatchPlan, position: int, model: LanguageModel, loss: str
 ) -> list[str]:
     """Notes for the log.
 
     Looks at the first micro-batch: a later one may still have more different targets than the
     softmax has ids; the others then do not train.
 
+    Args:
+        order: of the sequences.
+        plan: of the batch.
+        position: sequences that the run has read before.
+        model: to be trained.
+        loss: `--loss=`.
+
     Raises:
         UserError: the ids of the softmax cannot hold the targets of the first micro-batch.
     """
-    if sampled is None:
+    if model.sampled_ids is None:
         return []
-    size, found = int(sampled), order.locate(0, plan.batch_size)
+    size, vocab = int(model.sampled_ids), model.config.vocab_size
+    found = order.locate(position, plan.batch_size)
     targets = [reader.sequence(start, plan.block_size)[1] for reader, start in found]
     different = len(np.unique(np.concatenate(targets)))
     if different > size:

@@ -99,7 +99,8 @@ def build(
     hellaswag = read_hellaswag(config, rt, tokenizer)
     model = build_network(config, rt, init)
     model.end_of_text = tokenizer.end_of_text if tokenizer else None
-    data_notes += sampled_loss.check(mixture, plan, model.sampled_ids, shape.vocab_size, optim.loss)
+    position = resumed.state["position"] if resumed else 0
+    data_notes += sampled_loss.check(mixture, plan, position, model, optim.loss)
     compiled, compile_note = devices.choose_compile(config.system.compile_model, rt.device)
     if compiled:
         compile_network(model, rt.sharded)
@@ -107,7 +108,6 @@ def build(
     notes = [*data_notes, f"compile_model {compiled}: {compile_note}"]
     if rt.device.type == "cuda":
         notes += [*kernel_notes(model, plan, optim, rt), f"CUDA graph {recorded}: {graph_note}"]
-    position = resumed.state["position"] if resumed else 0
     seed(config.system.seed + rt.rank)  # from here on only dropout draws
     state = TrainState(
         model=model,

@@ -9,6 +9,7 @@ from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
 from ..data.loader import eval_batches
 from ..distributed.runtime import Runtime
+from ..errors import UserError
 from ..evaluate.loss import combine, evaluate
 from ..evaluate.tasks import HELLASWAG
 from ..generate.stream import stream
@@ -66,7 +67,7 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
     chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
     messages: list[Message] = [{"role": "user", "content": prompt}]
     ids = encode_prompt(messages, tokenizer) if chat else tokenizer.encode(prompt)
-    model, tokens = state.model, []
+    model, tokens, lost = state.model, [], ""
     try:
         others_wait = contextlib.nullcontext() if rt.sharded else rt.alone()
         eager, mode = without_compiled_code(model), in_evaluation_mode(model)
@@ -84,9 +85,15 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
                 top_k=50,
             ):
                 tokens += [] if token is None else [token]
+    except UserError as error:  # its logits are not finite; whether the run ends is not ours to say
+        lost = str(error)
     finally:
         if rt.sharded:
             model.reshard()  # type: ignore[operator]
+    if lost:
+        if rt.is_main:
+            console.warn(f"step {state.step:,} | no sample: {lost}")
+        return
     text = tokenizer.decode(tokens)
     log.record(state.step, sample=text)
     if rt.is_main:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gpt2.config.train import OptimOptions
+from gpt2.errors import UserError
 from gpt2.report import metrics as metrics_module
 from gpt2.train import loop, messages
 from gpt2.train.progress import FIRST_LINES, Progress
@@ -46,6 +47,20 @@ def test_samples_come_with_evaluations_and_change_nothing(
     assert all(samples.values())
     assert not metrics(tmp_path / "b", "sample")
     assert f"step 2 | sample: {prompt}" in capsys.readouterr().out
+
+
+def test_a_sample_that_cannot_be_drawn_does_not_end_a_diverging_run(data_dir, tmp_path, capsys):
+    """The run ends by its own rules, and writes what it writes without a sample."""
+    wild = ["--learning_rate=1e30", "--warmup_steps=0", "--max_steps=3", "--eval_every=2"]
+    ends = {}
+    for name, asked in (("a", ["--sample_prompt=def"]), ("b", [])):
+        with pytest.raises(UserError, match="the run has diverged"):
+            loop.run(config(data_dir, tmp_path / name, *wild, "--n_layer=1", *asked))
+        ends[name] = sorted(path.name for path in (tmp_path / name).iterdir())
+        found = (tmp_path / name / "metrics.jsonl").read_text("utf-8")
+        assert "diverged_since" in found
+    assert ends["a"] == ends["b"]
+    assert "step 2 | no sample: the network's logits are not finite" in capsys.readouterr().err
 
 
 def test_two_ranks_write_one_sample_by_both_ways_to_share_a_model(data_dir, tmp_path):

@@ -63,6 +63,8 @@ class Running:
         self._began = time.monotonic()
         _, most = resource.getrlimit(resource.RLIMIT_CORE)
         resource.setrlimit(resource.RLIMIT_CORE, (0, most))  # SIGQUIT would leave core files
+        if signal.getsignal(signal.SIGQUIT) == signal.SIG_IGN:  # behind `&`; rows would inherit it
+            signal.signal(signal.SIGQUIT, signal.SIG_DFL)
         with open(self._log, "w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 command(row, work / "data", self._out),

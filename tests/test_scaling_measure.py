@@ -125,6 +125,16 @@ def test_a_row_that_fails_costs_no_other(programs, tmp_path):
     assert ended == [signal.SIGQUIT, -1, -1, signal.SIGQUIT]
 
 
+def test_rows_end_also_behind_an_ampersand(programs, tmp_path):
+    """There a shell has commands ignore the signal by which rows are ended."""
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    try:
+        assert results([row("trains")], tmp_path) == [("trains", "measured")]
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert programs[0]._process.poll() == -signal.SIGQUIT
+
+
 def test_the_numbers_are_those_of_the_steady_steps(programs, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling_measure, "TINY_STEPS", (4, 10, 3.0))
     (line,) = run_all([row("trains")], ["0"], tmp_path, time.monotonic() + 30)

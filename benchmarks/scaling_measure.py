@@ -311,10 +311,9 @@ def measure(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM, SIGHUP and SIGQUIT do what Ctrl-C does; rows do not inherit that one is ignored.
+    """SIGTERM, SIGHUP and SIGQUIT do what Ctrl-C does, also behind `&`, where a shell ignores some.
 
-    A shell lets commands behind `&` ignore SIGINT and SIGQUIT, by which rows are ended. Where nohup
-    has SIGHUP ignored, it stays so.
+    Under nohup SIGHUP stays ignored.
     """
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     with handled(signal.default_int_handler):

@@ -284,21 +284,19 @@ def _check_held_out(place: Path, data_dir: str, datasets: list[Dataset]) -> None
 
 def _texts(path: Path) -> Generator[str, None, None]:
     """The texts of a file; says in the end how many of the rows that were read have none."""
-    left_out: list[str] = []
-    number = 0
+    left_out, number, first = 0, 0, ""
     try:
         for number, (text, _) in enumerate(read_marked_rows(path), 1):
             if isinstance(text, Unusable):
-                left_out.append(f"{text.place}: {text.why}")
+                left_out, first = left_out + 1, first or f"{text.place}: {text.why}"
             elif isinstance(text, TooLong):
-                left_out.append(f"row {number}: over {DOCUMENT_BYTES // 10**6} MB")
+                too_long = f"row {number}: over {DOCUMENT_BYTES // 10**6} MB"
+                left_out, first = left_out + 1, first or too_long
             elif text:
                 yield text
     finally:
         if left_out:
-            console.warn(
-                f"--text={path}: {len(left_out):,} of {number:,} rows are left out; {left_out[0]}"
-            )
+            console.warn(f"--text={path}: {left_out:,} of {number:,} rows are left out; {first}")
 
 
 def _encode(path: Path, limit: int, tokenizer: Tokenizer) -> np.ndarray:

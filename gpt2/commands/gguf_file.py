@@ -99,10 +99,10 @@ def settings_of(weights: Weights, title: str, dtype: torch.dtype, chat: bool) ->
         ("gpt2.attention.layer_norm_epsilon", FLOAT32, 1e-5),
         *_tokenizer(weights),
     ]
-    brought = weights.tokenizer.template
-    template = brought.source if brought else _own_template(weights)
-    if chat and not brought:
-        template = jinja_template(weights.tokenizer)
+    if brought := weights.tokenizer.template:
+        template = brought.source
+    else:
+        template = jinja_template(weights.tokenizer) if chat else _own_template(weights)
     return found + ([("tokenizer.chat_template", STRING, template)] if template else [])
 
 

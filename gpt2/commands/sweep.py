@@ -23,9 +23,9 @@ import torch
 
 from ..checkpoint import weights
 from ..checkpoint.training_state import state_folders
-from ..config import registry
 from ..config.earlier import comparable
 from ..config.options import flatten
+from ..config.registry import changed_plugins
 from ..config.run_paths import shortest
 from ..config.sweep import Job, SweepConfig
 from ..config.train import plan_batch
@@ -295,11 +295,7 @@ def _is_finished(job: Job, training: Callable[[str], str]) -> bool:
             "--out_dir= for this sweep"
         )
     now = training(job.config.data.data_dir) if found.training else ""
-    changed = [
-        path
-        for path, digest in registry.plugins().items()
-        if found.plugins.get(path, digest) != digest
-    ]
+    changed = changed_plugins(found.plugins)
     if now and now != found.training:
         changed.append(f"the training tokens in {job.config.data.data_dir}")
     if changed:

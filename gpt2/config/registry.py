@@ -234,6 +234,11 @@ def check_known(settings: dict[str, Any], found: Any) -> None:
             )
 
 
+def changed_plugins(found: dict[str, str]) -> list[str]:
+    """Paths of loaded plugins whose sha256 is another than in `found`, path -> sha256."""
+    return [path for path, digest in _loaded.items() if found.get(path, digest) != digest]
+
+
 def warnings_of_changes(found: Any, checkpoint: Path) -> list[str]:
     """A warning for each loaded plugin that has changed since a checkpoint was saved.
 
@@ -242,8 +247,7 @@ def warnings_of_changes(found: Any, checkpoint: Path) -> list[str]:
         checkpoint: its file or folder.
     """
     known = found if isinstance(found, dict) else {}
-    changed = [path for path, digest in _loaded.items() if known.get(path, digest) != digest]
-    return [f"{path} has changed since {checkpoint} was saved" for path in changed]
+    return [f"{path} has changed since {checkpoint} was saved" for path in changed_plugins(known)]
 
 
 def forget() -> None:

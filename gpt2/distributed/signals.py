@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # of Slurm; of a terminal that closes
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Slurm's; a closed terminal's
 SWALLOWED_SECONDS = 2.0  # what may be left of an import and the clean-up after Ctrl-C
 _asked: list[int] = []  # the signal that came inside of `caught`, until its end
 _last: list[int] = []  # the first signal of the latest `caught`, also after its end

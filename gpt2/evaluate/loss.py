@@ -64,7 +64,7 @@ def evaluate(
         The sums, or None if a signal asked any rank to stop.
     """
     token_bytes = _bytes_per_token(tokenizer or gpt2_tokenizer()).to(rt.device)
-    # float32 is exact only up to 2**24; a million tokens have that many nats
+    # float32 would round the nats of a million tokens, some 2**22, to 0.5 with each batch
     wide = torch.float32 if rt.device.type == "mps" else torch.float64  # which MPS lacks
     nats = torch.zeros((), dtype=wide, device=rt.device)
     counts = torch.zeros(2, dtype=torch.int64, device=rt.device)

@@ -46,7 +46,7 @@ def unread(stop: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        _when_unread.clear()
+        _when_unread.pop()
         lost = bool(_unread)
         _unread.clear()
     if lost:
@@ -111,7 +111,7 @@ def _write(stream: TextIO, text: str) -> None:
             if not _when_unread:
                 raise BrokenPipeError from error
             if not _unread:
-                _when_unread[0]()
+                _when_unread[-1]()
             _unread.append(stream)
 
 

@@ -146,7 +146,7 @@ class Run:
         return self._recorded("plugins", dict) or {}
 
     def _recorded(self, name: str, kind: type) -> Any:
-        """What the last start says that says it; None if none does."""
+        """The value of the last start that has one; None: no start has."""
         found = (start.get(name) for start in reversed(self.starts))
         return next((value for value in found if isinstance(value, kind) and value), None)
 

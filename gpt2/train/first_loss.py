@@ -58,13 +58,11 @@ def check_first_loss(  # noqa: PLR0917
         return
     if init:
         cause = (
-            "the model knows nothing of such conversations yet"
-            if chat
-            else (
-                "are the shards and the model of one tokenizer? "
-                "(docs/troubleshooting.md#another-tokenizer)"
-            )
+            "are the shards and the model of one tokenizer? "
+            "(docs/troubleshooting.md#another-tokenizer)"
         )
+        if chat:
+            cause = "the model knows nothing of such conversations yet"
         console.warn(
             f"first loss {loss:.2f}, of the weights of {init}, is no better than guessing "
             f"({expected:.2f}): {cause}"

@@ -11,9 +11,7 @@ from collections import deque
 
 import torch
 
-from ..config.finetune import FinetuneConfig
 from ..config.train import TrainConfig
-from ..data.conversations import is_chat
 from ..distributed import runtime
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -36,7 +34,7 @@ from .save import export_model, save_checkpoint
 from .setup import build, resolve_init
 from .state import TrainState
 from .step import Launched, train_step
-from .tuning_plan import resolve_steps
+from .tuning_plan import learns_conversations, resolve_steps
 from .validation import evaluate_hellaswag, validate
 
 SIGPIPE = getattr(signal, "SIGPIPE", 13)  # Windows has none
@@ -178,7 +176,7 @@ def log_step(
     state.clock.step(launched.own_tokens, launched.numbers.finished_at())
     state.seconds, state.first_steps = state.clock.seconds(), state.clock.first_steps
     if launched.step == 1:
-        chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+        chat = learns_conversations(config)
         check_first_loss(loss, launched.own_tokens, state, rt, config.model.init, chat)
     last = launched.step == config.optim.max_steps or state.stop or no_time > 0
     if due(launched.step, config.output.log_every) or last:

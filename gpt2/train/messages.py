@@ -9,12 +9,10 @@ from typing import Any
 
 from ..checkpoint.training_state import Resumed
 from ..config.earlier import comparable, current_names
-from ..config.finetune import FinetuneConfig
 from ..config.options import flatten
 from ..config.registry import plugins, registered, warnings_of_changes
 from ..config.run_paths import shortest
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, warmup_steps
-from ..data.conversations import is_chat
 from ..data.datasets import (
     Dataset,
     asked_eval_tokens,
@@ -32,7 +30,7 @@ from ..report.versions import warn_of_newer_torch
 from .run_folder import MODEL_NAME, is_on_record, out_dir
 from .schedules import sequences_left
 from .state import TrainState
-from .tuning_plan import note_few_steps
+from .tuning_plan import learns_conversations, note_few_steps
 from .weight_average import EVERY
 
 MANY_EPOCHS = 50
@@ -279,7 +277,7 @@ def conclude(state: TrainState, config: TrainConfig, resumed_at: int, early: boo
             console.log(f"curves: {plot_run(folder)}")
         except UserError as error:
             console.warn(f"no curves: {error}")
-    chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+    chat = learns_conversations(config)
     run, ckpt, plugin = for_shell(folder), for_shell(model), config.system.plugin
     ckpt += f" {for_shell(f'--plugin={plugin}')}" if plugin else ""  # which the model needs
     use = f"gpt2 chat {ckpt}" if chat else f'gpt2 sample {ckpt} --prompt="Hello world,"'

@@ -78,6 +78,11 @@ def resolve_steps(
     )
 
 
+def learns_conversations(config: TrainConfig) -> bool:
+    """Whether a run is fine-tuned on conversations, not on shards."""
+    return isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+
+
 def note_few_steps(config: TrainConfig, plan: BatchPlan, epochs: float) -> str:
     """What to change in a fine-tuning of fewer than `FEW_STEPS` steps; empty where there are more.
 

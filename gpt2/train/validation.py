@@ -2,10 +2,8 @@
 
 import contextlib
 
-from ..config.finetune import FinetuneConfig
 from ..config.train import TrainConfig
 from ..data.chat_template import Message, encode_prompt, turn_end
-from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens
 from ..data.loader import eval_batches
 from ..distributed.runtime import Runtime
@@ -20,6 +18,7 @@ from .messages import log_evaluation, log_hellaswag
 from .run_folder import BEST_NAME
 from .save import export_model
 from .state import TrainState
+from .tuning_plan import learns_conversations
 from .weight_average import averaged
 
 SAMPLE_TOKENS = 40  # of --sample_prompt=
@@ -64,7 +63,7 @@ def log_sample(state: TrainState, config: TrainConfig, rt: Runtime, log: metrics
     if not rt.is_main and not rt.sharded:
         return
     prompt, tokenizer = config.eval.sample_prompt, state.own_tokenizer or gpt2_tokenizer()
-    chat = isinstance(config, FinetuneConfig) and is_chat(config.data.data_dir)
+    chat = learns_conversations(config)
     messages: list[Message] = [{"role": "user", "content": prompt}]
     ids = encode_prompt(messages, tokenizer) if chat else tokenizer.encode(prompt)
     model, tokens, lost = state.model, [], ""

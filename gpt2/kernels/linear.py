@@ -29,8 +29,24 @@ def qkv(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not _by_cublaslt(x, layer):
         return layer(x).split(x.shape[-1], dim=-1)
-    parts = _QKV.apply(x.flatten(0, -2), layer.weight, layer.bias)
+    parts = _QKV.apply(x.flatten(0, -2), layer.weight, layer.bias, True)
     return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
+
+
+def packed_qkv(x: Tensor, layer: nn.Linear) -> Tensor:
+    """`qkv` as one matrix (..., 3C), for `packed_attention`; its gradient is one matrix too."""
+    if not _by_cublaslt(x, layer):
+        return layer(x)
+    return _QKV.apply(x.flatten(0, -2), layer.weight, layer.bias, False).unflatten(0, x.shape[:-1])
+
+
+def packs(x: Tensor, layer: nn.Linear, heads: int) -> bool:
+    """Whether `packed_qkv` and cuDNN's attention take this layer and input."""
+    if not _by_cublaslt(x, layer):
+        return False
+    from .cudnn_choice import takes
+
+    return takes(x.device, x.shape[-1] // heads, True)
 
 
 def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, dropout: float = 0.0) -> Tensor:
@@ -107,6 +123,27 @@ def _obstacle(on_gpu: bool, in_bf16: bool, trains: bool, rows: int, width: int) 
     return ""
 
 
+def obstacle_of(model: nn.Module, device: torch.device, dtype: torch.dtype, rows: int) -> str:
+    """Why not all linear layers of the blocks are fused matmuls; empty if they are.
+
+    Args:
+        model: see `describe_path`; so are the others.
+        device: of the run.
+        dtype: of matmuls.
+        rows: of a micro-batch.
+    """
+    layers = [m for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]
+    widths = {layer.in_features for layer in layers}
+    obstacle = _obstacle(
+        on_gpu=device.type == "cuda",
+        in_bf16=dtype is BF16,
+        trains=all(layer.weight.requires_grad for layer in layers),
+        rows=rows,
+        width=next((width for width in sorted(widths) if width % 64), 64),
+    )
+    return obstacle or ("" if cublaslt.library() else "no libcublasLt")
+
+
 def describe_path(
     model: nn.Module, device: torch.device, dtype: torch.dtype, rows: int, dropout: float = 0.0
 ) -> str:
@@ -122,18 +159,7 @@ def describe_path(
         rows: tokens of a micro-batch on one device, B · T.
         dropout: after the projections into the residual stream.
     """
-    layers = [m for m in model.transformer.h.modules() if isinstance(m, nn.Linear)]
-    widths = {layer.in_features for layer in layers}
-    obstacle = _obstacle(
-        on_gpu=device.type == "cuda",
-        in_bf16=dtype is BF16,
-        trains=all(layer.weight.requires_grad for layer in layers),
-        rows=rows,
-        width=next((width for width in sorted(widths) if width % 64), 64),
-    )
-    if not obstacle and not cublaslt.library():
-        obstacle = "no libcublasLt"
-    if obstacle:
+    if obstacle := obstacle_of(model, device, dtype, rows):
         return f"linear layers: plain PyTorch ({obstacle})"
     if dropout:
         return "linear layers: cuBLASLt, but plain PyTorch where dropout follows"
@@ -141,28 +167,32 @@ def describe_path(
 
 
 class _QKV(torch.autograd.Function):
-    """Gradients of q, k and v stay separate: to concatenate costs more than three small matmuls."""
+    """Queries, keys and values as three or as one matrix, and so are their gradients.
+
+    Three gradients stay separate: to concatenate them costs more than three small matmuls.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None):
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, split: bool):
         x, weight = x.to(BF16), weight.to(BF16)
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
         y = _matmul(x, weight, transpose_b=True, bias=_cast(bias))
-        return y.split(x.shape[1], dim=1)
+        return y.split(x.shape[1], dim=1) if split else y
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, weight = ctx.saved_tensors
-        dx = None
-        for dy, part in zip(grads, weight.split(x.shape[1]), strict=True):
+        width, dx = x.shape[1], None
+        for dy, part in zip(grads, weight.chunk(len(grads)), strict=True):
             dx = _matmul(dy, part, add=dx)
         dw = _weight_gradient(list(grads), x)
         if not ctx.biased:
-            return dx, dw, None
+            return dx, dw, None, None
         # A bias of the keys shifts all scores of a query equally, which softmax ignores.
-        dbq, dbv = (dy.sum(0, dtype=torch.float32) for dy in (grads[0], grads[2]))
-        return dx, dw, torch.cat([dbq, torch.zeros_like(dbq), dbv])
+        of_q_and_v = grads[0][:, :width], grads[-1][:, -width:]
+        dbq, dbv = (dy.sum(0, dtype=torch.float32) for dy in of_q_and_v)
+        return dx, dw, torch.cat([dbq, torch.zeros_like(dbq), dbv]), None
 
 
 class _AddLinear(torch.autograd.Function):

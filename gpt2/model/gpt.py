@@ -22,8 +22,9 @@ from ..config.model import GPT2Config
 from ..kernels.attention import causal_attention
 from ..kernels.head_loss import head_logits, head_loss, own_loss
 from ..kernels.layer_norm import LayerNorm, with_norm
-from ..kernels.linear import add_linear, add_mlp, qkv
+from ..kernels.linear import add_linear, add_mlp, packed_qkv, packs, qkv
 from ..kernels.logits_loss import soft_cap
+from ..kernels.packed_attention import packed_attention
 from ..kernels.precision import to_residual_stream
 from .attention_cache import AttentionCache
 from .kv_cache import KVCache
@@ -45,11 +46,14 @@ class CausalSelfAttention(nn.Module):
     def add_to(self, residual: Tensor, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """residual + attention(x), all (B, T, C); one matmul kernel projects and adds on a GPU."""
         B, T, C = x.shape
+        dropout = self.dropout if self.training else 0.0
+        if cache is None and not dropout and packs(x, self.c_attn, self.n_head):
+            y = packed_attention(packed_qkv(x, self.c_attn), self.n_head)
+            return add_linear(residual, y, self.c_proj)
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
             for part in qkv(x, self.c_attn)
         )
-        dropout = self.dropout if self.training else 0.0
         if cache is not None:
             y = cache.attend(self.layer, q, k, v)
         else:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..config.model import ModernConfig
 from ..config.parameter_shapes import GATE_CHANNELS
 from ..config.registry import has_own_parts, registered
+from ..kernels import cudnn_choice
 from ..kernels.linear import add_linear, add_mlp, linear, qkv
 from ..kernels.precision import matmuls_in_bf16, to_residual_stream
-from ..kernels.window_attention import takes_windows
 from .attention_cache import AttentionCache, MaskedAttentionCache
 from .attention_masks import (
     Mask,
@@ -327,7 +327,7 @@ class Modern(LanguageModel):
         fixed = documents is None and self.widest is None and not dropout
         in_bf16 = matmuls_in_bf16(idx.device.type)
         shorter = config.window < idx.shape[1]
-        as_number = fixed and shorter and takes_windows(idx.device, width, in_bf16)
+        as_number = fixed and shorter and cudnn_choice.takes(idx.device, width, in_bf16)
         for letter in sorted(set(config.window_pattern or "L")):
             window = self._window(letter, idx.device)
             context.windows[letter] = window

@@ -5,12 +5,9 @@ import torch
 
 from gpt2.kernels import window_attention as window_attention_module
 from gpt2.kernels.attention import visible_attention
-from gpt2.kernels.window_attention import (
-    describe_windows,
-    frontend,
-    takes_windows,
-    window_attention,
-)
+from gpt2.kernels.cudnn_attention import frontend
+from gpt2.kernels.cudnn_choice import takes
+from gpt2.kernels.window_attention import describe_windows, window_attention
 
 from ..conftest import error
 
@@ -51,16 +48,16 @@ def test_it_compiles_as_an_operator():
     assert max(compared(7, 20, compiled, torch.float32, "cpu")) < 1e-5
 
 
-def test_only_a_gpu_takes_windows():
+def test_only_a_gpu_takes():
     cpu = torch.device("cpu")
-    assert not takes_windows(cpu, 128, True)
+    assert not takes(cpu, 128, True)
     said = describe_windows(cpu, 128, torch.bfloat16)
     assert said == "attention windows: FlexAttention where it is compiled"
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_the_note_says_what_to_install(there, monkeypatch):
-    monkeypatch.setattr(window_attention_module, "_fits", lambda *_: True)
+    monkeypatch.setattr(window_attention_module, "fits", lambda *_: True)
     monkeypatch.setattr(window_attention_module, "frontend", lambda: there or None)
     on = torch.device("cuda"), 128, torch.bfloat16
     said = describe_windows(*on)
@@ -75,9 +72,9 @@ def test_windows_by_cudnn_equal_a_mask(window, T, compiled):
     if frontend() is None:
         pytest.skip("needs nvidia-cudnn-frontend")
     cuda = torch.device("cuda")
-    assert takes_windows(cuda, 128, True)
-    assert not takes_windows(cuda, 136, True)
-    assert not takes_windows(cuda, 128, False)
+    assert takes(cuda, 128, True)
+    assert not takes(cuda, 136, True)
+    assert not takes(cuda, 128, False)
     assert describe_windows(cuda, 128, torch.bfloat16).endswith("cuDNN")
     attend = torch.compile(window_attention) if compiled else window_attention
     assert max(compared(window, T, attend, torch.bfloat16, "cuda")) < 1e-2

@@ -19,6 +19,7 @@ from gpt2.checkpoint.weights import load
 from gpt2.commands.export import export_hf
 from gpt2.config.model import GPT2Config, ModernConfig, to_dict
 from gpt2.errors import UserError
+from gpt2.kernels import cudnn_choice
 from gpt2.model import modern
 from gpt2.model.attention_masks import mask_for
 from gpt2.model.gpt import GPT
@@ -319,7 +320,7 @@ def test_a_window_is_a_number_where_cudnn_takes_it(monkeypatch):
     models = [disturbed(window_pattern="SL", window=5, document_mask=m) for m in (False, True)]
     wanted = [model(idx) for model in models]
     monkeypatch.setattr(modern, "masked_attention", watched)
-    monkeypatch.setattr(modern, "takes_windows", lambda *_: True)
+    monkeypatch.setattr(cudnn_choice, "takes", lambda *_: True)
     torch.testing.assert_close(models[0](idx), wanted[0])
     assert seen == [5, None] * (len(seen) // 2)
     torch.testing.assert_close(models[1](idx), wanted[1])

@@ -38,7 +38,7 @@ def test_gpt2_has_no_windows():
 def test_only_windows_that_stay_alone_as_they_are_go_to_cudnn(
     switches, recipe, kernel, monkeypatch
 ):
-    monkeypatch.setattr(window_attention, "_fits", lambda *_: True)
+    monkeypatch.setattr(window_attention, "fits", lambda *_: True)
     monkeypatch.setattr(window_attention, "frontend", lambda: True)
     config = ModernConfig(**SHAPE, window_pattern="SL", window=8, **switches)
     assert notes(config, **recipe)[-1] == f"attention windows: {kernel}"

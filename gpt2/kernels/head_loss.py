@@ -256,7 +256,7 @@ def _of_weight(grad_head: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
 def _rows_at_once(n: int) -> int:
     """Rows of a chunk on a GPU: 8,192, or a quarter of a large batch; a multiple of 128.
 
-    Each chunk adds to the gradient of the weight, which moves it twice: 0.3 GB for GPT-2. The logits
+    Each chunk adds to the gradient of the weight, which moves it twice: 0.3 GB for GPT-2. Logits
     of 8,192 rows take 0.8 GB.
     """
     return max(8192, math.ceil(n / 512) * 128)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpt2.distributed.devices import wait_for
 from gpt2.distributed.runtime import Runtime
-from gpt2.kernels.window_attention import takes_windows
+from gpt2.kernels import cudnn_choice
 from gpt2.model.attention_masks import Mask, document_ids, mask_for, masked_attention
 
 from .arguments import count, whole
@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     inputs.append(torch.rand(B, T, device=device) < 1 / options.document)
     for name, (window, documents) in KINDS.items():
         ways = ("blocks", "table") if on_gpu else ("table",)
-        if window and not documents and takes_windows(device, D, on_gpu):
+        if window and not documents and cudnn_choice.takes(device, D, on_gpu):
             ways = ("number", *ways)
         for way in ways if window or documents else ("causal",):
             torch.compiler.reset()

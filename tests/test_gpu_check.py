@@ -138,6 +138,21 @@ def test_a_failure_is_told_with_its_reason(tmp_path):
     assert result(f"print({summary!r}); exit(1)") == f"FAILED: exit code 1: {expected}"
 
 
+def test_a_server_that_does_not_start_says_why():
+    done = run_python("-m", "tests.gpu_check", "--serve=no/such.pt", check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "gpt2: error: no/such.pt: no such checkpoint"
+
+
+def test_estimates_of_memory_hold_what_was_measured():
+    """Too low an estimate lets checks at once run out of memory; CUDA takes some beside tensors."""
+    rows = gpu_check.earlier_rows(gpu_check.PAGE)
+    peaks = {c.name: re.findall(r"([\d.]+) GiB", rows.get(c.name, "")) for c in CHECKS}
+    assert any(peaks.values())
+    low = [c.name for c in CHECKS if any(float(peak) + 1 > c.gib for peak in peaks[c.name])]
+    assert not low
+
+
 @dataclass
 class Free:
     """What `shutil.disk_usage` answers."""

@@ -41,8 +41,11 @@ def packed_qkv(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def packs(x: Tensor, layer: nn.Linear, heads: int) -> bool:
-    """Whether `packed_qkv` and cuDNN's attention take this layer and input."""
-    if not _by_cublaslt(x, layer):
+    """Whether `packed_qkv` and cuDNN's attention take this layer and input, (B, T, C).
+
+    cuDNN has no attention to a single key (PyTorch's `check_cudnn_tensor_shapes`).
+    """
+    if x.shape[-2] == 1 or not _by_cublaslt(x, layer):
         return False
     from .cudnn_choice import takes
 

@@ -25,11 +25,13 @@ def by_formula(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     return causal_attention_reference(q, k, v).transpose(1, 2).flatten(2)
 
 
-def compared(attend, device: str, dtype: torch.dtype, T: int, heads: int) -> list[float]:
+def compared(
+    attend, device: str, dtype: torch.dtype, T: int, heads: int, width: int = 64
+) -> list[float]:
     """Relative errors of the result and of the gradient against the formula in float64."""
     torch.manual_seed(0)
-    qkv = torch.randn(2, T, 3 * heads * 64, device=device, dtype=dtype)
-    upstream = torch.randn(2, T, heads * 64, device=device, dtype=dtype)
+    qkv = torch.randn(2, T, 3 * heads * width, device=device, dtype=dtype)
+    upstream = torch.randn(2, T, heads * width, device=device, dtype=dtype)
     both = []
     for function, kind in ((attend, dtype), (by_formula, torch.float64)):
         given = qkv.to(kind).requires_grad_()
@@ -86,6 +88,14 @@ def test_dropout_and_a_cache_keep_pytorchs_attention(monkeypatch):
         model(idx, cache=model.new_cache(2, torch.bfloat16, 8))
 
 
+def test_a_single_position_keeps_pytorchs_attention(monkeypatch):
+    monkeypatch.setattr(linear, "_by_cublaslt", lambda *_: True)
+    monkeypatch.setattr(cudnn_choice, "takes", lambda *_: True)
+    layer = torch.nn.Linear(64, 192)
+    assert linear.packs(torch.ones(1024, 2, 64), layer, 1)
+    assert not linear.packs(torch.ones(1024, 1, 64), layer, 1)
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_the_note_says_what_to_install(there, monkeypatch):
     assert not describe_packing(CPU, 64)
@@ -95,21 +105,32 @@ def test_the_note_says_what_to_install(there, monkeypatch):
     assert said.endswith("in one matrix" if there else '[cudnn]"')
 
 
+def needs_cudnn():
+    if not cudnn_choice.takes(torch.device("cuda"), 64, True):
+        pytest.skip("needs nvidia-cudnn-frontend, and a Hopper or newer")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("T", "heads"), [(1024, 12), (512, 25), (300, 2)])
 def test_cudnn_equals_the_formula(T, heads, compiled):
-    if not cudnn_choice.takes(torch.device("cuda"), 64, True):
-        pytest.skip("needs nvidia-cudnn-frontend, and a Hopper or newer")
+    needs_cudnn()
     attend = torch.compile(packed_attention) if compiled else packed_attention
     assert max(compared(attend, "cuda", torch.bfloat16, T, heads)) < 1e-2
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [8, 16, 32, 48, 80, 96, 128])
+@pytest.mark.parametrize("T", [2, 31, 256])
+def test_cudnn_takes_heads_of_all_widths(T, width):
+    needs_cudnn()
+    assert max(compared(packed_attention, "cuda", torch.bfloat16, T, 3, width)) < 1e-2
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpt2_learns_alike_on_a_gpu(compiled, monkeypatch):
-    if not cudnn_choice.takes(torch.device("cuda"), 64, True):
-        pytest.skip("needs nvidia-cudnn-frontend, and a Hopper or newer")
+    needs_cudnn()
     torch.manual_seed(0)
     model = GPT(GPT2Config(n_layer=2)).cuda()
     idx, again = torch.randint(0, 50257, (4, 1025), device="cuda"), copy.deepcopy(model)

@@ -57,8 +57,7 @@ def measure_size(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
     config = parse(TrainConfig, argv, "benchmark")
     with runtime.start(config.system) as rt:
         row = describe(options, rt)
-        if options.limit_gib:
-            limit_memory(options.limit_gib)
+        at_start = limit_memory(options.limit_gib) if options.limit_gib else 0
         try:
             state = setup.build(config, rt, None)
         except torch.OutOfMemoryError:
@@ -71,6 +70,7 @@ def measure_size(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
                     row |= {"activation_checkpointing": checkpointing, "batch_size": batch_size}
                     result = measure(state, config, rt, row)
                     if options.limit_gib and result.get("device_gib", 0) > options.limit_gib:
+                        check_others(at_start)
                         result["result"] = "out of memory"  # by kernels that were loaded since
                     yield row | result
                     if result["result"] != "fits":
@@ -122,8 +122,22 @@ def cuda_itself() -> int:
     return total - free - torch.cuda.memory_reserved()
 
 
-def limit_memory(gib: float):
-    """Lets PyTorch take no more than a GPU of that size would have left for it."""
+def check_others(at_start: int):
+    """Ends the program if others have taken memory since; kernels that are loaded take less."""
+    grown = cuda_itself() - at_start
+    if grown > GIB:
+        sys.exit(
+            f"other programs have taken {grown / GIB:.1f} GiB of the GPU since the start, which "
+            "--limit_gib would count as ours; free the GPU"
+        )
+
+
+def limit_memory(gib: float) -> int:
+    """Lets PyTorch take no more than a GPU of that size would have left for it.
+
+    Returns:
+        What CUDA itself and other programs take, in bytes.
+    """
     torch.zeros(1, device="cuda")  # makes the context
     taken, total = cuda_itself(), torch.cuda.get_device_properties().total_memory
     if gib * GIB <= taken:
@@ -132,6 +146,7 @@ def limit_memory(gib: float):
             "free the GPU"
         )
     torch.cuda.set_per_process_memory_fraction((gib * GIB - taken) / total)
+    return taken
 
 
 def describe(options: argparse.Namespace, rt: Runtime) -> dict:

@@ -149,6 +149,24 @@ def test_memory_goes_on_after_what_does_not_fit(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("gib_of_others", [0, 20])
+def test_memory_under_a_limit_is_not_that_of_other_programs(gib_of_others, tmp_path, monkeypatch):
+    make_data(tmp_path)
+    argv = ["--sizes=gpt2-tiny", "--only=gpt2-tiny", "--batch_sizes=1", "--block_size=16"]
+    options, options.extra = memory.parser().parse_known_args(
+        [*argv, "--device=cpu", "--limit_gib=0.01"]
+    )
+    options.extra = SMALL
+    monkeypatch.setattr(memory, "limit_memory", lambda _: 2**29)
+    monkeypatch.setattr(memory, "cuda_itself", lambda: 2**29 + 2**28 + gib_of_others * 2**30)
+    if gib_of_others:
+        with pytest.raises(SystemExit, match="other programs have taken 20.2 GiB"):
+            list(memory.measure_size(options, tmp_path))
+    else:
+        rows = list(memory.measure_size(options, tmp_path))
+        assert [row["result"] for row in rows] == ["out of memory"] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.alone
 def test_memory_under_a_limit(tmp_path):

@@ -160,7 +160,7 @@ def test_memory_under_a_limit_is_not_that_of_other_programs(gib_of_others, tmp_p
     monkeypatch.setattr(memory, "limit_memory", lambda _: 2**29)
     monkeypatch.setattr(memory, "cuda_itself", lambda: 2**29 + 2**28 + gib_of_others * 2**30)
     if gib_of_others:
-        with pytest.raises(SystemExit, match="other programs have taken 20.2 GiB"):
+        with pytest.raises(SystemExit, match=r"other programs have taken 20\.2 GiB"):
             list(memory.measure_size(options, tmp_path))
     else:
         rows = list(memory.measure_size(options, tmp_path))

@@ -89,6 +89,12 @@ def test_settings_of_a_wrong_type_are_one_line(model, given, said):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("prompt", [b"Hello", bytearray(b"Hello"), [b"Hello"], ["Hello", b"Hello"]])
+def test_bytes_are_no_token_ids(model, prompt):
+    with pytest.raises(UserError, match="bytes: decode them"):
+        model.generate(prompt, 2)
+
+
 def test_numbers_of_numpy_and_of_torch_are_numbers(model):
     plain = model.generate("Hello", 5, seed=3, top_k=7, temperature=0.5)
     of_numpy = {"seed": np.int64(3), "top_k": np.uint8(7), "temperature": np.float32(0.5)}

@@ -40,10 +40,15 @@ def write_errors(path: Path, needed: int = 0) -> Iterator[None]:
             raise UserError(f"checkpoint {path} not written: it is a folder; name a file") from None
         free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
         reason = _reason(error, fits=free >= needed + BESIDE_TENSORS)
-        needs = f"needs {needed / 2**30:.2f} GiB, " if needed else ""
+        needs = f"needs {_size(needed)}, " if needed else ""
         raise UserError(
-            f"checkpoint {path} not written: {reason} ({needs}{free / 2**30:.2f} GiB free)"
+            f"checkpoint {path} not written: {reason} ({needs}{_size(free)} free)"
         ) from None
+
+
+def _size(count: int) -> str:
+    """Bytes in GiB, or in MiB where that would be 0.00."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 100 else f"{count / 2**20:.1f} MiB"
 
 
 def _reason(error: BaseException, fits: bool) -> str:

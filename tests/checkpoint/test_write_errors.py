@@ -51,6 +51,13 @@ def test_the_reason_is_the_one_of_the_system(error, free, said, tmp_path, monkey
     assert "(needs 1.00 GiB, " in str(caught.value)
 
 
+def test_little_room_is_not_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
+    with pytest.raises(UserError) as caught, write_errors(tmp_path / "a.pt", 2**22 + 2**19):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value).endswith("(needs 4.5 MiB, 3.0 MiB free)")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of file sizes")
 @pytest.mark.parametrize(("kind", "said"), [("model", LIMIT), ("state", LARGE), ("rest", LIMIT)])
 def test_a_limit_of_file_sizes_is_named(kind, said, tmp_path):

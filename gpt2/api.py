@@ -261,7 +261,7 @@ class TextModel(LanguageModel):
                 rows = [[operator.index(_plain(i)) for i in row] for row in several]
         except TypeError:
             raise UserError(
-                "a prompt is a text, a list of token ids, or a list of one of these (bytes: decode them)"
+                "a prompt is a text, a list of token ids, or a list of one of these (decode bytes)"
             ) from None
         if any(not 0 <= i < self.config.vocab_size for row in rows for i in row):
             raise UserError(f"token ids must be from 0 to {self.config.vocab_size - 1}")

@@ -91,7 +91,7 @@ def test_settings_of_a_wrong_type_are_one_line(model, given, said):
 
 @pytest.mark.parametrize("prompt", [b"Hello", bytearray(b"Hello"), [b"Hello"], ["Hello", b"Hello"]])
 def test_bytes_are_no_token_ids(model, prompt):
-    with pytest.raises(UserError, match="bytes: decode them"):
+    with pytest.raises(UserError, match="decode bytes"):
         model.generate(prompt, 2)
 
 

@@ -15,19 +15,11 @@ import numpy as np
 
 from ..api import GPT2, TextModel
 from ..checkpoint import weights
-from ..config.command_line import read_toml
 from ..config.commands import EvalConfig
-from ..config.run_paths import CONFIG_FILE, from_here
+from ..config.run_paths import CONFIG_FILE
 from ..config.train import EvalOptions, SystemOptions
-from ..data.conversations import check_eval_tokens, is_chat, open_conversations
-from ..data.datasets import (
-    Dataset,
-    identify,
-    open_datasets,
-    parse_mix,
-    split_eval_tokens,
-    validation_fingerprint,
-)
+from ..data.conversations import is_chat
+from ..data.datasets import Dataset, open_datasets, parse_mix, split_eval_tokens
 from ..data.loader import available_eval_tokens, eval_batches
 from ..data.shards import SequenceReader
 from ..data.text_encodings import garbled
@@ -41,9 +33,10 @@ from ..evaluate.scoring import BATCH_TOKENS
 from ..evaluate.tasks import HELLASWAG, LAMBADA, Task, check_there, load_items
 from ..files import check_replaceable, check_writable_file, write_atomically
 from ..prepare.sources import ACCEPTED
-from ..report import console, metrics
+from ..report import console
 from ..tokenizer import Tokenizer
 from ..untrusted.parsing import to_json
+from .run_data import check_held_out, folder_of_run, open_eval_conversations, settings_of_run
 
 Results = dict[str, Any]
 Measurement = Callable[[TextModel, Runtime], Results | None]  # None: a signal asked to stop
@@ -142,14 +135,14 @@ def _data_of_run(checkpoint: str) -> str:
         UserError: a file or folder of the run's data is missing.
     """
     place = _place(checkpoint)
-    data = str(_settings_of_run(place).get("data_dir", ""))
+    data = str(settings_of_run(place).get("data_dir", ""))
     missing = [name for name, _ in parse_mix(data) if not Path(name).exists()] if data else []
     # A clone brings box-chat, adapters with their config.toml, and without their conversations.
     passed_on = weights.is_adapter(place) and (place / CONFIG_FILE).is_file()
     if missing and not passed_on:
         weights.check_there(checkpoint)
         raise UserError(
-            f"{missing[0]} is not here, and the run in {_folder_of_run(place)} was trained on it; "
+            f"{missing[0]} is not here, and the run in {folder_of_run(place)} was trained on it; "
             "put it back, name its new place by --data_dir=, or evaluate on --text=FILE"
         )
     return "" if missing else data
@@ -171,7 +164,7 @@ def _resolve_window(place: Path, asked: int, found: weights.Weights) -> int:
     context = found.config.block_size
     if asked > context:
         raise UserError(f"--block_size={asked}: use at most the context, {context}")
-    settings = _settings_of_run(place)
+    settings = settings_of_run(place)
     of_run = settings.get("block_size") if settings.get("lora_rank") else 0
     if isinstance(of_run, int) and 0 < of_run < context:
         return asked or of_run
@@ -196,14 +189,13 @@ def _measurements(
 ) -> Iterator[Measurement]:
     """The measurements that the options ask for; their input is read and checked here."""
     asked = any((config.data_dir, config.text, config.hellaswag, config.lambada))
-    tokenizer, settings = found.tokenizer, _settings_of_run(place)
-    of_run = {} if asked else settings
+    tokenizer, of_run = found.tokenizer, {} if asked else settings_of_run(place)
     data_dir = config.data_dir or of_run.get("data_dir", "")
     eval_tokens = config.eval_tokens or of_run.get("eval_tokens") or EvalOptions.eval_tokens
     if data_dir:
-        datasets = _open(data_dir, settings, replace(config, eval_tokens=eval_tokens), found)
+        datasets = _open(data_dir, place, replace(config, eval_tokens=eval_tokens), found)
         if not config.data_dir:
-            rt.on_main(partial(_check_held_out, place, data_dir, datasets))
+            rt.on_main(partial(check_held_out, place, data_dir, datasets))
         counts = split_eval_tokens(datasets, eval_tokens)
         parts = [(d.name, d.val, n) for d, n in zip(datasets, counts, strict=True)]
         yield partial(_loss, "val", data_dir, parts, config.block_size)
@@ -219,10 +211,8 @@ def _measurements(
             yield partial(_ask, task, spec, items)
 
 
-def _open(
-    data_dir: str, settings: Results, config: EvalConfig, found: weights.Weights
-) -> list[Dataset]:
-    """Folders of shards, or the conversations that the checkpoint's run held out."""
+def _open(data_dir: str, place: Path, config: EvalConfig, found: weights.Weights) -> list[Dataset]:
+    """Folders of shards, or conversations; see `open_eval_conversations`."""
     if not is_chat(data_dir):
         datasets, has = open_datasets(data_dir, with_training=False), vocabulary_of(found.tokenizer)
         for dataset in datasets:
@@ -232,54 +222,7 @@ def _open(
                     "use --text=FILE, or shards of that tokenizer"
                 )
         return datasets
-    if "val_share" not in settings:
-        raise UserError(
-            f"{data_dir}: which conversations were held out stands in the config.toml beside a "
-            "checkpoint of `gpt2 finetune`, and there is none; use --text= or shards"
-        )
-    length, share = settings["block_size"], settings["val_share"]
-    if config.block_size != length:  # rows would be cut elsewhere
-        fits = length <= found.config.block_size
-        advice = f"use --block_size={length}" if fits else "evaluate a checkpoint of that run"
-        raise UserError(
-            f"{data_dir} was packed for the run's block_size={length}, and this evaluation has "
-            f"{config.block_size}; {advice}"
-        )
-    datasets, _ = open_conversations(data_dir, length, share, found.tokenizer)
-    check_eval_tokens(config.eval_tokens, datasets, length)
-    return datasets
-
-
-def _settings_of_run(place: Path) -> Results:
-    """The config.toml in the folder of a run, or beside a checkpoint; {} if there is none."""
-    beside = _folder_of_run(place) / CONFIG_FILE
-    try:
-        return from_here(beside, read_toml(beside))
-    except (OSError, ValueError):
-        return {}
-
-
-def _folder_of_run(place: Path) -> Path:
-    """The folder that a run or its checkpoint names, where the files of the run lie."""
-    return place if (place / CONFIG_FILE).is_file() else place.absolute().parent
-
-
-def _check_held_out(place: Path, data_dir: str, datasets: list[Dataset]) -> None:
-    """Raises UserError where the data of the run hold out other tokens than the run did.
-
-    Conversations are held out by their places in the file, so that a changed file would hold out
-    some that the model was trained on. A run without history.jsonl does not tell.
-    """
-    history = _folder_of_run(place) / metrics.HISTORY
-    starts = metrics.read_metrics(history) if history.is_file() else []
-    known = [start["validation"] for start in starts if isinstance(start.get("validation"), str)]
-    now = validation_fingerprint((d.share, identify(d)) for d in datasets)
-    if known and known[-1] != now:
-        raise UserError(
-            f"{data_dir} has changed since the run: its validation tokens are others, and some may "
-            f"have been trained on; put the earlier data back, or use --data_dir={data_dir} to "
-            "evaluate on these tokens in any case"
-        )
+    return open_eval_conversations(data_dir, place, config, found)
 
 
 def _texts(path: Path) -> Generator[str, None, None]:

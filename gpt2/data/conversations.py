@@ -221,14 +221,15 @@ def chat_kind(source: Path, network: Any, tokenizer: Tokenizer) -> str:
 
 
 def open_conversations(
-    text: str, block_size: int, val_share: float, tokenizer: Tokenizer | None = None
+    text: str, block_size: int, val_share: float | None, tokenizer: Tokenizer | None = None
 ) -> tuple[list[Dataset], list[str]]:
     """Opens the files of conversations of `--data=`: one, or `a.jsonl:0.8,b.jsonl:0.2`.
 
     Args:
         text: value of the option.
         block_size: tokens per sequence.
-        val_share: share of each file's conversations that is held out for validation.
+        val_share: share of each file's conversations that is held out for validation; None: all,
+            and none is for training.
         tokenizer: the model's; by default GPT-2's.
 
     Returns:
@@ -251,10 +252,16 @@ def open_conversations(
 
 
 def _open(
-    path: Path, share: float, block_size: int, val_share: float, tokenizer: Tokenizer | None
+    path: Path, share: float, block_size: int, val_share: float | None, tokenizer: Tokenizer | None
 ) -> tuple[Dataset, str]:
     counts, tokenizer = ConversationCounts(), tokenizer or gpt2_tokenizer()
     encoded = list(_encode(path, block_size, counts, tokenizer))
+    if val_share is None:
+        if not encoded:
+            raise UserError(f"{path}: no answer of the assistant within {block_size} tokens")
+        val = Conversations(path / "val", encoded, block_size, tokenizer.vocab_size)
+        line = f"{path.name}: all {len(encoded):,} conversations{_unread(counts)}"
+        return Dataset(folder=path, share=share, train=[], val=[val]), line
     held = max(1, round(val_share * len(encoded)))
     if len(encoded) <= held:
         left = f" ({counts.left_out:,} have nothing to learn from)" if counts.left_out else ""

@@ -1,6 +1,7 @@
 """Conversations as training data, and the loop on them: loss, packing, resume, two ranks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,34 @@ def test_eval_finds_the_conversations_that_were_held_out(chats, base, tmp_path, 
     argv = ["eval", str(base), f"--data={chats}", "--device=cpu"]
     assert cli.main(argv) == 2
     assert "stands in the config.toml" in capsys.readouterr().err
+
+
+def test_eval_takes_all_conversations_of_another_file(chats, base, tmp_path, capsys):
+    """And of the run's file those that were held out, also where it has moved to another name."""
+    out, result = tmp_path / "out", tmp_path / "r.json"
+    assert finetune(base, chats, out, "--max_steps=2") == 0
+    talks = [talk(n) for n in range(40, 47)]
+    other = write(tmp_path / "other.jsonl", talks)
+    moved = Path(shutil.copy(chats, tmp_path / "moved.jsonl"))
+
+    def evaluated(data, *more):
+        capsys.readouterr()
+        argv = ["eval", str(out), f"--data={data}", "--device=cpu", f"--json={result}", *more]
+        assert cli.main(argv) == 0
+        return capsys.readouterr().out.splitlines()[0], json.loads(result.read_text())
+
+    count = len(chats.read_text().splitlines())
+    of_run, by_name = evaluated(chats)
+    assert of_run.startswith(f"{chats.name}: ")
+    assert of_run.endswith(f" of {count} conversations, held out by the run")
+    said, by_tokens = evaluated(moved)
+    assert said == of_run.replace(chats.name, moved.name)
+    assert by_tokens["val_loss"] == by_name["val_loss"]
+    said, whole = evaluated(other)
+    assert said == "other.jsonl: 7 of 7 conversations, none of them of the run"
+    learned = [encode_conversation(messages_of(t))[1] for t in talks]
+    assert whole["val_tokens"] == sum(sum(marks[1:]) for marks in learned)
+    assert evaluated(other, "--block_size=16")[1]["val_tokens"] > 0  # cut as is asked, not as then
 
 
 def test_eval_refuses_a_file_whose_held_out_conversations_changed(base, tmp_path, capsys):

@@ -1,9 +1,9 @@
 """The command line: `gpt2 COMMAND …`. Each command imports what it needs, and only then.
 
-Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 75 a rank hung, try again;
-130, 143, 138 and 129 stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, with everything saved. Whoever
-reads the output may close it, as `| head` does: the command ends then, training after it has saved,
-with code 1 and without a traceback.
+Exit codes: 0 done; 1 failed; 2 wrong input (one line says what to do); 75 a rank hung or
+was killed, try again; 130, 143, 138 and 129 stopped by Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP, with
+everything saved. Whoever reads the output may close it, as `| head` does: the command ends then,
+training after it has saved, with code 1 and without a traceback.
 
 Longer than 400 lines because every command has its few lines here.
 """

@@ -57,6 +57,8 @@ def test_killed_rank_restarts_from_the_last_checkpoint(data_dir, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 0, rest
+    assert "another rank has ended (Connection " in rest
+    assert "Traceback" not in rest
     assert "continuing from" in rest
     assert metrics(tmp_path / "hit") == metrics(tmp_path / "calm")
     names = [tmp_path / name / "out_ckpt.pt" for name in ("hit", "calm")]

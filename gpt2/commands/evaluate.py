@@ -82,7 +82,7 @@ def run(checkpoint: str, config: EvalConfig) -> int:
         check_replaceable(Path(config.json), b'{\n  "checkpoint"', "result of `gpt2 eval`")
         check_writable_file(Path(config.json), "--json=")
     system = SystemOptions(device=config.device, dtype=config.dtype)
-    with runtime.start(system, answer=lambda number: console.warn("stopping")) as rt:
+    with runtime.start(system, console.error, lambda number: console.warn("stopping")) as rt:
         _check_sources(checkpoint, config)
         found = weights.load(checkpoint)
         found.tokenizer.check()

@@ -6,6 +6,7 @@ and does not ask whether there is one rank or many, a GPU or none.
 
 import contextlib
 import datetime
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config.train import SystemOptions
-from ..errors import UserError
+from ..errors import UserError, first_line
 from . import fsdp
 from .devices import choose_device, choose_dtype, describe, keep_freed_memory
 from .environment import check_meeting_place, ranks
 from .random_state import seed
 from .rendezvous import meet
 from .signals import caught
-from .watchdog import Watchdog
+from .watchdog import HUNG, Watchdog
 
 START_TIMEOUT = datetime.timedelta(minutes=30)  # the first step may compile for minutes
+# Gloo's errors of a rank that is gone are plain RuntimeErrors.
+OF_A_LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed")
 MARGIN = datetime.timedelta(minutes=10)  # of a collective's timeout beyond that of the watchdog
 
 
@@ -219,7 +222,7 @@ def start(
 
     Args:
         options: of the machine.
-        log: gets one line when a rank hangs, before the process ends.
+        log: gets one line when a rank hangs or is gone, before the process ends with `HUNG`.
         answer: is called on rank 0 with the number of the first signal, by a thread and at once.
 
     Raises:
@@ -252,12 +255,28 @@ def start(
     try:
         with caught(rt.stop, answer if rt.is_main else lambda number: None):
             yield rt
+    except RuntimeError as error:
+        if world_size == 1 or not (reason := _of_a_lost_rank(error)):
+            raise
+        log(
+            f"[rank {rank}] another rank has ended ({reason}): it said why, or the system killed "
+            "it (see dmesg; as a rule for its memory); start the same command again"
+        )
+        raise SystemExit(HUNG) from None
     finally:
         if rt.watchdog:
             rt.watchdog.close()
         if world_size > 1:
             _groups_left.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+def _of_a_lost_rank(error: RuntimeError) -> str:
+    """What the error of a collective says, when another rank is gone; "" for other errors."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return first_line(error)
+    found = OF_A_LOST_RANK.search(first_line(error)) if "gloo" in str(error) else None
+    return found[0] if found else ""
 
 
 # Groups whose runs are over. The destructor of a group waits for gloo's threads while it holds the

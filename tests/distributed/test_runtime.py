@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gpt2.config.train import SystemOptions
 from gpt2.distributed import runtime, signals
@@ -39,6 +40,21 @@ def test_random_state_round_trip():
         set_rng_state(state | {"python": python}, CPU)
         assert torch.equal(first, torch.rand(3))
         assert first_of_python == random.random()
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (dist.DistBackendError("NCCL error: remote process exited\nmore"),
+     "NCCL error: remote process exited"),
+    (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:9"),
+     "Connection closed by peer"),
+    (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Read error: Connection reset by peer"),
+     "Connection reset by peer"),
+    (RuntimeError("Connection closed by peer, says a download"), ""),
+    (torch.OutOfMemoryError("CUDA out of memory"), ""),
+    (RuntimeError(""), ""),
+])  # fmt: skip
+def test_a_lost_rank_is_known_by_its_error(error, said):
+    assert runtime._of_a_lost_rank(error) == said
 
 
 def test_signals_are_noticed_once_and_handlers_restored():

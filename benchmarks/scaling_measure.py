@@ -290,7 +290,8 @@ def measure(options: argparse.Namespace) -> int:
     stopped = False
     if options.device == "cpu":
         print(f"on this CPU {TRIED}", flush=True)
-    with stoppable(), TemporaryDirectory() as folder, open(path, "w", encoding="utf-8") as log:
+    work = TemporaryDirectory(ignore_cleanup_errors=True)  # the report matters more than its rest
+    with stoppable(), work as folder, open(path, "w", encoding="utf-8") as log:
         try:
             (Path(folder) / "data").mkdir()
             make_data(Path(folder) / "data")

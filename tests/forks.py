@@ -465,7 +465,8 @@ def relay(server: Path, python: str, arguments: list[str]):
     if not ours and not (words and Path(words[0]).name == "train_gpt2.py"):
         os.execv(python, [python, *arguments])
     fork = Fork(server, words, os.getcwd(), environment, (0, 1, 2))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    passed_on = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+    for number in passed_on:
         signal.signal(number, lambda n, _: fork.send_signal(n))
     code = wait_for_all([fork]) or 0
     if code < 0:

@@ -135,13 +135,14 @@ print(child.wait(), child.stdout.read())
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 7), ("SIGKILL", -9)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 7), ("SIGQUIT", 8), ("SIGKILL", -9)])
 def test_a_program_that_a_fork_starts_is_a_fork_too(name, code, tmp_path):
     """It has torch without an import, gets signals, and ends with its stand-in."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/waiting.py").write_text(
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: exit(7))\n"
+        "signal.signal(signal.SIGQUIT, lambda *_: exit(8))\n"
         "print('torch' in sys.modules)\nprint(os.getpid())\ntime.sleep(99)\n"
     )
     done = run_python("-c", STARTER, name, cwd=tmp_path)

@@ -24,7 +24,7 @@ from .model import OLD_SIZES
 from .options import choices_of, type_of
 from .other_names import CHECKPOINTS, meaning
 from .registry import load_plugin
-from .run_paths import from_here
+from .run_paths import check_not_renamed, from_here
 
 Config = TypeVar("Config")
 WITHOUT_EFFECT = {"schedule": "cosine", "cooldown": 0.4}  # of earlier versions, see `earlier`
@@ -298,16 +298,18 @@ def option_name(argument: str) -> str:
 
 def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:
     """Replaces `--config=a.toml` by the settings in the file, put before all other arguments."""
-    from_files, rest = [], []
+    files, rest = [], []
     queue = iter(arguments)
     for argument in queue:
         if argument == "--config":
-            from_files += _arguments_of(next(queue, ""), settings)
+            files.append(next(queue, ""))
         elif argument.startswith("--config="):
-            from_files += _arguments_of(argument.partition("=")[2], settings)
+            files.append(argument.partition("=")[2])
         else:
             rest.append(argument)
-    return from_files + rest
+    names_folder = any(argument.partition("=")[0] == "--out_dir" for argument in rest)
+    from_files = (_arguments_of(path, settings, names_folder) for path in files)
+    return [*itertools.chain.from_iterable(from_files), *rest]
 
 
 def _plugins(arguments: list[str]) -> list[str]:
@@ -332,10 +334,12 @@ def _load_plugins(arguments: list[str], named: set[str]) -> None:
             load_plugin(path)
 
 
-def _arguments_of(path: str, settings: set[str]) -> list[str]:
-    """The settings of a TOML file as arguments."""
+def _arguments_of(path: str, settings: set[str], names_folder: bool) -> list[str]:
+    """The settings of a TOML file as arguments; `names_folder`: --out_dir= is given beside it."""
     arguments = []
     settings_there = from_here(Path(path), read_toml(Path(path), f"--config={path}"))
+    if not names_folder:
+        check_not_renamed(Path(path), settings_there)
     if settings_there.items() >= WITHOUT_EFFECT.items():
         del settings_there["cooldown"]
     for name, value in settings_there.items():

@@ -2,7 +2,8 @@
 
 A run writes its paths as they were given, so relative ones begin at the folder in which it was
 started. Later that folder is found by `out_dir`: of a run in `/a/out/x` with out_dir="out/x" it is
-`/a`. Nothing is recorded, so that a moved or copied project still works. A run that goes on from
+`/a`, also where somebody has renamed `x`. Nothing is recorded, so that a moved or copied project
+still works. A run that goes on from
 another folder writes its paths as they begin in the first one. A run whose out_dir does not tell
 (an absolute path, or one with `..`) writes its other paths as absolute ones.
 """
@@ -11,6 +12,8 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+
+from ..errors import UserError
 
 CONFIG_FILE = "config.toml"
 PATHS = ("data_dir", "init", "hellaswag")  # options that may name files and folders to read
@@ -29,6 +32,23 @@ def from_here(config: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     found = {name: _moved(settings[name], start) for name in PATHS if name in settings}
     return settings | found | {"out_dir": os.fspath(start / settings["out_dir"])}
+
+
+def check_not_renamed(config: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError for the config.toml of a run whose folder is not its out_dir any more.
+
+    Args:
+        config: the file.
+        settings: as `from_here` gives them.
+    """
+    folder, out_dir = config.resolve().parent, settings.get("out_dir")
+    if not _is_run(config) or not isinstance(out_dir, str) or not out_dir:
+        return
+    if Path(out_dir).resolve() != folder:
+        raise UserError(
+            f"--config={config}: the run in this folder was called {out_dir}; add "
+            f"--out_dir={config.parent} to go on with it, or another --out_dir= for a new run"
+        )
 
 
 def from_anywhere(
@@ -114,9 +134,17 @@ def _started_in(config: Path, out_dir: object) -> Path | None:
     if config.name != CONFIG_FILE or not _plain(out_dir):
         return None
     folder, names = config.resolve().parent, Path(str(out_dir)).parts
-    if folder.parts[-len(names) :] != names or len(folder.parts) <= len(names):
+    if len(folder.parts) <= len(names) or folder.parts[-len(names) : -1] != names[:-1]:
+        return None
+    if folder.name != names[-1] and not _is_run(config):  # a run may have been renamed
         return None
     return Path(*folder.parts[: -len(names)])
+
+
+def _is_run(config: Path) -> bool:
+    """Whether a run has left more in the folder than its config.toml."""
+    beside = config.parent / "metrics.jsonl", config.parent / "state"
+    return config.name == CONFIG_FILE and any(path.exists() for path in beside)
 
 
 def _moved(value: Any, start: Path) -> Any:

@@ -1,6 +1,6 @@
 """Causal attention by cuDNN with what PyTorch has no argument for; the plain form on a CPU.
 
-PyTorch (2.11 to 2.14) calls the cuDNN that it installs, but can neither ask for a window nor say
+PyTorch (2.11 to 2.15) calls the cuDNN that it installs, but can neither ask for a window nor say
 where in memory gradients go. `nvidia-cudnn-frontend`, NVIDIA's Python interface to the library, can
 (cuDNN documentation, "Frontend API", "Attention").
 

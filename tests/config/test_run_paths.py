@@ -12,6 +12,7 @@ from gpt2.config.command_line import parse
 from gpt2.config.finetune import TuningOptions
 from gpt2.config.run_paths import as_written, find_beside, from_anywhere, from_here
 from gpt2.config.train import TrainConfig
+from gpt2.errors import UserError
 from gpt2.model.lora import adapt, to_peft
 
 from ..conftest import TINY
@@ -44,6 +45,30 @@ def test_relative_paths_begin_where_the_run_was_started(project, monkeypatch):
     assert from_here(config, mix)["data_dir"] == wanted
     monkeypatch.chdir(project)
     assert from_here(config, settings) is settings
+
+
+def test_a_renamed_run_finds_its_data_and_begins_no_other(project, monkeypatch):
+    (project / "out/x/metrics.jsonl").touch()
+    (project / "out/x").rename(project / "out/y")
+    config, settings = project / "out/y/config.toml", {"out_dir": "out/x", "data_dir": "data/mine"}
+    assert from_here(config, settings)["data_dir"] == f"{project}/data/mine"
+    config.write_text('out_dir = "out/x"\ndata_dir = "data/mine"\n')
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError) as caught:
+        parse(TrainConfig, ["--config=out/y/config.toml"], "gpt2 train")
+    assert str(caught.value) == (
+        "--config=out/y/config.toml: the run in this folder was called out/x; add "
+        "--out_dir=out/y to go on with it, or another --out_dir= for a new run"
+    )
+    for out_dir in ("out/y", "out/new"):
+        found = parse(
+            TrainConfig, ["--config=out/y/config.toml", f"--out_dir={out_dir}"], "gpt2 train"
+        )
+        assert found.output.out_dir == out_dir
+    (project / "out/y").rename(project / "out/x")
+    assert (
+        parse(TrainConfig, ["--config=out/x/config.toml"], "gpt2 train").output.out_dir == "out/x"
+    )
 
 
 @pytest.mark.parametrize(

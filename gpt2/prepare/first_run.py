@@ -12,7 +12,7 @@ from pathlib import Path
 from ..paths import for_shell
 
 AMD_DRIVER = Path("/dev/kfd")  # of ROCm
-CPU_STEP_TOKENS = 1024  # of configs/laptop.toml: 0.4 to 1.6 s on two cores with gpt2-mini
+CPU_BATCH = 4  # of 256 tokens, as in configs/laptop.toml: 0.4 to 1.6 s on two cores with gpt2-mini
 CPU_STEPS, CPU_EPOCHS = 300, 20
 GPU_EPOCHS = 4
 GPU_STEPS = 1000  # as many if the text is small; larger texts have larger steps
@@ -32,15 +32,17 @@ def options(tokens: int, device: str) -> dict[str, object]:
     """Options of `gpt2 train` beside the folders, by name.
 
     Args:
-        tokens: of the shards.
+        tokens: of the training shards.
         device: "cpu" or "cuda".
     """
+    longest = 1 << max(0, (tokens - 1).bit_length() - 1)  # a sequence and the token after it
     if device != "cuda":
-        steps = max(1, min(CPU_STEPS, CPU_EPOCHS * tokens // CPU_STEP_TOKENS))
+        block_size = min(256, longest)
+        steps = max(1, min(CPU_STEPS, CPU_EPOCHS * tokens // (CPU_BATCH * block_size)))
         return {
             "size": "gpt2-mini",
-            "block_size": 256,
-            "batch_size": 4,
+            "block_size": block_size,
+            "batch_size": CPU_BATCH,
             "grad_accum_steps": 1,
             "max_steps": steps,
             "learning_rate": 1e-3,
@@ -57,6 +59,8 @@ def options(tokens: int, device: str) -> dict[str, object]:
         return {}  # the defaults
     every = max(1, steps // 20)
     asked = {"size": size, "total_batch_tokens": step, "max_steps": steps, "eval_every": every}
+    if longest < 1024:
+        asked["block_size"] = longest
     return asked | {"eval_tokens": min(10_485_760, max(16_384, whole // 100))}
 
 

@@ -133,7 +133,7 @@ class _Cutter:
         if not job.shards and job.validates:
             shards = self._small_shards()
             total = len(shards)
-            for tokens in shards[: job.config.shard_limit or None]:
+            for tokens in shards[: job.config.max_shards or None]:  # see `ShardJob.enough`
                 job.add_shard(tokens, None)
         elif self._filled:
             total += 1
@@ -213,7 +213,7 @@ def _summary(job: ShardJob) -> str:
             then = "`gpt2 shards merge` needs the whole share: run it again without a limit"
     else:
         device = device_here()
-        then = f"train on it ({device}): {command(done['tokens'], device, job.out_dir)}"
+        then = f"train on it ({device}): {command(job.training_tokens, device, job.out_dir)}"
     return (
         f"{done['documents']:,} documents, {done['tokens']:,} tokens, {len(job.shards)} shards "
         f"in {job.out_dir}; {_skipped(*skipped)}{odd}\n"

@@ -69,7 +69,15 @@ class ShardJob:
     @property
     def enough(self) -> bool:
         """Whether no work remains: at the end of the source, or at the limit of shards."""
-        return self.manifest["complete"] or 0 < self.config.shard_limit <= len(self.shards)
+        limit = self.config.shard_limit
+        if self.shards and self.shards[-1].get("next", 0) is None:  # a source below two full shards
+            limit = self.config.max_shards  # max_tokens means two full shards at least
+        return self.manifest["complete"] or 0 < limit <= len(self.shards)
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens of the training shards so far."""
+        return sum(shard["tokens"] for shard in self.shards if shard["split"] == "train")
 
     def save(self, odd: list[int] | None = None) -> None:
         """Writes the manifest.

@@ -32,14 +32,24 @@ def parsed(tokens: int, device: str) -> TrainConfig:
     return parse(TrainConfig, arguments, "gpt2 train")
 
 
-@pytest.mark.parametrize("tokens", [64, 3_000, 30_000, 1_000_000, 10**10])
+@pytest.mark.parametrize("tokens", [61, 3_000, 30_000, 1_000_000, 10**10])
 def test_on_a_cpu_it_takes_minutes(tokens):
     c = parsed(tokens, "cpu")
     plan = plan_batch(c.data, c.model.block_size, world_size=1)
-    assert plan.tokens_per_step == 1024
+    assert plan.tokens_per_step == (1024 if tokens > 256 else 128)
     assert 1 <= c.optim.max_steps <= CPU_STEPS  # at 0.4 to 1.6 s each on two cores
-    assert c.optim.max_steps == 1 or c.optim.max_steps * 1024 <= CPU_EPOCHS * tokens
+    assert c.optim.max_steps * plan.tokens_per_step <= CPU_EPOCHS * tokens
     assert (c.data.data_dir, c.output.out_dir) == ("data/mine", "out/mine")
+
+
+@pytest.mark.parametrize(("tokens", "on_cpu", "on_gpu"), [
+    (61, 32, 32), (64, 32, 32), (65, 64, 64), (246, 128, 128), (257, 256, 256), (1024, 256, 512),
+    (1025, 256, 1024),
+])  # fmt: skip
+def test_a_sequence_fits_into_the_text(tokens, on_cpu, on_gpu):
+    """A sequence needs the token after it, too."""
+    found = [parsed(tokens, device).model.block_size for device in ("cpu", "cuda")]
+    assert found == [on_cpu, on_gpu]
 
 
 @pytest.mark.parametrize("tokens", [64, 30_000, 1_000_000, 50_000_000, 10**9, 2 * 10**9, 10**11])

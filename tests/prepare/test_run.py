@@ -400,6 +400,23 @@ def test_max_shards_of_a_small_source(tmp_path):
     assert content(tmp_path / "twice") == content(tmp_path / "once")
 
 
+def test_max_tokens_of_a_small_source_take_all_of_it(tmp_path, capsys):
+    """Its three shards hold fewer tokens than two full ones, to which the limit is rounded up."""
+    texts = make_texts(100)
+    size = len(ids(texts)) * 10 // 19 - 20
+    source = write_jsonl(tmp_path / "x.jsonl", texts)
+    run(source, tmp_path / "whole", shard_tokens=size)
+    assert len(read_manifest(tmp_path / "whole")["shards"]) == 3
+    for limit in (1, 2 * size):
+        run(source, tmp_path / f"to_{limit}", shard_tokens=size, max_tokens=limit)
+        assert content(tmp_path / f"to_{limit}") == content(tmp_path / "whole")
+    run(source, tmp_path / "stopped", shard_tokens=size, max_shards=2)
+    capsys.readouterr()
+    run(source, tmp_path / "stopped", shard_tokens=size, max_tokens=1)
+    assert "the source ended before" in capsys.readouterr().out
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
 class Killed(BaseException):
     """Stands for the end of the process between two system calls."""
 

@@ -6,21 +6,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint import training_state
+from ..checkpoint.other_formats import number_of
+from ..checkpoint.safe_load import torch_load
 from ..checkpoint.state_schema import check_complete, whole
 from ..checkpoint.training_state import Resumed
 from ..config.finetune import targets_of, tuning_options
-from ..config.model import to_dict
+from ..config.model import IGNORE, to_dict
 from ..config.run_paths import CONFIG_FILE, as_written, from_here, shortest
 from ..config.switches import defaults, switched
 from ..config.train import ModelOptions, TrainConfig
 from ..data.conversations import is_chat
 from ..data.datasets import split_eval_tokens, validation_fingerprint
+from ..data.loader import eval_batches
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..report import console, metrics
 from ..untrusted.display import shown
 from . import run_folder
-from .run_folder import MODEL_NAME, out_dir
+from .messages import changed_options
+from .run_folder import BEST_NAME, MODEL_NAME, out_dir
 from .run_tokenizer import check_resumed_tokenizer
 from .state import TrainState
 
@@ -76,32 +80,63 @@ def archive_previous_run(
 ) -> None:
     """Archives the checkpoints that are newer than the one to resume from.
 
-    The best model is archived too where the run goes on with other validation tokens: the lowest
-    loss of the earlier ones says nothing about theirs, so it is counted anew.
+    The best model is archived too, and its loss counted anew, where it is not of the run that goes
+    on: of a step that this run has not reached, of another folder, or by other validation tokens.
     """
-    anew = resumed is not None and _validates_otherwise(state, config, resumed)
-    if anew and state.is_complete(config.optim):
-        anew, state.evaluated_at = False, state.step  # no step follows: its results stay
-    if anew and resumed:
+    reason = ""
+    if resumed and _validates_otherwise(state, config, resumed):
+        reason = f"other validation tokens than in {resumed.path}"
+    if reason and state.is_complete(config.optim):
+        reason, state.evaluated_at = "", state.step  # no step follows: its results stay
+    elif resumed and not reason and not state.is_complete(config.optim):
+        found = resumed
+        reason = rt.on_main(lambda: _of_another_run(config, found))
+    if reason and resumed:
         _forget_best(state, resumed)
 
     def move() -> None:
         out = out_dir(config)
-        after = -1
-        if resumed and resumed.path.resolve().parent == (out / "state").resolve():
-            after = resumed.step
+        after = resumed.step if resumed and _is_in(out, resumed) else -1
         back = config.output.resume not in ("auto", "never")
         with _as_user_error():
-            moved = run_folder.archive(out, after, going_back=back, best=anew)
-        if anew and resumed:
-            console.log(
-                f"other validation tokens than in {resumed.path}: the lowest validation loss is "
-                "counted anew"
-            )
+            moved = run_folder.archive(out, after, going_back=back, best=bool(reason))
+        if reason:
+            console.log(f"{reason}: the lowest validation loss is counted anew")
         if moved:
             console.log(f"moved files of an earlier run to {moved}")
 
     rt.on_main(move)
+
+
+def _is_in(out: Path, resumed: Resumed) -> bool:
+    """Whether a checkpoint lies in the run's own folder."""
+    return resumed.path.resolve().parent == (out / "state").resolve()
+
+
+def _of_another_run(config: TrainConfig, resumed: Resumed) -> str:
+    """Why the best model so far is not that of the run which goes on; "" if it is.
+
+    A run that a crash ended before its next checkpoint comes to a later best model again.
+    """
+    out = out_dir(config)
+    if not _is_in(out, resumed):
+        counted = resumed.state.get("best_val_loss", math.inf) < math.inf
+        return f"another folder than that of {resumed.path}" if counted else ""
+    changed = changed_options(config, resumed).keys() - vars(config.output).keys()
+    goes_off = config.output.resume != "auto" or changed
+    path = out / BEST_NAME
+    step = _step_of(path) if goes_off and path.exists() else 0
+    return f"{path} is of step {step:,}, after {resumed.path}" if step > resumed.step else ""
+
+
+def _step_of(path: Path) -> int:
+    """The step of a model file of ours; 0 where it does not say, or is damaged."""
+    try:
+        content = torch_load(path)  # its tensors are mapped, not read
+    except UserError:
+        return 0  # who uses it is told
+    step = number_of(content.get("step")) if isinstance(content, dict) else None
+    return int(step) if step else 0
 
 
 def _validates_otherwise(state: TrainState, config: TrainConfig, resumed: Resumed) -> bool:
@@ -164,7 +199,7 @@ def check_same_tuning(found: Resumed, config: TrainConfig) -> None:
     before, options = found.state.get("settings", {}), tuning_options(config)
     if options is None:
         return
-    names = ["lora_rank", *["lora_targets"] * (options.lora_rank > 0)]
+    names = ["lora_rank", *["lora_targets", "lora_alpha"] * (options.lora_rank > 0)]
     names += ["val_share"] * is_chat(config.data.data_dir)
     for name in names:
         value = getattr(options, name)
@@ -213,7 +248,6 @@ def restore_logged_evaluation(
     known = rt.broadcast(log.recorded(state.step))
     if known.get("hellaswag_items") == len(state.hellaswag):
         state.hellaswag_at = state.step
-    asked = sum(split_eval_tokens(state.datasets, config.eval.eval_tokens))
     val_loss = metrics.measured(known, "val_loss")
     if not resumed or val_loss is None or state.evaluated_at == state.step:
         return False
@@ -222,4 +256,16 @@ def restore_logged_evaluation(
         return False
     before, now = resumed.state["settings"].get("data_dir"), config.data.data_dir
     same_data = shortest({"data_dir": before}) == shortest({"data_dir": now})
-    return same_data and known.get("val_tokens") == asked and state.note_evaluation(val_loss)
+    if not same_data or known.get("val_tokens") != _validated_tokens(state, config):
+        return False
+    return state.note_evaluation(val_loss)
+
+
+def _validated_tokens(state: TrainState, config: TrainConfig) -> int:
+    """Tokens that a validation loss is over: of conversations those that are learned."""
+    size, found = state.plan.block_size, 0
+    counts = split_eval_tokens(state.datasets, config.eval.eval_tokens)
+    for part, tokens in zip(state.datasets, counts, strict=True):
+        batches = eval_batches(part.val, block_size=size, batch_size=1, eval_tokens=tokens)
+        found += sum(int((y != IGNORE).sum()) for _, y, *_ in batches)
+    return found

@@ -37,13 +37,14 @@ def checkpoint(config: TrainConfig):
         ("--lora_rank=4", "--lora_rank=8", "is of a run with lora_rank=4, not 8; use the same"),
         ("--lora_rank=4", "--lora_rank=0", "lora_rank=4, not 0"),
         ("--lora_rank=0", "--lora_rank=4", "lora_rank=0, not 4"),
+        ("--lora_rank=4", "--lora_rank=4 --lora_alpha=400", "lora_alpha=16.0, not 400.0"),
         ("--val_share=0.1", "--val_share=0.2", "val_share=0.1, not 0.2"),
     ],
 )
 def test_other_adapters_and_other_held_out_conversations(before, now, said):
     check_same_tuning(checkpoint(tuning(before)), tuning(before))
     with pytest.raises(UserError, match=said):
-        check_same_tuning(checkpoint(tuning(before)), tuning(now))
+        check_same_tuning(checkpoint(tuning(before)), tuning(*now.split()))
 
 
 def test_targets_count_with_adapters_and_shares_with_conversations():
@@ -120,6 +121,45 @@ def test_losses_of_other_validation_tokens_begin_anew(
     assert loop.run(config(data_dir, out, "--max_steps=12", *asked, *other)) == 0
     assert "other validation tokens" not in capsys.readouterr().out
     assert best(out) == (12, 4.7)
+
+
+@pytest.mark.parametrize("way", ["back", "crash", "branch"])
+def test_the_best_model_of_an_abandoned_branch_is_archived(
+    data_dir, tmp_path, monkeypatch, capsys, way
+):
+    """best_ckpt.pt is the best of the steps in metrics.jsonl, in the folder in which it lies."""
+    out = tmp_path / "out"
+    asked = ["--eval_every=2", "--save_every=3", "--keep_last=9"]
+    scripted_losses(monkeypatch, 3.0, 2.0, 1.0, 9.0, 8.5, 8.7)
+    assert loop.run(config(data_dir, out, "--max_steps=6", *asked)) == 0
+    assert best(out) == (6, 1.0)
+    first = out / "state/step_00000003"
+    if way == "back":
+        asked += [f"--resume={first}", "--learning_rate=0.01"]
+    elif way == "crash":  # before the save of step 6; then with another learning rate
+        shutil.rmtree(out / "state/step_00000006")
+        asked += ["--learning_rate=0.01"]
+    else:
+        asked += [f"--resume={first}"]
+    folder = tmp_path / "new" if way == "branch" else out
+    capsys.readouterr()
+    assert loop.run(config(data_dir, folder, "--max_steps=8", *asked)) == 0
+    assert ": the lowest validation loss is counted anew\n" in capsys.readouterr().out
+    losses = {4: 9, 6: 8.5, 8: 8.7}
+    assert metrics(folder, "val_loss") == pytest.approx(losses | ({2: 3} if folder == out else {}))
+    assert best(folder) == (6, 8.5)
+    assert best(out if way == "branch" else out / "archive_1") == (6, 1.0)
+
+
+def test_a_crash_alone_keeps_the_best_model(data_dir, tmp_path, monkeypatch, capsys):
+    """Its step comes again, with its loss."""
+    out, asked = tmp_path / "out", ["--eval_every=2", "--save_every=3", "--max_steps=6"]
+    scripted_losses(monkeypatch, 3.0, 1.0, 2.0, 1.0, 2.0)
+    assert loop.run(config(data_dir, out, *asked, "--keep_last=9")) == 0
+    shutil.rmtree(out / "state/step_00000006")
+    assert loop.run(config(data_dir, out, *asked)) == 0
+    assert best(out) == (4, 1.0)
+    assert not (out / "archive_1").exists()
 
 
 def test_a_mixture_in_another_order_validates_on_the_same_tokens(

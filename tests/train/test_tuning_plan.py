@@ -121,6 +121,9 @@ def test_a_model_answers_as_its_file_does(tmp_path, capsys):
     arguments += ["--learning_rate=5e-3", "--eval_every=0", "--save_every=0", "--device=cpu"]
     assert loop.run(parse(FinetuneConfig, arguments, "gpt2 finetune")) == 0
     assert "steps are few" not in capsys.readouterr().err
+    before = (tmp_path / "out/metrics.jsonl").read_bytes()
+    assert loop.run(parse(FinetuneConfig, arguments, "gpt2 finetune")) == 0  # is over: as it was
+    assert (tmp_path / "out/metrics.jsonl").read_bytes() == before
     model = GPT2.from_checkpoint(tmp_path / "out/out_ckpt.pt", device="cpu")
     for question, answer in facts.items():
         prompt = encode_prompt([{"role": "user", "content": question}])

@@ -33,14 +33,9 @@ from ..huggingface import model_format
 from ..huggingface.hub import http_library
 from ..huggingface.own_template import TEMPLATE_FILE, TemplatedTokenizer
 from ..huggingface.own_tokenizer import FILES as TOKENIZER_FILES
-from ..huggingface.own_tokenizer import (
-    JSON_FILE,
-    SETTINGS_FILE,
-    SPECIAL_IDS,
-    OwnTokenizer,
-    files_of,
-)
+from ..huggingface.own_tokenizer import SETTINGS_FILE, SPECIAL_IDS, OwnTokenizer, files_of
 from ..huggingface.tokenizer_files import tokenizer_files
+from ..huggingface.tokenizer_json import JSON_FILE
 from ..model.gpt import GPT
 from ..model.unfilled import unfilled
 from ..paths import check_utf8

@@ -11,7 +11,6 @@ import difflib
 import functools
 import itertools
 import json
-import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,15 +19,14 @@ from typing import Any, NoReturn, TypeVar
 from ..errors import UserError
 from ..untrusted.display import shown
 from ..untrusted.parsing import read_toml
-from .model import OLD_SIZES
-from .options import choices_of, type_of
+from .options import choices_of, is_switch, type_of
 from .other_names import CHECKPOINTS, meaning
 from .registry import load_plugin
 from .run_paths import check_not_renamed, from_here
+from .values import FALSE, TRUE, to_bool, to_choice, to_float, to_int
 
 Config = TypeVar("Config")
 WITHOUT_EFFECT = {"schedule": "cosine", "cooldown": 0.4}  # of earlier versions, see `earlier`
-TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
 FILES = {  # options that may name files and folders
@@ -94,6 +92,8 @@ def parse_with_positional(
             to_folder = "folder" in positional
             _check_no_checkpoint(argument, arguments, settings, prog, to_folder=to_folder)
         _check_name(argument, settings | {"-h", "--help", "--config"})
+    if positional:
+        arguments = _with_bare_switches(cls, arguments)
     parser = _build_parser(cls, prog, everything)
     for name, text in positional.items():
         if name in optional:
@@ -181,6 +181,17 @@ def _flags(f: dataclasses.Field) -> list[str]:
     return [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]
 
 
+def _with_bare_switches(cls: type, arguments: list[str]) -> list[str]:
+    """`--private CKPT` as `--private=True CKPT`: a switch takes only its own values."""
+    switches = {flag: f for _, f in _options(cls) if is_switch(f) for flag in _flags(f)}
+    found = list(arguments)
+    for i, (name, behind) in enumerate(itertools.pairwise(arguments)):
+        choices = map(str.lower, choices_of(switches[name])) if name in switches else ()
+        if name in switches and behind.lower() not in {*TRUE, *FALSE, *choices}:
+            found[i] = f"{name}=True"
+    return found
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """argparse's, wider; examples and tables stay as they are."""
 
@@ -222,57 +233,19 @@ def _build_parser(cls: type, prog: str, everything: bool) -> _Parser:
 
 def _add_option(parser: Any, f: dataclasses.Field, shown: bool) -> None:
     kind = type_of(f)
-    convert: Any = {int: _int, float: _float, bool: _bool, str: str}[kind]
+    convert: Any = {int: to_int, float: to_float, bool: to_bool, str: str}[kind]
     extra: dict[str, Any] = {"metavar": kind.__name__.upper()}
     choices = choices_of(f)
     if choices:
         extra = {"choices": choices}
-        convert = functools.partial(_choice, choices)
-    if kind is bool or "True" in choices:  # the bare name means True
+        convert = functools.partial(to_choice, choices)
+    if is_switch(f):  # the bare name means True
         extra |= {"nargs": "?", "const": "True"}
     default = f.default if f.default != "" else "empty"
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
     if not shown:
         text = argparse.SUPPRESS
     parser.add_argument(*_flags(f), type=convert, default=f.default, help=text, **extra)
-
-
-def _int(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        value = _number(text, "whole number")  # 1e6 is a whole number too
-        if not math.isfinite(value) or value != int(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
-        return int(value)
-
-
-def _float(text: str) -> float:
-    value = _number(text, "number")
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
-
-
-def _number(text: str, kind: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in TRUE | FALSE:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() in TRUE
-
-
-def _choice(choices: tuple[str, ...], text: str) -> str:
-    """The choice that equals the text but for upper and lower case: `true` is `True`, as is `1`."""
-    text = OLD_SIZES.get(text, text)
-    if "True" in choices and text.lower() in TRUE | FALSE:
-        return str(text.lower() in TRUE)
-    return next((choice for choice in choices if choice.lower() == text.lower()), text)
 
 
 def at_home(argument: str) -> str:

@@ -25,6 +25,11 @@ def choices_of(f: Field) -> tuple[str, ...]:
     return with_registered(f.name, choices) if choices else ()
 
 
+def is_switch(f: Field) -> bool:
+    """Whether the bare name of an option means True."""
+    return type_of(f) is bool or "True" in f.metadata["choices"]
+
+
 def type_of(f: Field) -> type:
     """The type of an option. Annotations are no strings in the modules of `config`."""
     assert isinstance(f.type, type), f

@@ -157,7 +157,8 @@ def _from_sharegpt(item: dict[str, Any]) -> list[Message]:
 
 def _from_instruction(item: dict[str, Any]) -> list[Message]:
     """Alpaca's row, LLaMA-Factory's with a history, or Dolly's."""
-    answer, more = ("response", "context") if "response" in item else ("output", "input")
+    of_dolly = "output" not in item or _says(item.get("response"))  # joined files have both
+    answer, more = ("response", "context") if of_dolly else ("output", "input")
     if answer not in item:
         raise UserError("`instruction` without `output` (Alpaca) or `response` (Dolly)")
     for key in ("instruction", more, answer):

@@ -15,7 +15,7 @@ from urllib.request import getproxies
 from ..distributed.signals import interruptible
 from ..errors import UserError, first_line
 from ..files import sha256_of
-from . import model_format, own_tokenizer
+from . import model_format, own_tokenizer, tokenizer_json
 from .hub import http_library
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -74,9 +74,9 @@ def _fetch_tokenizer(repository: str, folder: Path, offline: str) -> None:
             _fetch(repository, name, commit, offline)
         except _Missing as error:
             missing[name] = error
-    name = own_tokenizer.JSON_FILE
+    name = tokenizer_json.JSON_FILE
     unknown = name in missing and try_to_load_from_cache(repository, name, revision=commit) is None
-    if unknown and missing[name].in_cache and own_tokenizer.content_of(folder) is None:
+    if unknown and missing[name].in_cache and tokenizer_json.content_of(folder) is None:
         raise missing[name]
 
 

@@ -24,10 +24,9 @@ from ..untrusted.display import shown
 from ..untrusted.long_text import pieces
 from ..untrusted.parsing import load_json, read_bytes, read_json
 from .own_template import template_in, with_template
+from .tokenizer_json import ADDED_FILE, JSON_FILE, MERGES_FILE, VOCAB_FILE, content_of, origin_of
 
-JSON_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
-VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
-ADDED_FILE, SPECIAL_FILE = "added_tokens.json", "special_tokens_map.json"
+SETTINGS_FILE, SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
 # What belongs to a tokenizer; export and push keep these files as they are.
 FILES = (
     *(JSON_FILE, SETTINGS_FILE, VOCAB_FILE, MERGES_FILE, ADDED_FILE, SPECIAL_FILE),
@@ -198,7 +197,7 @@ def tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Token
 
 
 def _tokenizer_of(folder: Path, values: dict[str, Any], vocab_size: int) -> Tokenizer | None:
-    content, origin = content_of(folder), str(folder / JSON_FILE)
+    content, origin = content_of(folder), str(origin_of(folder))
     if content is None:
         odd = [f"{n}={values[n]!r}" for n in SPECIAL_IDS[:2]
                if values.get(n) not in (None, END_OF_TEXT)]  # fmt: skip
@@ -253,34 +252,6 @@ def files_of(folder: Path, names: tuple[str, ...] = FILES) -> dict[str, bytes]:
         UserError: a file that cannot be read, or is larger than any tokenizer.
     """
     return {name: read_bytes(folder / name) for name in names if (folder / name).exists()}
-
-
-def content_of(folder: Path) -> bytes | None:
-    """A tokenizer.json: the folder's, or one made of its vocab.json and merges.txt."""
-    if (folder / JSON_FILE).exists():
-        return read_bytes(folder / JSON_FILE)
-    if not (folder / VOCAB_FILE).exists() or not (folder / MERGES_FILE).exists():
-        return None
-    vocab = read_json(folder / VOCAB_FILE)
-    lines = read_bytes(folder / MERGES_FILE).decode("utf-8", errors="replace").split("\n")
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    added = read_json(folder / ADDED_FILE) if (folder / ADDED_FILE).exists() else {}
-    named = {END_OF_TEXT_NAME: vocab[END_OF_TEXT_NAME]} if END_OF_TEXT_NAME in vocab else {}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    made = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": number, "content": text, **flags, "special": True}
-            for text, number in sorted({**named, **added}.items(), key=lambda item: str(item[1]))
-        ],
-        "normalizer": None,
-        "pre_tokenizer": cut,
-        "post_processor": None,
-        "decoder": cut,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-    return json.dumps(made).encode()
 
 
 def _added(values: dict[str, Any], origin: str) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..untrusted.parsing import read_bytes
-from .own_tokenizer import JSON_FILE, USAGE_FILES, OwnTokenizer, files_of
+from .own_tokenizer import USAGE_FILES, OwnTokenizer, files_of
+from .tokenizer_json import JSON_FILE
 
 
 def tokenizer_beside(folder: Path, sha256: str, end_of_text: int) -> OwnTokenizer:

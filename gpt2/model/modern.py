@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.model import ModernConfig
+from ..config.model import GPT2_VOCAB_SIZE, ModernConfig
 from ..config.parameter_shapes import GATE_CHANNELS
 from ..config.registry import has_own_parts, registered
 from ..kernels import cudnn_choice
@@ -309,7 +309,8 @@ class Modern(LanguageModel):
             assert not config.document_mask  # `train.setup` refuses it
             documents, dropout, masked = cache.begins, cache.dropout, None
         elif config.document_mask:
-            last = config.vocab_size - 1  # GPT-2's end-of-text token
+            # GPT-2's end-of-text token, behind which a padded table has rows without a token
+            last = min(config.vocab_size, GPT2_VOCAB_SIZE) - 1
             begins = idx == (last if self.end_of_text is None else self.end_of_text)
             if masked is None:
                 documents = document_ids(begins)

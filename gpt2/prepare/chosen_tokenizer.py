@@ -12,14 +12,8 @@ from ..data.shards import read_manifest
 from ..data.vocabulary import MAX_SIZE, named_in, vocabulary_of
 from ..errors import UserError
 from ..files import write_atomically
-from ..huggingface.own_tokenizer import (
-    JSON_FILE,
-    SETTINGS_FILE,
-    OwnTokenizer,
-    content_of,
-    files_of,
-    make_tokenizer,
-)
+from ..huggingface.own_tokenizer import SETTINGS_FILE, OwnTokenizer, files_of, make_tokenizer
+from ..huggingface.tokenizer_json import JSON_FILE, content_of, origin_of
 from ..paths import below
 from ..tokenizer import Tokenizer
 from ..untrusted.parsing import read_bytes, read_json
@@ -45,7 +39,7 @@ def chosen_tokenizer(choice: str) -> str | OwnTokenizer:
     content = content_of(path) if path.is_dir() else read_bytes(path)
     if content is None:
         raise UserError(f"--tokenizer={choice}: the folder has no {JSON_FILE}")
-    origin = str(path / JSON_FILE if path.is_dir() else path)
+    origin = str(origin_of(path) if path.is_dir() else path)
     found = make_tokenizer(folder, content, origin, _settings(folder))
     if not isinstance(found, OwnTokenizer):  # GPT-2's
         return "auto"

@@ -198,8 +198,9 @@ def _draw_loss(axes: Axes, rows: list[dict]) -> None:
     if is_long:
         # The fall from ln(50,257) would squeeze the rest: let the first 2 % leave the picture.
         late = steps >= steps[0] + 0.02 * (steps[-1] - steps[0])
-        shown = np.concatenate([train[late], val[val_steps >= steps[late][0]]])
-        low, high = shown.min(), smoothed[late].max()
+        late_val = val[val_steps >= steps[late][0]]
+        low = np.concatenate([train[late], late_val]).min()
+        high = np.concatenate([smoothed[late], late_val]).max()  # above single noisy steps
         margin = 0.08 * max(high - low, 0.01)
         axes.set_ylim(low - margin, high + margin)
 

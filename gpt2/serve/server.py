@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,9 +95,8 @@ def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
     kind = chat_kind(source, model.config, model.tokenizer)
     if kind != "impossible" and config.chat != "auto":
         kind = "trained" if config.chat == "True" else "untrained"
-    name = source.resolve().parent.name if source.name == "out_ckpt.pt" else source.stem
     return ServedModel(
-        name=config.name or name or "gpt2",
+        name=config.name or _name_of(source),
         block_size=model.config.block_size,
         vocab_size=model.config.vocab_size,
         chat=kind,
@@ -104,6 +105,14 @@ def describe(path: str, config: ServeConfig, model: TextModel) -> ServedModel:
         created=int(time.time()),
         tokenizer=model.tokenizer,
     )
+
+
+def _name_of(source: Path) -> str:
+    """The name of a folder or of a model on the Hub; of a file without its ending."""
+    place = Path(os.path.abspath(source)) if source.exists() else source  # "." has a name, too
+    if place.name == "out_ckpt.pt":
+        return place.parent.name or "gpt2"
+    return (place.stem if place.is_file() else place.name) or "gpt2"
 
 
 def make_app(engine: Engine, served: ServedModel) -> FastAPI:

@@ -267,6 +267,18 @@ def test_positional_argument():
         parse_with_positional(SampleConfig, [], "gpt2 sample", names)
 
 
+def test_a_bare_switch_takes_no_name_behind_it():
+    names = {"checkpoint": "", "repository": ""}
+    a, b = "a.pt", "me/x"
+    for arguments in (["--private", a, b], [a, "--private", b], ["--private", "true", a, b]):
+        config, values = parse_with_positional(PushConfig, arguments, "gpt2 push", names)
+        assert (config.private, *values) == (True, a, b)
+    config, values = parse_with_positional(
+        PushConfig, ["--private", "False", a, b], "gpt2 push", names
+    )
+    assert (config.private, *values) == (False, a, b)
+
+
 def test_positional_argument_that_may_be_left_out():
     names = {"checkpoint": "a file", "text": "what to look at"}
     for argv, expected in ((["a", "b"], ["a", "b"]), (["a"], ["a", ""])):

@@ -47,7 +47,8 @@ def test_every_form_has_a_case():
 @pytest.mark.parametrize("name", EQUAL)
 def test_columns_of_other_forms_may_be_null(name):
     """As in a parquet file that was joined of several."""
-    item = dict.fromkeys(FORMS) | {"output": None} | EQUAL[name]
+    columns = {key for _, keys in FORMS.values() for key in keys} - {"completion", "conversations"}
+    item = dict.fromkeys([*FORMS, *columns]) | EQUAL[name]
     assert messages_of(item) == [QUESTION, ANSWER]
     assert not unread_keys(item)
 

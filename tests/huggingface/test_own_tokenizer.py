@@ -158,16 +158,28 @@ def test_export_keeps_tokenizer_special_ids_and_template(own, tmp_path):
     assert ends["eos_token_id"] == 0
 
 
-def test_vocab_and_merges_without_a_tokenizer_json(own, tmp_path):
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_vocab_and_merges_without_a_tokenizer_json(own, tmp_path, end):
     shutil.copytree(own, tmp_path / "old")
     made = json.loads((own / "tokenizer.json").read_text("utf-8"))["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in made["merges"]]
     (tmp_path / "old/tokenizer.json").unlink()
     (tmp_path / "old/vocab.json").write_text(json.dumps(made["vocab"]), encoding="utf-8")
-    (tmp_path / "old/merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), "utf-8")
+    (tmp_path / "old/merges.txt").write_bytes(end.join(["#version: 0.2", *merges, ""]).encode())
     found = weights.load(tmp_path / "old").tokenizer
     assert found.encode(TEXT) == weights.load(own).tokenizer.encode(TEXT)
     assert found.end_of_text == 0
+
+
+def test_wrong_merges_are_named_by_their_file(own, tmp_path):
+    shutil.copytree(own, tmp_path / "old")
+    made = json.loads((own / "tokenizer.json").read_text("utf-8"))["model"]
+    (tmp_path / "old/tokenizer.json").unlink()
+    (tmp_path / "old/vocab.json").write_text(json.dumps(made["vocab"]), encoding="utf-8")
+    (tmp_path / "old/merges.txt").write_text("no merge of it\n", "utf-8")
+    found = weights.load(tmp_path / "old").tokenizer
+    with pytest.raises(UserError, match=r"old.merges\.txt: not read by tokenizers"):
+        found.encode(TEXT)
 
 
 def test_gpt2_with_added_tokens_keeps_them(tmp_path):

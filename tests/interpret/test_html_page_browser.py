@@ -107,6 +107,13 @@ def test_lens_shows_each_layer(show):
     assert state(tab, "at.row") == 2
 
 
+@pytest.mark.parametrize("switch", ["skips", "value_embeddings", "value_projection"])
+def test_patching_says_where_the_embedding_passes_the_stream(show, switch):
+    model = small(**{switch: "unet" if switch == "skips" else 1})
+    tab, _ = show("one two", model, patch="one three")
+    assert "the embedding also reaches later layers" in tab.text_content("#patch-around")
+
+
 def test_patching_shows_the_effect_on_the_chosen_prediction(show):
     text, other = "The capital of France is", "The capital of Italy is"
     tab, seen = show(text, patch=other)

@@ -22,6 +22,7 @@ SWITCHES = [
     {"document_mask": True},
     {"softcap": 3.0, "untied_head": True, "value_embeddings": 1, "norm_embedding": True},
     {"skips": "unet+input", "mlp": "swiglu"},
+    {"value_projection": 2},
 ]
 IDS = [5, 98, 7, 8, 5, 6, 98, 9, 5, 7, 7, 1]  # 98 ends a document
 

@@ -100,7 +100,7 @@ def test_what_must_hold_of_any_network(switches):
         own[t] = 1
         torch.testing.assert_close(found.effect[last, :, t], own, rtol=1e-6, atol=1e-6)
         assert not found.effect[:, t + 1 :, t].any()  # nothing later is seen
-    around = switches and ({"skips", "value_embeddings"} & set(switches))
+    around = switches and ({"skips", "value_embeddings", "value_projection"} & set(switches))
     one = found.effect[0, 3, known]
     assert bool(around) or torch.allclose(one, torch.ones_like(one))  # the whole difference
     with torch.no_grad():

@@ -307,6 +307,15 @@ def test_windows_grow_in_training_alone_and_end_with_the_warmup():
     assert torch.equal(model.eval()(idx), whole)
 
 
+@pytest.mark.parametrize("rows", [50_257, 50_304])
+def test_documents_end_at_gpt2s_token_also_where_the_table_is_padded(rows):
+    model = GPT2(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=rows, document_mask=True)
+    first, second = (torch.tensor([[word, 6, 50_256, 8, 9]]) for word in (5, 1))
+    with torch.no_grad():
+        assert torch.equal(model(first)[0, 3:], model(second)[0, 3:])
+        assert not torch.equal(model(first)[0, :2], model(second)[0, :2])
+
+
 def test_a_window_is_a_number_where_cudnn_takes_it(monkeypatch):
     """It is without documents, warm-up and dropout; the logits are those of a mask."""
     seen = []

@@ -90,6 +90,18 @@ def test_the_first_fall_does_not_squeeze_a_long_run():
     assert 4 < high < 7
 
 
+def test_a_validation_loss_that_rises_stays_in_the_picture():
+    """As of a fine-tuning that learns its few texts by heart."""
+    rows = make_rows(400)
+    for row in rows:
+        row.pop("val_loss", None)
+        if row["step"] % 40 == 0:
+            row["val_loss"] = 3.0 + row["step"] / 100
+    low, high = draw(rows, "demo").axes[0].get_ylim()
+    assert low < 3.4
+    assert 7 < high < 8
+
+
 def test_short_runs_are_shown_whole_and_raw():
     loss = draw(make_rows(30), "demo").axes[0]
     assert len(loss.lines) == 1

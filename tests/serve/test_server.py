@@ -16,6 +16,7 @@ import transformers
 
 from gpt2 import cli
 from gpt2.api import GPT2
+from gpt2.config.commands import ServeConfig
 from gpt2.config.model import GPT2Config, ModernConfig
 from gpt2.data.chat_template import encode_prompt
 from gpt2.generate.continuous_batch import Generation
@@ -24,6 +25,7 @@ from gpt2.huggingface.model_format import to_hf
 from gpt2.serve.choice import Choice
 from gpt2.serve.engine import TextRequest
 from gpt2.serve.logprobs import token_name
+from gpt2.serve.server import describe
 from gpt2.tokenizer import END_OF_TEXT, gpt2_tokenizer
 
 from ..conftest import ROOT
@@ -50,6 +52,19 @@ def server(model):
 def text_of(model, prompt: list[int], count: int, **settings) -> str:
     tokens = generate(model, [prompt], count, stop_token=END_OF_TEXT, **settings)[0]
     return gpt2_tokenizer().decode(tokens)
+
+
+def test_a_model_has_the_name_of_its_folder_or_file(tmp_path, monkeypatch):
+    for folder in ("hf_v0.2", "lr=0.01"):
+        (tmp_path / folder).mkdir()
+    made = save_model(tmp_path / "lr=0.01/out_ckpt.pt")
+    save_model(tmp_path / "v1.5.pt")
+    names = {"hf_v0.2": "hf_v0.2", "lr=0.01": "lr=0.01", "v1.5.pt": "v1.5"}
+    for path, name in {**names, "lr=0.01/out_ckpt.pt": "lr=0.01"}.items():
+        assert describe(str(tmp_path / path), ServeConfig(), made).name == name
+    monkeypatch.chdir(tmp_path / "lr=0.01")
+    assert describe(".", ServeConfig(), made).name == "lr=0.01"
+    assert describe("OWNER/NAME-v1.5", ServeConfig(), made).name == "NAME-v1.5"  # of the Hub
 
 
 def test_models_and_health(server):

@@ -54,9 +54,9 @@ function patching() {
   for (let r = 1; r < L; r++) for (let j = 0; j < T; j++) {
     if (P.effect[r][j][T - 1] > most) { most = P.effect[r][j][T - 1]; patchAt = [r, j]; }
   }
-  if ("skips" in D.switches || "value_embeddings" in D.switches) {
+  if (["skips", "value_embeddings", "value_projection"].some((name) => name in D.switches)) {
     $("patch-around").textContent = "In this network the embedding also reaches later layers past "
-      + "the stream (skips, value embeddings), which a patch of the stream does not change.";
+      + "the stream (skips, value embeddings or projections), which a patch of the stream does not change.";
   }
   $("patch").addEventListener("click", (e) => {
     const cell = e.target.closest(".c"), column = e.target.closest(".col");

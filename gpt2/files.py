@@ -21,7 +21,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import UserError
 from .paths import check_unlinked, no_follow
@@ -218,10 +218,86 @@ def fingerprint(path: Path) -> list[int | str]:
 # ---- the lock of a folder -----------------------------------------------------------------------
 
 
+class InUse(UserError):
+    """Another process holds the lock of a folder."""
+
+
+class FolderLock:
+    """The lock of a folder, held by this process; made by `locked`."""
+
+    def __init__(self, folder: Path, busy: str):
+        self.folder, self._busy = folder, busy
+        self._path = folder / LOCK
+        self._lock, self._is = self._take()
+
+    def _take(self) -> tuple[Any, tuple[int, int]]:
+        """Makes the folder and takes its lock; raises UserError as `locked` says.
+
+        Returns:
+            (lock, identity of its file).
+        """
+        import filelock  # here, since its import takes 0.1 s and most commands lock nothing
+
+        folder, path = self.folder, self._path
+        # No soft lock: its marker file would outlive a killed process.
+        lock = filelock.FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_unlinked(folder, path)  # filelock would empty the file behind a link
+            while not _acquire(lock, path):
+                if holder := _holder(path):
+                    raise InUse(
+                        f"{self._busy.format(holder=holder, folder=folder)}; wait for it to end, "
+                        "or use another --out_dir= (docs/troubleshooting.md#folder-in-use)"
+                    )
+            with open(path, "r+b", opener=no_follow) as file:
+                file.seek(HOLDER_AT)
+                file.write(f"{os.getpid()} {socket.gethostname()}".encode())
+                file.truncate()
+                return lock, _identity(os.fstat(file.fileno()))
+        except OSError as error:
+            lock.release()
+            raise UserError(
+                f"--out_dir={folder}: cannot write there ({error.strerror}); use another folder"
+            ) from None
+
+    def held(self) -> bool:
+        """Whether the file in the folder of this name is still ours."""
+        try:
+            return _identity(self._path.stat()) == self._is
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a disk that does not answer has not been moved
+            return True
+
+    def renew(self) -> bool:
+        """Takes the lock of a folder that was moved or deleted meanwhile; whether it was.
+
+        Raises:
+            InUse: another process has taken the folder.
+            UserError: the folder cannot be written to.
+        """
+        if self.held():
+            return False
+        before = self._lock
+        self._lock, self._is = self._take()
+        before.release()
+        return True
+
+    def release(self) -> None:
+        """Gives the folder back; its file is deleted."""
+        if os.name == "nt":  # an open file cannot be deleted there
+            self._lock.release()
+        if self.held():
+            with suppress(OSError):
+                self._path.unlink()
+        self._lock.release()
+
+
 @contextmanager
 def locked(
     folder: Path, busy: str = "another process ({holder}) is making shards in {folder}"
-) -> Iterator[None]:
+) -> Iterator[FolderLock]:
     """Makes a folder and holds its lock; the file `.lock` names this process meanwhile.
 
     Args:
@@ -229,39 +305,19 @@ def locked(
         busy: the message when another process holds the lock; {holder} becomes "pid 123 on HOST".
 
     Raises:
-        UserError: another process holds the lock, or the folder cannot be written to.
+        InUse: another process holds the lock.
+        UserError: the folder cannot be written to.
     """
-    import filelock  # here, since its import takes 0.1 s and most commands lock nothing
-
-    path = folder / LOCK
-    # No soft lock: its marker file would outlive a killed process.
-    lock = filelock.FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    lock = FolderLock(folder, busy)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_unlinked(folder, path)  # filelock would empty the file behind a link
-        while not _acquire(lock, path):
-            if holder := _holder(path):
-                raise UserError(
-                    f"{busy.format(holder=holder, folder=folder)}; wait for it to end, or use "
-                    "another --out_dir= (docs/troubleshooting.md#folder-in-use)"
-                )
-        with open(path, "r+b", opener=no_follow) as file:
-            file.seek(HOLDER_AT)
-            file.write(f"{os.getpid()} {socket.gethostname()}".encode())
-            file.truncate()
-    except OSError as error:
-        lock.release()
-        raise UserError(
-            f"--out_dir={folder}: cannot write there ({error.strerror}); use another folder"
-        ) from None
-    try:
-        yield
+        yield lock
     finally:
-        if os.name == "nt":  # an open file cannot be deleted there
-            lock.release()
-        with suppress(OSError):
-            path.unlink()
         lock.release()
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    """What no two files have in common at a time."""
+    return found.st_dev, found.st_ino
 
 
 def _acquire(lock: Any, path: Path) -> bool:
@@ -276,12 +332,41 @@ def _acquire(lock: Any, path: Path) -> bool:
         lock.acquire()
     except filelock.Timeout:
         return False
-    except (OSError, NotImplementedError):  # flock fails on some network file systems
+    except (OSError, NotImplementedError) as error:  # flock fails on some network file systems
+        if isinstance(error, PermissionError) and os.name != "nt" and os.path.lexists(path):
+            _discard_if_free(path)  # another user's, in a folder for both
+            return False
         # Fails here, and not above, if it is the folder that cannot be written to.
         os.close(no_follow(str(path), os.O_CREAT | os.O_WRONLY))
         pid, host = _read_holder(path)
         return host != socket.gethostname() or not _lives(pid)
     return True
+
+
+def _discard_if_free(path: Path) -> None:
+    """Deletes a file that a killed process of another user left; one that is held stays.
+
+    Raises:
+        UserError: that is not allowed.
+    """
+    try:
+        with open(path, "rb", opener=no_follow) as file:
+            _flock(file)
+            path.unlink()
+    except BlockingIOError:
+        pass  # it is held
+    except OSError as error:
+        raise UserError(
+            f"{path} is another user's, and cannot be taken over ({error.strerror}): if that "
+            "user's run is over, let them delete it; or use another --out_dir="
+        ) from None
+
+
+def _flock(file: IO[bytes]) -> None:
+    """Locks an open file; raises BlockingIOError where another process has it locked."""
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _holder(path: Path) -> str:

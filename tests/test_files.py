@@ -4,12 +4,14 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from gpt2.errors import UserError, first_line
 from gpt2.files import (
+    InUse,
     check_replaceable,
     check_writable_file,
     discard,
@@ -107,6 +109,77 @@ def test_a_folder_is_held_once_in_one_process_too(tmp_path):
         with pytest.raises(UserError, match=rf"pid {os.getpid()} on \S+\) is making shards"):
             locked(tmp_path).__enter__()
         assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} ")  # still names us
+
+
+def test_the_lock_follows_a_folder_that_is_moved_or_deleted(tmp_path):
+    folder, other = tmp_path / "a", tmp_path / "b"
+    with locked(folder) as lock:
+        assert not lock.renew()
+        folder.rename(other)
+        with locked(folder):  # by another process
+            with pytest.raises(InUse, match="is making shards"):
+                lock.renew()
+            assert not lock.held()
+        assert lock.renew()
+        with pytest.raises(InUse), locked(folder):
+            pass
+        with locked(other):  # is nobody's any more
+            pass
+        (folder / ".lock").unlink()
+        assert lock.renew()
+        folder.rename(tmp_path / "away")
+        (tmp_path / "away").rename(folder)
+        assert lock.held()
+        folder.rename(other / "c")
+        with locked(folder):
+            lock.release()
+            assert (folder / ".lock").exists()  # which is the other's
+
+
+OF_ANOTHER_USER = """
+import os, sys
+from pathlib import Path
+from gpt2.errors import UserError
+from gpt2.files import locked
+import filelock, fcntl
+
+os.setuid(int(sys.argv[2]))
+try:
+    with locked(Path(sys.argv[1])):
+        print("locked", flush=True)
+        sys.stdin.read()
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", int)() != 0 or os.name == "nt", reason="needs root")
+def test_a_file_that_another_users_killed_run_left_locks_nobody_out():
+    def started(user):
+        command = [sys.executable, "-c", OF_ANOTHER_USER, str(folder), str(user)]
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+        return process, process.stdout.readline()
+
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o755)
+        folder = Path(made) / "shared"
+        folder.mkdir()
+        folder.chmod(0o777)
+        first, said = started(65533)
+        assert said == "locked\n"
+        second, said = started(65534)
+        assert f"(pid {first.pid} on" in said
+        first.kill()
+        first.communicate()
+        third, said = started(65534)
+        assert said == "locked\n"
+        third.kill()
+        folder.chmod(0o1777)  # as /tmp: nobody else may delete a file
+        fourth, said = started(65533)
+        assert "/.lock is another user's, and cannot be taken over (Operation not perm" in said
+        for process in (second, third, fourth):
+            process.communicate()
 
 
 TURNS = """

@@ -24,8 +24,8 @@ class RunLog:
     Made by `open_run`. With path None (ranks other than the first) every method does nothing.
     """
 
-    def __init__(self, path: Path | None = None):
-        self._path = path
+    def __init__(self, path: Path | None = None, before_each: Callable[[], object] | None = None):
+        self._path, self._before_each = path, before_each
         self._sinks: dict[str, Sink] = {}
         self._warned = False
 
@@ -84,6 +84,8 @@ class RunLog:
     def _append(self, path: Path, line: dict) -> None:
         """Opens the file anew each time, so that it comes back when it was deleted or moved."""
         data = to_json(line, allow_nan=False) + b"\n"
+        if self._before_each:
+            self._before_each()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab", opener=no_follow) as file:
@@ -113,6 +115,7 @@ def open_run(
     run_name: str,
     resume_step: int | None,
     is_main: bool,
+    before_each: Callable[[], object] | None = None,
 ) -> Iterator[RunLog]:
     """The log of one run, closed at the end of the `with` block.
 
@@ -124,6 +127,7 @@ def open_run(
         resume_step: Step to go on from: lines of later steps are dropped, since they will be
             written again. None starts a new log.
         is_main: False on all ranks but one; they write nothing.
+        before_each: Called before each line of a file is written.
 
     Raises:
         UserError: an unknown or uninstalled sink (on every rank), or a metrics.jsonl in the way.
@@ -140,7 +144,7 @@ def open_run(
     elif path.exists() and path.stat().st_size:
         raise UserError(f"{path} holds another run; move it away or use another --out_dir=")
     run_name = run_name or out_dir.resolve().name
-    log = RunLog(path)
+    log = RunLog(path, before_each)
     failed = True
     try:
         log.open_sinks(

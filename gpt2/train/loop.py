@@ -28,7 +28,7 @@ from .messages import (
     watched,
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
-from .run_folder import BEST_NAME, MODEL_NAME, open_log, run_folder_lock
+from .run_folder import BEST_NAME, MODEL_NAME, folder_lock, open_log
 from .run_tokenizer import resolve_vocabulary
 from .save import export_model, save_checkpoint
 from .setup import build, resolve_init
@@ -55,7 +55,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
         UserError: anything that a person can correct; whatever had been saved is still there.
     """
     started = runtime.start(config.system, console.error, answer_signal)
-    with started as rt, console.unread(lambda: rt.stop(SIGPIPE)), run_folder_lock(config, rt):
+    with started as rt, console.unread(lambda: rt.stop(SIGPIPE)), folder_lock(config, rt) as own:
         config = resolve_vocabulary(config)  # which a checkpoint is compared with
         resumed = find_checkpoint(config, rt)
         config, init = resolve_init(config, rt, resumed)
@@ -63,7 +63,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
         config = resolve_steps(config, state, resumed)
         try:
             archive_previous_run(state, config, rt, resumed)
-            with state.saver, open_log(config, rt, resumed) as log, watched(state, config, rt):
+            with state.saver, open_log(config, rt, resumed, own) as log, watched(state, config, rt):
                 if watch:
                     log.attach("watch", watch)
                 announce(state, config, rt, resumed, log)

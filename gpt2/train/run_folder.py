@@ -21,9 +21,9 @@ from ..config.run_paths import CONFIG_FILE, from_anywhere, from_first_folder
 from ..config.train import TrainConfig
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..files import LOCK, delete, leftovers, locked, move, write_atomically
+from ..files import LOCK, FolderLock, InUse, delete, leftovers, locked, move, write_atomically
 from ..paths import check_unlinked, check_utf8
-from ..report import metrics
+from ..report import console, metrics
 from ..untrusted.parsing import SURROGATES
 
 MODEL_NAME, BEST_NAME = "out_ckpt.pt", "best_ckpt.pt"
@@ -106,8 +106,13 @@ def check_writable(out_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
-    """Holds the lock of the run's folder; raises UserError when another run holds it."""
+def folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[list[FolderLock]]:
+    """Holds the lock of the run's folder, which it gives on rank 0 alone.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    held: list[FolderLock] = []
     with contextlib.ExitStack() as stack:
 
         def reserve() -> None:
@@ -118,10 +123,10 @@ def run_folder_lock(config: TrainConfig, rt: Runtime) -> Iterator[None]:
             check_unlinked(folder, *(folder / name for name in IN_PLACE))
             if (folder / "state").exists():  # and is no link
                 check_writable(folder / "state")
-            stack.enter_context(locked(folder, BUSY))
+            held.append(stack.enter_context(locked(folder, BUSY)))
 
         rt.on_main(reserve)
-        yield
+        yield held
 
 
 def is_on_record(config: TrainConfig, resumed: Resumed | None) -> bool:
@@ -155,26 +160,66 @@ def settings_to_store(settings: dict[str, Any], out_dir: Path) -> dict[str, Any]
     return from_first_folder(settings, path, written_before(path))
 
 
+def write_settings(config: TrainConfig) -> None:
+    """Writes the settings to config.toml for `--config=`.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    own = {name: value for name, value in flatten(config).items() if name != "resume"}
+    path = out_dir(config) / CONFIG_FILE
+    written = from_anywhere(own, path, written_before(path))
+    content = command_line.to_toml(written).encode("utf-8", SURROGATES)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{path} not written: {error.strerror or error}") from None
+
+
+def hold_on(config: TrainConfig, lock: FolderLock) -> None:
+    """Takes the run's folder again where somebody has moved or deleted it meanwhile.
+
+    Raises:
+        UserError: another run has begun in a folder of this name.
+    """
+    folder, there = out_dir(config), out_dir(config).exists()
+    try:
+        renewed = lock.renew()
+    except InUse as error:
+        raise UserError(
+            f"{folder} was moved or deleted while this run trained, and now: {error}. This run has "
+            "ended; with --out_dir= of its own folder it goes on from its last checkpoint there"
+        ) from None
+    except UserError:  # what is written next says so
+        return
+    if renewed and not there:
+        write_settings(config)
+        console.warn(
+            f"{folder} was moved or deleted while this run trains; it goes on in a new folder of "
+            "this name, and what it had written is in the old one"
+        )
+
+
 def open_log(
-    config: TrainConfig, rt: Runtime, resumed: Resumed | None
+    config: TrainConfig, rt: Runtime, resumed: Resumed | None, held: list[FolderLock]
 ) -> contextlib.AbstractContextManager[metrics.RunLog]:
     """Opens metrics.jsonl and the services; writes the settings to config.toml for `--config=`.
 
-    A finished run was trained with the settings that are there.
+    A finished run was trained with the settings that are there. Before each line the folder is
+    looked at: what comes after a line, as a checkpoint does, goes into a folder that is this run's.
+
+    Args:
+        config: of the run.
+        rt: this process.
+        resumed: the checkpoint that it goes on from.
+        held: the lock of the run's folder, on rank 0.
     """
-    settings = flatten(config)
     if rt.is_main and not is_on_record(config, resumed):
-        own = {name: value for name, value in settings.items() if name != "resume"}
-        path = out_dir(config) / CONFIG_FILE
-        written = from_anywhere(own, path, written_before(path))
-        content = command_line.to_toml(written).encode("utf-8", SURROGATES)
-        try:
-            write_atomically(path, content)
-        except OSError as error:
-            raise UserError(f"{path} not written: {error.strerror or error}") from None
+        write_settings(config)
     return metrics.open_run(
         out_dir(config),
-        config=settings,
+        before_each=(lambda: hold_on(config, *held)) if held else None,
+        config=flatten(config),
         sinks=config.output.log_to,
         run_name=config.output.run_name,
         resume_step=resumed.step if resumed else None,

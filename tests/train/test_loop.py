@@ -1,5 +1,6 @@
 """The loop: golden losses, exact resume, accumulation, faults, early stop."""
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -27,6 +28,7 @@ from gpt2.data.shards import open_shard, write_shard
 from gpt2.distributed import devices, fsdp, runtime
 from gpt2.errors import UserError
 from gpt2.evaluate import loss as loss_module
+from gpt2.files import locked
 from gpt2.report import metrics as metrics_module
 from gpt2.report.compare import find_groups
 from gpt2.report.runs import find_runs
@@ -519,6 +521,54 @@ def scripted_losses(monkeypatch, *losses):
 def best(out_dir) -> tuple[int, float]:
     rest = model_file.load_model(out_dir / "best_ckpt.pt")[2]
     return rest["step"], pytest.approx(rest["val_loss"])
+
+
+def at_step(step, function):
+    """For `loop.run(watch=)`: calls a function when that step has been logged."""
+
+    class Watch:
+        notice = ""
+
+        def log(self, at, values):
+            if at == step and "loss" in values:
+                function()
+
+        def close(self, failed):
+            pass
+
+    return Watch()
+
+
+def test_a_run_whose_folder_is_renamed_goes_on_in_a_new_one(data_dir, tmp_path, capsys):
+    out, old = tmp_path / "out", tmp_path / "old"
+    asked = config(data_dir, out, "--max_steps=6", "--save_every=2", "--eval_every=0")
+    assert loop.run(asked, watch=at_step(3, lambda: out.rename(old))) == 0
+    assert capsys.readouterr().err.count("out was moved or deleted while this run trains; it ") == 1
+    assert list(metrics(old)) == [1, 2, 3]
+    assert list(metrics(out)) == [4, 5, 6]
+    assert sorted(path.name for path in (out / "state").iterdir())[-1] == "step_00000006"
+    assert (out / "config.toml").read_text() == (old / "config.toml").read_text()
+    assert not (out / ".lock").exists()
+    assert loop.run(config(data_dir, out, "--max_steps=7")) == 0  # it can be gone on with
+    assert list(metrics(out)) == [4, 5, 6, 7]
+
+
+def test_a_run_whose_folder_another_run_has_taken_ends(data_dir, tmp_path):
+    """Nothing of it gets into the other run's folder."""
+    out, old = tmp_path / "out", tmp_path / "old"
+    asked = config(data_dir, out, "--max_steps=6", "--save_every=2", "--eval_every=0")
+
+    def take():
+        out.rename(old)
+        held.enter_context(locked(out))
+        (out / "mine").touch()
+
+    with contextlib.ExitStack() as held:
+        with pytest.raises(UserError, match=r"out was moved or deleted .*now: run folder .*in use"):
+            loop.run(asked, watch=at_step(3, take))
+        assert sorted(path.name for path in out.iterdir()) == [".lock", "mine"]
+    assert loop.run(config(data_dir, old, "--max_steps=6")) == 0
+    assert list(metrics(old)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_extended_run_remembers_its_last_evaluation(data_dir, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
-"""Functions that torch.compile sees as one opaque operator."""
+"""Functions that torch.compile sees as one opaque operator, and their place in autograd."""
 
 import functools
 from collections.abc import Callable
 
 import torch
+
+from ..errors import UserError
 
 _LIBRARY = torch.library.Library("gpt2", "FRAGMENT")
 _TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
@@ -27,3 +29,18 @@ def custom_op(function: Callable | None = None, *, name: str = "") -> Callable:
     _LIBRARY.define(operator + schema, tags=_TAGS)
     _LIBRARY.impl(operator, function, "CompositeExplicitAutograd")
     return getattr(torch.ops.gpt2, operator).default
+
+
+def refuse_second_derivatives() -> None:
+    """For a backward pass of ours, which autograd would take for a constant.
+
+    Raises:
+        UserError: it was called with create_graph=True.
+    """
+    # autograd enables gradients in a backward pass for this alone; the compiler, while it traces
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UserError(
+            "create_graph=True: the kernels for speed have first derivatives only; "
+            'model(x, y, reduction="none") has all of them without autocast, under '
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.model import IGNORE
 from ..errors import UserError
-from .custom_op import custom_op
+from .custom_op import custom_op, refuse_second_derivatives
 from .fp8 import quantize, scaled_matmul
 from .logits_loss import Later, loss_and_gradient, loss_and_gradient_fp8, second_targets, soft_cap
 from .precision import GRADIENT_SCALE
@@ -172,6 +172,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        refuse_second_derivatives()
         grad_x, grad_weight = ctx.saved_tensors
         of_weight = grad_weight * upstream if grad_weight.numel() else None
         return (grad_x * upstream).to(grad_x.dtype), of_weight, *[None] * 8

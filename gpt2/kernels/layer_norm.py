@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .custom_op import custom_op
+from .custom_op import custom_op, refuse_second_derivatives
 from .precision import HAS_TRITON, matmuls_in_bf16
 
 NARROW = 1024
@@ -110,6 +110,7 @@ class _WithNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, past: Tensor, dy: Tensor):
+        refuse_second_derivatives()
         x, weight, bias, mean, rstd = ctx.saved_tensors
         dx, shares = _add_layer_norm_backward(past, dy, x, weight, mean, rstd, PROGRAMS)
         dw, db = shares.sum(0)
@@ -169,6 +170,7 @@ class _LayerNorm(torch.autograd.Function):
 
         It takes one dtype for all: under FSDP the gain and the bias are bf16, under DDP float32.
         """
+        refuse_second_derivatives()
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         grads = _backward(

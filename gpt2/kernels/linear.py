@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import cublaslt
-from .custom_op import custom_op
+from .custom_op import custom_op, refuse_second_derivatives
 from .precision import matmuls_in_bf16
 
 BF16 = torch.bfloat16
@@ -185,6 +185,7 @@ class _QKV(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
+        refuse_second_derivatives()
         x, weight = ctx.saved_tensors
         width, dx = x.shape[1], None
         for dy, part in zip(grads, weight.chunk(len(grads)), strict=True):
@@ -210,6 +211,7 @@ class _AddLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        refuse_second_derivatives()
         x, weight = ctx.saved_tensors
         dx, dw = _matmul(dy, weight), _weight_gradient([dy], x)
         db = dy.sum(0, dtype=torch.float32) if ctx.biased else None
@@ -242,6 +244,7 @@ class _AddMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        refuse_second_derivatives()
         x, w1, w2, *kept = ctx.saved_tensors
         before, after = _matmul_gelu_again(x, w1, _cast(kept[0]), dy) if ctx.recompute else kept
         dh = _matmul_dgelu(dy, w2, before)

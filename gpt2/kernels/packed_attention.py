@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import install_command
 from .cudnn_attention import backward, fits, forward, frontend
-from .custom_op import custom_op
+from .custom_op import custom_op, refuse_second_derivatives
 
 
 def describe_packing(device: torch.device, head_width: int) -> str:
@@ -48,6 +48,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        refuse_second_derivatives()
         return _attention_gradient(dy, *ctx.saved_tensors), None
 
 

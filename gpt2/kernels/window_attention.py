@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import install_command
 from .cudnn_attention import backward, fits, forward, frontend
-from .custom_op import custom_op
+from .custom_op import custom_op, refuse_second_derivatives
 
 
 def describe_windows(
@@ -54,6 +54,7 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        refuse_second_derivatives()
         return *_attention_gradients(dy, *ctx.saved_tensors, ctx.window), None
 
 

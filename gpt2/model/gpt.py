@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config.model import GPT2Config
+from ..config.model import IGNORE, GPT2Config
 from ..kernels.attention import causal_attention
 from ..kernels.head_loss import head_logits, head_loss, own_loss
 from ..kernels.layer_norm import LayerNorm, with_norm
@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
 
         Args:
             idx: (B, T) int64 token ids.
-            targets: (B, T) int64 ids to predict, `IGNORE` (-1) where nothing is predicted.
+            targets: (B, T) int64 ids to predict; negative, as -1 or -100, where none is.
             reduction: of the loss: "mean" over the predicted tokens, "sum", or "none" for (B·T,).
             cache: holds the positions already seen; `idx` then has the new ones only.
         """
@@ -155,7 +155,8 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.logits(hidden)
         padded_rows, fp8 = self.config.padded_vocab_size, self.fp8_head and self.training
-        hidden, targets, weight = hidden.flatten(0, 1), targets.flatten(), self.head_weight
+        hidden, weight = hidden.flatten(0, 1), self.head_weight
+        targets = targets.flatten().clamp(min=IGNORE)
         if self.own_loss is not None and self.training:
             return own_loss(self.own_loss, self.logits(hidden), targets, reduction)
         options = padded_rows, reduction, fp8, self.softcap

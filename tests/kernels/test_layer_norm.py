@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from gpt2.errors import UserError
 from gpt2.kernels import layer_norm
 from gpt2.kernels.layer_norm import LayerNorm, with_norm
 
@@ -65,6 +66,13 @@ def test_the_kernel_is_for_training_of_wide_rows_in_bf16():
         assert layer(x.float()).dtype is torch.float32
         assert LayerNorm(1024).cuda()(x[:, :1024]).dtype is torch.float32
         assert layer.eval()(x).dtype is torch.float32
+
+
+def test_second_derivatives_are_refused(monkeypatch):
+    monkeypatch.setattr(layer_norm, "_wide_in_bf16", lambda _: True)
+    x = torch.randn(2, 8, requires_grad=True)
+    with pytest.raises(UserError, match="the kernels for speed have first derivatives only"):
+        torch.autograd.grad(LayerNorm(8)(x).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, True)])

@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpt2.api import GPT2
 from gpt2.config.model import SIZES, GPT2Config
+from gpt2.errors import UserError
 from gpt2.huggingface.model_format import from_hf, to_hf
 from gpt2.model.gpt import GPT
 from gpt2.model.kv_cache import KVCache
@@ -241,3 +245,36 @@ def test_flops_per_token():
     with torch.device("meta"):
         model = GPT(GPT2Config())
     assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def test_negative_targets_are_not_predicted():
+    """-1 is nanoGPT's, -100 that of PyTorch and transformers."""
+    model = GPT2(n_layer=1, n_head=2, n_embd=32, block_size=8)
+    x, y = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[2, -100, -2, 9]])
+    expected = F.cross_entropy(model(x)[0], y[0].masked_fill(y[0] < 0, -100))
+    torch.testing.assert_close(model(x, y), expected)
+    torch.testing.assert_close(
+        model(x, y, reduction="none"), model(x, y.clamp(min=-1), reduction="none")
+    )
+
+
+@pytest.mark.parametrize("switches", [{}, {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}])
+def test_second_derivatives_are_right_or_refused(switches):
+    """Autograd would take what the loss's own backward gives for a constant."""
+    model = GPT2(n_layer=1, n_head=2, n_embd=32, block_size=8, **switches)
+    x, y = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[2, 3, 4, 9]])
+    weights = list(model.parameters())
+
+    def second(loss):
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = second(F.cross_entropy(model(x)[0], y[0]))
+        found = second(model(x, y, reduction="none").mean())
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+        with pytest.raises(UserError, match="first derivatives only"):
+            second(model(x, y))
+    model(x, y).backward()
+    assert all(p.grad is not None for p in weights)

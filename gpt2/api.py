@@ -24,6 +24,7 @@ from .config.model import OLD_SIZES, SIZES, GPT2Config, ModernConfig
 from .config.registry import has_own_parts
 from .config.switches import SWITCH_NAMES, Switches, chosen, switched
 from .distributed.devices import choose_device
+from .distributed.torch_defaults import of_a_new_process
 from .errors import UserError
 from .generate import stream as generation
 from .generate.arguments import plain_numbers
@@ -97,6 +98,11 @@ class TextModel(LanguageModel):
             UserError: tensors that do not fit the network.
         """
         warn_of_newer_torch()
+        with of_a_new_process():
+            return cls._with_weights(found, device)
+
+    @classmethod
+    def _with_weights(cls, found: weights.Weights, device: str) -> Self:
         for note in found.notes:
             console.warn(f"{found.origin}: {note}")
         fitting = model_class(found.config)

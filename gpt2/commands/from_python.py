@@ -1,8 +1,10 @@
 """`gpt2.train(…)`: a run from Python, with the options of the command line, and its result."""
 
+import contextlib
 import math
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from ..api import GPT2, TextModel
 from ..config.command_line import parse_keywords
 from ..config.train import TrainConfig
 from ..distributed.signals import last_signal
+from ..distributed.torch_defaults import of_a_new_process
 from ..errors import UserError
 from ..report import console
 from ..report.metrics import METRICS, join, measured, read_metrics
 from ..report.plot import plot_run
 from ..train.loop import run
 from ..train.run_folder import MODEL_NAME
+
+_training = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -120,18 +125,26 @@ def train(*, progress: bool | None = None, **options: Any) -> TrainResult:
         progress: a bar instead of lines; None: in a notebook.
         **options: those of `gpt2 train --help`, also `config="recipe.toml"`.
 
+    A run is one of a new process: `torch.set_default_dtype` and the like do not change it.
+
     Raises:
-        UserError: whatever the command line answers with one line, also for a run that diverged.
+        UserError: whatever the command line answers with one line, also for a run that diverged;
+            or another thread of this process trains, with which it would share random numbers.
         Interrupted: Ctrl-C, after all is saved. It is a KeyboardInterrupt, so that a loop of runs
             ends too.
     """
     config = parse_keywords(TrainConfig, options, "gpt2.train")
     bar = in_notebook() if progress is None else progress
-    if not bar:
-        code = run(config)
-    else:
-        with console.muted():
-            code = run(config, watch=Bar(config.optim.max_steps))
+    if not _training.acquire(blocking=False):
+        raise UserError(
+            "gpt2.train: another thread of this process trains, and both would draw from torch's "
+            "random numbers by turns; use processes (multiprocessing, or `gpt2 sweep`)"
+        )
+    try:
+        with of_a_new_process(), console.muted() if bar else contextlib.nullcontext():
+            code = run(config, watch=Bar(config.optim.max_steps) if bar else None)
+    finally:
+        _training.release()
     folder = Path(config.output.out_dir)
     logged = (folder / METRICS).is_file()  # not where a signal came before the first step
     rows = rows_by_step(folder / METRICS) if logged else []

@@ -140,7 +140,8 @@ class BatchDecoder:
         self.leave()
         if self.running:
             count = len(self.running)
-            uniform = torch.tensor([g.uniform[g.steps] for g in self.running])
+            numbers = [g.uniform[g.steps] for g in self.running]
+            uniform = torch.tensor(numbers, dtype=torch.float32, device="cpu")
             logits = self._logits()
             self._choose(logits, uniform.to(self.device, non_blocking=True))
             logprobs = self._logprobs(logits)
@@ -158,7 +159,8 @@ class BatchDecoder:
         """Logits after the newest tokens: (B, V) of all rows, or of all slots with a graph."""
         count, cache = len(self.running), self.forward.cache
         assert cache.lengths is not None  # `per_row_lengths`
-        lengths = torch.tensor(self.filled[:count] + [0] * (len(cache.lengths) - count))
+        filled = self.filled[:count] + [0] * (len(cache.lengths) - count)
+        lengths = torch.tensor(filled, device="cpu")
         cache.lengths.copy_(lengths, non_blocking=True)
         if self.graph:
             self.graph.replay()

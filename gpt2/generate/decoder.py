@@ -148,7 +148,7 @@ class Decoder:
     def _begin(self, rows: list[list[int]]) -> None:
         if self.forward is not None:
             self.forward.copy_head()  # the weights may have changed since the last call
-        self.tokens.copy_(torch.tensor([row[-1] for row in rows]))
+        self.tokens.copy_(torch.tensor([row[-1] for row in rows], device="cpu"))
         if self.seen is not None:
             self.seen.zero_()
             for i, row in enumerate(rows):

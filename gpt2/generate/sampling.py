@@ -145,10 +145,11 @@ def uniforms(seed: int | None, rows: int, count: int) -> Tensor:
     on the device, and a larger count appends numbers without changing the first ones. Without a
     seed, the numbers come from torch's default generator.
     """
+    kind: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     if seed is None:
-        return torch.rand(count, rows)
+        return torch.rand(count, rows, **kind)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
-    return torch.stack([torch.rand(count, generator=g) for g in generators], dim=1)
+    return torch.stack([torch.rand(count, generator=g, **kind) for g in generators], dim=1)
 
 
 def choose(

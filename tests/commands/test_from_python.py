@@ -1,11 +1,13 @@
 """Training from Python, and its result."""
 
+import contextlib
 import json
 import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import gpt2
 from gpt2.commands import from_python
@@ -41,6 +43,56 @@ def test_a_run_from_python_gives_its_result(tmp_path, data_dir, capsys):
     again = gpt2.train(**given, max_steps=3, eval_every=1)
     assert again.metrics[:2] == result.metrics
     assert "continuing from" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def default(kind, value):
+    """`torch.set_default_dtype` or `torch.set_default_device`, as a notebook has it."""
+    set_default, before = getattr(torch, f"set_default_{kind}"), torch.float32
+    set_default(value)
+    try:
+        yield
+    finally:
+        set_default(before if kind == "dtype" else None)
+
+
+CALLERS = {
+    "float64": lambda: default("dtype", torch.float64),
+    "bfloat16": lambda: default("dtype", torch.bfloat16),
+    "device": lambda: default("device", "meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+def test_the_defaults_of_the_caller_change_no_run(tmp_path, data_dir):
+    given = {**SMALL, "data_dir": data_dir, "max_steps": 2, "progress": False}
+    expected = gpt2.train(**given, out_dir=tmp_path / "own")
+    text = expected.model("cpu").generate("One", 4, seed=1)
+    for name, caller in CALLERS.items():
+        with caller():
+            before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+            found = gpt2.train(**given, out_dir=tmp_path / name)
+            model = found.model("cpu")
+            assert [found.val_loss, model.generate("One", 4, seed=1)] == [expected.val_loss, text]
+            after = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+            assert after == before
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_second_thread_is_told_to_be_a_process(tmp_path, data_dir):
+    given = {**SMALL, "data_dir": data_dir, "max_steps": 1, "progress": False}
+    assert from_python._training.acquire(blocking=False)  # as a run of another thread does
+    try:
+        with pytest.raises(UserError, match=r"another thread .* trains.* use processes"):
+            gpt2.train(**given, out_dir=tmp_path / "b")
+    finally:
+        from_python._training.release()
+    assert gpt2.train(**given, out_dir=tmp_path / "b").exit_code == 0
+    with pytest.raises(UserError):  # the lock is free again after an error
+        gpt2.train(**given, out_dir=tmp_path / "b", resume=tmp_path / "none")
+    assert not from_python._training.locked()
 
 
 @pytest.mark.parametrize(("at", "code"), [(2, 130), (3, 0)], ids=["on the way", "at the end"])

@@ -62,6 +62,7 @@ class TextModel(LanguageModel):
         return self.own_tokenizer or weights.tokenizer_for(self.config.vocab_size)
 
     @classmethod
+    @of_a_new_process()
     def from_checkpoint(cls, path: str | Path, device: str = "auto") -> Self:
         """Loads a model from a file or folder, in evaluation mode; onto a GPU if there is one.
 
@@ -75,6 +76,7 @@ class TextModel(LanguageModel):
         return cls.from_weights(weights.load_local(_at_home(path)), device)
 
     @classmethod
+    @of_a_new_process()
     def from_pretrained(cls, name: str | Path, *, revision: str = "", device: str = "auto") -> Self:
         """Loads a model from the Hugging Face Hub, or from a path like `from_checkpoint`.
 
@@ -91,6 +93,7 @@ class TextModel(LanguageModel):
         return cls.from_weights(weights.load(name, revision), device)
 
     @classmethod
+    @of_a_new_process()
     def from_weights(cls, found: weights.Weights, device: str = "auto") -> Self:
         """A model with weights that were read before; prints the notes that came with them.
 
@@ -98,11 +101,6 @@ class TextModel(LanguageModel):
             UserError: tensors that do not fit the network.
         """
         warn_of_newer_torch()
-        with of_a_new_process():
-            return cls._with_weights(found, device)
-
-    @classmethod
-    def _with_weights(cls, found: weights.Weights, device: str) -> Self:
         for note in found.notes:
             console.warn(f"{found.origin}: {note}")
         fitting = model_class(found.config)

@@ -40,7 +40,7 @@ from .config.train import TrainConfig
 from .distributed.signals import ending_imports
 from .errors import UserError, install_command
 from .paths import for_shell
-from .report.console import closed_pipes, one_line
+from .report.console import FULL, closed_pipes, finish, one_line
 from .untrusted.display import shown
 from .untrusted.parsing import read_toml
 
@@ -135,12 +135,13 @@ def main(argv: list[str] | None = None) -> int:
         unset("MPLBACKEND")
     arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
+        whole = True
         try:
             with ending_imports():
-                return _run(arguments[0], arguments[1:])
+                code = _run(arguments[0], arguments[1:])
         finally:
-            if sys.stdout:  # None where the console gave none
-                sys.stdout.flush()  # Python's own flush, at its end, would print a traceback
+            whole = finish()
+        return code if whole or arguments[0] in WORK else max(code, 1)
     except BrokenPipeError:
         closed = closed_pipes()
         if not closed:
@@ -151,6 +152,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] in WORK and not {*HELP} & {*arguments}:
             _complain(f"{arguments[0]} stopped, because nobody reads its output any more")
         return 1
+    except OSError as error:
+        if error.errno not in FULL or error.filename:
+            raise
+        return _complain(f"the output cannot be written: {error.strerror}")
 
 
 def _run(command: str, rest: list[str]) -> int:

@@ -206,19 +206,51 @@ PRINTING = [  # CKPT, RUN and DATA are a model, its run and shards
     "export CKPT NEW",
     "serve CKPT --port=0 --device=cpu",
     "prepare --source=TEXT --out_dir=NEW",
-    "train --data_dir=DATA --out_dir=NEW --max_steps=2 --device=cpu --size=gpt2-tiny",
+    "train --data_dir=DATA --out_dir=NEW --max_steps=2 --device=cpu --size=gpt2-tiny "
+    "--block_size=16 --batch_size=2 --grad_accum_steps=1 --eval_tokens=100",
 ]
+
+
+@pytest.mark.skipif(not forks.AVAILABLE, reason="needs forks, and /dev/full as Linux has it")
+@pytest.mark.parametrize(
+    "arguments",
+    [words for words in PRINTING if words.split()[0] != "serve"],  # which goes on
+    ids=lambda words: " ".join(words.split()[:2]),
+)
+def test_the_disk_of_the_output_is_full(arguments, trained, data_dir, tmp_path):
+    """A log that cannot be written costs no work; another output is an error."""
+    command = [forks.server(ROOT).python, "-m", "gpt2"]
+    command += in_place(arguments, trained, data_dir, tmp_path).split()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE,
+            text=True, check=False, timeout=100,
+        )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    if arguments == "train --help":  # argparse ignores that its text could not be written
+        return
+    assert "the output cannot be written: No space left on device" in done.stderr
+    works = arguments.split()[0] in ("train", "prepare") and "--help" not in arguments
+    assert done.returncode == 0 if works else done.returncode in (1, 2)
+    if arguments.startswith("train --data_dir"):
+        assert (tmp_path / "new/out_ckpt.pt").exists()
+
+
+def in_place(arguments, trained, data_dir, tmp_path) -> str:
+    """A command of `PRINTING` with its files."""
+    places = {"CKPT": trained / "out_ckpt.pt", "RUN": trained, "DATA": data_dir,
+              "NEW": tmp_path / "new", "TEXT": tmp_path / "a.txt"}  # fmt: skip
+    (tmp_path / "a.txt").write_text("A quiet harbour. " * 400)
+    for name, place in places.items():
+        arguments = arguments.replace(name, str(place))
+    return arguments
 
 
 @pytest.mark.skipif(not forks.AVAILABLE, reason="needs forks, and pipes as Linux has them")
 @pytest.mark.parametrize("arguments", PRINTING, ids=lambda words: " ".join(words.split()[:2]))
 def test_nobody_reads_the_output(arguments, trained, data_dir, tmp_path):
     """As in `gpt2 … | head -0`, of every command that prints: no traceback, and an exit code."""
-    places = {"CKPT": trained / "out_ckpt.pt", "RUN": trained, "DATA": data_dir,
-              "NEW": tmp_path / "new", "TEXT": tmp_path / "a.txt"}  # fmt: skip
-    (tmp_path / "a.txt").write_text("A quiet harbour. " * 400)
-    for name, place in places.items():
-        arguments = arguments.replace(name, str(place))
+    arguments = in_place(arguments, trained, data_dir, tmp_path)
     command = [forks.server(ROOT).python, "-m", "gpt2", *arguments.split()]
     reader, writer = os.pipe()
     os.close(reader)

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import select
 import shutil
 import sys
@@ -12,12 +13,15 @@ from typing import TextIO
 
 from ..untrusted.display import shown
 
+# What a file says that cannot grow: no room, none for this user, the size that `ulimit -f` allows.
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 LONGEST = 2000  # characters of a warning or error, which may quote several names
 
 
 _muted: list[bool] = []  # an entry for each `muted` block around this point
 _when_unread: list[Callable[[], None]] = []  # what an `unread` block is to call
 _unread: list[TextIO] = []  # streams whose reader has gone, within such a block
+_lost: list[TextIO] = []  # streams of which a full disk has taken something
 
 
 @contextmanager
@@ -106,6 +110,9 @@ def _write(stream: TextIO, text: str) -> None:
                 status("")
             print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
         except OSError as error:
+            if error.errno in FULL:
+                _note_lost(stream, error)
+                return
             if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal
                 raise
             if not _when_unread:
@@ -113,6 +120,34 @@ def _write(stream: TextIO, text: str) -> None:
             if not _unread:
                 _when_unread[-1]()
             _unread.append(stream)
+
+
+def _note_lost(stream: TextIO, error: OSError) -> None:
+    """Work goes on without its log; `finish` tells the command."""
+    if stream not in _lost:
+        _lost.append(stream)
+        if stream is sys.stdout:
+            warn(f"the output cannot be written: {error.strerror}; the work goes on without it")
+
+
+def finish() -> bool:
+    """Writes out what is left at the end of a command; False where a full disk has taken some.
+
+    Raises:
+        BrokenPipeError: nobody reads the output any more.
+    """
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if stream:  # None where the console gave none
+                stream.flush()  # Python's own flush, at its end, would print a traceback
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            _note_lost(stream, error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # for that flush
+    whole = not _lost
+    _lost.clear()
+    return whole
 
 
 def console_line(values: dict, *, max_steps: int, seconds_left: float | None) -> str:

@@ -65,7 +65,11 @@ def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> bool:
         if not _is_finite(part, x):  # by the noise, perhaps: a logarithm has a domain
             part = _make(kind, name, config, rt)
     with blamed(kind, name, f"tried on an input of {tuple(x.shape)}: "):
+        if isinstance(part, nn.Module) and rt.sharded:
+            _check_for_fsdp(label, part)
         with torch.no_grad():
+            if kind == "norm":
+                _check_input(label, part, x)
             draws = _draws(label, part, x, rt)
             _check_tokens(label, part, x, in_training=not draws)
             if isinstance(part, nn.Module):
@@ -73,7 +77,7 @@ def _check_part(kind: str, name: str, config: Any, rt: Runtime) -> bool:
             if rt.is_main:
                 _check_cache(label, part, x)
         if isinstance(part, nn.Module):
-            _check_parameters(label, part.train(), x, rt)
+            _check_gradients(label, part.train(), x, rt)
     return draws
 
 
@@ -118,16 +122,33 @@ def _input(kind: str, part: Any, config: Any, rt: Runtime) -> Tensor:
 def _output(label: str, part: Callable, x: Tensor, *, finite: bool = True) -> Tensor:
     """What a part gives for x, numbers of its shape; with the same draws at each call."""
     seed(0)
-    y = part(x.clone())  # an activation may write into it
+    y = part(x.clone())  # an MLP or an activation may write into it
     if not (isinstance(y, Tensor) and y.is_floating_point() and y.shape == x.shape):
         found = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
         raise UserError(
             f"{label} gives {found} for an input of {tuple(x.shape)}; it must give floating "
             "numbers of the input's shape"
         )
+    feeds_matmul = label.startswith("norm=") or not isinstance(part, nn.Module)
+    cast = torch.is_autocast_enabled(x.device.type) and y.dtype != torch.float64
+    if feeds_matmul and y.dtype != x.dtype and not cast:
+        raise UserError(
+            f"{label} gives {str(y.dtype)[6:]} for an input of {str(x.dtype)[6:]}; end it with "
+            ".to(x.dtype)"
+        )
     if finite and not y.isfinite().all():
         raise UserError(f"{label} gives NaN or infinity for random input; it must be finite")
     return y
+
+
+def _check_input(label: str, part: Callable, x: Tensor) -> None:
+    """Raises UserError for a norm that writes into the residual stream."""
+    given = x.clone()
+    part(given)
+    if not torch.equal(given, x):
+        raise UserError(
+            f"{label} writes into its input, which is the residual stream; give a new tensor"
+        )
 
 
 def _close(a: Tensor, b: Tensor, share: float = SAME) -> bool:
@@ -136,23 +157,29 @@ def _close(a: Tensor, b: Tensor, share: float = SAME) -> bool:
     return bool((a - b).abs().max() <= share * a.abs().max())
 
 
-def _check_parameters(label: str, part: nn.Module, x: Tensor, rt: Runtime) -> None:
-    """Raises UserError for parameters that DDP or FSDP cannot train.
+def _check_for_fsdp(label: str, part: nn.Module) -> None:
+    """Raises UserError for parameters that FSDP cannot take.
 
-    Several ranks wait for the gradient of each parameter; one rank leaves those without one as they
-    are. FSDP cuts each parameter by its first dimension, and gathers a block's in one type.
+    It cuts each parameter by its first dimension, and gathers a block's in one type.
     """
     for name, p in part.named_parameters():
-        if rt.sharded and not p.ndim:
+        if not p.ndim:
             raise UserError(
                 f"{label}: --parallel=fsdp cannot cut its parameter {name}, a single number; give "
                 "it the shape (1,), or use --parallel=ddp"
             )
-        if rt.sharded and p.dtype != torch.float32:
+        if p.dtype != torch.float32:
             raise UserError(
                 f"{label}: --parallel=fsdp cannot take its parameter {name}, which is "
                 f"{str(p.dtype)[6:]}; make it float32, or use --parallel=ddp"
             )
+
+
+def _check_gradients(label: str, part: nn.Module, x: Tensor, rt: Runtime) -> None:
+    """Raises UserError for a parameter without a gradient, for which several ranks would wait.
+
+    One rank leaves it as it is, and is warned.
+    """
     trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
     y = _output(label, part, x.clone().requires_grad_())
     gradients: tuple[Tensor | None, ...] = (None,) * len(trained)

@@ -244,6 +244,9 @@ def test_ranks_share_a_part_with_constants(constants, data_dir, tmp_path, parall
     ("mlp", lambda x: x.cumsum(1).flip(1), "mlp=own reads later tokens"),
     ("norm", lambda x: x.mean(-1), "norm=own gives (2, 8) torch.float32"),
     ("norm", lambda x: x - x.mean(1, keepdim=True), "norm=own reads later tokens"),
+    ("norm", lambda x: x.mul_(2), "norm=own writes into its input, which is the residual stream"),
+    ("norm", lambda x: x.double(), "norm=own gives float64 for an input of "),
+    ("mlp", lambda x: x.double(), "mlp=own gives float64 for an input of "),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_part_that_breaks_its_contract_is_one_line(kind, part, said, dtype):

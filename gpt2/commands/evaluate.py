@@ -19,7 +19,7 @@ from ..config.commands import EvalConfig
 from ..config.run_paths import CONFIG_FILE
 from ..config.train import EvalOptions, SystemOptions
 from ..data.conversations import is_chat
-from ..data.datasets import Dataset, open_datasets, parse_mix, split_eval_tokens
+from ..data.datasets import Dataset, odd_shares, open_datasets, parse_mix, split_eval_tokens
 from ..data.loader import available_eval_tokens, eval_batches
 from ..data.shards import SequenceReader
 from ..data.text_encodings import garbled
@@ -197,6 +197,8 @@ def _measurements(
         if not config.data_dir:
             rt.on_main(partial(check_held_out, place, data_dir, datasets))
         counts = split_eval_tokens(datasets, eval_tokens)
+        if odd := "; ".join(odd_shares(datasets, counts)):
+            rt.on_main(partial(console.warn, f"{data_dir}: {odd}"))
         parts = [(d.name, d.val, n) for d, n in zip(datasets, counts, strict=True)]
         yield partial(_loss, "val", data_dir, parts, config.block_size)
     if config.text:
@@ -292,6 +294,7 @@ def _loss(  # noqa: PLR0917
         f"{kind}_tokens": whole.tokens,
         f"{kind}_source": source,
         **{f"{kind}_loss_{name}": part.loss for name, part in several.items()},
+        **{f"{kind}_tokens_{name}": part.tokens for name, part in several.items()},
     }
 
 
@@ -326,6 +329,10 @@ def format_table(results: Results) -> str:
         if name in results:
             number, unit = results[count], count.partition("_")[2]
             lines.append(f"  {label:<36}{results[name]:>12{form}}  over {number:,} {unit}")
+    for name in (n for n in results if n.startswith("val_loss_")):
+        dataset = name.removeprefix("val_loss_")
+        number = results[f"val_tokens_{dataset}"]
+        lines.append(f"  {f'loss on {dataset}':<36}{results[name]:>12.4f}  over {number:,} tokens")
     return "\n".join(lines)
 
 

@@ -47,8 +47,10 @@ def main(checkpoint: str, argv: list[str]) -> int:
         )
     # as JSON: of `checkpoint=a,b`, the harness would cut the path at its comma
     model = ["--model=gpt2", "--model_args", json.dumps({"checkpoint": checkpoint})]
-    batch = [] if given & {"--batch_size", "-b"} else ["--batch_size=auto"]
-    before, sys.argv = sys.argv, ["lm_eval", "run", *model, *batch, *argv]
+    own = [] if given & {"--batch_size", "-b"} else ["--batch_size=auto"]
+    if not given & {"--device", "--config", "-C"}:  # the harness means cuda:0, there or not
+        own.append(f"--device={choose_device('auto')}")
+    before, sys.argv = sys.argv, ["lm_eval", "run", *model, *own, *argv]
     try:
         setup_logging()
         harness = HarnessCLI()

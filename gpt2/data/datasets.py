@@ -21,6 +21,7 @@ from .loader import available_eval_tokens
 from .sequence_order import Mixture, SequenceOrder
 from .shards import SHARD_NAME, SequenceReader, find_shards
 
+ODD_SHARE = 0.02  # by which a dataset may count more or less than the mix says
 Identity = list[list]  # [name, tokens, sha256 of samples] of each shard of a dataset
 
 
@@ -134,6 +135,26 @@ def asked_eval_tokens(datasets: list[Dataset], eval_tokens: int) -> list[int]:
     """The share of each dataset in the validation tokens that are asked for; at least one token."""
     ends = [0, *(round(eval_tokens * upto) for upto in accumulate(d.share for d in datasets))]
     return [max(1, end - begin) for begin, end in pairwise(ends)]
+
+
+def what_is_missing(datasets: list[Dataset], have: list[int], asked: int) -> str:
+    """Why there are fewer validation tokens than asked for, and what that does to a mix."""
+    if sum(have) >= asked:
+        return ""
+    parts = zip(datasets, have, asked_eval_tokens(datasets, asked), strict=True)
+    short = [d.name for d, n, wanted in parts if n < wanted]
+    of = f" of {', '.join(short)}" if len(short) < len(datasets) else ""
+    counted = "".join(f"; {said}" for said in odd_shares(datasets, have))
+    return f" (all there are{of}; {asked:,} were asked for){counted}"
+
+
+def odd_shares(datasets: list[Dataset], have: list[int]) -> list[str]:
+    """Of each dataset that counts otherwise in validation than in the mix, by how much."""
+    return [
+        f"{d.name} counts {n / sum(have):.0%} of it where the mix has {d.share:.0%}"
+        for d, n in zip(datasets, have, strict=True)
+        if abs(n / sum(have) - d.share) > ODD_SHARE
+    ]
 
 
 def validation_fingerprint(parts: Iterable[tuple[float, Identity]]) -> str:

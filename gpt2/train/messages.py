@@ -14,11 +14,10 @@ from ..config.registry import plugins, registered, warnings_of_changes
 from ..config.run_paths import shortest
 from ..config.train import BatchPlan, OptimOptions, TrainConfig, warmup_steps
 from ..data.datasets import (
-    Dataset,
-    asked_eval_tokens,
     split_eval_tokens,
     training_fingerprint,
     validation_fingerprint,
+    what_is_missing,
 )
 from ..distributed.devices import wait_for
 from ..distributed.runtime import Runtime
@@ -34,7 +33,6 @@ from .tuning_plan import learns_conversations, note_few_steps
 from .weight_average import EVERY
 
 MANY_EPOCHS = 50
-ODD_SHARE = 0.02  # by which a dataset may count more or less than the mix says
 PLOT_SECONDS = 30  # a run that trained for so long draws its curves at the end
 SHORTEST_FOR_EMA = 5  # times the steps of an average: so long a run should be
 TOO_LONG = 2 * 86400  # seconds of a run that is warned of
@@ -138,7 +136,7 @@ def announce(
         console.log(line)
     asked = config.eval.eval_tokens
     have = split_eval_tokens(state.datasets, asked)
-    missing = _what_is_missing(state.datasets, have, asked)
+    missing = what_is_missing(state.datasets, have, asked)
     console.log(f"validation on {sum(have):,} tokens{missing}")
     note_schedule(config.optim)
     epochs = most_epochs(state, config.optim)
@@ -151,21 +149,6 @@ def announce(
         )
     if resumed:
         note_resumed(resumed, changed)
-
-
-def _what_is_missing(datasets: list[Dataset], have: list[int], asked: int) -> str:
-    """Why there are fewer validation tokens than asked for, and what that does to a mix."""
-    if sum(have) >= asked:
-        return ""
-    parts = list(zip(datasets, have, asked_eval_tokens(datasets, asked), strict=True))
-    short = [d.name for d, n, wanted in parts if n < wanted]
-    of = f" of {', '.join(short)}" if len(short) < len(datasets) else ""
-    counted = [
-        f"{d.name} counts {n / sum(have):.0%} of it where the mix has {d.share:.0%}"
-        for d, n, _ in parts
-        if abs(n / sum(have) - d.share) > ODD_SHARE
-    ]
-    return f" (all there are{of}; {asked:,} were asked for)" + "".join(f"; {c}" for c in counted)
 
 
 def note_resumed(resumed: Resumed, changed: dict[str, tuple[Any, Any]]) -> None:
@@ -291,15 +274,18 @@ def watched(state: TrainState, config: TrainConfig, rt: Runtime) -> Iterator[Non
         yield
         return
     compiled = rt.device.type == "cuda" or config.system.compile_model == "True"
+    epochs = most_epochs(state, config.optim)  # later, the loader is ahead of the steps
     with state.progress.running(
-        tell=lambda seconds: announce_time(seconds, state, config, rt),
+        tell=lambda seconds: announce_time(seconds, state, config, rt, epochs),
         wait=lambda: wait_for(rt.device),
         warm_up=2 if compiled else 0,
     ):
         yield
 
 
-def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Runtime) -> None:
+def announce_time(
+    seconds: float, state: TrainState, config: TrainConfig, rt: Runtime, epochs: float
+) -> None:
     """One line: seconds of a step, the time until the end, and epochs; warns of a very long run.
 
     Args:
@@ -307,6 +293,7 @@ def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Ru
         state: of the run.
         config: its settings.
         rt: this process.
+        epochs: of the whole run.
     """
     plan, optim, tokens = state.plan, config.optim, config.eval.eval_tokens
     per_micro = plan.batch_size * rt.world_size  # sequences
@@ -324,7 +311,7 @@ def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Ru
     console.log(
         f"about {console.in_words(seconds * plan.grad_accum_steps)} a step, "
         f"{console.in_words(whole)} in all (until {until:%d %b %Y %H:%M}){share}; "
-        f"{most_epochs(state, optim):,.1f} epochs"
+        f"{epochs:,.1f} epochs"
     )
     if whole > TOO_LONG:
         console.warn(
@@ -335,7 +322,7 @@ def announce_time(seconds: float, state: TrainState, config: TrainConfig, rt: Ru
 
 
 def most_epochs(state: TrainState, options: OptimOptions) -> float:
-    """How often the whole run reads the dataset that it reads most often."""
+    """How often the whole run reads the dataset that it reads most often; asked between steps."""
     planned = planned_sequences(state, options)
     orders = zip(state.datasets, state.loader.order.orders, strict=True)
     return max(planned * dataset.share / order.per_epoch for dataset, order in orders)

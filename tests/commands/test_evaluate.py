@@ -118,7 +118,7 @@ def test_few_tokens_are_not_padded_to_a_full_batch(trained, data_dir, tmp_path, 
     assert shapes == [(3, 32)]
 
 
-def test_mix_tells_each_loss(trained, data_dir, tmp_path):
+def test_mix_tells_each_loss(trained, data_dir, tmp_path, capsys):
     shutil.copytree(data_dir, tmp_path / "other")
     target = tmp_path / "results.json"
     mix = f"{data_dir}:0.5,{tmp_path / 'other'}:0.5"
@@ -126,6 +126,13 @@ def test_mix_tells_each_loss(trained, data_dir, tmp_path):
     found = json.loads(target.read_text())
     assert found["val_loss_other"] == pytest.approx(found[f"val_loss_{data_dir.name}"])
     assert found["val_loss"] == pytest.approx(found["val_loss_other"])
+    said = capsys.readouterr()
+    line = rf"  loss on other +{found['val_loss_other']:.4f}  over 200 tokens\n"
+    assert re.search(line, said.out)
+    assert "counts" not in said.err
+    run(str(trained), EvalConfig(data_dir=mix.replace("0.5", "0.9", 1), device="cpu"))
+    name = data_dir.name
+    assert f"{name} counts 50% of it where the mix has 64%; other counts" in capsys.readouterr().err
 
 
 def test_text_equals_its_shards(trained, text, tmp_path):

@@ -111,6 +111,7 @@ def places(tmp_path_factory, text):
 BOTH = """
 import functools, json, sys
 import lm_eval.evaluator
+import torch
 from gpt2 import cli
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -119,7 +120,8 @@ lm_eval.evaluator.add_env_info = lambda storage: None  # asks pip for all packag
 # Reads 14,000 files of tasks otherwise, 13 s long.
 TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
 folder, path, url = sys.argv[1:]
-own = ["lm_eval", path, f"--include_path={folder}/tasks", "--device=cpu"]
+own = ["lm_eval", path, f"--include_path={folder}/tasks"]
+own += ["--device=cpu"] * torch.cuda.is_available()  # without one it is chosen
 precise = ["--model_args", "dtype=float64"]
 assert cli.main([*own, "--tasks=local_choice", *precise, "--output_path", f"{folder}/results"]) == 0
 

@@ -60,6 +60,16 @@ def test_a_run_says_its_time_and_epochs_before_the_first_step(data_dir, tmp_path
     assert out.count(" a step, ") == 1
 
 
+def test_epochs_are_those_of_the_run(data_dir, tmp_path, capsys):
+    """Not those of a loader that has begun to read the next step."""
+    large = ["--batch_size=128", "--grad_accum_steps=4", "--max_steps=2", "--eval_tokens=100"]
+    assert loop.run(config(data_dir, tmp_path, *large)) == 0
+    out = capsys.readouterr().out
+    epochs = float(re.search(r"2 steps are (\d+\.\d\d) epochs", out)[1])
+    assert epochs > 0.2
+    assert f"; {epochs:,.1f} epochs\n" in out
+
+
 def test_many_epochs_and_long_runs_are_warned_of(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(messages, "TOO_LONG", 0.001)
     monkeypatch.setattr(messages, "MANY_EPOCHS", 0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gpt2.config.train import OptimOptions
+from gpt2.data.datasets import what_is_missing
 from gpt2.errors import UserError
 from gpt2.report import metrics as metrics_module
 from gpt2.train import loop, messages
@@ -215,10 +216,10 @@ def test_what_is_next_can_be_pasted(data_dir, tmp_path, capsys):
 )
 def test_what_a_mix_lacks_in_validation_is_said(have, asked, said):
     datasets = [SimpleNamespace(name=n, share=share) for n, share in (("a", 0.75), ("b", 0.25))]
-    assert messages._what_is_missing(datasets, have, asked) == said
+    assert what_is_missing(datasets, have, asked) == said
 
 
 def test_a_dataset_that_is_whole_is_not_called_short_for_a_rounded_share():
     datasets = [SimpleNamespace(name=name, share=1 / 3) for name in "abc"]
-    said = messages._what_is_missing(datasets, [667, 666, 640], 2000)
+    said = what_is_missing(datasets, [667, 666, 640], 2000)
     assert said == " (all there are of c; 2,000 were asked for)"

@@ -28,6 +28,7 @@ from .distributed.torch_defaults import of_a_new_process
 from .errors import UserError
 from .generate import stream as generation
 from .generate.arguments import plain_numbers
+from .generate.sampling import Sampling
 from .generate.stream import TextWriter, check_stops
 from .model.evaluation_mode import in_evaluation_mode
 from .model.gpt import GPT, LanguageModel
@@ -89,7 +90,7 @@ class TextModel(LanguageModel):
         Raises:
             UserError: no such model, no access or connection, or a network that is not GPT-2's.
         """
-        name = _at_home(name) if str(name).startswith("~") else name
+        name = name if isinstance(name, str) and not name.startswith("~") else _at_home(name)
         return cls.from_weights(weights.load(name, revision), device)
 
     @classmethod
@@ -218,6 +219,8 @@ class TextModel(LanguageModel):
         Raises:
             UserError: several prompts, settings of a wrong type or out of range.
         """
+        fields = {f.name for f in dataclasses.fields(Sampling)}
+        check_keywords(settings, {*fields, "seed", "use_cache", "decoder", "stop_token"}, "stream")
         prompts, _, _ = self._read_prompts(prompt)
         if len(prompts) > 1:
             raise UserError("stream continues one prompt; generate takes several")
@@ -256,6 +259,8 @@ class TextModel(LanguageModel):
         try:
             if any(isinstance(p, bytes | bytearray) for p in several):
                 raise TypeError  # their numbers are no token ids
+            if not text and any(isinstance(_plain(i), bool) for row in several for i in row):
+                raise TypeError  # a mask
             if text:
                 self.tokenizer.check()
                 # an empty prompt begins a new document

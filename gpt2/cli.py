@@ -27,6 +27,7 @@ from .config.commands import (
     EvalConfig,
     ExportConfig,
     InspectConfig,
+    PlotConfig,
     PrepareConfig,
     ProfileConfig,
     PushConfig,
@@ -359,12 +360,12 @@ def lm_eval(argv: list[str]) -> int:
 
 def plot(argv: list[str]) -> int:
     """`gpt2 plot`."""
-    _, (folder,) = parse_with_positional(
-        _NoOptions, argv, "gpt2 plot", {"out_dir": "folder of a run"}
+    config, (folder,) = parse_with_positional(
+        PlotConfig, argv, "gpt2 plot", {"out_dir": "folder of a run"}
     )
     from .report.plot import plot_run
 
-    print(shown(plot_run(Path(folder)), limit=0))
+    print(shown(plot_run(Path(folder), Path(config.out) if config.out else None), limit=0))
     return 0
 
 
@@ -576,6 +577,7 @@ OPTIONS: dict[str, type] = {  # of commands that have some, for `--completion`
     "inspect": InspectConfig,
     "eval": EvalConfig,
     "average": AverageConfig,
+    "plot": PlotConfig,
     "compare": CompareConfig,
     "sweep": SweepConfig,
     "export": ExportConfig,

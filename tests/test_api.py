@@ -95,6 +95,23 @@ def test_bytes_are_no_token_ids(model, prompt):
         model.generate(prompt, 2)
 
 
+@pytest.mark.parametrize("prompt", [[True, False], np.array([True]), [[1, 2], [True]]])
+def test_a_mask_is_no_list_of_token_ids(model, prompt):
+    with pytest.raises(UserError, match="a prompt is a text, a list of token ids"):
+        model.generate(prompt, 2)
+
+
+def test_an_unknown_setting_of_stream_is_named(model):
+    with pytest.raises(UserError, match=r"stream\(sed=…\): unknown option; did you mean seed"):
+        list(model.stream("Hello", 2, sed=1))
+
+
+@pytest.mark.parametrize("name", [None, 3, b"gpt2"])
+def test_what_is_no_name_of_a_model(name):
+    with pytest.raises(UserError, match="is no path of a checkpoint"):
+        GPT2.from_pretrained(name)
+
+
 def test_numbers_of_numpy_and_of_torch_are_numbers(model):
     plain = model.generate("Hello", 5, seed=3, top_k=7, temperature=0.5)
     of_numpy = {"seed": np.int64(3), "top_k": np.uint8(7), "temperature": np.float32(0.5)}

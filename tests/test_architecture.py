@@ -23,6 +23,7 @@ from gpt2.config.commands import (
     EvalConfig,
     ExportConfig,
     InspectConfig,
+    PlotConfig,
     PrepareConfig,
     ProfileConfig,
     PushConfig,
@@ -364,6 +365,7 @@ CONFIGS += [
     ChatConfig,
     ServeConfig,
     InspectConfig,
+    PlotConfig,
     SweepConfig,
 ]
 

@@ -118,6 +118,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_any_optimizer(plugin, data_dir,
 @pytest.mark.parametrize(("code", "said"), [
     ("x = ", "line 1: SyntaxError"),
     ("\n1 / 0", "line 2: ZeroDivisionError: division by zero"),
+    ("import sys\nsys.exit(3)", "line 2: SystemExit: 3"),
     ("import gpt2\ngpt2.register('mlpp', 'x')", "use one of mlp, norm, schedule, optimizer, loss"),
     ("import gpt2\ngpt2.register('mlp', 5)", "use another name, of small letters, digits"),
     ("import gpt2\ngpt2.register('mlp', 'gelu')", "gelu, relu2, swiglu are there already"),

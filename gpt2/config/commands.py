@@ -102,6 +102,13 @@ class AverageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """All options of `gpt2 plot`."""
+
+    out: str = option("", "picture to write; empty: loss.png in the folder of the run")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """All options of `gpt2 compare`."""
 

@@ -185,7 +185,7 @@ def load_plugin(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - other people's code raises anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - other people's code raises anything
         raise UserError(f"--plugin={name}: {_line_in(error, name)}{_in_words(error)}") from None
     _loaded[name] = digest
 

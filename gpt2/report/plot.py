@@ -93,10 +93,12 @@ def plot_lengths(
     axes.set_title(f"{shown(name)}: document lengths", fontsize=12, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     _legend_below(axes)
-    return save_figure(figure, target)
+    return save_figure(figure, target, way_out="")
 
 
-def save_figure(figure: Figure, target: Path) -> Path:
+def save_figure(
+    figure: Figure, target: Path, way_out: str = "; name another file by --out="
+) -> Path:
     """Writes a figure as PNG; raises UserError where it cannot, or something else is there."""
     if target.suffix.lower() in OTHER_PICTURES:
         raise UserError(f"{shown(str(target))}: pictures are PNG files; name it .png")
@@ -107,7 +109,8 @@ def save_figure(figure: Figure, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, image.getvalue())
     except OSError as problem:
-        raise UserError(f"{target}: {problem.strerror or problem}") from None
+        reason = problem.strerror or problem
+        raise UserError(f"{target}: cannot write there ({reason}){way_out}") from None
     return target
 
 

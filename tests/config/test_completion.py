@@ -51,7 +51,7 @@ def test_bash_completes_commands_options_and_values(capsys, tmp_path, monkeypatc
 
 
 def test_every_command_with_options_is_known():
-    assert set(cli.OPTIONS) == set(cli.COMMANDS) - {"shards", "lm_eval", "plot"}
+    assert set(cli.OPTIONS) == set(cli.COMMANDS) - {"shards", "lm_eval"}
     names = {name for name, _, _ in options_of(cli.OPTIONS["train"])}
     assert names == set(flatten(cli.OPTIONS["train"]()))
 

@@ -1,11 +1,13 @@
 import io
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from gpt2.cli import main
 from gpt2.errors import UserError
 from gpt2.report.plot import HEIGHT, WIDTH, draw, plot_run, series, smooth
 
@@ -166,6 +168,18 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
     before = "matplotlib.pyplot" in sys.modules
     plot_run(tmp_path)
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_where_a_picture_cannot_be_written_another_place_is_named(tmp_path, capsys):
+    """As of the run of somebody else."""
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run", make_rows(3))
+    assert main(["plot", str(tmp_path / "run"), f"--out={tmp_path}/a.png"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/a.png\n"
+    assert not (tmp_path / "run/loss.png").exists()
+    assert main(["plot", str(tmp_path / "run"), f"--out={tmp_path}/a.png/b.png"]) == 2
+    said = r"a.png/b.png: cannot write there \(.*\); name another file by --out=\n"
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_a_picture_of_another_kind_is_refused(tmp_path):

@@ -352,9 +352,10 @@ def _discard_if_free(path: Path) -> None:
     try:
         with open(path, "rb", opener=no_follow) as file:
             _flock(file)
-            path.unlink()
-    except BlockingIOError:
-        pass  # it is held
+            if _identity(os.fstat(file.fileno())) == _identity(path.stat()):
+                path.unlink()
+    except (BlockingIOError, FileNotFoundError):
+        pass  # it is held, or its holder has just deleted it
     except OSError as error:
         raise UserError(
             f"{path} is another user's, and cannot be taken over ({error.strerror}): if that "

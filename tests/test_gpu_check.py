@@ -132,6 +132,8 @@ def test_a_failure_is_told_with_its_reason(tmp_path):
 
     assert re.fullmatch(r"passed in \d+ s", result("print('fine')"))
     assert result("raise ValueError('too hot')") == "FAILED: exit code 1: ValueError: too hot"
+    in_clone = f"raise ValueError({str(gpu_check.PAGE)!r})"
+    assert result(in_clone) == f"FAILED: exit code 1: ValueError: {Path('docs/gpu.md')}"
     assert result("import time; time.sleep(60)", 1) == "FAILED: not over after 1 s"
     summary = "FAILED test_a.py::test_b - AssertionError\nERROR test_c.py\n2 failed"
     expected = "FAILED test_a.py::test_b - AssertionError; ERROR test_c.py"

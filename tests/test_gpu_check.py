@@ -5,6 +5,7 @@ import re
 import shlex
 import threading
 import time
+from pathlib import Path
 from dataclasses import dataclass
 
 import pytest

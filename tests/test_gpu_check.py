@@ -5,8 +5,8 @@ import re
 import shlex
 import threading
 import time
-from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch

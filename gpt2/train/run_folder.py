@@ -182,7 +182,7 @@ def hold_on(config: TrainConfig, lock: FolderLock) -> None:
     Raises:
         UserError: another run has begun in a folder of this name.
     """
-    folder, there = out_dir(config), out_dir(config).exists()
+    folder = out_dir(config)
     try:
         renewed = lock.renew()
     except InUse as error:
@@ -192,7 +192,7 @@ def hold_on(config: TrainConfig, lock: FolderLock) -> None:
         ) from None
     except UserError:  # what is written next says so
         return
-    if renewed and not there:
+    if renewed and not (folder / CONFIG_FILE).exists():  # else somebody deleted .lock alone
         write_settings(config)
         console.warn(
             f"{folder} was moved or deleted while this run trains; it goes on in a new folder of "

@@ -24,10 +24,14 @@ class Saver:
 
     Args:
         warn: called with one line when a write failed.
+
+    Attributes:
+        check: is called before each write; a UserError of it takes the place of the write.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
+        self.check: Callable[[], object] = lambda: None
         self._buffers: dict[str, Tensor] = {}
         self._current: set[str] = set()  # names of buffers that hold the values of `_step`
         self._step = -1
@@ -119,6 +123,7 @@ class Saver:
             try:
                 if copied is not None:
                     copied.synchronize()
+                self.check()
                 write()
             except UserError as error:
                 self._warn(f"{error}; training goes on, and what was saved before is kept")

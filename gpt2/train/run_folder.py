@@ -200,6 +200,12 @@ def hold_on(config: TrainConfig, lock: FolderLock) -> None:
         )
 
 
+def check_held(config: TrainConfig, held: list[FolderLock]) -> None:
+    """Raises UserError where a save would go into a folder that is not this run's any more."""
+    if not all(lock.held() for lock in held):
+        raise UserError(f"{out_dir(config)} was moved or deleted: a save was left out")
+
+
 def open_log(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None, held: list[FolderLock]
 ) -> contextlib.AbstractContextManager[metrics.RunLog]:

@@ -12,8 +12,9 @@ from gpt2 import files
 from gpt2.checkpoint import training_state
 from gpt2.checkpoint.async_writer import Saver
 from gpt2.errors import UserError
+from gpt2.files import locked
 from gpt2.report import metrics as metrics_module
-from gpt2.train import loop, save
+from gpt2.train import loop, run_folder, save
 from gpt2.train import step as step_module
 
 from ..train.test_loop import config, metrics, same, weights
@@ -119,6 +120,25 @@ def test_failed_write_is_told_and_the_next_one_comes(saver, warnings):
     assert warnings == [
         "checkpoint x not written: the disk is full; training goes on, and what was saved before "
         "is kept"
+    ]
+
+
+def test_a_save_that_waited_goes_into_no_folder_of_another_run(tmp_path, saver, warnings):
+    """Where the run's folder was moved meanwhile; what comes after the next line is written."""
+    asked, done = config("data", tmp_path / "out"), []
+    with locked(tmp_path / "out") as lock:
+        saver.check = lambda: run_folder.check_held(asked, [lock])
+        saver.write_later(lambda: done.append(1))
+        saver.wait()
+        (tmp_path / "out").rename(tmp_path / "old")
+        saver.write_later(lambda: done.append(2))
+        saver.wait()
+        lock.renew()
+        saver.write_later(lambda: done.append(3))
+        saver.wait()
+    assert done == [1, 3]
+    assert [line.partition(";")[0] for line in warnings] == [
+        f"{tmp_path / 'out'} was moved or deleted: a save was left out"
     ]
 
 

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -564,6 +565,8 @@ def test_a_run_whose_folder_another_run_has_taken_ends(data_dir, tmp_path):
     asked = config(data_dir, out, "--max_steps=6", "--save_every=2", "--eval_every=0")
 
     def take():
+        while not (out / "out_ckpt.pt").exists():  # the save of step 2 is under way
+            time.sleep(0.001)
         out.rename(old)
         held.enter_context(locked(out))
         (out / "mine").touch()

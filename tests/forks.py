@@ -93,6 +93,10 @@ def main(place: Path):
     gc.freeze()  # no collection in a fork looks at, so copies, what the server imported
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # of a terminal: the programs get them, too
+    import resource  # Windows lacks it
+
+    # SIGQUIT would leave the memory of a program in a file of gigabytes.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     sys.executable = str(place / "python")
     return serve(listener)
 

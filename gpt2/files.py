@@ -18,10 +18,11 @@ import os
 import secrets
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .errors import UserError
 from .paths import check_unlinked, no_follow
@@ -227,15 +228,12 @@ class FolderLock:
 
     def __init__(self, folder: Path, busy: str):
         self.folder, self._busy = folder, busy
+        self.alone = threading.RLock()  # for threads that look and renew
         self._path = folder / LOCK
-        self._lock, self._is = self._take()
+        self._lock, self._is, self._folder_is = self._take()
 
-    def _take(self) -> tuple[Any, tuple[int, int]]:
-        """Makes the folder and takes its lock; raises UserError as `locked` says.
-
-        Returns:
-            (lock, identity of its file).
-        """
+    def _take(self) -> tuple[Any, os.stat_result, os.stat_result]:
+        """Makes the folder; (its lock, what is its file, what is it); raises as `locked` says."""
         import filelock  # here, since its import takes 0.1 s and most commands lock nothing
 
         folder, path = self.folder, self._path
@@ -254,7 +252,7 @@ class FolderLock:
                 file.seek(HOLDER_AT)
                 file.write(f"{os.getpid()} {socket.gethostname()}".encode())
                 file.truncate()
-                return lock, _identity(os.fstat(file.fileno()))
+                return lock, os.fstat(file.fileno()), folder.stat()
         except OSError as error:
             lock.release()
             raise UserError(
@@ -263,26 +261,22 @@ class FolderLock:
 
     def held(self) -> bool:
         """Whether the file in the folder of this name is still ours."""
-        try:
-            return _identity(self._path.stat()) == self._is
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError:  # a disk that does not answer has not been moved
-            return True
+        return _is_still(self._path, self._is)
 
-    def renew(self) -> bool:
-        """Takes the lock of a folder that was moved or deleted meanwhile; whether it was.
+    def moved(self) -> bool:
+        """Whether the folder of this name is another one by now, or none."""
+        return not _is_still(self.folder, self._folder_is)
+
+    def renew(self) -> None:
+        """Takes the lock anew, of a folder that was moved or deleted meanwhile.
 
         Raises:
             InUse: another process has taken the folder.
             UserError: the folder cannot be written to.
         """
-        if self.held():
-            return False
         before = self._lock
-        self._lock, self._is = self._take()
+        self._lock, self._is, self._folder_is = self._take()
         before.release()
-        return True
 
     def release(self) -> None:
         """Gives the folder back; its file is deleted."""
@@ -315,9 +309,14 @@ def locked(
         lock.release()
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    """What no two files have in common at a time."""
-    return found.st_dev, found.st_ino
+def _is_still(path: Path, before: os.stat_result) -> bool:
+    """Whether a file or folder of this name is there, and no other one than before."""
+    try:
+        return os.path.samestat(path.stat(), before)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # a disk that does not answer has not been moved
+        return True
 
 
 def _acquire(lock: Any, path: Path) -> bool:
@@ -333,8 +332,8 @@ def _acquire(lock: Any, path: Path) -> bool:
     except filelock.Timeout:
         return False
     except (OSError, NotImplementedError) as error:  # flock fails on some network file systems
-        if isinstance(error, PermissionError) and os.name != "nt" and os.path.lexists(path):
-            _discard_if_free(path)  # another user's, in a folder for both
+        if isinstance(error, PermissionError) and _is_of_another_user(path):
+            _discard_if_free(path)  # in a folder for both
             return False
         # Fails here, and not above, if it is the folder that cannot be written to.
         os.close(no_follow(str(path), os.O_CREAT | os.O_WRONLY))
@@ -343,16 +342,23 @@ def _acquire(lock: Any, path: Path) -> bool:
     return True
 
 
+def _is_of_another_user(path: Path) -> bool:
+    """Whether a file is there that somebody else has made; False on Windows."""
+    return os.name != "nt" and os.path.lexists(path) and path.lstat().st_uid != os.geteuid()
+
+
 def _discard_if_free(path: Path) -> None:
     """Deletes a file that a killed process of another user left; one that is held stays.
 
     Raises:
         UserError: that is not allowed.
     """
+    import fcntl
+
     try:
         with open(path, "rb", opener=no_follow) as file:
-            _flock(file)
-            if _identity(os.fstat(file.fileno())) == _identity(path.stat()):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(path, os.fstat(file.fileno())):
                 path.unlink()
     except (BlockingIOError, FileNotFoundError):
         pass  # it is held, or its holder has just deleted it
@@ -361,13 +367,6 @@ def _discard_if_free(path: Path) -> None:
             f"{path} is another user's, and cannot be taken over ({error.strerror}): if that "
             "user's run is over, let them delete it; or use another --out_dir="
         ) from None
-
-
-def _flock(file: IO[bytes]) -> None:
-    """Locks an open file; raises BlockingIOError where another process has it locked."""
-    import fcntl
-
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _holder(path: Path) -> str:

@@ -114,19 +114,25 @@ def test_a_folder_is_held_once_in_one_process_too(tmp_path):
 def test_the_lock_follows_a_folder_that_is_moved_or_deleted(tmp_path):
     folder, other = tmp_path / "a", tmp_path / "b"
     with locked(folder) as lock:
-        assert not lock.renew()
+        assert lock.held()
+        assert not lock.moved()
         folder.rename(other)
+        assert lock.moved()
         with locked(folder):  # by another process
             with pytest.raises(InUse, match="is making shards"):
                 lock.renew()
             assert not lock.held()
-        assert lock.renew()
+        lock.renew()
+        assert lock.held()
+        assert not lock.moved()
         with pytest.raises(InUse), locked(folder):
             pass
         with locked(other):  # is nobody's any more
             pass
         (folder / ".lock").unlink()
-        assert lock.renew()
+        assert not lock.held()
+        assert not lock.moved()
+        lock.renew()
         folder.rename(tmp_path / "away")
         (tmp_path / "away").rename(folder)
         assert lock.held()

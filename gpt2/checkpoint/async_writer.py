@@ -26,7 +26,7 @@ class Saver:
         warn: called with one line when a write failed.
 
     Attributes:
-        check: is called before each write; a UserError of it takes the place of the write.
+        check: is called before each write, in the thread; a UserError of it is one of the write.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:

@@ -26,6 +26,7 @@ class RunLog:
 
     def __init__(self, path: Path | None = None, before_each: Callable[[], object] | None = None):
         self._path, self._before_each = path, before_each
+        self._began: dict = {}  # the line of history.jsonl
         self._sinks: dict[str, Sink] = {}
         self._warned = False
 
@@ -42,6 +43,9 @@ class RunLog:
         finite = {name: value for name, value in plain.items() if name not in bad}
         odd = {"nonfinite": bad} if bad else {}
         self._append(self._path, {"step": int(step), **finite, **odd})
+        history = self._path.with_name(HISTORY)
+        if self._began and not history.exists():  # the folder is another one
+            self._append(history, self._began)
         numbers = {n: v for n, v in finite.items() if isinstance(v, int | float)}
         for name in list(self._sinks):
             self._guard(name, self._sinks[name].log, int(step), numbers)
@@ -49,7 +53,8 @@ class RunLog:
     def started(self, step: int, **facts: Any) -> None:
         """Writes a line of history.jsonl: the run begins, or goes on, at this step."""
         if self._path is not None:
-            self._append(self._path.with_name(HISTORY), {"step": int(step), **facts})
+            self._began = {"step": int(step), **facts}
+            self._append(self._path.with_name(HISTORY), self._began)
 
     def recorded(self, step: int) -> dict[str, Any]:
         """The values that metrics.jsonl holds for a step; empty on ranks other than the first."""

@@ -28,7 +28,7 @@ from .messages import (
     watched,
 )
 from .resume import archive_previous_run, find_checkpoint, restore_logged_evaluation
-from .run_folder import BEST_NAME, MODEL_NAME, check_held, folder_lock, open_log
+from .run_folder import BEST_NAME, MODEL_NAME, folder_lock, hold_on, open_log
 from .run_tokenizer import resolve_vocabulary
 from .save import export_model, save_checkpoint
 from .setup import build, resolve_init
@@ -61,7 +61,7 @@ def run(config: TrainConfig, watch: Sink | None = None) -> int:
         config, init = resolve_init(config, rt, resumed)
         state = build(config, rt, resumed, init)
         config = resolve_steps(config, state, resumed)
-        state.saver.check = lambda: check_held(config, own)
+        state.saver.check = lambda: hold_on(config, own)
         try:
             archive_previous_run(state, config, rt, resumed)
             with state.saver, open_log(config, rt, resumed, own) as log, watched(state, config, rt):

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ RUN_FILES = (  # and folders, of a run, besides its states
     MEAN_NAME,
     *("tensorboard", "wandb", "wandb_id.txt", "out_adapter", "best_adapter", "nonfinite.json"),
 )
+OF_A_RUN = (CONFIG_FILE, "metrics.jsonl", "state", MODEL_NAME, BEST_NAME)  # which only runs write
 BEST_FILES = (BEST_NAME, "best_adapter")
 # Opened in place, or written into: none of them may be a symbolic link.
 IN_PLACE = ("state", "metrics.jsonl", "history.jsonl", "tensorboard", "wandb", LOCK)
@@ -176,23 +178,38 @@ def write_settings(config: TrainConfig) -> None:
         raise UserError(f"{path} not written: {error.strerror or error}") from None
 
 
-def hold_on(config: TrainConfig, lock: FolderLock) -> None:
+def hold_on(config: TrainConfig, held: list[FolderLock]) -> None:
     """Takes the run's folder again where somebody has moved or deleted it meanwhile.
 
+    Called before each line of the log and each save, also by the thread that saves.
+
+    Args:
+        config: of the run.
+        held: the lock of the run's folder, on rank 0.
+
     Raises:
-        UserError: another run has begun in a folder of this name.
+        UserError: the folder of this name is another run's by now.
     """
-    folder = out_dir(config)
+    for lock in held:
+        with lock.alone:
+            if not lock.held():
+                _take_again(config, lock)
+
+
+def _take_again(config: TrainConfig, lock: FolderLock) -> None:
+    folder, moved = out_dir(config), lock.moved()  # else somebody deleted .lock alone
     try:
-        renewed = lock.renew()
+        if moved and any((folder / name).exists() for name in OF_A_RUN):
+            raise InUse(f"{folder} has the files of another run")
+        lock.renew()
     except InUse as error:
         raise UserError(
-            f"{folder} was moved or deleted while this run trained, and now: {error}. This run has "
-            "ended; with --out_dir= of its own folder it goes on from its last checkpoint there"
+            f"{folder} was moved or deleted while this run trained, and now: {error}; with "
+            "--out_dir= of its own folder this run goes on from its last checkpoint there"
         ) from None
     except UserError:  # what is written next says so
         return
-    if renewed and not (folder / CONFIG_FILE).exists():  # else somebody deleted .lock alone
+    if moved:
         write_settings(config)
         console.warn(
             f"{folder} was moved or deleted while this run trains; it goes on in a new folder of "
@@ -200,19 +217,12 @@ def hold_on(config: TrainConfig, lock: FolderLock) -> None:
         )
 
 
-def check_held(config: TrainConfig, held: list[FolderLock]) -> None:
-    """Raises UserError where a save would go into a folder that is not this run's any more."""
-    if not all(lock.held() for lock in held):
-        raise UserError(f"{out_dir(config)} was moved or deleted: a save was left out")
-
-
 def open_log(
     config: TrainConfig, rt: Runtime, resumed: Resumed | None, held: list[FolderLock]
 ) -> contextlib.AbstractContextManager[metrics.RunLog]:
     """Opens metrics.jsonl and the services; writes the settings to config.toml for `--config=`.
 
-    A finished run was trained with the settings that are there. Before each line the folder is
-    looked at: what comes after a line, as a checkpoint does, goes into a folder that is this run's.
+    A finished run was trained with the settings that are there.
 
     Args:
         config: of the run.
@@ -224,7 +234,7 @@ def open_log(
         write_settings(config)
     return metrics.open_run(
         out_dir(config),
-        before_each=(lambda: hold_on(config, *held)) if held else None,
+        before_each=partial(hold_on, config, held),
         config=flatten(config),
         sinks=config.output.log_to,
         run_name=config.output.run_name,

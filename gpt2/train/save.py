@@ -40,8 +40,10 @@ def save_checkpoint(state: TrainState, config: TrainConfig, rt: Runtime, final: 
 
     Raises:
         UserError: the final checkpoint could not be written. The model, which is smaller, has been
-            tried then, before anything else takes the room that is left.
+            tried then, before anything else takes the room that is left. Or the folder of the run
+            has become another run's.
     """
+    rt.on_main(state.saver.check)
     content = {
         "position": state.loader.position,
         "scaler": state.scaler.state_dict(),
@@ -137,8 +139,10 @@ def export_model(
         final: whether the run is over.
 
     Raises:
-        UserError: the final model could not be written.
+        UserError: the final model could not be written, or the folder of the run has become another
+            run's.
     """
+    rt.on_main(state.saver.check)
     path, shape = out_dir(config) / name, state.model.config
     step, val_loss = state.step, state.val_loss
     adapted = lora.is_adapted(state.model)

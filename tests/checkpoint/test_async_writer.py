@@ -124,22 +124,22 @@ def test_failed_write_is_told_and_the_next_one_comes(saver, warnings):
 
 
 def test_a_save_that_waited_goes_into_no_folder_of_another_run(tmp_path, saver, warnings):
-    """Where the run's folder was moved meanwhile; what comes after the next line is written."""
-    asked, done = config("data", tmp_path / "out"), []
-    with locked(tmp_path / "out") as lock:
-        saver.check = lambda: run_folder.check_held(asked, [lock])
+    """Where the run's folder was moved meanwhile; into a new one, if nobody has taken its place."""
+    out, done = tmp_path / "out", []
+    asked = config("data", out)
+    with locked(out) as lock:
+        saver.check = lambda: run_folder.hold_on(asked, [lock])
         saver.write_later(lambda: done.append(1))
         saver.wait()
-        (tmp_path / "out").rename(tmp_path / "old")
-        saver.write_later(lambda: done.append(2))
-        saver.wait()
-        lock.renew()
+        out.rename(tmp_path / "old")
+        with locked(out):
+            saver.write_later(lambda: done.append(2))
+            saver.wait()
         saver.write_later(lambda: done.append(3))
         saver.wait()
+        assert (out / "config.toml").exists()
     assert done == [1, 3]
-    assert [line.partition(";")[0] for line in warnings] == [
-        f"{tmp_path / 'out'} was moved or deleted: a save was left out"
-    ]
+    assert [line.partition(" while")[0] for line in warnings] == [f"{out} was moved or deleted"]
 
 
 def test_mistake_of_ours_is_not_swallowed(warnings):

@@ -544,16 +544,13 @@ def test_a_run_whose_folder_is_renamed_goes_on_in_a_new_one(data_dir, tmp_path, 
     out, old = tmp_path / "out", tmp_path / "old"
     asked = config(data_dir, out, "--max_steps=6", "--save_every=2", "--eval_every=0")
 
-    def rename():
-        out.rename(old)
-        (out / "state").mkdir(parents=True)  # as a save does that comes before the next line
-
-    assert loop.run(asked, watch=at_step(3, rename)) == 0
+    assert loop.run(asked, watch=at_step(3, lambda: out.rename(old))) == 0
     assert capsys.readouterr().err.count("out was moved or deleted while this run trains; it ") == 1
     assert list(metrics(old)) == [1, 2, 3]
     assert list(metrics(out)) == [4, 5, 6]
     assert sorted(path.name for path in (out / "state").iterdir())[-1] == "step_00000006"
-    assert (out / "config.toml").read_text() == (old / "config.toml").read_text()
+    for name in ("config.toml", "history.jsonl"):
+        assert (out / name).read_text() == (old / name).read_text()
     assert not (out / ".lock").exists()
     assert loop.run(config(data_dir, out, "--max_steps=7")) == 0  # it can be gone on with
     assert list(metrics(out)) == [4, 5, 6, 7]
@@ -577,6 +574,46 @@ def test_a_run_whose_folder_another_run_has_taken_ends(data_dir, tmp_path):
         assert sorted(path.name for path in out.iterdir()) == [".lock", "mine"]
     assert loop.run(config(data_dir, old, "--max_steps=6")) == 0
     assert list(metrics(old)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("at", ["line", "signal"])
+def test_a_run_under_whose_name_a_finished_run_lies_ends(at, data_dir, tmp_path, monkeypatch):
+    """Its files stay; also where a signal ends an evaluation, which writes no line."""
+    out, old, other = tmp_path / "out", tmp_path / "old", tmp_path / "other"
+    assert loop.run(config(data_dir, other, "--max_steps=2", "--seed=7")) == 0
+    files = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+
+    def exchange():
+        while not (out / "out_ckpt.pt").exists():  # the save of step 2 is under way
+            time.sleep(0.001)
+        out.rename(old)
+        other.rename(out)
+
+    watch = None
+    if at == "line":
+        watch = at_step(3, exchange)
+    else:
+        original = loss_module.evaluate
+
+        def interrupted(model, batches, rt, tokenizer):
+            exchange()
+            signal.raise_signal(signal.SIGTERM)
+            return original(model, batches, rt, tokenizer)
+
+        monkeypatch.setattr(validation, "evaluate", interrupted)
+    asked = config(data_dir, out, "--max_steps=9", "--save_every=2", "--eval_every=3")
+    with pytest.raises(UserError, match=r"out was moved or deleted .* the files of another run"):
+        loop.run(asked, watch=watch)
+    left = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
+    assert {other / name: path.read_bytes() for name, path in left.items()} == files
+
+
+def test_only_a_deleted_lock_is_made_again(data_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    asked = config(data_dir, out, "--max_steps=4", "--save_every=2", "--eval_every=0")
+    assert loop.run(asked, watch=at_step(2, (out / ".lock").unlink)) == 0
+    assert "moved" not in capsys.readouterr().err
+    assert list(metrics(out)) == [1, 2, 3, 4]
 
 
 def test_extended_run_remembers_its_last_evaluation(data_dir, tmp_path, monkeypatch):

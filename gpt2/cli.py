@@ -121,6 +121,9 @@ ONCE = {  # options of several values, or of one that holds several -> how to gi
     "log_to": "give all in one, with commas",
 }
 
+OTHER_PICTURE = "; name another file by --out="
+NOT_WRITTEN = "the output cannot be written: "
+PRINTING = ("gpt2.cli", "gpt2.commands.terminal")  # modules that print past the console
 # Errors of the system that only another path, other permissions or more room can mend.
 OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 
@@ -136,13 +139,13 @@ def main(argv: list[str] | None = None) -> int:
         unset("MPLBACKEND")
     arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        whole = True
+        lost = ""
         try:
             with ending_imports():
                 code = _run(arguments[0], arguments[1:])
         finally:
-            whole = finish()
-        return code if whole or arguments[0] in WORK else max(code, 1)
+            lost = finish()
+        return code if not lost or arguments[0] in WORK else _complain(NOT_WRITTEN + lost)
     except BrokenPipeError:
         closed = closed_pipes()
         if not closed:
@@ -154,9 +157,21 @@ def main(argv: list[str] | None = None) -> int:
             _complain(f"{arguments[0]} stopped, because nobody reads its output any more")
         return 1
     except OSError as error:
-        if error.errno not in FULL or error.filename:
+        if error.errno not in FULL or not _is_of_print(error):
             raise
-        return _complain(f"the output cannot be written: {error.strerror}")
+        return _complain(NOT_WRITTEN + os.strerror(error.errno or 0))
+
+
+def _is_of_print(error: OSError) -> bool:
+    """Whether a `print` of this package raised it: the file of a plugin may be on a full disk, too.
+
+    Files of ours are written by functions that name them.
+    """
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return not error.filename and module in PRINTING
 
 
 def _run(command: str, rest: list[str]) -> int:
@@ -365,7 +380,8 @@ def plot(argv: list[str]) -> int:
     )
     from .report.plot import plot_run
 
-    print(shown(plot_run(Path(folder), Path(config.out) if config.out else None), limit=0))
+    target = Path(config.out) if config.out else None
+    print(shown(plot_run(Path(folder), target, OTHER_PICTURE), limit=0))
     return 0
 
 
@@ -377,7 +393,7 @@ def compare(argv: list[str]) -> int:
     )
     from .commands.compare_runs import run
 
-    return run([Path(folder) for folder in folders], Path(config.out))
+    return run([Path(folder) for folder in folders], Path(config.out), OTHER_PICTURE)
 
 
 def sweep(argv: list[str]) -> int:

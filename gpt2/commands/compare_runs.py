@@ -11,7 +11,7 @@ from ..report.runs import find_runs
 from ..untrusted.display import shown
 
 
-def run(folders: list[Path], target: Path) -> int:
+def run(folders: list[Path], target: Path, way_out: str = "") -> int:
     """Prints the table of the runs in these folders and draws their curves.
 
     Returns:
@@ -25,5 +25,5 @@ def run(folders: list[Path], target: Path) -> int:
     console.log(report(findings))
     if not findings.groups:
         return 1
-    console.log(f"\n{shown(draw_comparison(findings.groups, target))}")
+    console.log(f"\n{shown(draw_comparison(findings.groups, target, way_out))}")
     return 0

@@ -82,7 +82,8 @@ def parse_with_positional(
     """
     settings = {name for _, f in _options(cls) for name in _flags(f)}
     given = [at_home(_normalise(a)) for a in argv]
-    arguments = [at_home(a) for a in _expand_config_files(given, settings)]
+    begins = getattr(cls, "BEGINS_A_RUN", False)
+    arguments = [at_home(a) for a in _expand_config_files(given, settings, begins)]
     if "plugin" in {f.name for _, f in _options(cls)}:
         _load_plugins(arguments, set(_plugins(given)))
     everything = "--help=all" in arguments
@@ -269,8 +270,14 @@ def option_name(argument: str) -> str:
     return argument.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
-def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:
-    """Replaces `--config=a.toml` by the settings in the file, put before all other arguments."""
+def _expand_config_files(arguments: list[str], settings: set[str], begins: bool) -> list[str]:
+    """Replaces `--config=a.toml` by the settings in the file, put before all other arguments.
+
+    Args:
+        arguments: of the command line.
+        settings: names of the options.
+        begins: whether a run begins in --out_dir=, which may be that of a renamed run.
+    """
     files, rest = [], []
     queue = iter(arguments)
     for argument in queue:
@@ -280,8 +287,12 @@ def _expand_config_files(arguments: list[str], settings: set[str]) -> list[str]:
             files.append(argument.partition("=")[2])
         else:
             rest.append(argument)
-    names_folder = any(argument.partition("=")[0] == "--out_dir" for argument in rest)
-    from_files = (_arguments_of(path, settings, names_folder) for path in files)
+    read = [(Path(name), read_toml(Path(name), f"--config={name}")) for name in files]
+    naming = [(path, content["out_dir"]) for path, content in read if "out_dir" in content]
+    asked = {argument.partition("=")[0] for argument in rest}
+    if begins and naming and not asked & {"--out_dir", "--help", "-h"}:
+        check_not_renamed(*naming[-1])
+    from_files = (_arguments_of(path, content, settings) for path, content in read)
     return [*itertools.chain.from_iterable(from_files), *rest]
 
 
@@ -307,12 +318,10 @@ def _load_plugins(arguments: list[str], named: set[str]) -> None:
             load_plugin(path)
 
 
-def _arguments_of(path: str, settings: set[str], names_folder: bool) -> list[str]:
-    """The settings of a TOML file as arguments; `names_folder`: --out_dir= is given beside it."""
+def _arguments_of(path: Path, content: dict[str, Any], settings: set[str]) -> list[str]:
+    """The settings of a TOML file as arguments."""
     arguments = []
-    settings_there = from_here(Path(path), read_toml(Path(path), f"--config={path}"))
-    if not names_folder:
-        check_not_renamed(Path(path), settings_there)
+    settings_there = from_here(path, content)
     if settings_there.items() >= WITHOUT_EFFECT.items():
         del settings_there["cooldown"]
     for name, value in settings_there.items():

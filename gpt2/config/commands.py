@@ -247,6 +247,7 @@ class InspectConfig:
 class ProfileConfig(TrainConfig):
     """All options of `gpt2 profile`: those of `gpt2 train`, and one more."""
 
+    BEGINS_A_RUN: ClassVar[bool] = False
     DAILY: ClassVar[tuple[str, ...]] = (*TrainConfig.DAILY, "trace")
     HELP_END: ClassVar[str] = """A step is one micro-batch, unless --grad_accum_steps= or
 --total_batch_tokens= is given.

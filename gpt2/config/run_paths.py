@@ -3,13 +3,14 @@
 A run writes its paths as they were given, so relative ones begin at the folder in which it was
 started. Later that folder is found by `out_dir`: of a run in `/a/out/x` with out_dir="out/x" it is
 `/a`, also where somebody has renamed `x`. Nothing is recorded, so that a moved or copied project
-still works. A run that goes on from
-another folder writes its paths as they begin in the first one. A run whose out_dir does not tell
-(an absolute path, or one with `..`) writes its other paths as absolute ones.
+still works. A run that goes on from another folder writes its paths as they begin in the first one.
+A run whose out_dir does not tell (an absolute path, or one with `..`) writes its other paths as
+absolute ones.
 """
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,21 @@ def from_here(config: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return settings | found | {"out_dir": os.fspath(start / settings["out_dir"])}
 
 
-def check_not_renamed(config: Path, settings: dict[str, Any]) -> None:
+def check_not_renamed(config: Path, out_dir: object) -> None:
     """Raises UserError for the config.toml of a run whose folder is not its out_dir any more.
 
     Args:
         config: the file.
-        settings: as `from_here` gives them.
+        out_dir: as it stands there.
     """
-    folder, out_dir = config.resolve().parent, settings.get("out_dir")
     if not _is_run(config) or not isinstance(out_dir, str) or not out_dir:
         return
-    if Path(out_dir).resolve() != folder:
+    start = _started_in(config, out_dir) or Path.cwd()
+    if (start / out_dir).resolve() != config.resolve().parent:
         raise UserError(
             f"--config={config}: the run in this folder was called {out_dir}; add "
-            f"--out_dir={config.parent} to go on with it, or another --out_dir= for a new run"
+            f"--out_dir={shlex.quote(str(config.parent))} to go on with it, or another --out_dir= "
+            "for a new run"
         )
 
 
@@ -87,7 +89,9 @@ def from_first_folder(
     if start is None or start == Path.cwd():
         return settings
     inside = {name: _inside(settings[name], start) for name in PATHS if name in settings}
-    return settings | inside | {"out_dir": first}
+    now = config.resolve().parent  # which may have been renamed
+    out_dir = first if (start / str(first)).resolve() == now else os.fspath(now.relative_to(start))
+    return settings | inside | {"out_dir": out_dir}
 
 
 def as_written(settings: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +140,8 @@ def _started_in(config: Path, out_dir: object) -> Path | None:
     folder, names = config.resolve().parent, Path(str(out_dir)).parts
     if len(folder.parts) <= len(names) or folder.parts[-len(names) : -1] != names[:-1]:
         return None
-    if folder.name != names[-1] and not _is_run(config):  # a run may have been renamed
+    # A run may have been renamed. Of a path of one name, nothing would be left to know it by.
+    if folder.name != names[-1] and (len(names) == 1 or not _is_run(config)):
         return None
     return Path(*folder.parts[: -len(names)])
 

@@ -267,6 +267,7 @@ class SystemOptions:
 class TrainConfig:
     """All options of `gpt2 train`."""
 
+    BEGINS_A_RUN: ClassVar[bool] = True  # or goes on with one, in out_dir
     DAILY: ClassVar[tuple[str, ...]] = (
         *("data_dir", "out_dir", "size", "init", "block_size", "batch_size", "grad_accum_steps"),
         *("total_batch_tokens", "max_steps", "learning_rate", "eval_every", "save_every", "device"),
@@ -292,9 +293,8 @@ class TrainConfig:
             self.model.shape()
         o = self.optim
         at_least(1, max_steps=o.max_steps, log_every=self.output.log_every)
-        at_least(1, keep_last=self.output.keep_last)
         at_least(self.data.smallest_batch, batch_size=self.data.batch_size)
-        at_least(1, eval_tokens=self.eval.eval_tokens)
+        at_least(1, eval_tokens=self.eval.eval_tokens, keep_last=self.output.keep_last)
         at_most(2**16, batch_size=self.data.batch_size)
         at_most(2**20, grad_accum_steps=self.data.grad_accum_steps)
         at_most(2**40, total_batch_tokens=self.data.total_batch_tokens)

@@ -15,8 +15,7 @@ def of_a_new_process() -> Iterator[None]:
     """
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # which enables gradients as well
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda", "mps"):

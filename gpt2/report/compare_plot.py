@@ -20,7 +20,7 @@ EARLY = 0.1  # share of a run whose losses may leave the picture
 MOST_LABELS = 12  # seeds that are written at the ends of their curves
 
 
-def draw_comparison(groups: list[Group], target: Path) -> Path:
+def draw_comparison(groups: list[Group], target: Path, way_out: str = "") -> Path:
     """Draws recipes as one PNG of four panels; a recipe has one colour, a seed one line.
 
     Raises:
@@ -43,7 +43,7 @@ def draw_comparison(groups: list[Group], target: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = by_step.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(groups)))
-    return save_figure(figure, target)
+    return save_figure(figure, target, way_out)
 
 
 def style(number: int) -> tuple[str, str]:

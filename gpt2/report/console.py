@@ -21,7 +21,7 @@ LONGEST = 2000  # characters of a warning or error, which may quote several name
 _muted: list[bool] = []  # an entry for each `muted` block around this point
 _when_unread: list[Callable[[], None]] = []  # what an `unread` block is to call
 _unread: list[TextIO] = []  # streams whose reader has gone, within such a block
-_lost: list[TextIO] = []  # streams of which a full disk has taken something
+_lost: list[TextIO] = []  # streams of which a full disk has taken lines
 
 
 @contextmanager
@@ -130,12 +130,13 @@ def _note_lost(stream: TextIO, error: OSError) -> None:
             warn(f"the output cannot be written: {error.strerror}; the work goes on without it")
 
 
-def finish() -> bool:
-    """Writes out what is left at the end of a command; False where a full disk has taken some.
+def finish() -> str:
+    """Writes out what is left at the end of a command; why, where a full disk has taken some.
 
     Raises:
         BrokenPipeError: nobody reads the output any more.
     """
+    why = os.strerror(errno.ENOSPC) if _lost else ""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             if stream:  # None where the console gave none
@@ -143,11 +144,10 @@ def finish() -> bool:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            _note_lost(stream, error)
+            why = os.strerror(error.errno or 0)
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # for that flush
-    whole = not _lost
     _lost.clear()
-    return whole
+    return why
 
 
 def console_line(values: dict, *, max_steps: int, seconds_left: float | None) -> str:

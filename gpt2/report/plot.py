@@ -27,12 +27,13 @@ LARGEST = 1e30  # of a value that is drawn
 BLOCK_SIZE = GPT2Config.block_size  # GPT-2's context, marked among the lengths of documents
 
 
-def plot_run(out_dir: Path, target: Path | None = None) -> Path:
+def plot_run(out_dir: Path, target: Path | None = None, way_out: str = "") -> Path:
     """Draws a run's metrics.jsonl as one PNG of four panels.
 
     Args:
         out_dir: Folder of the run.
         target: File to write; None means loss.png in out_dir.
+        way_out: End of the message where the file cannot be written.
 
     Returns:
         The file written.
@@ -50,7 +51,7 @@ def plot_run(out_dir: Path, target: Path | None = None) -> Path:
     if not rows:
         raise UserError(f"{path} holds no steps yet; plot again once the run has logged some")
     target = Path(target) if target else out_dir / "loss.png"
-    return save_figure(draw(rows, out_dir.resolve().name), target)
+    return save_figure(draw(rows, out_dir.resolve().name), target, way_out)
 
 
 def plot_lengths(
@@ -93,12 +94,10 @@ def plot_lengths(
     axes.set_title(f"{shown(name)}: document lengths", fontsize=12, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     _legend_below(axes)
-    return save_figure(figure, target, way_out="")
+    return save_figure(figure, target)
 
 
-def save_figure(
-    figure: Figure, target: Path, way_out: str = "; name another file by --out="
-) -> Path:
+def save_figure(figure: Figure, target: Path, way_out: str = "") -> Path:
     """Writes a figure as PNG; raises UserError where it cannot, or something else is there."""
     if target.suffix.lower() in OTHER_PICTURES:
         raise UserError(f"{shown(str(target))}: pictures are PNG files; name it .png")

@@ -143,12 +143,15 @@ def _output(label: str, part: Callable, x: Tensor, *, finite: bool = True) -> Te
 
 def _check_input(label: str, part: Callable, x: Tensor) -> None:
     """Raises UserError for a norm that writes into the residual stream."""
-    given = x.clone()
-    part(given)
-    if not torch.equal(given, x):
-        raise UserError(
-            f"{label} writes into its input, which is the residual stream; give a new tensor"
-        )
+    for training in (False, True):
+        if isinstance(part, nn.Module):
+            part.train(training)
+        given = x.clone()
+        part(given)
+        if not torch.equal(given, x):
+            raise UserError(
+                f"{label} writes into its input, which is the residual stream; give a new tensor"
+            )
 
 
 def _close(a: Tensor, b: Tensor, share: float = SAME) -> bool:

@@ -30,7 +30,7 @@ def test_a_recipe_has_a_colour_and_a_seed_its_label(tmp_path, monkeypatch):
         write_run(tmp_path / f"a{seed}", (4, 3 + seed / 10), seed)
         write_run(tmp_path / f"b{seed}", (4, 3.5 + seed / 10), seed, learning_rate=0.1)
     drawn = []
-    monkeypatch.setattr(compare_plot, "save_figure", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr(compare_plot, "save_figure", lambda figure, *_: drawn.append(figure))
     draw_comparison(find_groups(find_runs([tmp_path])).groups, tmp_path / "x.png")
     (figure,) = drawn
     figure.savefig(io.BytesIO())  # places all

@@ -8,6 +8,7 @@ training after it has saved, with code 1 and without a traceback.
 Longer than 400 lines because every command has its few lines here.
 """
 
+import contextlib
 import difflib
 import errno
 import gc
@@ -41,7 +42,7 @@ from .config.train import TrainConfig
 from .distributed.signals import ending_imports
 from .errors import UserError, install_command
 from .paths import for_shell
-from .report.console import FULL, closed_pipes, finish, one_line
+from .report.console import FULL, closed_pipes, finish, log, one_line, output_needed
 from .untrusted.display import shown
 from .untrusted.parsing import read_toml
 
@@ -105,15 +106,8 @@ MODEL_SOURCES = (
 )
 
 
-WORK = (
-    "prepare",
-    "train",
-    "finetune",
-    "sweep",
-    "profile",
-    "push",
-    "demo",
-)  # not for their output alone
+WORK = ("prepare", "train", "finetune", "sweep", "profile", "push", "demo")
+LASTING = (*WORK, "average", "export", "plot", "serve")  # not for their output alone
 
 ONCE = {  # options of several values, or of one that holds several -> how to give them
     "source": "name one folder or glob that holds all files",
@@ -123,7 +117,7 @@ ONCE = {  # options of several values, or of one that holds several -> how to gi
 
 OTHER_PICTURE = "; name another file by --out="
 NOT_WRITTEN = "the output cannot be written: "
-PRINTING = ("gpt2.cli", "gpt2.commands.terminal")  # modules that print past the console
+PRINTING = ("gpt2.cli", "gpt2.config.command_line", "gpt2.commands.terminal", "gpt2.report.console")
 # Errors of the system that only another path, other permissions or more room can mend.
 OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 
@@ -138,14 +132,10 @@ def main(argv: list[str] | None = None) -> int:
 
         unset("MPLBACKEND")
     arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = "--help" if {*HELP} & {*arguments} else arguments[0]
     try:
-        lost = ""
-        try:
-            with ending_imports():
-                code = _run(arguments[0], arguments[1:])
-        finally:
-            lost = finish()
-        return code if not lost or arguments[0] in WORK else _complain(NOT_WRITTEN + lost)
+        code, lost = _run_and_finish(arguments, command in LASTING)
+        return code if not lost or command in LASTING else _complain(NOT_WRITTEN + lost)
     except BrokenPipeError:
         closed = closed_pipes()
         if not closed:
@@ -153,13 +143,32 @@ def main(argv: list[str] | None = None) -> int:
         nothing = os.open(os.devnull, os.O_WRONLY)
         for number in closed:  # what is left must not complain at exit
             os.dup2(nothing, number)
-        if arguments[0] in WORK and not {*HELP} & {*arguments}:
-            _complain(f"{arguments[0]} stopped, because nobody reads its output any more")
+        if command in WORK:
+            _complain(f"{command} stopped, because nobody reads its output any more")
         return 1
     except OSError as error:
         if error.errno not in FULL or not _is_of_print(error):
             raise
         return _complain(NOT_WRITTEN + os.strerror(error.errno or 0))
+
+
+def _run_and_finish(arguments: list[str], lasting: bool) -> tuple[int, str]:
+    """Runs one command: its exit code, and why output that it had not written yet is lost, if so.
+
+    Args:
+        arguments: of the command line.
+        lasting: whether the command goes on where its output cannot be written.
+    """
+    code, lost = 0, ""
+    try:
+        with ending_imports(), contextlib.nullcontext() if lasting else output_needed():
+            code = _run(arguments[0], arguments[1:])
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        lost = finish()
+    return code, lost
 
 
 def _is_of_print(error: OSError) -> bool:
@@ -381,7 +390,7 @@ def plot(argv: list[str]) -> int:
     from .report.plot import plot_run
 
     target = Path(config.out) if config.out else None
-    print(shown(plot_run(Path(folder), target, OTHER_PICTURE), limit=0))
+    log(shown(plot_run(Path(folder), target, OTHER_PICTURE), limit=0))
     return 0
 
 
@@ -418,7 +427,7 @@ def average(argv: list[str]) -> int:
     config, (folder,) = parse_with_positional(AverageConfig, argv, "gpt2 average", names)
     from .checkpoint.average import average_states
 
-    print(shown(average_states(Path(folder), config.last, config.out), limit=0))
+    log(shown(average_states(Path(folder), config.last, config.out), limit=0))
     return 0
 
 
@@ -434,12 +443,12 @@ def export(argv: list[str]) -> int:
         check_export_file(Path(folder))
         chat = was_chat(locate(source))
         export_gguf(load(source), Path(folder), config.dtype, chat=chat)
-        print(shown(folder, limit=0))
+        log(shown(folder, limit=0))
         return 0
     check_export_folder(Path(folder))
     chat = was_chat(locate(source))
     names_made = export_hf(load(source), Path(folder), config.dtype, chat=chat)
-    print(shown(f"{folder}: {', '.join(names_made)}", limit=0))
+    log(shown(f"{folder}: {', '.join(names_made)}", limit=0))
     return 0
 
 
@@ -452,7 +461,7 @@ def push(argv: list[str]) -> int:
     config, (source, repository) = parse_with_positional(PushConfig, argv, "gpt2 push", names)
     from .commands.export import push as upload
 
-    print(shown(upload(source, repository, config.private), limit=0))
+    log(shown(upload(source, repository, config.private), limit=0))
     return 0
 
 

@@ -212,28 +212,41 @@ PRINTING = [  # CKPT, RUN and DATA are a model, its run and shards
 
 
 @pytest.mark.skipif(not forks.AVAILABLE, reason="needs forks, and /dev/full as Linux has it")
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize(
     "arguments",
     [words for words in PRINTING if words.split()[0] != "serve"],  # which goes on
     ids=lambda words: " ".join(words.split()[:2]),
 )
-def test_the_disk_of_the_output_is_full(arguments, trained, data_dir, tmp_path):
+def test_the_disk_of_the_output_is_full(arguments, unbuffered, trained, data_dir, tmp_path):
     """A log that cannot be written costs no work; another output is an error."""
+    lasting = arguments.split()[0] in cli.LASTING and "--help" not in arguments
     command = [forks.server(ROOT).python, "-m", "gpt2"]
     command += in_place(arguments, trained, data_dir, tmp_path).split()
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE,
-            text=True, check=False, timeout=100,
+            text=True, check=False, timeout=100, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    if arguments == "train --help":  # argparse ignores that its text could not be written
-        return
-    assert "the output cannot be written: No space left on device" in done.stderr
-    works = arguments.split()[0] in ("train", "prepare") and "--help" not in arguments
-    assert done.returncode == 0 if works else done.returncode in (1, 2)
-    if arguments.startswith("train --data_dir"):
-        assert (tmp_path / "new/out_ckpt.pt").exists()
+    what = "the output cannot be written: No space left on device"
+    assert done.stderr.count(what) == 1
+    if lasting:
+        assert f"{what}; the work goes on without it\n" in done.stderr
+        assert done.returncode == 0
+    else:
+        assert done.stderr.endswith(f"gpt2: error: {what}\n")
+        assert "goes on" not in done.stderr
+        assert done.returncode == 2
+    assert (tmp_path / "new").exists() == (lasting and "NEW" in arguments)
+
+
+def test_a_full_disk_of_something_else_is_not_told_as_that_of_the_output(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "_run", full)
+    with pytest.raises(OSError, match="No space left"):  # whose traceback shows the place
+        cli.main(["inspect", "x"])
 
 
 def in_place(arguments, trained, data_dir, tmp_path) -> str:

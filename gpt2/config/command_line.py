@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -40,6 +41,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        (file or sys.stdout).write(self.format_help())  # argparse's own hides that it could not
 
 
 def parse(cls: type[Config], argv: list[str], prog: str) -> Config:

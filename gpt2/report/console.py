@@ -22,6 +22,17 @@ _muted: list[bool] = []  # an entry for each `muted` block around this point
 _when_unread: list[Callable[[], None]] = []  # what an `unread` block is to call
 _unread: list[TextIO] = []  # streams whose reader has gone, within such a block
 _lost: list[TextIO] = []  # streams of which a full disk has taken lines
+_needed: list[bool] = []  # an entry for each `output_needed` block around this point
+
+
+@contextmanager
+def output_needed() -> Iterator[None]:
+    """Within it a full disk under the output is an OSError: nobody wants the work without it."""
+    _needed.append(True)
+    try:
+        yield
+    finally:
+        _needed.pop()
 
 
 @contextmanager
@@ -110,7 +121,7 @@ def _write(stream: TextIO, text: str) -> None:
                 status("")
             print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in FULL and not (_needed and stream is sys.stdout):
                 _note_lost(stream, error)
                 return
             if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: of a terminal

@@ -1,6 +1,7 @@
 """A run's folder, its config.toml included, from whichever folder it is used."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,15 @@ import pytest
 from gpt2 import GPT2, cli
 from gpt2.checkpoint import model_file
 from gpt2.config.command_line import parse
-from gpt2.config.finetune import TuningOptions
-from gpt2.config.run_paths import as_written, find_beside, from_anywhere, from_here
+from gpt2.config.commands import ProfileConfig
+from gpt2.config.finetune import FinetuneConfig, TuningOptions
+from gpt2.config.run_paths import (
+    as_written,
+    find_beside,
+    from_anywhere,
+    from_first_folder,
+    from_here,
+)
 from gpt2.config.train import TrainConfig
 from gpt2.errors import UserError
 from gpt2.model.lora import adapt, to_peft
@@ -69,6 +77,59 @@ def test_a_renamed_run_finds_its_data_and_begins_no_other(project, monkeypatch):
     assert (
         parse(TrainConfig, ["--config=out/x/config.toml"], "gpt2 train").output.out_dir == "out/x"
     )
+
+
+@pytest.fixture
+def renamed(project, monkeypatch):
+    """The config.toml of a run in the current folder whose `out/x` is called `out/my run` now."""
+    (project / "out/x/metrics.jsonl").touch()
+    (project / "out/x/config.toml").write_text('out_dir = "out/x"\ndata_dir = "data/mine"\n')
+    (project / "out/x").rename(project / "out/my run")
+    monkeypatch.chdir(project)
+    return Path("out/my run/config.toml")
+
+
+def test_the_line_for_a_renamed_run_can_be_pasted(renamed):
+    with pytest.raises(UserError) as caught:
+        parse(FinetuneConfig, [f"--config={renamed}"], "gpt2 finetune")
+    said = str(caught.value)
+    assert "was called out/x; add --out_dir='out/my run' to go on" in said
+    assert shlex.split(said.partition("add ")[2])[0] == "--out_dir=out/my run"
+
+
+def test_only_a_run_that_begins_asks_for_the_name(renamed, tmp_path):
+    given = f"--config={renamed}"
+    assert parse(ProfileConfig, [given], "gpt2 profile").data.data_dir == "data/mine"
+    other = tmp_path / "over.toml"
+    other.write_text('out_dir = "out/second"\n')
+    both = parse(TrainConfig, [given, f"--config={other}"], "gpt2 train")
+    assert both.output.out_dir == "out/second"
+    with pytest.raises(UserError, match="was called out/x"):  # the last file that names one counts
+        parse(TrainConfig, [f"--config={other}", given], "gpt2 train")
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, [given, "--help"], "gpt2 train")
+
+
+def test_nothing_is_known_of_the_parents_of_a_folder_of_one_name(project, monkeypatch):
+    """As the default, `out`: renamed, it may have been moved as well."""
+    run = project / "runs/first"
+    run.mkdir(parents=True)
+    (project / "runs/data/mine").mkdir(parents=True)  # not the data of that run
+    (run / "metrics.jsonl").touch()
+    (run / "config.toml").write_text('out_dir = "out"\ndata_dir = "data/mine"\n')
+    settings = {"out_dir": "out", "data_dir": "data/mine"}
+    assert from_here(run / "config.toml", settings) is settings
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match=r"was called out; add --out_dir=runs/first to go on"):
+        parse(TrainConfig, ["--config=runs/first/config.toml"], "gpt2 train")
+
+
+def test_a_renamed_run_that_goes_on_elsewhere_writes_its_new_name(renamed, project, monkeypatch):
+    config = renamed.resolve()
+    monkeypatch.chdir("/")
+    settings = {"out_dir": os.fspath(config.parent), "data_dir": f"{project}/data/mine"}
+    found = from_first_folder(settings, config, {"out_dir": "out/x"})
+    assert found == {"out_dir": "out/my run", "data_dir": "data/mine"}
 
 
 @pytest.mark.parametrize(

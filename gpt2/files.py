@@ -175,10 +175,8 @@ def check_writable_file(path: Path, option: str = "") -> None:
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         probe.unlink()
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{option}{path}: cannot write there ({reason}); name another file"
-        ) from None
+        why = error.strerror or error
+        raise UserError(f"{option}{path}: cannot write there ({why}); name another file") from None
 
 
 def check_replaceable(path: Path, begin: bytes, what: str) -> None:
@@ -237,8 +235,10 @@ class FolderLock:
         import filelock  # here, since its import takes 0.1 s and most commands lock nothing
 
         folder, path = self.folder, self._path
-        # No soft lock: its marker file would outlive a killed process.
-        lock = filelock.FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+        # No soft lock, which a killed process leaves. 0o644: others may take its file over.
+        lock = filelock.FileLock(
+            path, mode=0o644, blocking=False, thread_local=False, fallback_to_soft=False
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             check_unlinked(folder, path)  # filelock would empty the file behind a link

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt2 import files
 from gpt2.errors import UserError, first_line
 from gpt2.files import (
     InUse,
@@ -118,6 +119,7 @@ def test_the_lock_follows_a_folder_that_is_moved_or_deleted(tmp_path):
         assert not lock.moved()
         folder.rename(other)
         assert lock.moved()
+        before = lock._lock  # which the garbage collector is not to release
         with locked(folder):  # by another process
             with pytest.raises(InUse, match="is making shards"):
                 lock.renew()
@@ -128,7 +130,7 @@ def test_the_lock_follows_a_folder_that_is_moved_or_deleted(tmp_path):
         with pytest.raises(InUse), locked(folder):
             pass
         with locked(other):  # is nobody's any more
-            pass
+            assert not before.is_locked
         (folder / ".lock").unlink()
         assert not lock.held()
         assert not lock.moved()
@@ -145,11 +147,13 @@ def test_the_lock_follows_a_folder_that_is_moved_or_deleted(tmp_path):
 OF_ANOTHER_USER = """
 import os, sys
 from pathlib import Path
+from gpt2 import files
 from gpt2.errors import UserError
 from gpt2.files import locked
 import filelock, fcntl
 
 os.setuid(int(sys.argv[2]))
+os.umask(0o077)  # no file of theirs is for others
 try:
     with locked(Path(sys.argv[1])):
         print("locked", flush=True)
@@ -186,6 +190,19 @@ def test_a_file_that_another_users_killed_run_left_locks_nobody_out():
         assert "/.lock is another user's, and cannot be taken over (Operation not perm" in said
         for process in (second, third, fourth):
             process.communicate()
+
+
+def test_a_file_that_was_taken_while_it_was_looked_at_stays(tmp_path, monkeypatch):
+    fcntl, path = pytest.importorskip("fcntl"), tmp_path / ".lock"
+    path.touch()
+
+    def take(*_):
+        path.rename(tmp_path / "deleted")
+        path.write_text("of the next one")
+
+    monkeypatch.setattr(fcntl, "flock", take)
+    files._discard_if_free(path)
+    assert path.read_text() == "of the next one"
 
 
 TURNS = """

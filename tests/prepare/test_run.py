@@ -411,6 +411,9 @@ def test_max_tokens_of_a_small_source_take_all_of_it(tmp_path, capsys):
         run(source, tmp_path / f"to_{limit}", shard_tokens=size, max_tokens=limit)
         assert content(tmp_path / f"to_{limit}") == content(tmp_path / "whole")
     run(source, tmp_path / "stopped", shard_tokens=size, max_shards=2)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").iterdir()}
+    run(source, tmp_path / "stopped", shard_tokens=size, max_shards=2)  # which is finished
+    assert {path: path.stat().st_mtime_ns for path in written} == written
     capsys.readouterr()
     run(source, tmp_path / "stopped", shard_tokens=size, max_tokens=1)
     assert "the source ended before" in capsys.readouterr().out

@@ -576,6 +576,20 @@ def test_a_run_whose_folder_another_run_has_taken_ends(data_dir, tmp_path):
     assert list(metrics(old)) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_whose_lock_file_alone_is_deleted_goes_on_as_it_was(data_dir, tmp_path, capsys):
+    asked = config(data_dir, tmp_path, "--max_steps=4", "--save_every=2", "--eval_every=0")
+    written = []
+
+    def delete():
+        written.append((tmp_path / "config.toml").stat().st_mtime_ns)
+        (tmp_path / ".lock").unlink()
+
+    assert loop.run(asked, watch=at_step(3, delete)) == 0
+    assert capsys.readouterr().err == ""
+    assert list(metrics(tmp_path)) == [1, 2, 3, 4]
+    assert [(tmp_path / "config.toml").stat().st_mtime_ns] == written
+
+
 @pytest.mark.parametrize("at", ["line", "signal"])
 def test_a_run_under_whose_name_a_finished_run_lies_ends(at, data_dir, tmp_path, monkeypatch):
     """Its files stay; also where a signal ends an evaluation, which writes no line."""

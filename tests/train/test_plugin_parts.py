@@ -552,3 +552,16 @@ def test_two_ranks_say_it_in_one_line(data_dir, tmp_path):
     assert done.returncode
     assert "mlp=mixed: no gradient reaches its parameter extra.weight" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_norm_is_tried_in_both_modes(training):
+    class Norm(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+
+        def forward(self, x):
+            return x.mul_(2) if self.training == training else x * 2
+
+    with pytest.raises(UserError, match="norm=own writes into its input"):
+        check(Norm, "norm")

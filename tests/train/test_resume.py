@@ -151,6 +151,18 @@ def test_the_best_model_of_an_abandoned_branch_is_archived(
     assert best(out if way == "branch" else out / "archive_1") == (6, 1.0)
 
 
+def test_a_branch_from_before_the_first_evaluation_has_nothing_to_count_anew(
+    data_dir, tmp_path, capsys
+):
+    out, new = tmp_path / "out", tmp_path / "new"
+    asked = ["--eval_every=4", "--max_steps=4", "--save_every=2", "--keep_last=9"]
+    assert loop.run(config(data_dir, out, *asked)) == 0
+    capsys.readouterr()
+    assert loop.run(config(data_dir, new, *asked, f"--resume={out}/state/step_00000002")) == 0
+    assert "counted anew" not in capsys.readouterr().out
+    assert metrics(new, "val_loss") == metrics(out, "val_loss")
+
+
 def test_a_crash_alone_keeps_the_best_model(data_dir, tmp_path, monkeypatch, capsys):
     """Its step comes again, with its loss."""
     out, asked = tmp_path / "out", ["--eval_every=2", "--save_every=3", "--max_steps=6"]

@@ -97,8 +97,9 @@ def parse_with_positional(
             to_folder = "folder" in positional
             _check_no_checkpoint(argument, arguments, settings, prog, to_folder=to_folder)
         _check_name(argument, settings | {"-h", "--help", "--config"})
+    bare: list[str] = []
     if positional:
-        arguments = _with_bare_switches(cls, arguments)
+        arguments = _with_bare_switches(cls, arguments, bare)
     parser = _build_parser(cls, prog, everything)
     for name, text in positional.items():
         if name in optional:
@@ -107,7 +108,10 @@ def parse_with_positional(
             parser.add_argument(name, help=text, nargs="+")
         else:
             parser.add_argument(name, help=text)
-    values = vars(parser.parse_args(arguments))
+    found, more = parser.parse_known_args(arguments)
+    if more:
+        raise UserError("; ".join([f"unrecognized arguments: {' '.join(more)}", *bare]))
+    values = vars(found)
     return _instantiate(cls, values), [values[name] for name in positional]
 
 
@@ -186,14 +190,21 @@ def _flags(f: dataclasses.Field) -> list[str]:
     return [f"--{name}" for name in (f.name, f.metadata["alias"]) if name]
 
 
-def _with_bare_switches(cls: type, arguments: list[str]) -> list[str]:
-    """`--private CKPT` as `--private=True CKPT`: a switch takes only its own values."""
+def _with_bare_switches(cls: type, arguments: list[str], bare: list[str]) -> list[str]:
+    """`--private CKPT` as `--private=True CKPT`: a switch takes only its own values.
+
+    Args:
+        cls: a dataclass of options.
+        arguments: of the command line.
+        bare: gets a note of each such switch, for a message.
+    """
     switches = {flag: f for _, f in _options(cls) if is_switch(f) for flag in _flags(f)}
     found = list(arguments)
     for i, (name, behind) in enumerate(itertools.pairwise(arguments)):
         choices = map(str.lower, choices_of(switches[name])) if name in switches else ()
         if name in switches and behind.lower() not in {*TRUE, *FALSE, *choices}:
             found[i] = f"{name}=True"
+            bare.append(f"{name} {behind} was taken as {name}=True and a name")
     return found
 
 

@@ -277,6 +277,8 @@ def test_a_bare_switch_takes_no_name_behind_it():
         PushConfig, ["--private", "False", a, b], "gpt2 push", names
     )
     assert (config.private, *values) == (False, a, b)
+    with pytest.raises(UserError, match=f"arguments: {b}; --private Flase was taken as --private="):
+        parse_with_positional(PushConfig, ["--private", "Flase", a, b], "gpt2 push", names)
 
 
 def test_positional_argument_that_may_be_left_out():

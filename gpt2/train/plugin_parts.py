@@ -130,8 +130,9 @@ def _output(label: str, part: Callable, x: Tensor, *, finite: bool = True) -> Te
             "numbers of the input's shape"
         )
     feeds_matmul = label.startswith("norm=") or not isinstance(part, nn.Module)
-    cast = torch.is_autocast_enabled(x.device.type) and y.dtype != torch.float64
-    if feeds_matmul and y.dtype != x.dtype and not cast:
+    casts = torch.is_autocast_enabled(x.device.type)
+    too_wide = y.dtype == torch.float64 != x.dtype  # would make the residual stream float64
+    if too_wide or (feeds_matmul and y.dtype != x.dtype and not casts):
         raise UserError(
             f"{label} gives {str(y.dtype)[6:]} for an input of {str(x.dtype)[6:]}; end it with "
             ".to(x.dtype)"

@@ -245,6 +245,7 @@ def test_ranks_share_a_part_with_constants(constants, data_dir, tmp_path, parall
     ("norm", lambda x: x.mean(-1), "norm=own gives (2, 8) torch.float32"),
     ("norm", lambda x: x - x.mean(1, keepdim=True), "norm=own reads later tokens"),
     ("norm", lambda x: x.mul_(2), "norm=own writes into its input, which is the residual stream"),
+    ("mlp", mlp(change=lambda y: y.double()), "mlp=own gives float64 for an input of "),
     ("norm", lambda x: x.double(), "norm=own gives float64 for an input of "),
     ("mlp", lambda x: x.double(), "mlp=own gives float64 for an input of "),
 ])  # fmt: skip
@@ -526,7 +527,7 @@ def test_fsdp_cannot_cut_a_single_number():
 def of_kind(value, **more):
     return mlp(
         lambda self, width: setattr(self, "gain", nn.Parameter(value.clone(), **more)),
-        lambda self, x: self.c_fc(x) * self.gain,
+        lambda self, x: (self.c_fc(x) * self.gain).to(x.dtype),
     )
 
 

@@ -504,7 +504,7 @@ def demo(argv: list[str]) -> int:
     if (read_manifest(Path("data/stdlib")) or {}).get("complete"):
         del steps[0]  # perhaps of another version of Python, which is as good
     for command, arguments in steps:
-        print(f"\n$ gpt2 {command.__name__} {' '.join(map(for_shell, arguments))}", flush=True)
+        log(f"\n$ gpt2 {command.__name__} {' '.join(map(for_shell, arguments))}")
         if code := command(arguments):
             return code
     return 0
